@@ -1,0 +1,1 @@
+"""Graphs, weights and engines of a model, without torch."""

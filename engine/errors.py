@@ -1,0 +1,44 @@
+"""What can go wrong, as a tree.
+
+LatentrtError
+├── ModelError      a model folder, its configuration or its weights cannot be used
+├── GraphError      a graph is missing, or does not fit the model that it is asked to run
+├── BackendError    the library that runs engines is missing or failed
+├── RequestError    a wish that cannot be fulfilled: size, steps, prompt, sampler, seed
+└── OutputError     a result cannot be written where it was asked for
+
+Every message is one sentence or two: what came, what is allowed, what to do.
+"""
+
+__all__ = [
+    "BackendError",
+    "GraphError",
+    "LatentrtError",
+    "ModelError",
+    "OutputError",
+    "RequestError",
+]
+
+
+class LatentrtError(Exception):
+    """The base of every error that this project raises on purpose."""
+
+
+class ModelError(LatentrtError):
+    """A model folder, its configuration or its weights cannot be used."""
+
+
+class GraphError(LatentrtError):
+    """A graph is missing, or does not fit the model that it is asked to run."""
+
+
+class BackendError(LatentrtError):
+    """The library that runs engines is missing or failed."""
+
+
+class RequestError(LatentrtError, ValueError):
+    """A wish that cannot be fulfilled: size, steps, prompt, sampler, seed."""
+
+
+class OutputError(LatentrtError, OSError):
+    """A result cannot be written where it was asked for."""

@@ -1,0 +1,138 @@
+"""The fields of a `config.json`: reading them, checking them, naming the whole."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
+
+from engine.errors import ModelError
+
+ADVICE = "use a Stable Diffusion 1.x, 2.x or XL model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What the configurations of a model's parts share: reading, checking and naming themselves."""
+
+    def __post_init__(self) -> None:
+        """Refuse values of a wrong type, and numbers that are too small to count anything."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, field.type):
+                expected = field.type.__name__ if isinstance(field.type, type) else field.type
+                raise ModelError(
+                    f"{type(self).__name__}: {field.name} is {value!r}; {expected} is expected: "
+                    "check the model's config.json"
+                )
+            for number in value if isinstance(value, tuple) else (value,):
+                if not _large_enough(number, field.default):
+                    raise ModelError(
+                        f"{type(self).__name__}: {field.name} has {number}; "
+                        f"{'no less than' if field.default == 0 else 'more than'} 0 is expected: "
+                        "check the model's config.json"
+                    )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Take the known fields of a `config.json`; the others do not shape the graph.
+
+        A null stands for a default of nothing (0, False, None) and for no other.
+        Raises ModelError when a value is missing, of the wrong type or not implemented.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        taken = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+            if name in fields and (value is not None or fields[name].default not in (0, None))
+        }
+        try:
+            return cls(**taken)
+        except TypeError as error:  # a field without a default is missing
+            raise ModelError(f"{cls.__name__}: {error}; check the model's config.json") from error
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `folder/config.json`; raises ModelError when it cannot be read."""
+        return cls.from_dict(read_json(folder / "config.json"))
+
+    def key(self) -> str:
+        """Name this architecture: 12 hexadecimal digits of the SHA-256 of its fields."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(f"{type(self).__name__} {text}".encode()).hexdigest()[:12]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file; raises ModelError naming the file when it cannot."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{path} does not exist; a model is a folder in diffusers' layout "
+            "(text_encoder/, unet/, vae/, tokenizer/, scheduler/, model_index.json)"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON ({error}); restore the file") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} holds a {type(values).__name__}; a JSON object is expected")
+    return values
+
+
+def require_among(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ModelError unless the field `name` has one of the implemented values."""
+    if value not in allowed:
+        raise ModelError(
+            f"{name} names {value!r}; supported are {', '.join(map(str, allowed))}: {ADVICE}"
+        )
+
+
+def require_multiple(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raise ModelError unless `value` is a multiple of `divisor`."""
+    if value % divisor:
+        raise ModelError(
+            f"{name} {value} is not a multiple of {divisor_name} {divisor}; "
+            "check the model's config.json"
+        )
+
+
+def require_length(name: str, values: object, length: int) -> None:
+    """Raise ModelError unless a list has one entry for each of `block_out_channels`."""
+    if isinstance(values, tuple | list) and len(values) != length:
+        raise ModelError(
+            f"{name} has {len(values)} entries and block_out_channels {length}; "
+            "they must be equal: check the model's config.json"
+        )
+
+
+def require_fixed(values: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise ModelError when a field that changes the maths has no implemented value."""
+    for name, allowed in fixed.items():
+        if values.get(name, allowed[0]) not in allowed:
+            raise ModelError(
+                f"config.json has {name} = {values[name]!r}; supported is {allowed[0]!r}: {ADVICE}"
+            )
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Tell whether a value has an annotated type; True is no integer, NaN no number."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        each = get_args(hint)[0]
+        return isinstance(value, tuple) and bool(value) and all(_fits(v, each) for v in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) is hint
+
+
+def _large_enough(value: object, default: object) -> bool:
+    """Sizes and counts are above 0, or may be 0 where that is the default; shifts are free."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return True
+    if default == 0:
+        return value >= 0 or isinstance(default, float)
+    return value > 0

@@ -1,0 +1,28 @@
+"""The models that ship, each a folder in diffusers' layout."""
+
+import difflib
+from pathlib import Path
+
+from engine.errors import ModelError
+
+FOLDER = Path(__file__).parent
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models that ship."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/model_index.json"))
+
+
+def find_model(model: str | Path) -> Path:
+    """Return the folder of a model, given its name or the folder itself; raises ModelError."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if str(model) in shipped_models():
+        return FOLDER / str(model)
+    close = difflib.get_close_matches(str(model), shipped_models(), n=1)
+    raise ModelError(
+        f"the model {str(model)!r} is neither a folder nor one that ships "
+        f"({', '.join(shipped_models()) or 'none'}); "
+        + (f"did you mean {close[0]!r}?" if close else "give the path of a folder")
+    )

@@ -1,0 +1,95 @@
+"""The inputs and outputs of every graph: names, dtypes and symbolic shapes, written once.
+
+Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
+C latent channels, h and w the latent's size, n tokens, D the width of the context, P that of the
+pooled text, H = 8 h and W = 8 w pixels (or whatever the autoencoder's compression is).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from engine.config import Config, UNetConfig
+
+Part = Literal["text_encoder", "step", "vae_decoder", "vae_encoder"]
+Symbol = str | int
+Dtype = Literal["float32", "int64", "uint8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """A graph's input or output as an app sees it, whatever precision the graph computes in."""
+
+    dtype: Dtype
+    shape: tuple[Symbol, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What goes into a graph and what comes out, in the order of its arguments."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+
+def _tensor(dtype: Dtype, *shape: Symbol) -> Tensor:
+    return Tensor(dtype=dtype, shape=shape)
+
+
+SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
+    {
+        "text_encoder": Signature(
+            inputs={"input_ids": _tensor("int64", "B", "n")},
+            outputs={
+                "last_hidden_state": _tensor("float32", "B", "n", "D"),
+                "penultimate_hidden_state": _tensor("float32", "B", "n", "D"),
+                "pooled": _tensor("float32", "B", "P"),
+            },
+        ),
+        "step": Signature(
+            inputs={
+                "registers": _tensor("float32", "B", "r", "C", "h", "w"),
+                "matrices": _tensor("float32", "B", "r", "r + 2"),
+                "timestep": _tensor("float32", "B"),
+                "input_scale": _tensor("float32", "B"),
+                "context": _tensor("float32", "g", "B", "n", "D"),
+                "guidance": _tensor("float32", "g", "B"),
+                "noise": _tensor("float32", "B", "C", "h", "w"),
+            },
+            outputs={"next_registers": _tensor("float32", "B", "r", "C", "h", "w")},
+        ),
+        "vae_decoder": Signature(
+            inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+            outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
+        ),
+        "vae_encoder": Signature(
+            inputs={
+                "pixels": _tensor("uint8", "B", "H", "W", 3),
+                "noise": _tensor("float32", "B", "C", "h", "w"),
+            },
+            outputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+        ),
+    }
+)
+
+# XL's second conditioning; only graphs whose UNet has `addition_embed_type: text_time` take it.
+_TEXT_TIME = {
+    "text_embeds": _tensor("float32", "g", "B", "P"),
+    "time_ids": _tensor("float32", "g", "B", 6),
+}
+# The embedded guidance scale of a distilled model; only with `time_cond_proj_dim`.
+_TIMESTEP_COND = {"timestep_cond": _tensor("float32", "B", "E")}
+
+
+def signature(part: Part, config: Config) -> Signature:
+    """Return what a part of this architecture takes and gives."""
+    described = SIGNATURES[part]
+    if not isinstance(config, UNetConfig):
+        return described
+    inputs = dict(described.inputs)
+    if config.addition_embed_type == "text_time":
+        inputs |= _TEXT_TIME
+    if config.time_cond_proj_dim:
+        inputs |= _TIMESTEP_COND
+    return Signature(inputs=inputs, outputs=described.outputs)

@@ -1,0 +1,1 @@
+"""Reference modules in torch, and their tracing to ONNX."""

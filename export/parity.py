@@ -1,0 +1,77 @@
+"""Does a graph compute what its module computes? Random inputs, two sizes, relative error."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from engine.backends import BackendSettings, open_engine
+from engine.errors import GraphError
+from engine.graphs import Graph, Precision
+from engine.signature import SIGNATURES, Part
+from export.tracing import TracedPart, example_inputs, latent_multiple
+
+# Relative error (norm of the difference over the norm of the module's output) that is allowed.
+# float16 has 11 bits; a deep network loses a few of them.
+TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "float16": 3e-2}
+
+
+def check(traced: TracedPart, weights: Mapping[str, NDArray[Any]]) -> float:
+    """Run the graph in ONNX Runtime beside the float32 module; return the largest error.
+
+    Raises GraphError when it is above the tolerance of the precision.
+    """
+    worst = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "graph.onnx"
+        path.write_bytes(traced.model.SerializeToString())
+        engine = open_engine(Graph.read(path), weights, BackendSettings())
+        module = traced.module.float()
+        for seed, sizes in enumerate(_sizes(traced)):
+            generator = torch.Generator().manual_seed(seed)
+            inputs = example_inputs(traced.part, traced.config, sizes, generator)
+            expected = _run(module, traced.part, inputs)
+            given = engine.run({name: value.numpy() for name, value in inputs.items()})
+            for name in SIGNATURES[traced.part].outputs:
+                worst = max(worst, relative_error(given[name], expected[name]))
+    if not worst <= TOLERANCES[traced.precision]:
+        raise GraphError(
+            f"the {traced.precision} graph of {traced.part} differs from the module by "
+            f"{worst:.1e} (allowed {TOLERANCES[traced.precision]:.0e}); it was not written: "
+            "try --precision float32, or another version of torch"
+        )
+    return worst
+
+
+def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Return |given - expected| / |expected| in the Euclidean norm; infinite for other shapes."""
+    if given.shape != expected.shape:
+        return float("inf")
+    difference = given.astype(np.float64) - expected.astype(np.float64)
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def _sizes(traced: TracedPart) -> list[dict[str, int]]:
+    """One image without guidance, and several with it on another shape."""
+    side = latent_multiple(traced.config)
+    tokens = getattr(traced.config, "max_position_embeddings", 7)
+    return [
+        {"B": 1, "g": 1, "r": 1, "n": tokens, "h": side, "w": side},
+        {"B": 3, "g": 2, "r": 3, "n": tokens, "h": 2 * side, "w": side},
+    ]
+
+
+@torch.no_grad()
+def _run(
+    module: nn.Module, part: Part, inputs: Mapping[str, torch.Tensor]
+) -> dict[str, NDArray[Any]]:
+    outputs = module(**inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return {
+        name: value.numpy() for name, value in zip(SIGNATURES[part].outputs, outputs, strict=True)
+    }

@@ -1,0 +1,106 @@
+"""The four graphs as modules: a reference module with what belongs to it at its borders.
+
+What an app hands over and gets back is float32, int64 or uint8 whatever the module computes in;
+the casts are in the graph. Names and shapes are those of `engine.signature`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from export.autoencoder import Autoencoder
+from export.clip import TextEncoder
+from export.unet import UNet
+
+
+class TextEncode(nn.Module):
+    """input_ids (B, n) int64 -> hidden states and pooled text, float32."""
+
+    def __init__(self, text_encoder: TextEncoder) -> None:
+        super().__init__()
+        self.model = text_encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the last and the penultimate hidden states and the pooled text."""
+        last, penultimate, pooled = self.model(input_ids)
+        return last.float(), penultimate.float(), pooled.float()
+
+
+class Step(nn.Module):
+    """One step of any sampler: scale, denoise all groups at once, guide, apply the matrices.
+
+    registers: (B, r, C, h, w), the first is the latent; matrices: (B, r, r + 2) act on
+    [registers; guided output; noise]; guidance: (g, B) weighs the groups of the conditioning
+    ([1 - s, s] is classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598, equation 6).
+    """
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.model = unet
+
+    def forward(
+        self,
+        registers: Tensor,
+        matrices: Tensor,
+        timestep: Tensor,
+        input_scale: Tensor,
+        context: Tensor,
+        guidance: Tensor,
+        noise: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """Return the next registers, (B, r, C, h, w) float32."""
+        dtype = self.model.conv_in.weight.dtype
+        groups = context.shape[0]
+        x = registers[:, 0] * input_scale[:, None, None, None]
+        out = self.model(
+            _for_groups(x, groups).to(dtype),
+            _for_groups(timestep, groups),
+            context.flatten(0, 1).to(dtype),
+            text_embeds=None if text_embeds is None else text_embeds.flatten(0, 1).to(dtype),
+            time_ids=None if time_ids is None else time_ids.flatten(0, 1),
+            timestep_cond=(
+                None if timestep_cond is None else _for_groups(timestep_cond, groups).to(dtype)
+            ),
+        )
+        out = out.float().unflatten(0, (groups, -1))
+        guided = (guidance[:, :, None, None, None] * out).sum(dim=0)
+        known = torch.cat([registers, guided[:, None], noise[:, None]], dim=1)
+        return torch.bmm(matrices, known.flatten(2)).unflatten(2, registers.shape[2:])
+
+
+class VaeDecode(nn.Module):
+    """latents (B, C, h, w) float32 -> pixels (B, H, W, 3) uint8."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.model = autoencoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Undo the scaling, decode, round to bytes."""
+        config = self.model.config
+        latents = latents / config.scaling_factor + config.shift_factor
+        pixels = self.model.decode(latents.to(self.model.decoder.conv_in.weight.dtype)).float()
+        pixels = (pixels * 127.5 + 127.5).clamp(0.0, 255.0).round()
+        return pixels.permute(0, 2, 3, 1).to(torch.uint8)
+
+
+class VaeEncode(nn.Module):
+    """pixels (B, H, W, 3) uint8, noise (B, C, h, w) -> latents (B, C, h, w) float32."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.model = autoencoder
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Encode, draw from the posterior with the noise, scale."""
+        config = self.model.config
+        scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        mean, std = self.model.encode(scaled.to(self.model.encoder.conv_in.weight.dtype))
+        return (mean.float() + std.float() * noise - config.shift_factor) * config.scaling_factor
+
+
+def _for_groups(values: Tensor, groups: int) -> Tensor:
+    """Repeat a batch for each group of the conditioning: (B, …) -> (g · B, …)."""
+    return values[None].expand(groups, *values.shape).flatten(0, 1)

@@ -1,0 +1,318 @@
+"""The denoising UNet with cross-attention (Rombach et al. 2022, arXiv:2112.10752).
+
+Attribute names are those of diffusers' UNet2DConditionModel, so its state dict loads strictly.
+"""
+
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import UNetConfig
+from export.layers import Attention, Downsample, ResnetBlock, Upsample
+
+TRANSFORMER_EPS = 1e-6  # the group norm before a transformer; the residual blocks' is configured
+
+
+def sinusoids(values: Tensor, channels: int, *, flip: bool, shift: int) -> Tensor:
+    """Embed scalars (n,) as cosines and sines (n, channels) (Vaswani et al. 2017, section 3.5).
+
+    `flip` puts the cosines first; `shift` is subtracted from the count of frequencies.
+    """
+    half = channels // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device)
+    angles = values.float()[:, None] * torch.exp(exponent / (half - shift))[None]
+    parts = (angles.cos(), angles.sin()) if flip else (angles.sin(), angles.cos())
+    return torch.cat(parts, dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers over sinusoids, optionally with an embedded guidance scale added first."""
+
+    def __init__(self, channels: int, embedding: int, *, condition_channels: int = 0) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, embedding)
+        if condition_channels:
+            self.cond_proj = nn.Linear(condition_channels, channels, bias=False)
+        self.linear_2 = nn.Linear(embedding, embedding)
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, channels) -> (B, embedding); condition: (B, condition_channels) or None."""
+        if condition is not None:
+            sample = sample + self.cond_proj(condition)
+        return self.linear_2(F.silu(self.linear_1(sample)))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with GELU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, n, channels) -> (B, n, hidden)."""
+        value, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU and a linear layer; `net.1` is the dropout of training, here nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, n, channels) -> (B, n, channels)."""
+        return self.net(hidden_states)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each with a norm before it."""
+
+    def __init__(self, channels: int, heads: int, context_channels: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, context_channels=context_channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+        """(B, n, channels), context (B, m, context_channels) -> (B, n, channels)."""
+        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), context)
+        return hidden_states + self.ff(self.norm3(hidden_states))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, with a residual around them.
+
+    The projections in and out are 1x1 convolutions, or linear layers (Stable Diffusion 2 and XL).
+    """
+
+    def __init__(self, channels: int, heads: int, layers: int, config: UNetConfig) -> None:
+        super().__init__()
+        self.linear = config.use_linear_projection
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_EPS)
+        self.proj_in: nn.Module
+        self.proj_out: nn.Module
+        if self.linear:
+            self.proj_in, self.proj_out = (nn.Linear(channels, channels) for _ in range(2))
+        else:
+            self.proj_in, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(2))
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, config.cross_attention_dim) for _ in range(layers)
+        )
+
+    def forward(self, hidden_states: Tensor, context: Tensor) -> Tensor:
+        """(B, C, h, w), context (B, m, D) -> (B, C, h, w)."""
+        size = hidden_states.shape[2:]
+        x = self.norm(hidden_states)
+        x = x if self.linear else self.proj_in(x)
+        x = x.flatten(2).transpose(1, 2)
+        x = self.proj_in(x) if self.linear else x
+        for block in self.transformer_blocks:
+            x = block(x, context)
+        x = self.proj_out(x) if self.linear else x
+        x = x.transpose(1, 2).unflatten(2, size)
+        x = x if self.linear else self.proj_out(x)
+        return hidden_states + x
+
+
+class Block(nn.Module):
+    """One level of the UNet: residual blocks, each followed by a transformer where it has one."""
+
+    def __init__(
+        self,
+        channels: Sequence[tuple[int, int]],
+        config: UNetConfig,
+        *,
+        level: int,
+        attention: bool,
+        down: bool = False,
+        up: bool = False,
+    ) -> None:
+        super().__init__()
+        width = channels[-1][1]
+        self.resnets = nn.ModuleList(
+            ResnetBlock(
+                inputs,
+                outputs,
+                groups=config.norm_num_groups,
+                eps=config.norm_eps,
+                time_channels=4 * config.block_out_channels[0],
+            )
+            for inputs, outputs in channels
+        )
+        # The middle has two residual blocks around one transformer, or one block alone.
+        transformers = len(channels) if level >= 0 else len(channels) - 1
+        if attention:
+            self.attentions = nn.ModuleList(
+                SpatialTransformer(
+                    width, config.heads()[level], config.transformer_layers()[level], config
+                )
+                for _ in range(transformers)
+            )
+        if down:
+            self.downsamplers = nn.ModuleList([Downsample(width)])
+        if up:
+            self.upsamplers = nn.ModuleList([Upsample(width)])
+        self.has_attention = attention
+
+
+class DownBlock(Block):
+    """A level on the way down; also returns what the way up will want."""
+
+    def forward(
+        self, hidden_states: Tensor, time_embedding: Tensor, context: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return (B, C, h // 2, w // 2), or (B, C, h, w) at the lowest level, and the skips."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            hidden_states = resnet(hidden_states, time_embedding)
+            if self.has_attention:
+                hidden_states = self.attentions[i](hidden_states, context)
+            skips.append(hidden_states)
+        if hasattr(self, "downsamplers"):
+            hidden_states = self.downsamplers[0](hidden_states)
+            skips.append(hidden_states)
+        return hidden_states, skips
+
+
+class MidBlock(Block):
+    """The lowest level: residual block, transformer, residual block, or one residual block."""
+
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, context: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        hidden_states = self.resnets[0](hidden_states, time_embedding)
+        if self.has_attention:
+            hidden_states = self.attentions[0](hidden_states, context)
+            hidden_states = self.resnets[1](hidden_states, time_embedding)
+        return hidden_states
+
+
+class UpBlock(Block):
+    """A level on the way up; every residual block also sees one skip."""
+
+    def forward(
+        self, hidden_states: Tensor, skips: list[Tensor], time_embedding: Tensor, context: Tensor
+    ) -> Tensor:
+        """Consume the last skips; return (B, C, h, w) at the size of the next level."""
+        for i, resnet in enumerate(self.resnets):
+            hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
+            hidden_states = resnet(hidden_states, time_embedding)
+            if self.has_attention:
+                hidden_states = self.attentions[i](hidden_states, context)
+        if hasattr(self, "upsamplers"):
+            hidden_states = self.upsamplers[0](hidden_states, tuple(skips[-1].shape[2:]))
+        return hidden_states
+
+
+class UNet(nn.Module):
+    """Predict noise, velocity or picture, as it was trained, from a noisy latent and a text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        embedding = 4 * widths[0]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(
+            widths[0], embedding, condition_channels=config.time_cond_proj_dim
+        )
+        if config.addition_embed_type == "text_time":
+            self.add_embedding = TimestepEmbedding(
+                config.projection_class_embeddings_input_dim, embedding
+            )
+        self.down_blocks, skips = _down_blocks(config)
+        attention = config.mid_block_type == "UNetMidBlock2DCrossAttn"
+        channels = [(widths[-1], widths[-1])] * (2 if attention else 1)
+        self.mid_block = MidBlock(channels, config, level=-1, attention=attention)
+        self.up_blocks = _up_blocks(config, skips)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Tensor:
+        """Return (B, out_channels, h, w).
+
+        sample: (B, in_channels, h, w); timestep: (B,); context: (B, m, cross_attention_dim).
+        text_embeds (B, p) and time_ids (B, 6) are XL's pooled text and sizes in pixels;
+        timestep_cond: (B, time_cond_proj_dim) is the embedded guidance scale of LCM.
+        """
+        time_embedding = self._embed_time(timestep, sample, text_embeds, time_ids, timestep_cond)
+        hidden_states = self.conv_in(sample)
+        skips = [hidden_states]
+        for block in self.down_blocks:
+            hidden_states, more = block(hidden_states, time_embedding, context)
+            skips += more
+        hidden_states = self.mid_block(hidden_states, time_embedding, context)
+        for block in self.up_blocks:
+            hidden_states = block(hidden_states, skips, time_embedding, context)
+        return self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
+
+    def _embed_time(
+        self,
+        timestep: Tensor,
+        sample: Tensor,
+        text_embeds: Tensor | None,
+        time_ids: Tensor | None,
+        timestep_cond: Tensor | None,
+    ) -> Tensor:
+        config = self.config
+        flags = {"flip": config.flip_sin_to_cos, "shift": config.freq_shift}
+        waves = sinusoids(timestep, config.block_out_channels[0], **flags)
+        embedding = self.time_embedding(waves.to(sample.dtype), timestep_cond)
+        if config.addition_embed_type == "text_time":
+            assert text_embeds is not None
+            assert time_ids is not None
+            sizes = sinusoids(time_ids.flatten(), config.addition_time_embed_dim, **flags)
+            sizes = sizes.unflatten(0, (-1, time_ids.shape[1])).flatten(1)
+            added = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1)
+            embedding = embedding + self.add_embedding(added.to(sample.dtype))
+        return embedding
+
+
+def _down_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
+    """Build the way down; also return the widths of the skips in the order they are made."""
+    widths, blocks = config.block_out_channels, nn.ModuleList()
+    skips, previous = [widths[0]], widths[0]
+    for level, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
+        layers, last = config.layers()[level], level == len(widths) - 1
+        channels = [(previous if i == 0 else width, width) for i in range(layers)]
+        attention = kind == "CrossAttnDownBlock2D"
+        blocks.append(DownBlock(channels, config, level=level, attention=attention, down=not last))
+        skips += [width] * (layers if last else layers + 1)
+        previous = width
+    return blocks, skips
+
+
+def _up_blocks(config: UNetConfig, skips: list[int]) -> nn.ModuleList:
+    """Build the way up: one residual block more a level than on the way down."""
+    widths, blocks, skips = config.block_out_channels, nn.ModuleList(), list(skips)
+    previous = widths[-1]
+    for i, kind in enumerate(config.up_block_types):
+        level = len(widths) - 1 - i
+        width, channels = widths[level], []
+        for _ in range(config.layers()[level] + 1):
+            channels.append((previous + skips.pop(), width))
+            previous = width
+        attention = kind == "CrossAttnUpBlock2D"
+        blocks.append(UpBlock(channels, config, level=level, attention=attention, up=level > 0))
+    return blocks

@@ -1,0 +1,6 @@
+"""Text-to-image latent diffusion without torch: `Pipeline.load("pictogram")("a red apple")`."""
+
+from runtime.pipeline import Pipeline, Progress, Result
+from runtime.request import Request
+
+__all__ = ["Pipeline", "Progress", "Request", "Result"]

@@ -1,0 +1,267 @@
+"""From a prompt to pictures: tokenise, encode, draw noise, step, decode.
+
+Image-to-image changes the starting registers and the first step, nothing else.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.backends import BackendSettings, Engine, open_engine
+from engine.graphs import Precision, find_graph, graph_folders
+from engine.model import Model
+from engine.models import find_model
+from engine.signature import Part
+from runtime.noise import TorchNoise
+from runtime.request import Request
+from runtime.samplers import Program, program
+from runtime.schedule import NoiseSchedule
+from runtime.tokenizer import Tokenizer
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Progress:
+    """The state after a step, for progress and previews.
+
+    step: 1 to total; latents: (B, C, height // 8, width // 8) float32
+    """
+
+    step: int
+    total: int
+    latents: Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """The pictures, in the order of the prompts, and what they were made with.
+
+    seeds: one for each picture; warnings: sentences for the user, such as that a prompt was cut
+    """
+
+    images: list[Image.Image]
+    seeds: list[int]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Plan:
+    """Everything that is known of a request before the first step."""
+
+    program: Program
+    context: Array  # (g, B, n, D)
+    guidance: Array  # (g, B)
+    seeds: list[int]
+    height: int  # pixels
+    width: int
+    image: Image.Image | None
+    warnings: tuple[str, ...]
+
+
+class Pipeline:
+    """A model with its engines; `load` makes one, a call draws pictures.
+
+    Engines are opened when they are first needed and kept. Calls from several threads are safe
+    as far as the backend's engines are; ONNX Runtime's are.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, open_part: Callable[[Part], Engine]
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.schedule = NoiseSchedule.from_config(model.scheduler)
+        self._open_part = open_part
+        self._engines: dict[Part, Engine] = {}
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = "pictogram",
+        *,
+        graphs: Path | None = None,
+        precision: Precision = "float32",
+        settings: BackendSettings | None = None,
+    ) -> Self:
+        """Load the model that ships, by its name, or a folder in diffusers' layout.
+
+        graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
+        Raises ModelError, GraphError or BackendError.
+        """
+        opened = Model.open(find_model(model))
+        chosen = settings or BackendSettings()
+
+        def open_part(part: Part) -> Engine:
+            config, folders = opened.config(part), graph_folders(graphs)
+            graph = find_graph(part, config, precision, folders, opened.path)
+            return open_engine(graph, opened.weights(part), chosen)
+
+        return cls(opened, Tokenizer.load(opened.path / "tokenizer"), open_part)
+
+    @property
+    def model_path(self) -> Path:
+        """The folder that the model came from, in diffusers' layout."""
+        return self.model.path
+
+    def engine(self, part: Part) -> Engine:
+        """Return a part's engine, opening it at the first call."""
+        if part not in self._engines:
+            self._engines[part] = self._open_part(part)
+        return self._engines[part]
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 5.0,
+        sampler: str = "ddim",
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | None = None,
+        image: Image.Image | None = None,
+        strength: float = 0.8,
+        eta: float = 0.0,
+    ) -> Result:
+        """Draw pictures; the arguments are those of `Request`.
+
+        Raises RequestError for a wish that cannot be fulfilled, BackendError when an engine fails.
+        """
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            height=height,
+            width=width,
+            seed=seed,
+            image=image,
+            strength=strength,
+            eta=eta,
+        )
+        plan = self.plan(request)
+        for progress in self.denoise(plan):
+            latents = progress.latents
+        return Result(images=self.decode(latents), seeds=plan.seeds, warnings=plan.warnings)
+
+    def plan(self, request: Request) -> Plan:
+        """Check a request against the model, compute its sampler and encode its texts."""
+        compression = self.model.vae.compression
+        height, width = request.size(self.model.sample_size * compression, compression)
+        strength = None if request.image is None else request.strength
+        steps = program(
+            request.sampler,
+            self.schedule,
+            request.num_inference_steps,
+            strength=strength,
+            eta=request.eta,
+        )
+        seeds = request.seeds()
+        guided = request.guidance_scale > 1
+        texts = [request.prompts()]
+        weights = [1.0]
+        if guided:
+            texts = [request.negative_prompts(), *texts]
+            weights = [1.0 - request.guidance_scale, request.guidance_scale]
+        context, warnings = self._encode_texts(texts, request.num_images_per_prompt)
+        return Plan(
+            program=steps,
+            context=context,
+            guidance=np.repeat(np.array(weights, np.float32)[:, None], len(seeds), axis=1),
+            seeds=seeds,
+            height=height,
+            width=width,
+            image=request.image,
+            warnings=warnings,
+        )
+
+    def denoise(self, plan: Plan) -> Iterator[Progress]:
+        """Run the sampler; yields after every step. To cancel, stop iterating."""
+        steps, batch = plan.program, len(plan.seeds)
+        noises = [TorchNoise(seed) for seed in plan.seeds]
+        shape = self._latent_shape(plan)
+        engine = self.engine("step")
+        registers = np.zeros((batch, steps.matrices.shape[1], *shape), np.float32)
+        registers[:, 0] = self._start(plan, noises, shape)
+        no_noise = np.zeros((batch, *shape), np.float32)
+        total = len(steps.timesteps)
+        for i in range(total):
+            draws = steps.needs_noise[i]
+            inputs: dict[str, NDArray[Any]] = {
+                "registers": registers,
+                "matrices": _rows(steps.matrices[i], batch),
+                "timestep": _rows(steps.timesteps[i], batch),
+                "input_scale": _rows(steps.input_scales[i], batch),
+                "context": plan.context,
+                "guidance": plan.guidance,
+                "noise": _draw(noises, shape) if draws else no_noise,
+            }
+            registers = engine.run(inputs)["next_registers"]
+            yield Progress(step=i + 1, total=total, latents=registers[:, 0])
+
+    def decode(self, latents: Array) -> list[Image.Image]:
+        """Decode latents (B, C, h, w) into pictures of 8 h by 8 w pixels."""
+        pixels = self.engine("vae_decoder").run({"latents": np.ascontiguousarray(latents)})
+        return [Image.fromarray(picture) for picture in pixels["pixels"]]
+
+    def _encode_texts(self, groups: list[list[str]], repeats: int) -> tuple[Array, tuple[str, ...]]:
+        """Encode each distinct text once; return the context (g, B, n, D) and what was cut."""
+        distinct = list(dict.fromkeys(text for texts in groups for text in texts))
+        tokens = self.tokenizer(distinct)
+        encoded = self.engine("text_encoder").run({"input_ids": tokens.input_ids})
+        rows = [
+            [distinct.index(text) for text in texts for _ in range(repeats)] for texts in groups
+        ]
+        room = self.tokenizer.max_length - 2
+        warnings = tuple(
+            f"the prompt is longer than {room} tokens; it was cut before {_shorten(cut)!r}"
+            for cut in tokens.cuts
+            if cut is not None
+        )
+        return encoded["last_hidden_state"][np.array(rows)], warnings
+
+    def _start(self, plan: Plan, noises: list[TorchNoise], shape: tuple[int, ...]) -> Array:
+        """Return the latents that the first step sees; the draws' order is that of diffusers."""
+        steps = plan.program
+        signal = np.float32(0)
+        if plan.image is not None:
+            picture = plan.image.convert("RGB").resize((plan.width, plan.height), Image.LANCZOS)
+            latents = self.engine("vae_encoder").run(
+                {
+                    "pixels": _rows(np.asarray(picture), len(noises)),
+                    "noise": _draw(noises, shape),
+                }
+            )["latents"]
+            signal = np.float32(steps.signal_scale) * latents
+        started: Array = signal + np.float32(steps.noise_scale) * _draw(noises, shape)
+        return started
+
+    def _latent_shape(self, plan: Plan) -> tuple[int, int, int]:
+        vae = self.model.vae
+        return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
+
+
+def _draw(noises: list[TorchNoise], shape: tuple[int, ...]) -> Array:
+    """Draw from each picture's own generator, as diffusers does with a list of them."""
+    return np.concatenate([noise.normal((1, *shape)) for noise in noises])
+
+
+def _rows(value: Any, batch: int) -> NDArray[Any]:
+    """Repeat one picture's value for the whole batch; float64 becomes float32."""
+    value = np.asarray(value)
+    dtype = np.float32 if value.dtype == np.float64 else value.dtype
+    return np.repeat(value.astype(dtype)[None], batch, axis=0)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,0 +1,121 @@
+"""What a user asks for, checked before anything is computed."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from PIL import Image
+
+from engine.errors import RequestError
+from runtime.noise import MAX_SEED
+
+MAX_SIDE = 8192  # pixels; a larger side is a slip of the keyboard
+MAX_IMAGES = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One call of a pipeline; names and meanings are those of diffusers.
+
+    prompt, negative_prompt: a text or one text for each picture
+    num_images_per_prompt: pictures drawn of every prompt, with seeds that count up
+    guidance_scale: s of `uncond + s · (cond − uncond)`; up to 1 nothing is guided
+    height, width: in pixels; None takes the image's, or what the model was trained on
+    seed: of the first picture; None draws one
+    image: where image-to-image starts from
+    strength: how far from the image to go, above 0 and up to 1
+    eta: of DDIM, 0 draws no noise
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] = ""
+    num_images_per_prompt: int = 1
+    num_inference_steps: int = 20
+    guidance_scale: float = 5.0
+    sampler: str = "ddim"
+    height: int | None = None
+    width: int | None = None
+    seed: int | None = None
+    image: Image.Image | None = None
+    strength: float = 0.8
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could fulfil; the sampler checks steps, strength and eta."""
+        _check_number("guidance_scale", self.guidance_scale, Real, 0, 1000)
+        _check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)
+        if self.seed is not None:
+            _check_number("seed", self.seed, Integral, 0, MAX_SEED)
+        if self.image is not None and not isinstance(self.image, Image.Image):
+            raise RequestError(
+                f"image came as {type(self.image).__name__}; give a PIL image "
+                "(PIL.Image.open of a file)"
+            )
+        if not self.prompts():
+            raise RequestError("prompt is an empty list; give one text or several")
+        self.negative_prompts()
+
+    def prompts(self) -> list[str]:
+        """Return the prompts as a list, one for each group of pictures."""
+        return [self.prompt] if isinstance(self.prompt, str) else _texts("prompt", self.prompt)
+
+    def negative_prompts(self) -> list[str]:
+        """Return one negative prompt for each prompt."""
+        count = len(self.prompts())
+        if isinstance(self.negative_prompt, str):
+            return [self.negative_prompt] * count
+        negative = _texts("negative_prompt", self.negative_prompt)
+        if len(negative) != count:
+            raise RequestError(
+                f"negative_prompt has {len(negative)} texts and prompt has {count}; "
+                "give one text, or as many as there are prompts"
+            )
+        return negative
+
+    def seeds(self) -> list[int]:
+        """Return one seed for each picture, counting up from `seed` or from a drawn one."""
+        first = secrets.randbelow(2**32) if self.seed is None else int(self.seed)
+        count = len(self.prompts()) * self.num_images_per_prompt
+        return [(first + i) % (MAX_SEED + 1) for i in range(count)]
+
+    def size(self, default: int, multiple: int) -> tuple[int, int]:
+        """Return height and width in pixels.
+
+        `default` is the model's own side; both must be multiples of `multiple`. Raises
+        RequestError otherwise.
+        """
+        height = width = default
+        if self.image is not None:
+            height, width = (
+                max(side - side % multiple, multiple)
+                for side in (self.image.height, self.image.width)
+            )
+        height = height if self.height is None else self.height
+        width = width if self.width is None else self.width
+        for name, side in (("height", height), ("width", width)):
+            _check_number(name, side, Integral, multiple, MAX_SIDE)
+            if side % multiple:
+                raise RequestError(
+                    f"{name} is {side}; it must be a multiple of {multiple}, "
+                    f"such as {max(round(side / multiple), 1) * multiple}"
+                )
+        return int(height), int(width)
+
+
+def _texts(name: str, values: object) -> list[str]:
+    if not isinstance(values, Sequence) or isinstance(values, bytes):
+        raise RequestError(
+            f"{name} came as {type(values).__name__}; give a text or a list of texts"
+        )
+    for value in values:
+        if not isinstance(value, str):
+            raise RequestError(f"{name} holds a {type(value).__name__}; every prompt is a text")
+    return list(values)
+
+
+def _check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
+    # bool counts as a number in Python, but nobody means True pixels.
+    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
+        what = "whole number" if kind is Integral else "number"
+        raise RequestError(f"{name} is {value!r}; give a {what} from {low} to {high}")

@@ -1,0 +1,164 @@
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+
+from engine.config import UNetConfig
+from export.unet import UNet, sinusoids
+from tests.parity import randomised, relative_error, shrunk
+from tests.tolerances import PARITY_RTOL
+
+DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+TEXT_WIDTH, POOLED_WIDTH, GUIDANCE_WIDTH, SIZE_WIDTH = 12, 20, 24, 8
+
+SD15: dict[str, Any] = {
+    "block_out_channels": (16, 32, 32, 32),
+    "down_block_types": (DOWN, DOWN, DOWN, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", UP, UP, UP),
+    "attention_head_dim": 4,
+    "cross_attention_dim": TEXT_WIDTH,
+    "norm_num_groups": 8,
+}
+SD21 = SD15 | {"use_linear_projection": True, "attention_head_dim": [2, 4, 4, 8]}
+TEXT_TIME = {
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": SIZE_WIDTH,
+}
+XL = (
+    SD15
+    | TEXT_TIME
+    | {
+        "block_out_channels": (16, 32, 48),
+        "down_block_types": ("DownBlock2D", DOWN, DOWN),
+        "up_block_types": (UP, UP, "UpBlock2D"),
+        "attention_head_dim": [1, 2, 4],
+        "transformer_layers_per_block": [1, 2, 3],
+        "projection_class_embeddings_input_dim": POOLED_WIDTH + 6 * SIZE_WIDTH,
+    }
+)
+REFINER = (
+    SD15
+    | TEXT_TIME
+    | {
+        "down_block_types": ("DownBlock2D", DOWN, DOWN, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", UP, UP, "UpBlock2D"),
+        "attention_head_dim": [2, 4, 8, 8],
+        "transformer_layers_per_block": 2,
+        "projection_class_embeddings_input_dim": POOLED_WIDTH + 5 * SIZE_WIDTH,
+    }
+)
+KINDS: dict[str, dict[str, Any]] = {
+    "sd15": SD15,
+    "sd21": SD21,
+    "xl": XL,
+    "refiner": REFINER,
+    "lcm": SD15 | {"time_cond_proj_dim": GUIDANCE_WIDTH},
+    "xl-lcm": XL | {"time_cond_proj_dim": GUIDANCE_WIDTH},
+    "inpainting": SD15 | {"in_channels": 9},
+    "learned-variance": SD15 | {"out_channels": 8},
+    "layers-1": SD15 | {"layers_per_block": 1},
+    "layers-by-level": XL | {"layers_per_block": (1, 3, 2)},
+    "middle-without-attention": SD15 | {"mid_block_type": "UNetMidBlock2D"},
+    "sines-first": SD15 | {"flip_sin_to_cos": False, "freq_shift": 1},
+    "wide-epsilon": SD15 | {"norm_eps": 1e-2},
+    "one-level": SD15
+    | {"block_out_channels": (32,), "down_block_types": (DOWN,), "up_block_types": (UP,)},
+    "attention-down-only": XL | {"up_block_types": ("UpBlock2D", UP, "UpBlock2D")},
+    "attention-nowhere": SD15
+    | {
+        "down_block_types": ("DownBlock2D",) * 4,
+        "up_block_types": ("UpBlock2D",) * 4,
+        "mid_block_type": "UNetMidBlock2D",
+        "attention_head_dim": 7,  # divides nothing, and nothing asks it to
+    },
+}
+
+
+def pair(kind: dict[str, Any]) -> tuple[UNet2DConditionModel, UNet]:
+    torch.manual_seed(0)
+    reference = randomised(UNet2DConditionModel(**kind))
+    module = UNet(UNetConfig.from_dict(reference.config))
+    module.load_state_dict(reference.state_dict(), strict=True)
+    return reference, module.eval()
+
+
+@torch.no_grad()
+def error(
+    kind: dict[str, Any], batch: int, height: int, width: int, *, small: bool = False
+) -> float:
+    reference, module = pair(kind)
+    if small:
+        shrunk(reference)
+        shrunk(module)
+    config = module.config
+    sample = torch.randn(batch, config.in_channels, height, width)
+    timestep = torch.tensor([3, 999, 500])[:batch]
+    context = torch.randn(batch, 7, TEXT_WIDTH)
+    added = {}
+    if config.addition_embed_type:
+        sizes = (config.projection_class_embeddings_input_dim - POOLED_WIDTH) // SIZE_WIDTH
+        added["text_embeds"] = torch.randn(batch, POOLED_WIDTH)
+        added["time_ids"] = torch.randint(0, 1024, (batch, sizes))
+    condition = torch.randn(batch, GUIDANCE_WIDTH) if config.time_cond_proj_dim else None
+    expected = reference(
+        sample, timestep, context, timestep_cond=condition, added_cond_kwargs=added
+    ).sample
+    actual = module(sample, timestep, context, timestep_cond=condition, **added)
+    assert actual.shape == (batch, config.out_channels, height, width)
+    return relative_error(actual, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_agrees_with_diffusers(kind):
+    assert error(kind, 2, 16, 24) < PARITY_RTOL
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 32), (9, 7), (13, 10), (10, 12)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", [SD15, XL], ids=["sd15", "xl"])
+def test_agrees_at_any_size_and_batch(kind, batch, height, width):
+    assert error(kind, batch, height, width) < PARITY_RTOL
+
+
+@pytest.mark.parametrize("kind", [SD15, SD21], ids=["sd15", "sd21"])
+def test_epsilons_are_those_of_diffusers(kind):
+    assert error(kind, 2, 16, 16, small=True) < PARITY_RTOL
+
+
+def test_rows_of_a_batch_do_not_meet():
+    _, module = pair(XL)
+    sample, context = torch.randn(3, 4, 8, 8), torch.randn(3, 5, TEXT_WIDTH)
+    pooled, sizes = torch.randn(3, POOLED_WIDTH), torch.randint(0, 1024, (3, 6))
+    timestep = torch.tensor([1, 400, 800])
+    with torch.no_grad():
+        whole = module(sample, timestep, context, text_embeds=pooled, time_ids=sizes)
+        for i in range(3):
+            row = slice(i, i + 1)
+            alone = module(
+                sample[row],
+                timestep[row],
+                context[row],
+                text_embeds=pooled[row],
+                time_ids=sizes[row],
+            )
+            assert relative_error(alone, whole[row]) < PARITY_RTOL
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sinusoids_agree_with_diffusers(flip, shift):
+    timesteps = torch.tensor([0.0, 0.25, 1.0, 500.0, 999.0])
+    expected = get_timestep_embedding(
+        timesteps, 32, flip_sin_to_cos=flip, downscale_freq_shift=shift
+    )
+    actual = sinusoids(timesteps, 32, flip=flip, shift=shift)
+    assert relative_error(actual, expected) < PARITY_RTOL
+
+
+def test_an_unknown_weight_is_refused():
+    reference, module = pair(SD15)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        module.load_state_dict(reference.state_dict() | {"other": torch.zeros(1)})

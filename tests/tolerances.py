@@ -1,0 +1,15 @@
+"""How close is close enough, named once: every tolerance of the tests, with its reason."""
+
+# runtime/noise.py
+TORCH_NOISE = 1e-6  # absolute: float32 logarithm and cosine of two libraries, numbers up to 6
+
+# runtime/schedule.py, runtime/samplers.py: against diffusers, whose tables are float32
+NOISE_SCHEDULE = 1e-5  # relative: alphas_cumprod, a product of 1000 float32 numbers
+SIGMAS = 5e-5  # relative: float32 leaves 1 - alphas_cumprod = 0.0008 at the first timestep
+SAMPLER_SCALES = 1e-5  # relative: input scales and the starting scales of latents and noise
+SAMPLER_STEP = 2e-5  # of the largest |x|: every step of a trajectory on a nonlinear model
+SAMPLER_STEP_COSINE = 2e-4  # the same where float32 leaves 1 - beta = 0.001 four digits
+SAMPLER_EXACT = 1e-9  # of the largest |x|: float64 algebra alone, no other library
+
+# export/unet.py, export/autoencoder.py, export/clip.py: against diffusers and transformers
+PARITY_RTOL = 1e-5  # norm of the difference / norm of the reference: float32, other summing orders

@@ -1,0 +1,176 @@
+"""`python -m training`: make the model that ships, or one from your own captioned pictures.
+
+data, autoencoder, diffusion and ship are run in this order over one working folder.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from engine.errors import LatentrtError
+from export.autoencoder import Autoencoder
+from runtime.tokenizer import Tokenizer
+from training import autoencoder, diffusion, pictograms, quality, ship
+from training.captions import read_coco, read_flickr30k
+from training.dataset import TrainingSet, load_training_set
+from training.loop import LoopSettings
+from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.work.mkdir(parents=True, exist_ok=True)
+        options.command(options)
+    except LatentrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\nstopped; the last checkpoint is kept, run the command again", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _data(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    out = options.work / "data.npz"
+    if options.coco:
+        read_coco(options.coco, options.images, pictograms.SIZE).save(out)
+    elif options.flickr30k:
+        read_flickr30k(options.flickr30k, options.images, pictograms.SIZE).save(out)
+    else:
+        subjects = pictograms.build(
+            options.work / "packages",
+            everyday=not options.all,
+            progress=lambda names: tqdm(list(names), desc="subjects"),
+        )
+        subjects.save(out)
+    print(f"{out}: {len(load_training_set(out).images)} pictures to train on")
+
+
+def _autoencoder(options: argparse.Namespace) -> None:
+    images = _training_set(options).images
+    trained = autoencoder.train(images, _settings(options), options.work)
+    sample = images[:: max(len(images) // 256, 1)]
+    value = autoencoder.psnr(sample, autoencoder.reconstruct(trained, sample))
+    autoencoder.normalise(trained, images)
+    torch.save(trained.state_dict(), options.work / "autoencoder-final.pt")
+    print(f"reconstruction PSNR {value:.2f} dB")
+
+
+def _diffusion(options: argparse.Namespace) -> None:
+    data = _training_set(options)
+    trained = _load_autoencoder(options)
+    examples = diffusion.Examples(
+        latents=autoencoder.encode(trained, data.images), caption=data.caption
+    )
+    tokenizer = _tokenizer(options, data)
+    denoiser = diffusion.train(
+        examples, tokenizer, trained, _settings(options), options.work, prompts=data.prompts
+    )
+    torch.save(denoiser.state_dict(), options.work / "diffusion-final.pt")
+
+
+def _ship(options: argparse.Namespace) -> None:
+    tokenizer = Tokenizer.load(options.work / "tokenizer")
+    denoiser = diffusion.Denoiser(tokenizer.vocab_size)
+    denoiser.load_state_dict(torch.load(options.work / "diffusion-final.pt", weights_only=True))
+    ship.write_model(options.out, denoiser, _load_autoencoder(options), options.work / "tokenizer")
+    print(options.out)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    data = pictograms.Pictograms.load(options.work / "data.npz")
+    report = quality.evaluate(options.model, data)
+    text = json.dumps(report, indent=2)
+    (options.work / "quality.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+def _training_set(options: argparse.Namespace) -> TrainingSet:
+    return load_training_set(options.work / "data.npz")
+
+
+def _load_autoencoder(options: argparse.Namespace) -> Autoencoder:
+    trained = Autoencoder(autoencoder.CONFIG).eval()
+    trained.load_state_dict(torch.load(options.work / "autoencoder-final.pt", weights_only=True))
+    return trained.to(memory_format=torch.channels_last)
+
+
+def _tokenizer(options: argparse.Namespace, data: TrainingSet) -> Tokenizer:
+    folder = options.work / "tokenizer"
+    if not (folder / "vocab.json").exists():
+        merges = download_merges(options.work / "packages")
+        vocabulary, kept = cut_vocabulary(data.vocabulary_texts(), options.vocab_size, merges)
+        write_tokenizer(folder, vocabulary, kept, diffusion.MAX_TOKENS)
+    return Tokenizer.load(folder)
+
+
+def _settings(options: argparse.Namespace) -> LoopSettings:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return LoopSettings(
+        steps=options.steps,
+        minutes=options.minutes,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        device=options.device,
+        seed=options.seed,
+        sample_steps=options.sample_steps,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument(
+            "--work", type=Path, default=Path("work"), help="working folder (default: %(default)s)"
+        )
+        added.set_defaults(command=run)
+        return added
+
+    data = command("data", _data, "make the data set: pictograms, or your own captioned pictures")
+    data.add_argument("--all", action="store_true", help="all subjects, not the everyday ones")
+    source = data.add_mutually_exclusive_group()
+    source.add_argument("--coco", type=Path, metavar="JSON", help="captions as COCO has them")
+    source.add_argument("--flickr30k", type=Path, metavar="FILE", help="captions as Flickr30k has")
+    data.add_argument("--images", type=Path, metavar="FOLDER", help="the pictures they describe")
+
+    for name, run, text, steps, batch, rate in (
+        ("autoencoder", _autoencoder, "train the autoencoder", 30_000, 16, 2e-3),
+        ("diffusion", _diffusion, "train text encoder and UNet", 100_000, 64, 1e-3),
+    ):
+        train = command(name, run, text)
+        train.add_argument("--steps", type=int, default=steps, help="(default: %(default)s)")
+        train.add_argument("--minutes", type=float, help="end sooner, after this much computing")
+        train.add_argument("--batch-size", type=int, default=batch, help="(default: %(default)s)")
+        train.add_argument(
+            "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
+        )
+        train.add_argument("--sample-steps", type=int, default=1000, help="between sample grids")
+        train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        train.add_argument("--threads", type=int, help="processor threads")
+        train.add_argument("--seed", type=int, default=0)
+        train.add_argument("--vocab-size", type=int, default=3072, help="(default: %(default)s)")
+
+    shipping = command("ship", _ship, "write the trained model in diffusers' layout")
+    shipping.add_argument("--out", type=Path, required=True, help="the model's folder")
+    evaluate = command("evaluate", _evaluate, "measure the held-out match of a model")
+    evaluate.add_argument("--model", default="pictogram")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Training of the autoencoder on random crops, then on whole pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.config import AutoencoderConfig
+from export.autoencoder import Autoencoder
+from training.grids import save_grid
+from training.loop import Loop, LoopSettings, Losses, autocast
+
+CONFIG = AutoencoderConfig(
+    block_out_channels=(32, 48, 96, 128),
+    layers_per_block=1,
+    norm_num_groups=8,
+    mid_block_add_attention=False,
+    scaling_factor=1.0,  # `normalise` puts the scale into the weights
+)
+CROP = 64  # pixels; whole pictures are used in the last part of the training
+WHOLE_PICTURES_FROM = 0.85
+KL_WEIGHT = 1e-4  # keeps the latents near unit scale; far too weak to blur
+GRADIENT_WEIGHT = 1.0
+
+
+def train(
+    images: np.ndarray, settings: LoopSettings, folder: Path, *, decoder_only: bool = False
+) -> Autoencoder:
+    """Train on images (n, H, W, 3) uint8; checkpoints and sample grids go to `folder`.
+
+    `decoder_only` leaves the encoder as it is, so that latents made before stay true.
+    """
+    torch.manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    pixels = torch.from_numpy(images)
+    module = Autoencoder(CONFIG).to(memory_format=torch.channels_last)
+    if decoder_only:
+        state = torch.load(folder / "autoencoder.pt", weights_only=True)
+        module.load_state_dict(state["ema"])
+        module.encoder.requires_grad_(False)
+        module.quant_conv.requires_grad_(False)
+    loop = Loop(module, settings, folder / ("decoder.pt" if decoder_only else "autoencoder.pt"))
+
+    def losses(step: int) -> Losses:
+        whole = loop.fraction() > WHOLE_PICTURES_FROM
+        batch = _crops(pixels, settings.batch_size, generator, whole=whole).to(settings.device)
+        with autocast(settings.device):
+            with torch.set_grad_enabled(not decoder_only):
+                mean, std = module.encode(batch)
+            latents = mean + std * torch.randn_like(mean)
+            output = module.decode(latents).float()
+        return _losses(output, batch, mean.float(), std.float())
+
+    def sample(ema: nn.Module, step: int) -> None:
+        assert isinstance(ema, Autoencoder)
+        chosen = pixels[:: max(len(pixels) // 24, 1)][:24]
+        save_grid(
+            [chosen.numpy(), reconstruct(ema, chosen.numpy())],
+            folder / f"autoencoder-{step:06d}.png",
+        )
+
+    ema = loop.run(losses, sample=sample, name="autoencoder")
+    assert isinstance(ema, Autoencoder)
+    return ema
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
+    """Encode and decode images (n, H, W, 3) uint8 in float32; return the same shape and dtype."""
+    device = next(autoencoder.parameters()).device
+    rows = []
+    for batch in torch.from_numpy(images).split(16):
+        mean, _ = autoencoder.encode(_to_pixels(batch).to(device))
+        output = autoencoder.decode(mean).clamp(-1, 1).add(1).mul(127.5).round()
+        rows.append(output.byte().permute(0, 2, 3, 1).cpu())
+    return torch.cat(rows).numpy()
+
+
+@torch.no_grad()
+def encode(autoencoder: Autoencoder, images: np.ndarray) -> Tensor:
+    """Return the means of the latents of images (n, H, W, 3) uint8, unscaled, float32."""
+    device = next(autoencoder.parameters()).device
+    batches = torch.from_numpy(images).split(32)
+    return torch.cat([autoencoder.encode(_to_pixels(b).to(device))[0].cpu() for b in batches])
+
+
+@torch.no_grad()
+def normalise(autoencoder: Autoencoder, images: np.ndarray) -> None:
+    """Give the latents of these images mean 0 and standard deviation 1 in every channel.
+
+    The shift and the scale go into the 1x1 convolutions on both sides of the latents, so the
+    autoencoder draws what it drew before, and diffusion starts from what it expects.
+    """
+    latents = encode(autoencoder, images)
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    inner, outer = autoencoder.quant_conv, autoencoder.post_quant_conv
+    channels = len(mean)
+    mean, std = mean.to(inner.weight.device), std.to(inner.weight.device)
+    assert inner.bias is not None
+    assert outer.bias is not None
+    outer.bias += outer.weight[:, :, 0, 0] @ mean
+    outer.weight *= std[None, :, None, None]
+    inner.weight[:channels] /= std[:, None, None, None]
+    inner.bias[:channels] = (inner.bias[:channels] - mean) / std
+    inner.bias[channels:] -= 2 * std.log()
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of uint8 pictures in dB."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float(10 * np.log10(255.0**2 / max(error, 1e-12)))
+
+
+def _to_pixels(images: Tensor) -> Tensor:
+    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def _crops(images: Tensor, count: int, generator: torch.Generator, *, whole: bool) -> Tensor:
+    """Draw crops, mirrored half of the time; a quarter as many whole pictures cost the same."""
+    size = images.shape[1]
+    crop = size if whole else min(CROP, size)
+    count = max(count * CROP**2 // size**2, 1) if whole else count
+    chosen = torch.randint(len(images), (count,), generator=generator)
+    corners = torch.randint(size - crop + 1, (count, 2), generator=generator).tolist()
+    batch = torch.stack(
+        [images[i, y : y + crop, x : x + crop] for i, (y, x) in zip(chosen, corners, strict=True)]
+    )
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    return _to_pixels(torch.where(mirrored[:, None, None, None], batch.flip(2), batch))
+
+
+def _losses(output: Tensor, target: Tensor, mean: Tensor, std: Tensor) -> Losses:
+    error = output - target
+    gradients = _gradients(output, target)
+    kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()  # Kingma & Welling 2013, appendix B
+    mse = error.square().mean()
+    loss = error.abs().mean() + mse + GRADIENT_WEIGHT * gradients + KL_WEIGHT * kl
+    return {"loss": loss, "psnr": 10 * torch.log10(4.0 / mse.detach()), "kl": kl.detach()}
+
+
+def _gradients(output: Tensor, target: Tensor) -> Tensor:
+    """Compare differences of neighbours, which keeps outlines sharp."""
+    total = output.new_zeros(())
+    for axis in (2, 3):
+        total = total + F.l1_loss(output.diff(dim=axis), target.diff(dim=axis))
+    return total

@@ -1,0 +1,90 @@
+"""What a training draws from: pictures, and a way to caption each."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from training.captions import CaptionedImages
+from training.pictograms import Pictograms, all_captions, random_caption
+
+
+class TrainingSet(Protocol):
+    """images: (n, H, W, 3) uint8; prompts: texts for the sample grids."""
+
+    images: np.ndarray
+    prompts: list[str]
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """Draw one caption of a picture."""
+        ...
+
+    def vocabulary_texts(self) -> list[str]:
+        """Return texts that hold every word whose tokens must be whole."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PictogramTrainingSet:
+    """The pairs of subject and style that are not held out."""
+
+    pictograms: Pictograms
+    pairs: np.ndarray
+    images: np.ndarray
+    prompts: list[str]
+
+    @classmethod
+    def of(cls, pictograms: Pictograms) -> "PictogramTrainingSet":
+        """Take the training pairs out of the whole data set."""
+        pairs = np.argwhere(~pictograms.held_out)
+        wanted = ("red apple", "cat face", "pizza", "sailboat", "snowman", "sunflower", "rocket")
+        return cls(
+            pictograms=pictograms,
+            pairs=pairs,
+            images=pictograms.images[~pictograms.held_out],
+            prompts=[f"{name}, {style} style" for name in wanted for style in ("fluent", "noto")],
+        )
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """Draw one of the ways to ask for a pictogram."""
+        subject, style = self.pairs[index]
+        names, keywords = self.pictograms.names, self.pictograms.keywords
+        return random_caption(names[subject], keywords[subject], int(style), rng)
+
+    def vocabulary_texts(self) -> list[str]:
+        """Return the names and the styles; keywords may fall into pieces."""
+        return all_captions(self.pictograms)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedTrainingSet:
+    """Pictures of a folder, each with one caption or several."""
+
+    captioned: CaptionedImages
+    images: np.ndarray
+    prompts: list[str]
+
+    @classmethod
+    def of(cls, captioned: CaptionedImages) -> "CaptionedTrainingSet":
+        """Take every picture; the first captions serve the sample grids."""
+        prompts = [captions[0] for captions in captioned.captions[:8]]
+        return cls(captioned=captioned, images=captioned.images, prompts=prompts)
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """Draw one of the picture's captions, each equally likely."""
+        captions = self.captioned.captions[index]
+        return captions[int(rng.integers(len(captions)))]
+
+    def vocabulary_texts(self) -> list[str]:
+        """Return all captions."""
+        return [caption for captions in self.captioned.captions for caption in captions]
+
+
+def load_training_set(path: Path) -> TrainingSet:
+    """Read what `python -m training data` wrote."""
+    with np.load(path, allow_pickle=False) as arrays:
+        pictograms = "held_out" in arrays
+    if pictograms:
+        return PictogramTrainingSet.of(Pictograms.load(path))
+    return CaptionedTrainingSet.of(CaptionedImages.load(path))

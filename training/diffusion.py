@@ -1,0 +1,185 @@
+"""Training of the text encoder and the UNet together, in the autoencoder's latents."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.config import TextEncoderConfig, UNetConfig
+from export.autoencoder import Autoencoder
+from export.clip import TextEncoder
+from export.layers import ResnetBlock
+from export.unet import SpatialTransformer, UNet
+from runtime.samplers import program
+from runtime.schedule import NoiseSchedule
+from runtime.tokenizer import Tokenizer
+from training.grids import save_grid
+from training.loop import Loop, LoopSettings, Losses, attention, autocast
+
+MAX_TOKENS = 32
+UNET = UNetConfig(
+    block_out_channels=(96, 144, 128),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    cross_attention_dim=192,
+    attention_head_dim=(3, 4, 4),
+    norm_num_groups=16,
+)
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+UNCONDITIONAL = 0.1  # share of captions replaced by nothing (Ho & Salimans 2022, arXiv:2207.12598)
+UNIFORM_TIMESTEPS = 0.5  # the others are logit-normal, denser where the picture is decided
+PREVIEW_STEPS = (1, 5, 10, 15, 20)
+GUIDANCE_SCALE = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examples:
+    """What the training draws from.
+
+    latents: (n, C, h, w) float32, normalised; caption: (index, rng) -> one text of that picture.
+    """
+
+    latents: Tensor
+    caption: Callable[[int, np.random.Generator], str]
+
+
+class Denoiser(nn.Module):
+    """Text encoder and UNet as one module, so that one optimiser and one EMA hold both."""
+
+    def __init__(self, vocab_size: int, unet: UNetConfig = UNET) -> None:
+        super().__init__()
+        width = unet.cross_attention_dim
+        self.text_encoder = TextEncoder(text_encoder_config(vocab_size, width))
+        self.unet = UNet(unet)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
+        """Predict v: (B, C, h, w), (B,), (B, MAX_TOKENS) int64 -> (B, C, h, w)."""
+        context, _, _ = self.text_encoder(input_ids)
+        return self.unet(latents, timesteps, context)
+
+
+def text_encoder_config(vocab_size: int, width: int) -> TextEncoderConfig:
+    """Describe the text encoder that fits a vocabulary and the UNet's `cross_attention_dim`."""
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=width // 32,
+        max_position_embeddings=MAX_TOKENS,
+        eos_token_id=vocab_size - 1,
+    )
+
+
+def initialise(denoiser: Denoiser) -> None:
+    """Start every residual branch and the output at nothing (Ho et al. 2020, appendix B)."""
+    last = [denoiser.unet.conv_out]
+    for module in denoiser.unet.modules():
+        if isinstance(module, ResnetBlock):
+            last.append(module.conv2)
+        elif isinstance(module, SpatialTransformer):
+            last.append(module.proj_out)
+    for layer in last:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+    nn.init.normal_(denoiser.text_encoder.text_model.embeddings.token_embedding.weight, std=0.5)
+    nn.init.normal_(denoiser.text_encoder.text_model.embeddings.position_embedding.weight, std=0.1)
+
+
+def train(
+    examples: Examples,
+    tokenizer: Tokenizer,
+    autoencoder: Autoencoder,
+    settings: LoopSettings,
+    folder: Path,
+    *,
+    prompts: list[str],
+    unet: UNetConfig = UNET,
+) -> Denoiser:
+    """Train on the examples; checkpoints and sample grids of `prompts` go to `folder`."""
+    torch.manual_seed(settings.seed)
+    denoiser = Denoiser(tokenizer.vocab_size, unet).to(memory_format=torch.channels_last)
+    initialise(denoiser)
+    loop = Loop(denoiser, settings, folder / "diffusion.pt")
+    rng = np.random.default_rng([settings.seed, loop.step])
+    alphas = torch.tensor(NoiseSchedule.from_config(SCHEDULER).alphas_cumprod).float()
+
+    def losses(step: int) -> Losses:
+        chosen = rng.integers(len(examples.latents), size=settings.batch_size)
+        texts = [
+            "" if rng.random() < UNCONDITIONAL else examples.caption(int(i), rng) for i in chosen
+        ]
+        input_ids = torch.from_numpy(tokenizer(texts).input_ids).to(settings.device)
+        x0 = examples.latents[torch.from_numpy(chosen)].to(settings.device)
+        timesteps = draw_timesteps(settings.batch_size, len(alphas))
+        alpha = alphas[timesteps].sqrt()[:, None, None, None].to(settings.device)
+        sigma = (1 - alpha**2).sqrt()
+        noise = torch.randn_like(x0)
+        x = (alpha * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
+        with autocast(settings.device), attention(settings.device):
+            out = denoiser(x, timesteps.to(settings.device), input_ids)
+        # v of Salimans & Ho 2022, arXiv:2202.00512, section 4
+        return {"loss": (out.float() - (alpha * noise - sigma * x0)).square().mean()}
+
+    def sample(ema: nn.Module, step: int) -> None:
+        assert isinstance(ema, Denoiser)
+        input_ids = torch.from_numpy(tokenizer(["", *prompts]).input_ids).to(settings.device)
+        rows = denoise(ema, autoencoder, input_ids, size=tuple(examples.latents.shape[1:]))
+        save_grid(rows, folder / f"diffusion-{step:06d}.png")
+
+    ema = loop.run(losses, sample=sample, name="diffusion")
+    assert isinstance(ema, Denoiser)
+    return ema
+
+
+def draw_timesteps(count: int, num_train_timesteps: int) -> Tensor:
+    """Draw timesteps (count,) int64: some uniform, the others logit-normal."""
+    uniform = torch.rand(count)
+    normal = torch.sigmoid(torch.randn(count))
+    chosen = torch.where(torch.rand(count) < UNIFORM_TIMESTEPS, uniform, normal)
+    return (chosen * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: Denoiser, autoencoder: Autoencoder, input_ids: Tensor, *, size: tuple[int, ...]
+) -> list[np.ndarray]:
+    """Draw each prompt in 20 guided DDIM steps; return rows of pictures at PREVIEW_STEPS.
+
+    input_ids: (1 + n, MAX_TOKENS), the first for the unconditional text; size: (C, h, w) of the
+    latents. Each row is (n, H, W, 3) uint8.
+    """
+    device = input_ids.device
+    count = len(input_ids) - 1
+    steps = program("ddim", NoiseSchedule.from_config(SCHEDULER), PREVIEW_STEPS[-1])
+    noise = torch.randn(count, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    x = steps.noise_scale * noise
+    context, _, _ = denoiser.text_encoder(input_ids)
+    context = torch.cat([context[:1].expand(count, -1, -1), context[1:]])
+    rows = []
+    for i, matrix in enumerate(steps.matrices, 1):
+        timestep = torch.full((2 * count,), float(steps.timesteps[i - 1]), device=device)
+        scaled = torch.cat([x * float(steps.input_scales[i - 1])] * 2)
+        uncond, cond = denoiser.unet(scaled, timestep, context).chunk(2)
+        out = uncond + GUIDANCE_SCALE * (cond - uncond)
+        x = float(matrix[0, 0]) * x + float(matrix[0, 1]) * out
+        if i in PREVIEW_STEPS:
+            pixels = autoencoder.decode(x / autoencoder.config.scaling_factor)
+            pixels = pixels.clamp(-1, 1).add(1).mul(127.5).round().byte()
+            rows.append(pixels.permute(0, 2, 3, 1).cpu().numpy())
+    return rows

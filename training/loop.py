@@ -1,0 +1,164 @@
+"""The optimisation loop that both trainings share: schedule, clipping, EMA, checkpoints, progress."""
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.errors import RequestError
+
+Losses = dict[str, Tensor]  # what the progress bar shows; "loss" is minimised
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    """Choices of one training.
+
+    It ends after `steps`, or after `minutes` of computing if that comes first; the learning rate
+    rises over `warmup_steps` and falls as a cosine to nothing at the end, whichever end it is.
+    """
+
+    steps: int
+    minutes: float | None = None
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup_steps: int = 200
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    save_seconds: float = 120.0
+    sample_steps: int = 1000
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what could not run."""
+        for name in ("steps", "batch_size", "save_seconds", "sample_steps"):
+            if getattr(self, name) <= 0:
+                raise RequestError(f"{name} is {getattr(self, name)}; give a positive number")
+
+
+class Loop:
+    """Minimise a loss over a module's parameters, resuming from `checkpoint` when it is there."""
+
+    def __init__(self, module: nn.Module, settings: LoopSettings, checkpoint: Path) -> None:
+        self.settings = settings
+        self.checkpoint = checkpoint
+        self.module = module.to(settings.device)
+        self.ema = copy.deepcopy(self.module).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.module.parameters() if parameter.requires_grad],
+            lr=settings.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=settings.weight_decay,
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self._saved = time.monotonic()
+        if checkpoint.exists():
+            self._resume()
+
+    def run(
+        self,
+        losses: Callable[[int], Losses],
+        *,
+        sample: Callable[[nn.Module, int], None] | None = None,
+        name: str = "",
+    ) -> nn.Module:
+        """Call `losses(step)` until the end; return the EMA of the module."""
+        from tqdm import tqdm
+
+        bar = tqdm(total=self.settings.steps, initial=self.step, desc=name, mininterval=5)
+        last = time.monotonic()
+        while self.fraction() < 1.0:
+            values = losses(self.step)
+            self._update(values["loss"])
+            now = time.monotonic()
+            self.seconds += now - last
+            last = now
+            bar.update()
+            if self.step % 20 == 0:
+                bar.set_postfix({key: f"{value.item():.4f}" for key, value in values.items()})
+            if sample and self.step % self.settings.sample_steps == 0:
+                sample(self.ema, self.step)
+            if now - self._saved > self.settings.save_seconds:
+                self.save()
+            last = time.monotonic()
+        bar.close()
+        self.save()
+        return self.ema
+
+    def fraction(self) -> float:
+        """Return how much of the training is done, 0 to 1."""
+        done = self.step / self.settings.steps
+        if self.settings.minutes is not None:
+            done = max(done, self.seconds / 60 / self.settings.minutes)
+        return min(done, 1.0)
+
+    def learning_rate(self) -> float:
+        """Warm up linearly, then follow half a cosine down to nothing."""
+        warm = min(1.0, (self.step + 1) / self.settings.warmup_steps)
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * self.fraction())).item())
+        return self.settings.learning_rate * warm * cosine
+
+    def save(self) -> None:
+        """Write the whole state beside the old one, then rename: a kill loses no checkpoint."""
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(
+            {
+                "module": self.module.state_dict(),
+                "ema": self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+            },
+            partial,
+        )
+        partial.replace(self.checkpoint)
+        self._saved = time.monotonic()
+
+    def _resume(self) -> None:
+        state = torch.load(self.checkpoint, map_location=self.settings.device, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+    def _update(self, loss: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]
+        torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        # The average starts short, so that the first steps' noise is forgotten.
+        decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.ema.parameters()), list(self.module.parameters()), 1 - decay
+            )
+
+
+def autocast(device: str) -> torch.autocast:
+    """bfloat16 where it is safe; parameters, normalisation and losses stay float32."""
+    return torch.autocast(device.split(":")[0], torch.bfloat16)
+
+
+def attention(device: str) -> AbstractContextManager[None]:
+    """Choose the kernel of attention: on CPUs the plain one trains short sequences faster.
+
+    Measured with the shipped model's shapes, batch 32 to 64: 1.13 to 1.16 times the samples a
+    second of the fused kernel, whose backward pass is the slow part.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()

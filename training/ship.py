@@ -1,0 +1,103 @@
+"""The trained model as a folder in diffusers' layout: float16 safetensors and configurations."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from engine.config import AutoencoderConfig, UNetConfig
+from export.autoencoder import Autoencoder
+from training.diffusion import MAX_TOKENS, SCHEDULER, Denoiser
+
+LATENT_SIDE = 16  # the pictures are 128 pixels wide and the autoencoder makes 8 of them one
+DIFFUSERS = "0.36.0"  # the oldest release that the configurations are written for
+
+
+def write_model(out: Path, denoiser: Denoiser, autoencoder: Autoencoder, tokenizer: Path) -> None:
+    """Write everything that a pipeline needs to `out`."""
+    text = denoiser.text_encoder
+    _write_json(out / "model_index.json", _model_index())
+    _write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _write_json(out / "text_encoder" / "config.json", _text_encoder_config(denoiser))
+    _write_json(out / "unet" / "config.json", _unet_config(denoiser.unet.config))
+    _write_json(out / "vae" / "config.json", _vae_config(autoencoder.config))
+    _write_weights(text, out / "text_encoder" / "model.safetensors")
+    _write_weights(denoiser.unet, out / "unet" / "diffusion_pytorch_model.safetensors")
+    _write_weights(autoencoder, out / "vae" / "diffusion_pytorch_model.safetensors")
+    shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+
+
+def _write_weights(module: nn.Module, path: Path) -> None:
+    state = {
+        name: value.to(torch.float16).contiguous() for name, value in module.state_dict().items()
+    }
+    partial = path.with_suffix(".partial")
+    save_file(state, partial, metadata={"format": "pt"})
+    partial.replace(path)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _model_index() -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": DIFFUSERS,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _text_encoder_config(denoiser: Denoiser) -> dict[str, Any]:
+    values = dataclasses.asdict(denoiser.text_encoder.config)
+    end = values["eos_token_id"]
+    return {
+        **values,
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "bos_token_id": end - 1,
+        "pad_token_id": end,
+        "projection_dim": values["hidden_size"],
+        "max_position_embeddings": MAX_TOKENS,
+    }
+
+
+def _unet_config(config: UNetConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+        values[name] = values[name] or None
+    values["time_cond_proj_dim"] = values["time_cond_proj_dim"] or None
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": DIFFUSERS,
+        **values,
+        "sample_size": LATENT_SIDE,
+    }
+
+
+def _vae_config(config: AutoencoderConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": DIFFUSERS,
+        **values,
+        "shift_factor": values["shift_factor"] or None,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "sample_size": LATENT_SIDE * config.compression,
+    }
