@@ -1,4 +1,4 @@
-"""Backends: what runs a graph with its weights. A backend's library is imported where it is opened."""
+"""Backends: what runs a graph with its weights. Each imports its library where it is opened."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,8 +37,10 @@ class BackendSettings:
             raise BackendError(
                 f"the backend {self.backend!r} is not known; choose {', '.join(BACKENDS)}"
             )
-        if self.threads is not None and self.threads < 1:
-            raise BackendError(f"threads is {self.threads}; give 1 or more, or leave it out")
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise BackendError(
+                f"threads is {self.threads!r}; give a whole number from 1, or leave it out"
+            )
 
 
 def open_engine(graph: Graph, weights: Arrays, settings: BackendSettings) -> Engine:

@@ -148,8 +148,8 @@ def _destination(path: Path) -> Path:
         raise OutputError(f"{str(path)!r} is no path ({error}); choose another") from error
     if target.is_dir():
         raise OutputError(f"{path} is a folder; give the name of a file in it")
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is a device or a pipe; give the name of a file")
+    if target.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{path} is a device, a pipe or a loop of links; give a file's name")
     if not target.parent.is_dir():
         raise OutputError(f"{target.parent} is not a folder; make it, or choose another path")
     return target

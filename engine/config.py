@@ -23,6 +23,7 @@ __all__ = ["AutoencoderConfig", "Config", "TextEncoderConfig", "UNetConfig", "re
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
+ADDITION_EMBEDS = (None, "text", "text_time")
 HIDDEN_ACTS = ("quick_gelu", "gelu")
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
@@ -89,6 +90,7 @@ class UNetConfig(Config):
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     addition_embed_type: str | None = None
+    addition_embed_type_num_heads: int = 64
     addition_time_embed_dim: int = 0
     projection_class_embeddings_input_dim: int = 0
     time_cond_proj_dim: int = 0
@@ -101,7 +103,7 @@ class UNetConfig(Config):
         for block in self.up_block_types:
             require_among("up_block_types", block, UP_BLOCKS)
         require_among("mid_block_type", self.mid_block_type, MID_BLOCKS)
-        require_among("addition_embed_type", self.addition_embed_type, (None, "text_time"))
+        require_among("addition_embed_type", self.addition_embed_type, ADDITION_EMBEDS)
         for name in _BY_LEVEL:
             require_length(name, getattr(self, name), len(self.block_out_channels))
         for channels in self.block_out_channels:
@@ -112,6 +114,10 @@ class UNetConfig(Config):
             if level in self.attention_levels():
                 heads = self.heads()[level]
                 require_multiple("block_out_channels", channels, "attention_head_dim", heads)
+        if self.addition_embed_type == "text":
+            heads = self.addition_embed_type_num_heads
+            width = self.cross_attention_dim
+            require_multiple("cross_attention_dim", width, "addition_embed_type_num_heads", heads)
         if self.addition_embed_type == "text_time":
             for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
                 if not getattr(self, name):

@@ -61,8 +61,16 @@ class Config:
         return cls.from_dict(read_json(folder / "config.json"))
 
     def key(self) -> str:
-        """Name this architecture: 12 hexadecimal digits of the SHA-256 of its fields."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """Name this architecture: 12 hexadecimal digits of the SHA-256 of its fields.
+
+        Fields at their defaults are left out, so a new one does not rename every graph.
+        """
+        stated = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+        text = json.dumps(stated, sort_keys=True)
         return hashlib.sha256(f"{type(self).__name__} {text}".encode()).hexdigest()[:12]
 
 

@@ -52,7 +52,7 @@ class Model:
             )
         unet = read_json(path / "unet" / "config.json")
         sample_size = unet.get("sample_size", 64)
-        if not isinstance(sample_size, int) or sample_size < 1:
+        if type(sample_size) is not int or sample_size < 1:
             raise ModelError(
                 f"{path / 'unet' / 'config.json'} has sample_size {sample_size!r}; "
                 "a whole number of latents along one side is expected"
@@ -85,6 +85,11 @@ class Model:
                 f"the UNet of {self.path} takes {self.unet.in_channels} channels and its "
                 f"autoencoder makes {self.vae.latent_channels}; only text-to-image models are "
                 "supported, whose numbers are equal"
+            )
+        if self.unet.out_channels != self.unet.in_channels:
+            raise ModelError(
+                f"the UNet of {self.path} takes {self.unet.in_channels} channels and gives "
+                f"{self.unet.out_channels}; only models whose numbers are equal are supported"
             )
         if self.unet.cross_attention_dim != self.text_encoder.hidden_size:
             raise ModelError(

@@ -49,6 +49,7 @@ def export_part(model: Model, part: Part, precision: Precision, folder: Path) ->
     """
     config, weights = model.config(part), model.weights(part)
     module = build_module(part, config)
+    assert isinstance(module.model, nn.Module)
     load_weights(module.model, weights, model.path / FOLDERS[part])
     traced = trace(part, config, precision, module)
     error = check(traced, weights)

@@ -3,7 +3,6 @@
 Attribute names are those of diffusers' AutoencoderKL, so its state dict loads strictly.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

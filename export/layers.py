@@ -3,7 +3,6 @@
 An attribute is called what the checkpoint calls it, so state dicts load without a map.
 """
 
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

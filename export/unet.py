@@ -3,47 +3,18 @@
 Attribute names are those of diffusers' UNet2DConditionModel, so its state dict loads strictly.
 """
 
-
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import UNetConfig
+from export.embeddings import TextEmbedding, TimestepEmbedding, sinusoids
 from export.layers import Attention, Downsample, ResnetBlock, Upsample
 
 TRANSFORMER_EPS = 1e-6  # the group norm before a transformer; the residual blocks' is configured
-
-
-def sinusoids(values: Tensor, channels: int, *, flip: bool, shift: int) -> Tensor:
-    """Embed scalars (n,) as cosines and sines (n, channels) (Vaswani et al. 2017, section 3.5).
-
-    `flip` puts the cosines first; `shift` is subtracted from the count of frequencies.
-    """
-    half = channels // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=values.device)
-    angles = values.float()[:, None] * torch.exp(exponent / (half - shift))[None]
-    parts = (angles.cos(), angles.sin()) if flip else (angles.sin(), angles.cos())
-    return torch.cat(parts, dim=-1)
-
-
-class TimestepEmbedding(nn.Module):
-    """Two linear layers over sinusoids, optionally with an embedded guidance scale added first."""
-
-    def __init__(self, channels: int, embedding: int, *, condition_channels: int = 0) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(channels, embedding)
-        if condition_channels:
-            self.cond_proj = nn.Linear(condition_channels, channels, bias=False)
-        self.linear_2 = nn.Linear(embedding, embedding)
-
-    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """(B, channels) -> (B, embedding); condition: (B, condition_channels) or None."""
-        if condition is not None:
-            sample = sample + self.cond_proj(condition)
-        return self.linear_2(F.silu(self.linear_1(sample)))
 
 
 class GEGLU(nn.Module):
@@ -229,8 +200,12 @@ class UNet(nn.Module):
             widths[0], embedding, condition_channels=config.time_cond_proj_dim
         )
         if config.addition_embed_type == "text_time":
-            self.add_embedding = TimestepEmbedding(
+            self.add_embedding: nn.Module = TimestepEmbedding(
                 config.projection_class_embeddings_input_dim, embedding
+            )
+        elif config.addition_embed_type == "text":
+            self.add_embedding = TextEmbedding(
+                config.cross_attention_dim, embedding, config.addition_embed_type_num_heads
             )
         self.down_blocks, skips = _down_blocks(config)
         attention = config.mid_block_type == "UNetMidBlock2DCrossAttn"
@@ -257,6 +232,8 @@ class UNet(nn.Module):
         timestep_cond: (B, time_cond_proj_dim) is the embedded guidance scale of LCM.
         """
         time_embedding = self._embed_time(timestep, sample, text_embeds, time_ids, timestep_cond)
+        if self.config.addition_embed_type == "text":
+            time_embedding = time_embedding + self.add_embedding(context)
         hidden_states = self.conv_in(sample)
         skips = [hidden_states]
         for block in self.down_blocks:
@@ -276,7 +253,7 @@ class UNet(nn.Module):
         timestep_cond: Tensor | None,
     ) -> Tensor:
         config = self.config
-        flags = {"flip": config.flip_sin_to_cos, "shift": config.freq_shift}
+        flags: dict[str, Any] = {"flip": config.flip_sin_to_cos, "shift": config.freq_shift}
         waves = sinusoids(timestep, config.block_out_channels[0], **flags)
         embedding = self.time_embedding(waves.to(sample.dtype), timestep_cond)
         if config.addition_embed_type == "text_time":

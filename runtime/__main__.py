@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("\ncancelled; nothing was written", file=sys.stderr)
+        print("\ncancelled; only the pictures named above were written", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -71,7 +71,9 @@ def _draw(options: argparse.Namespace) -> None:
 def _paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
     """Name the files: `--out`, numbered if there are several, or the prompt and the seed."""
     if options.out is None:
-        name = re.sub(r"\W+", "-", options.prompt.lower()).strip("-")[:60] or "picture"
+        # 60 bytes, for file systems count bytes: letters of other scripts have up to four
+        words = re.sub(r"\W+", "-", options.prompt.lower()).strip("-").encode("utf-8", "ignore")
+        name = words[:60].decode("utf-8", "ignore").strip("-") or "picture"
         paths = [Path(f"{name}-{seed}.png") for seed in seeds]
     elif len(seeds) == 1:
         paths = [options.out]

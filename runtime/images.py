@@ -1,11 +1,13 @@
 """Picture files: reading one to start from, writing results with their settings inside."""
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from engine.cache import write_atomically
@@ -27,16 +29,22 @@ def read_image(path: Path) -> Image.Image:
             # A picture that would fill the memory is an error here, not a warning.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file)
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image)
-                return image.convert("RGB")
+                return as_rgb(ImageOps.exif_transpose(file))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise RequestError(
-            f"the image {path} cannot be read ({error}); give a whole PNG, JPEG or WebP file"
+            f"the image {path} cannot be read ({why}); give a whole PNG, JPEG or WebP file"
         ) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any mode to RGB: transparent parts become white, 16 bits become 8."""
+    if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def check_output(path: Path) -> None:
@@ -46,10 +54,20 @@ def check_output(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise OutputError(f"{path} ends in {path.suffix!r}; give a name in {', '.join(FORMATS)}")
-    if not path.parent.is_dir():
+    try:
+        folder, is_folder = path.resolve().parent, path.is_dir()
+        found, writable = folder.is_dir(), os.access(folder, os.W_OK)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, closed to us, a loop of links
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"{str(path)!r} cannot be written ({why}); choose another path"
+        ) from error
+    if not found:
         raise OutputError(f"the folder {path.parent} does not exist; make it first")
-    if path.is_dir():
+    if is_folder:
         raise OutputError(f"{path} is a folder; give the name of a file")
+    if not writable:
+        raise OutputError(f"the folder {folder} may not be written to; choose another")
 
 
 def write_image(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:

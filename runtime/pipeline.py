@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends import BackendSettings, Engine, open_engine
+from engine.errors import ModelError
 from engine.graphs import Precision, find_graph, graph_folders
 from engine.model import Model
 from engine.models import find_model
-from engine.signature import Part
+from engine.signature import SIGNATURES, Part, signature
+from runtime.images import as_rgb
 from runtime.noise import TorchNoise
 from runtime.request import Request
 from runtime.samplers import Program, program
@@ -78,7 +80,7 @@ class Pipeline:
         self.tokenizer = tokenizer
         self.schedule = NoiseSchedule.from_config(model.scheduler)
         self._open_part = open_part
-        self._engines: dict[Part, Engine] = {}
+        self.engines: dict[Part, Engine] = {}
 
     @classmethod
     def load(
@@ -95,6 +97,8 @@ class Pipeline:
         Raises ModelError, GraphError or BackendError.
         """
         opened = Model.open(find_model(model))
+        tokenizer = Tokenizer.load(opened.path / "tokenizer")
+        _check_fit(opened, tokenizer)
         chosen = settings or BackendSettings()
 
         def open_part(part: Part) -> Engine:
@@ -102,7 +106,7 @@ class Pipeline:
             graph = find_graph(part, config, precision, folders, opened.path)
             return open_engine(graph, opened.weights(part), chosen)
 
-        return cls(opened, Tokenizer.load(opened.path / "tokenizer"), open_part)
+        return cls(opened, tokenizer, open_part)
 
     @property
     def model_path(self) -> Path:
@@ -111,9 +115,9 @@ class Pipeline:
 
     def engine(self, part: Part) -> Engine:
         """Return a part's engine, opening it at the first call."""
-        if part not in self._engines:
-            self._engines[part] = self._open_part(part)
-        return self._engines[part]
+        if part not in self.engines:
+            self.engines[part] = self._open_part(part)
+        return self.engines[part]
 
     def __call__(
         self,
@@ -162,7 +166,7 @@ class Pipeline:
         steps = program(
             request.sampler,
             self.schedule,
-            request.num_inference_steps,
+            int(request.num_inference_steps),
             strength=strength,
             eta=request.eta,
         )
@@ -233,9 +237,10 @@ class Pipeline:
     def _start(self, plan: Plan, noises: list[TorchNoise], shape: tuple[int, ...]) -> Array:
         """Return the latents that the first step sees; the draws' order is that of diffusers."""
         steps = plan.program
-        signal = np.float32(0)
+        signal: Array | np.float32 = np.float32(0)
         if plan.image is not None:
-            picture = plan.image.convert("RGB").resize((plan.width, plan.height), Image.LANCZOS)
+            size = (plan.width, plan.height)
+            picture = as_rgb(plan.image).resize(size, Image.Resampling.LANCZOS)
             latents = self.engine("vae_encoder").run(
                 {
                     "pixels": _rows(np.asarray(picture), len(noises)),
@@ -249,6 +254,27 @@ class Pipeline:
     def _latent_shape(self, plan: Plan) -> tuple[int, int, int]:
         vae = self.model.vae
         return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
+
+
+def _check_fit(model: Model, tokenizer: Tokenizer) -> None:
+    """Raise ModelError unless the parts are of one model, and of a kind that is run here."""
+    encoder = model.text_encoder
+    if tokenizer.max_length > encoder.max_position_embeddings:
+        raise ModelError(
+            f"the tokenizer of {model.path} makes rows of {tokenizer.max_length} tokens and its "
+            f"text encoder takes {encoder.max_position_embeddings}; use parts of one model"
+        )
+    if tokenizer.vocab_size > encoder.vocab_size:
+        raise ModelError(
+            f"the tokenizer of {model.path} knows {tokenizer.vocab_size} tokens and its text "
+            f"encoder {encoder.vocab_size}; use parts of one model"
+        )
+    extra = signature("step", model.unet).inputs.keys() - SIGNATURES["step"].inputs.keys()
+    if extra:
+        raise ModelError(
+            f"the UNet of {model.path} needs {', '.join(sorted(extra))} besides the text; "
+            "use a Stable Diffusion 1.x or 2.x model"
+        )
 
 
 def _draw(noises: list[TorchNoise], shape: tuple[int, ...]) -> Array:

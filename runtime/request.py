@@ -42,16 +42,20 @@ class Request:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what no model could fulfil; the sampler checks steps, strength and eta."""
+        """Refuse what no model could fulfil; how many steps there may be, the schedule knows."""
+        steps = self.num_inference_steps
+        if not isinstance(steps, Integral) or isinstance(steps, bool):
+            raise RequestError(f"num_inference_steps is {steps!r}; give a whole number")
+        if not isinstance(self.sampler, str):
+            raise RequestError(f"sampler is {self.sampler!r}; give a name, such as 'ddim'")
+        _check_number("strength", self.strength, Real, 0, 1)
+        _check_number("eta", self.eta, Real, 0, 1)
         _check_number("guidance_scale", self.guidance_scale, Real, 0, 1000)
         _check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)
         if self.seed is not None:
             _check_number("seed", self.seed, Integral, 0, MAX_SEED)
-        if self.image is not None and not isinstance(self.image, Image.Image):
-            raise RequestError(
-                f"image came as {type(self.image).__name__}; give a PIL image "
-                "(PIL.Image.open of a file)"
-            )
+        if self.image is not None:
+            _check_image(self.image)
         if not self.prompts():
             raise RequestError("prompt is an empty list; give one text or several")
         self.negative_prompts()
@@ -101,6 +105,23 @@ class Request:
                     f"such as {max(round(side / multiple), 1) * multiple}"
                 )
         return int(height), int(width)
+
+
+def _check_image(image: object) -> None:
+    if not isinstance(image, Image.Image):
+        raise RequestError(
+            f"image came as {type(image).__name__}; give a PIL image (PIL.Image.open of a file)"
+        )
+    if not image.width or not image.height:
+        raise RequestError(
+            f"image has {image.width} x {image.height} pixels; give one with at least one"
+        )
+    try:
+        image.load()  # PIL reads files late
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RequestError(
+            f"image cannot be read ({error}); give one whose file is whole and open"
+        ) from error
 
 
 def _texts(name: str, values: object) -> list[str]:

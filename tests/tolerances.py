@@ -13,3 +13,14 @@ SAMPLER_EXACT = 1e-9  # of the largest |x|: float64 algebra alone, no other libr
 
 # export/unet.py, export/autoencoder.py, export/clip.py: against diffusers and transformers
 PARITY_RTOL = 1e-5  # norm of the difference / norm of the reference: float32, other summing orders
+
+# runtime/pipeline.py: whole pictures of 8 bits
+PICTURE_PSNR_DB = 40  # against diffusers: float32 through every layer of three networks
+BATCH_PSNR_DB = 60  # a picture alone and in a batch: the same network, other summing orders
+
+# runtime/images.py
+LOSSY_PSNR_DB = 25  # a small drawing with hard edges, written as JPEG or WebP and read again
+
+# training/autoencoder.py
+NORMALISED_LATENTS = 1e-4  # absolute: mean and deviation after float32 convolutions
+NORMALISED_PIXELS = 1  # of 255: what lay on the edge of rounding may fall to the other side

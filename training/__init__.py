@@ -1,0 +1,1 @@
+"""Training: the data set, the autoencoder, the text encoder and the UNet."""

@@ -8,15 +8,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from engine.errors import LatentrtError
+from engine.errors import LatentrtError, RequestError
 from export.autoencoder import Autoencoder
 from runtime.tokenizer import Tokenizer
-from training import autoencoder, diffusion, pictograms, quality, ship
+from training import autoencoder, card, diffusion, pictograms, quality, ship
 from training.captions import read_coco, read_flickr30k
-from training.dataset import TrainingSet, load_training_set
+from training.dataset import PictogramTrainingSet, TrainingSet, load_training_set
 from training.loop import LoopSettings
 from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
 
@@ -43,6 +44,8 @@ def _data(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     out = options.work / "data.npz"
+    if (options.coco or options.flickr30k) and options.images is None:
+        raise RequestError("the captions came without their pictures; give --images FOLDER")
     if options.coco:
         read_coco(options.coco, options.images, pictograms.SIZE).save(out)
     elif options.flickr30k:
@@ -64,6 +67,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
     value = autoencoder.psnr(sample, autoencoder.reconstruct(trained, sample))
     autoencoder.normalise(trained, images)
     torch.save(trained.state_dict(), options.work / "autoencoder-final.pt")
+    _record(options, "autoencoder", psnr=round(value, 2), pictures=len(sample))
     print(f"reconstruction PSNR {value:.2f} dB")
 
 
@@ -78,22 +82,29 @@ def _diffusion(options: argparse.Namespace) -> None:
         examples, tokenizer, trained, _settings(options), options.work, prompts=data.prompts
     )
     torch.save(denoiser.state_dict(), options.work / "diffusion-final.pt")
+    _record(options, "diffusion")
 
 
 def _ship(options: argparse.Namespace) -> None:
+    state = _final_state(options, "diffusion")
     tokenizer = Tokenizer.load(options.work / "tokenizer")
     denoiser = diffusion.Denoiser(tokenizer.vocab_size)
-    denoiser.load_state_dict(torch.load(options.work / "diffusion-final.pt", weights_only=True))
+    denoiser.load_state_dict(state)
     ship.write_model(options.out, denoiser, _load_autoencoder(options), options.work / "tokenizer")
+    card.write_card(options.out, options.work)
     print(options.out)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    data = pictograms.Pictograms.load(options.work / "data.npz")
-    report = quality.evaluate(options.model, data)
-    text = json.dumps(report, indent=2)
-    (options.work / "quality.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    data = _training_set(options)
+    if not isinstance(data, PictogramTrainingSet):
+        raise RequestError(
+            f"{options.work / 'data.npz'} holds captioned pictures, of which none is held out; "
+            "evaluate measures pictograms: run `python -m training data` without captions"
+        )
+    report = quality.evaluate(options.model, data.pictograms)
+    _write_json(options.work / "quality.json", report)
+    print(json.dumps(report, indent=2))
 
 
 def _training_set(options: argparse.Namespace) -> TrainingSet:
@@ -102,8 +113,28 @@ def _training_set(options: argparse.Namespace) -> TrainingSet:
 
 def _load_autoencoder(options: argparse.Namespace) -> Autoencoder:
     trained = Autoencoder(autoencoder.CONFIG).eval()
-    trained.load_state_dict(torch.load(options.work / "autoencoder-final.pt", weights_only=True))
-    return trained.to(memory_format=torch.channels_last)
+    trained.load_state_dict(_final_state(options, "autoencoder"))
+    trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
+    return trained
+
+
+def _final_state(options: argparse.Namespace, command: str) -> dict[str, torch.Tensor]:
+    path = options.work / f"{command}-final.pt"
+    if not path.exists():
+        raise RequestError(f"there is no {path}; run `python -m training {command}` to its end")
+    state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _record(options: argparse.Namespace, command: str, **measured: float) -> None:
+    """Note how a training was asked for and what came of it, for the model's card."""
+    names = ("steps", "minutes", "batch_size", "learning_rate", "seed", "vocab_size")
+    asked = {name: value for name in names if (value := getattr(options, name, None)) is not None}
+    _write_json(options.work / f"{command}.json", {"options": asked, **measured})
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _tokenizer(options: argparse.Namespace, data: TrainingSet) -> Tokenizer:
@@ -163,7 +194,10 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
         train.add_argument("--threads", type=int, help="processor threads")
         train.add_argument("--seed", type=int, default=0)
-        train.add_argument("--vocab-size", type=int, default=3072, help="(default: %(default)s)")
+        if name == "diffusion":
+            train.add_argument(
+                "--vocab-size", type=int, default=2560, help="(default: %(default)s)"
+            )
 
     shipping = command("ship", _ship, "write the trained model in diffusers' layout")
     shipping.add_argument("--out", type=Path, required=True, help="the model's folder")

@@ -26,22 +26,30 @@ GRADIENT_WEIGHT = 1.0
 
 
 def train(
-    images: np.ndarray, settings: LoopSettings, folder: Path, *, decoder_only: bool = False
+    images: np.ndarray,
+    settings: LoopSettings,
+    folder: Path,
+    *,
+    config: AutoencoderConfig = CONFIG,
+    decoder_only: bool = False,
 ) -> Autoencoder:
     """Train on images (n, H, W, 3) uint8; checkpoints and sample grids go to `folder`.
 
     `decoder_only` leaves the encoder as it is, so that latents made before stay true.
     """
     torch.manual_seed(settings.seed)
-    generator = torch.Generator().manual_seed(settings.seed)
     pixels = torch.from_numpy(images)
-    module = Autoencoder(CONFIG).to(memory_format=torch.channels_last)
+    module = Autoencoder(config)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
     if decoder_only:
         state = torch.load(folder / "autoencoder.pt", weights_only=True)
         module.load_state_dict(state["ema"])
         module.encoder.requires_grad_(False)
         module.quant_conv.requires_grad_(False)
     loop = Loop(module, settings, folder / ("decoder.pt" if decoder_only else "autoencoder.pt"))
+    rng = np.random.default_rng([settings.seed, loop.step])
+    torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no crop twice
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
 
     def losses(step: int) -> Losses:
         whole = loop.fraction() > WHOLE_PICTURES_FROM
@@ -109,7 +117,7 @@ def normalise(autoencoder: Autoencoder, images: np.ndarray) -> None:
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Return the peak signal-to-noise ratio of uint8 pictures in dB."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
     return float(10 * np.log10(255.0**2 / max(error, 1e-12)))
 
 

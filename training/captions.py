@@ -1,7 +1,7 @@
 """Folders of pictures with captions, in the layouts of COCO and of Flickr30k."""
 
-import csv
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,10 @@ import numpy as np
 from PIL import Image
 
 from engine.errors import RequestError
+
+# The published table has a line without its second bar: `2199200615.jpg| 4   A dog runs …`.
+FLICKR30K_LINE = re.compile(r"(?P<name>[^|\t#]+)(\| *\d+ *\|?|#\d+\t)(?P<caption>.+)")
+FLICKR30K_TITLE = "comment_number"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +49,9 @@ def read_coco(annotations: Path, folder: Path, size: int) -> CaptionedImages:
         names = {image["id"]: image["file_name"] for image in values["images"]}
         captions: dict[str, list[str]] = {}
         for annotation in values["annotations"]:
-            captions.setdefault(names[annotation["image_id"]], []).append(annotation["caption"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            text = annotation["caption"].strip()
+            captions.setdefault(names[annotation["image_id"]], []).append(text)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
             f"{annotations} is not COCO's captions JSON ({type(error).__name__}: {error}); "
             "it holds `images` (id, file_name) and `annotations` (image_id, caption)"
@@ -62,23 +67,19 @@ def read_flickr30k(table: Path, folder: Path, size: int) -> CaptionedImages:
     """
     captions: dict[str, list[str]] = {}
     try:
-        with table.open(encoding="utf-8", newline="") as file:
-            for line in file:
-                if "\t" in line:
-                    name, text = line.split("\t", 1)
-                    name = name.rsplit("#", 1)[0]
-                else:
-                    name, number, text = next(
-                        csv.reader([line], delimiter="|", quotechar=None, quoting=csv.QUOTE_NONE)
-                    )
-                    if number.strip() == "comment_number":
-                        continue
-                captions.setdefault(name.strip(), []).append(text.strip())
-    except (OSError, ValueError, StopIteration) as error:
-        raise RequestError(
-            f"{table} is not Flickr30k's caption table ({error}); its lines read "
-            "`name.jpg| 0| caption` or `name.jpg#0<tab>caption`"
-        ) from error
+        lines = table.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{table} cannot be read ({error}); give a UTF-8 text file") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (number == 1 and FLICKR30K_TITLE in line):
+            continue
+        match = FLICKR30K_LINE.fullmatch(line.rstrip())
+        if match is None:
+            raise RequestError(
+                f"line {number} of {table} is {line!r}; Flickr30k's lines read "
+                "`name.jpg| 0| caption` or `name.jpg#0<tab>caption`"
+            )
+        captions.setdefault(match["name"].strip(), []).append(match["caption"].strip())
     return _read(captions, folder, size)
 
 

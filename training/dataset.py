@@ -6,15 +6,23 @@ from typing import Protocol
 
 import numpy as np
 
+from engine.errors import RequestError
 from training.captions import CaptionedImages
 from training.pictograms import Pictograms, all_captions, random_caption
 
 
 class TrainingSet(Protocol):
-    """images: (n, H, W, 3) uint8; prompts: texts for the sample grids."""
+    """What both kinds of data set offer."""
 
-    images: np.ndarray
-    prompts: list[str]
+    @property
+    def images(self) -> np.ndarray:
+        """Pictures (n, H, W, 3) uint8."""
+        ...
+
+    @property
+    def prompts(self) -> list[str]:
+        """Texts for the sample grids."""
+        ...
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         """Draw one caption of a picture."""
@@ -82,7 +90,12 @@ class CaptionedTrainingSet:
 
 
 def load_training_set(path: Path) -> TrainingSet:
-    """Read what `python -m training data` wrote."""
+    """Read what `python -m training data` wrote.
+
+    Raises RequestError when it has not run yet.
+    """
+    if not path.exists():
+        raise RequestError(f"there is no {path}; run `python -m training data` first")
     with np.load(path, allow_pickle=False) as arrays:
         pictograms = "held_out" in arrays
     if pictograms:

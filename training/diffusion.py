@@ -28,6 +28,9 @@ UNET = UNetConfig(
     cross_attention_dim=192,
     attention_head_dim=(3, 4, 4),
     norm_num_groups=16,
+    # The pooled text reaches every residual block; attention alone learns far more slowly.
+    addition_embed_type="text",
+    addition_embed_type_num_heads=6,
 )
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -88,7 +91,7 @@ def text_encoder_config(vocab_size: int, width: int) -> TextEncoderConfig:
 
 def initialise(denoiser: Denoiser) -> None:
     """Start every residual branch and the output at nothing (Ho et al. 2020, appendix B)."""
-    last = [denoiser.unet.conv_out]
+    last: list[nn.Module] = [denoiser.unet.conv_out]
     for module in denoiser.unet.modules():
         if isinstance(module, ResnetBlock):
             last.append(module.conv2)
@@ -112,11 +115,14 @@ def train(
     unet: UNetConfig = UNET,
 ) -> Denoiser:
     """Train on the examples; checkpoints and sample grids of `prompts` go to `folder`."""
+    autoencoder = autoencoder.to(settings.device)
     torch.manual_seed(settings.seed)
-    denoiser = Denoiser(tokenizer.vocab_size, unet).to(memory_format=torch.channels_last)
+    denoiser = Denoiser(tokenizer.vocab_size, unet)
+    denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
     initialise(denoiser)
     loop = Loop(denoiser, settings, folder / "diffusion.pt")
     rng = np.random.default_rng([settings.seed, loop.step])
+    torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no noise twice
     alphas = torch.tensor(NoiseSchedule.from_config(SCHEDULER).alphas_cumprod).float()
 
     def losses(step: int) -> Losses:

@@ -1,4 +1,4 @@
-"""The optimisation loop that both trainings share: schedule, clipping, EMA, checkpoints, progress."""
+"""The optimisation loop that both trainings share: schedule, clipping, EMA, checkpoints."""
 
 import copy
 import time
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.errors import RequestError
+from training.muon import Muon, is_hidden_matrix
 
 Losses = dict[str, Tensor]  # what the progress bar shows; "loss" is minimised
 
@@ -32,6 +33,7 @@ class LoopSettings:
     warmup_steps: int = 200
     clip_norm: float = 1.0
     ema_decay: float = 0.999
+    muon: bool = False  # orthogonalised momentum for the hidden matrices, AdamW for the rest
     save_seconds: float = 120.0
     sample_steps: int = 1000
     device: str = "cpu"
@@ -39,9 +41,12 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         """Refuse what could not run."""
-        for name in ("steps", "batch_size", "save_seconds", "sample_steps"):
+        positive = ("steps", "batch_size", "learning_rate", "warmup_steps", "sample_steps")
+        for name in positive:
             if getattr(self, name) <= 0:
                 raise RequestError(f"{name} is {getattr(self, name)}; give a positive number")
+        if self.minutes is not None and self.minutes <= 0:
+            raise RequestError(f"minutes is {self.minutes}; give a positive number, or none")
 
 
 class Loop:
@@ -52,12 +57,7 @@ class Loop:
         self.checkpoint = checkpoint
         self.module = module.to(settings.device)
         self.ema = copy.deepcopy(self.module).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            [parameter for parameter in self.module.parameters() if parameter.requires_grad],
-            lr=settings.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizers = _optimizers(self.module, settings)
         self.step = 0
         self.seconds = 0.0
         self._saved = time.monotonic()
@@ -115,7 +115,7 @@ class Loop:
             {
                 "module": self.module.state_dict(),
                 "ema": self.ema.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "step": self.step,
                 "seconds": self.seconds,
             },
@@ -128,19 +128,18 @@ class Loop:
         state = torch.load(self.checkpoint, map_location=self.settings.device, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
 
     def _update(self, loss: Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         loss.backward()
-        parameters = [
-            parameter for group in self.optimizer.param_groups for parameter in group["params"]
-        ]
-        torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_norm)
-        self.optimizer.step()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate()
+            optimizer.step()
         self.step += 1
         # The average starts short, so that the first steps' noise is forgotten.
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
@@ -148,6 +147,17 @@ class Loop:
             torch._foreach_lerp_(
                 list(self.ema.parameters()), list(self.module.parameters()), 1 - decay
             )
+
+
+def _optimizers(module: nn.Module, settings: LoopSettings) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or for what Muon leaves to it."""
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for n, p in named if settings.muon and is_hidden_matrix(n, p)]
+    chosen = {id(parameter) for parameter in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+    return [adamw, Muon(matrices, lr=rate, weight_decay=decay)] if matrices else [adamw]
 
 
 def autocast(device: str) -> torch.autocast:

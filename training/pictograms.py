@@ -29,7 +29,8 @@ EVERYDAY_GROUPS = {
     "Food & Drink": r"^(?!)",
     "Activities": r"medal$|ticket|suit$|mahjong|ribbon$|dolls$|tanabata|ceremony|hockey|cricket|"
     r"lacrosse|badminton|goal net|running shirt|streamer|pine dec|decor|martial|sparkles$",
-    "Travel & Places": r"thirty|o’clock|oncoming|globe|moon|post office|Japan|hotel|office|hospital|"
+    "Travel & Places": r"thirty|o’clock|oncoming|globe|moon|post office|Japan|hotel|office|"
+    r"hospital|"
     r"bank|store|school|church|mosque|temple|synagogue|shrine|kaaba|tower|sun behind|cloud with|"
     r"railway|metro|station|tram|light rail|monorail|high-speed|minibus|trolleybus|departure|"
     r"arrival|wheelchair|motorway|bus stop|construction|stop sign|barber|sunset|dusk|night|foggy|"
@@ -82,7 +83,7 @@ class Pictograms:
         with np.load(path, allow_pickle=False) as arrays:
             return cls(
                 names=tuple(map(str, arrays["names"])),
-                keywords=tuple(tuple(str(words).split("\n")) for words in arrays["keywords"]),
+                keywords=tuple(tuple(filter(None, str(w).split("\n"))) for w in arrays["keywords"]),
                 images=arrays["images"],
                 held_out=arrays["held_out"],
             )
@@ -205,7 +206,8 @@ def _svg(icons: dict[str, Any], name: str) -> str:
     assert icon is not None
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
+    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{icon["body"]}</svg>'
+        f'viewBox="{box}">{icon["body"]}</svg>'
     )

@@ -45,6 +45,8 @@ WHEEL_PROJECT, WHEEL_VERSION = "open_clip_torch", "3.3.0"
 WHEEL_NAME = f"{WHEEL_PROJECT}-{WHEEL_VERSION}-py3-none-any.whl"
 WHEEL_SHA256 = "c549ad5ed6bfc119cc11105033c0a2b9d7a2a4afeb40a58a09aab3da1a0043ce"
 WHEEL_MEMBER = "open_clip/bpe_simple_vocab_16e6.txt.gz"
+WHEEL_LICENCE = "MIT"
+WHEEL_AUTHOR = "OpenAI (the merges); Gabriel Ilharco, Mitchell Wortsman and others (the wheel)"
 
 
 def byte_symbols() -> list[str]:

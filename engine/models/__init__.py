@@ -1,6 +1,7 @@
 """The models that ship, each a folder in diffusers' layout."""
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 
 from engine.errors import ModelError
@@ -16,8 +17,9 @@ def shipped_models() -> list[str]:
 def find_model(model: str | Path) -> Path:
     """Return the folder of a model, given its name or the folder itself; raises ModelError."""
     path = Path(model)
-    if path.is_dir():
-        return path
+    with suppress(OSError):  # a name longer than the system allows, a folder that is closed to us
+        if path.is_dir():
+            return path
     if str(model) in shipped_models():
         return FOLDER / str(model)
     close = difflib.get_close_matches(str(model), shipped_models(), n=1)

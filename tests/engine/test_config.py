@@ -121,7 +121,7 @@ REFUSED = {
         ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
         ("mid_block_type", None),
         # embeddings that are not implemented
-        ("addition_embed_type", "text"),
+        ("addition_embed_type", "text_image"),
         ("addition_embed_type", "image_hint"),
         ("class_embed_type", "timestep"),
         ("class_embed_type", "projection"),
@@ -330,6 +330,7 @@ OTHER = {
         "flip_sin_to_cos": False,
         "freq_shift": 1,
         "addition_embed_type": "text_time",
+        "addition_embed_type_num_heads": 32,
         "addition_time_embed_dim": 128,
         "projection_class_embeddings_input_dim": 2560,
         "time_cond_proj_dim": 256,
@@ -379,15 +380,15 @@ def test_keys_differ_when_any_field_does(kind):
 
 
 KEYS = {  # graphs are shipped and cached under these names: a change here orphans them
-    "unet-sd15": "01c3bc192812",
-    "unet-sd21": "a13a76e365c7",
-    "unet-xl": "7a2cb46de833",
-    "unet-refiner": "3157b4ee9586",
-    "text-sd15": "2c13c5a3f994",
-    "text-sd21": "8ce309f29713",
-    "text-xl-2": "d3969bc0f22c",
-    "vae-sd15": "9f334c7d9bf3",
-    "vae-xl": "a6df2c8ac182",
+    "unet-sd15": "a74b45039a33",
+    "unet-sd21": "4fb6e5d5432a",
+    "unet-xl": "b89965db402c",
+    "unet-refiner": "4893d273dd8b",
+    "text-sd15": "882928092669",
+    "text-sd21": "c3dbbb3e24f8",
+    "text-xl-2": "cb1276d138e0",
+    "vae-sd15": "abf8b3d9da5b",
+    "vae-xl": "45590ec9c78c",
 }
 
 

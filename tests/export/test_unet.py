@@ -57,6 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "refiner": REFINER,
     "lcm": SD15 | {"time_cond_proj_dim": GUIDANCE_WIDTH},
     "xl-lcm": XL | {"time_cond_proj_dim": GUIDANCE_WIDTH},
+    "pooled-text": SD15 | {"addition_embed_type": "text", "addition_embed_type_num_heads": 3},
     "inpainting": SD15 | {"in_channels": 9},
     "learned-variance": SD15 | {"out_channels": 8},
     "layers-1": SD15 | {"layers_per_block": 1},
@@ -98,7 +99,7 @@ def error(
     timestep = torch.tensor([3, 999, 500])[:batch]
     context = torch.randn(batch, 7, TEXT_WIDTH)
     added = {}
-    if config.addition_embed_type:
+    if config.addition_embed_type == "text_time":
         sizes = (config.projection_class_embeddings_input_dim - POOLED_WIDTH) // SIZE_WIDTH
         added["text_embeds"] = torch.randn(batch, POOLED_WIDTH)
         added["time_ids"] = torch.randint(0, 1024, (batch, sizes))

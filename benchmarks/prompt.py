@@ -1,0 +1,132 @@
+"""How long does one prompt take as a whole process, and how much of it is not the engines?
+
+The process is what a user starts: `python -m runtime PROMPT`, 20 guided steps with the model that
+ships, from the interpreter's start to the picture on disk. Inside one process the same request
+is taken apart: imports, opening engines, running engines, and everything else (tokenising, noise,
+samplers, the loop, writing the PNG).
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PROMPT = "a red apple"
+STEPS = 20
+
+
+def measure(repeats: int) -> dict[str, Any]:
+    """Time whole processes and the parts of one; warm-ups: one process, one picture."""
+    whole = [_whole_process() for _ in range(repeats + 1)][1:]
+    parts = [_inside_a_process() for _ in range(repeats + 1)][1:]
+    warm = [run["warm"] for run in parts]
+    return {
+        "machine": {
+            "processor": _processor(),
+            "cores": len(_cores()),
+            "python": platform.python_version(),
+        },
+        "request": {"prompt": PROMPT, "steps": STEPS, "guidance_scale": 5.0, "repeats": repeats},
+        "whole_process_s": _summary(whole),
+        "imports_s": _summary([run["imports"] for run in parts]),
+        "open_engines_s": _summary([run["open_engines"] for run in parts]),
+        "first_picture_s": _summary([run["first"]["total"] for run in parts]),
+        "first_outside_engines_share": _summary([run["first"]["outside"] for run in parts]),
+        "warm_picture_s": _summary([run["total"] for run in warm]),
+        "warm_outside_engines_share": _summary([run["outside"] for run in warm]),
+    }
+
+
+def _whole_process() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "runtime", PROMPT, "--steps", str(STEPS), "--seed", "7"]
+        start = time.perf_counter()
+        subprocess.run(
+            [*command, "--out", str(Path(folder) / "apple.png")], check=True, capture_output=True
+        )
+        return time.perf_counter() - start
+
+
+def _inside_a_process() -> dict[str, Any]:
+    """Take one request apart, in a fresh interpreter."""
+    code = "import json; from benchmarks.prompt import _take_apart; print(json.dumps(_take_apart()))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    taken: dict[str, Any] = json.loads(done.stdout)
+    return taken
+
+
+def _take_apart() -> dict[str, Any]:
+    start = time.perf_counter()
+    import onnxruntime  # noqa: F401
+    import tokenizers  # noqa: F401
+
+    from runtime import Pipeline
+    from runtime.images import write_image
+
+    imported = time.perf_counter()
+    pipeline = Pipeline.load()
+    engines = [_Timed(pipeline, part) for part in ("text_encoder", "step", "vae_decoder")]
+    opened = time.perf_counter()
+
+    def draw() -> dict[str, float]:
+        for engine in engines:
+            engine.seconds = 0.0
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            result = pipeline(PROMPT, num_inference_steps=STEPS, seed=7)
+            write_image(result.images[0], Path(folder) / "apple.png", {"prompt": PROMPT})
+        total = time.perf_counter() - begin
+        return {"total": total, "outside": 1 - sum(e.seconds for e in engines) / total}
+
+    return {
+        "imports": imported - start,
+        "open_engines": opened - imported,
+        "first": draw(),
+        "warm": draw(),
+    }
+
+
+class _Timed:
+    """An engine that counts the seconds spent in it; it takes the original's place."""
+
+    def __init__(self, pipeline: Any, part: str) -> None:
+        self.seconds = 0.0
+        self.engine = pipeline.engine(part)
+        pipeline.engines[part] = self
+
+    def run(self, inputs: Any) -> Any:
+        start = time.perf_counter()
+        outputs = self.engine.run(inputs)
+        self.seconds += time.perf_counter() - start
+        return outputs
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 5),
+        "min": round(min(values), 5),
+        "max": round(max(values), 5),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _cores() -> Sequence[int]:
+    import os
+
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return range(os.cpu_count() or 1)

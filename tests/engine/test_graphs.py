@@ -1,0 +1,151 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.errors import GraphError
+from engine.graphs import METADATA_KEY, Graph, find_graph, graph_folders, graph_name
+from engine.model import Model
+from engine.models import find_model
+
+onnx = pytest.importorskip("onnx")
+
+PARTS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
+MODEL = Model.open(find_model("pictogram"))
+MODEL_PATH = Path("some") / "model"
+DESCRIBED = {
+    "part": "step",
+    "architecture": MODEL.unet.key(),
+    "precision": "float32",
+    "weights": ["conv_in.weight"],
+}
+NAME = graph_name("step", MODEL.unet, "float32")
+
+
+def serialised(described, key=METADATA_KEY):
+    """Make a small ONNX file with our description among other metadata."""
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [out]))
+    text = described if isinstance(described, str) else json.dumps(described)
+    onnx.helper.set_model_props(model, {"author": "someone", key: text})
+    return model.SerializeToString()
+
+
+def write(folder, described=DESCRIBED, name=NAME):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_bytes(serialised(described))
+    return path
+
+
+def find(*folders, precision="float32"):
+    return find_graph("step", MODEL.unet, precision, folders, MODEL_PATH)
+
+
+def test_read(tmp_path):
+    path = write(tmp_path)
+    graph = Graph.read(path)
+    assert graph == Graph(
+        path=path,
+        part="step",
+        architecture=MODEL.unet.key(),
+        precision="float32",
+        weights=("conv_in.weight",),
+    )
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_graphs_that_ship(part):
+    graph = find_graph(part, MODEL.config(part), "float32", graph_folders(), MODEL.path)
+    weights = MODEL.weights(part)
+    assert graph.weights
+    assert set(graph.weights) <= set(weights)
+    assert all(np.prod(weights[name].shape) for name in graph.weights)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "FileNotFoundError"),
+        (b"", "KeyError"),
+        (b"hello, this is no graph", "is not a graph of this project"),
+        (b"\xff" * 1000, "is not a graph of this project"),
+        (serialised(DESCRIBED, key="other"), "KeyError"),
+        (serialised("{"), "JSONDecodeError"),
+        (serialised("7"), "TypeError"),
+        (serialised("[]"), "TypeError"),
+        (serialised({}), "KeyError: 'part'"),
+        (serialised(DESCRIBED | {"weights": None}), "TypeError"),
+        (serialised(DESCRIBED | {"weights": "conv"}), "weights"),
+        (serialised(DESCRIBED | {"weights": [1]}), "weights"),
+        (serialised(DESCRIBED)[:-1], "the file ends early"),
+    ],
+)
+def test_none_of_ours(tmp_path, content, said):
+    path = tmp_path / "graph.onnx"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(GraphError, match=said) as caught:
+        Graph.read(path)
+    assert str(path) in str(caught.value)
+    assert "python -m export" in str(caught.value)
+
+
+def test_every_truncation_and_random_bytes(tmp_path):
+    path, whole, random = tmp_path / "graph.onnx", serialised(DESCRIBED), np.random.default_rng(3)
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(GraphError):
+            Graph.read(path)
+    for _ in range(200):
+        path.write_bytes(random.bytes(60))
+        with pytest.raises(GraphError):
+            Graph.read(path)
+
+
+def test_the_first_folder_that_has_it(tmp_path):
+    second = write(tmp_path / "second")
+    assert find(tmp_path / "first", tmp_path / "second").path == second
+    first = write(tmp_path / "first")
+    assert find(tmp_path / "first", tmp_path / "second").path == first
+
+
+def test_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
+    cached, shipped = graph_folders()
+    assert cached == tmp_path / "graphs"
+    assert any(shipped.glob("*.onnx"))
+    assert graph_folders(tmp_path / "mine") == (tmp_path / "mine",)
+
+
+def test_the_name_says_part_architecture_and_precision():
+    assert graph_name("step", MODEL.unet, "float16") == f"step-{MODEL.unet.key()}-float16.onnx"
+    other = replace(MODEL.unet, norm_eps=1e-6)
+    assert graph_name("step", other, "float32") != graph_name("step", MODEL.unet, "float32")
+
+
+def test_a_missing_graph_names_the_command(tmp_path):
+    with pytest.raises(GraphError) as caught:
+        find(tmp_path / "a", tmp_path / "b", precision="float16")
+    message = str(caught.value)
+    assert f"`python -m export {MODEL_PATH} --precision float16`" in message
+    assert str(tmp_path / "a") in message
+    assert str(tmp_path / "b") in message
+
+
+def test_an_unknown_precision(tmp_path):
+    with pytest.raises(GraphError, match="'int4' is not known; choose float32 or float16"):
+        find(tmp_path, precision="int4")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"part": "vae_decoder"}, {"architecture": "0" * 12}, {"precision": "float16"}]
+)
+def test_a_graph_under_another_name(tmp_path, fields):
+    write(tmp_path, DESCRIBED | fields)
+    with pytest.raises(GraphError, match="holds another graph than its name says"):
+        find(tmp_path)

@@ -1,0 +1,168 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from engine.errors import ModelError
+from engine.model import Model
+from engine.models import find_model, shipped_models
+from runtime import Pipeline
+
+PARTS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Copy what a model says, and link its weights."""
+    source, target = find_model("pictogram"), tmp_path / "model"
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            copy.symlink_to(path)
+        elif path.is_file():
+            shutil.copy(path, copy)
+    return target
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_the_model_that_ships():
+    model = Model.open(find_model("pictogram"))
+    assert model.path.name == "pictogram"
+    assert model.vae.compression == 8
+    assert model.unet.cross_attention_dim == model.text_encoder.hidden_size
+    assert [model.config(part) for part in PARTS] == [
+        model.text_encoder,
+        model.unet,
+        model.vae,
+        model.vae,
+    ]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_weights(part):
+    weights = Model.open(find_model("pictogram")).weights(part)
+    assert len(weights) == len(list(weights)) > 10
+    for name in weights:
+        assert name in weights
+        assert np.isfinite(weights[name]).all()
+    assert "nothing" not in weights
+    if part == "text_encoder":
+        assert all(name.startswith("text_model.") for name in weights)
+
+
+def test_finding_a_model(folder, tmp_path, monkeypatch):
+    assert "pictogram" in shipped_models()
+    assert find_model(folder) == find_model(str(folder)) == folder
+    with pytest.raises(ModelError, match=r"neither a folder nor one that ships \(.*pictogram"):
+        find_model(tmp_path / "missing")
+    with pytest.raises(ModelError, match="did you mean 'pictogram'"):
+        find_model("pictogrm")
+    with pytest.raises(ModelError, match="neither a folder"):
+        find_model("x" * 5000)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictogram").mkdir()
+    assert find_model("pictogram").resolve() == tmp_path / "pictogram", "a folder goes first"
+
+
+def test_not_a_folder(folder):
+    with pytest.raises(ModelError, match="is not a folder; give a folder in diffusers' layout"):
+        Model.open(folder / "model_index.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "does not exist; a model is a folder"),
+        (b"", "is not readable JSON"),
+        (b'{"a": ', "is not readable JSON"),
+        (b"\xff\xfe", "is not readable JSON"),
+        (b"[]", "holds a list; a JSON object is expected"),
+    ],
+)
+def test_a_broken_file(folder, name, content, said):
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(ModelError, match=said) as caught:
+        Model.open(folder)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        (
+            "model_index.json",
+            {"_class_name": "FluxPipeline"},
+            "names the pipeline 'FluxPipeline'; supported are StableDiffusionPipeline",
+        ),
+        ("model_index.json", {"_class_name": None}, "names the pipeline None"),
+        ("model_index.json", {"_class_name": ["a"]}, "names the pipeline"),
+        ("unet/config.json", {"sample_size": 0}, "sample_size 0; a whole number"),
+        ("unet/config.json", {"sample_size": [16, 16]}, "sample_size"),
+        ("unet/config.json", {"sample_size": True}, "sample_size True"),
+        ("unet/config.json", {"sample_size": "16"}, "sample_size '16'"),
+        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and its autoencoder makes 4"),
+        ("unet/config.json", {"out_channels": 8}, "takes 4 channels and gives 8"),
+        ("unet/config.json", {"cross_attention_dim": 768}, "attends to 768 values"),
+        ("unet/config.json", {"down_block_types": ["NewBlock"] * 3}, "NewBlock"),
+        ("vae/config.json", {"down_block_types": ["NewBlock"] * 4}, "NewBlock"),
+        ("vae/config.json", {"latent_channels": 16}, "autoencoder makes 16"),
+        ("text_encoder/config.json", {"hidden_act": "silu"}, "silu"),
+        ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
+    ],
+)
+def test_what_cannot_be_run(folder, name, fields, said):
+    change(folder / name, **fields)
+    with pytest.raises(ModelError, match=said):
+        Model.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "rows of 77 tokens"),
+        ("text_encoder/config.json", {"vocab_size": 1000}, "tokens and its text encoder 1000"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, "needs timestep_cond besides the text"),
+        (
+            "unet/config.json",
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 256,
+                "projection_class_embeddings_input_dim": 2816,
+            },
+            "needs text_embeds, time_ids besides",
+        ),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow'"),
+        ("scheduler/scheduler_config.json", {"beta_start": "a"}, "betas"),
+    ],
+)
+def test_what_the_pipeline_cannot_run(folder, name, fields, said):
+    change(folder / name, **fields)
+    with pytest.raises(ModelError, match=said):
+        Pipeline.load(folder)
+
+
+def test_missing_folders(folder):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ModelError, match="tokenizer"):
+        Pipeline.load(folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="holds no weights"):
+        Model.open(folder).weights("step")

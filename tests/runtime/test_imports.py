@@ -1,0 +1,53 @@
+"""What a process loads: the runtime draws without torch, and importing it loads no backend."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NEVER = {"torch", "diffusers", "transformers", "onnx", "safetensors", "export", "training"}
+LATE = {"onnxruntime", "tokenizers"}
+DRAW = """
+from engine.backends import BackendSettings
+from runtime import Pipeline
+pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+image = pipeline("a", num_inference_steps=1).images[0]
+pipeline("a", image=image, num_inference_steps=2)
+"""
+
+
+def loaded(code):
+    """Run code in a fresh process; return the top-level modules that it has loaded."""
+    report = "\nimport json, sys; print(json.dumps([name.split('.')[0] for name in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + report],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(json.loads(done.stdout))
+
+
+def test_drawing_loads_no_torch():
+    modules = loaded(DRAW)
+    assert modules >= LATE, "a picture was drawn"
+    assert not NEVER & modules
+
+
+@pytest.mark.parametrize("code", ["import runtime", "import runtime.__main__", "import engine"])
+def test_importing_loads_no_backend(code):
+    assert not (NEVER | LATE) & loaded(code)
+
+
+def test_public_names():
+    import runtime
+    from runtime import errors
+
+    assert set(runtime.__all__) == {"Pipeline", "Progress", "Request", "Result"}
+    for module in (runtime, errors):
+        for name in module.__all__:
+            assert isinstance(getattr(module, name), type)

@@ -1,0 +1,255 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine.backends import BackendSettings
+from engine.errors import GraphError, ModelError, RequestError
+from engine.model import Model
+from engine.models import find_model
+from runtime import Pipeline, Progress, Request, Result
+from runtime.tokenizer import Tokenizer
+from tests.pictures import drawing, psnr
+from tests.tolerances import BATCH_PSNR_DB
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+
+
+class FakeEngine:
+    """Keeps its inputs; gives numbers of the right shapes."""
+
+    def __init__(self, part, width):
+        self.part, self.width, self.calls = part, width, []
+
+    def run(self, inputs):
+        self.calls.append({name: value.copy() for name, value in inputs.items()})
+        if self.part == "text_encoder":
+            ids = inputs["input_ids"]
+            return {"last_hidden_state": np.repeat(ids[..., None], self.width, 2).astype("f")}
+        if self.part == "step":
+            return {"next_registers": inputs["registers"] + 1}
+        if self.part == "vae_encoder":
+            return {"latents": inputs["noise"] * 0 + 100}
+        batch, _, height, width = inputs["latents"].shape
+        return {"pixels": np.zeros((batch, 8 * height, 8 * width, 3), np.uint8)}
+
+
+@pytest.fixture
+def recorded():
+    """Give a pipeline on fake engines, and the engines that it has opened."""
+    model, engines = Model.open(find_model("pictogram")), {}
+
+    def open_part(part):
+        assert part not in engines, "an engine is opened once"
+        return engines.setdefault(part, FakeEngine(part, model.text_encoder.hidden_size))
+
+    tokenizer = Tokenizer.load(model.path / "tokenizer")
+    return SimpleNamespace(draw=Pipeline(model, tokenizer, open_part), engines=engines)
+
+
+def pixels(image):
+    return np.asarray(image).tolist()
+
+
+def test_a_picture_has_the_models_size(pipeline):
+    result = pipeline("a red apple", seed=3, num_inference_steps=STEPS)
+    assert isinstance(result, Result)
+    side = pipeline.model.sample_size * 8
+    assert [(image.size, image.mode) for image in result.images] == [((side, side), "RGB")]
+    assert result.seeds == [3]
+    assert result.warnings == ()
+
+
+def test_the_same_wish_gives_the_same_picture(pipeline):
+    first, second = (pipeline("house", seed=0, num_inference_steps=STEPS) for _ in range(2))
+    assert first.seeds == second.seeds == [0]
+    assert pixels(first.images[0]) == pixels(second.images[0])
+
+
+def test_without_a_seed_every_picture_is_another(pipeline):
+    first, second = (pipeline("house", num_inference_steps=1) for _ in range(2))
+    assert first.seeds != second.seeds
+    assert pixels(first.images[0]) != pixels(second.images[0])
+    again = pipeline("house", num_inference_steps=1, seed=first.seeds[0])
+    assert pixels(first.images[0]) == pixels(again.images[0])
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m"])
+def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline, sampler):
+    prompts, negative = ["a red apple", "house", "blue fish"], ["", "blurry", "red"]
+    wishes = {"num_inference_steps": STEPS, "sampler": sampler}
+    together = pipeline(prompts, negative_prompt=negative, seed=20, **wishes).images
+    for i, (prompt, avoid) in enumerate(zip(prompts, negative, strict=True)):
+        alone = pipeline(prompt, negative_prompt=avoid, seed=20 + i, **wishes).images[0]
+        assert psnr(alone, together[i]) >= BATCH_PSNR_DB
+
+
+def test_image_to_image_is_the_same_alone_and_in_a_batch(pipeline):
+    wishes = {"num_inference_steps": 4, "image": drawing(128, 128), "strength": 0.5}
+    together = pipeline("house", num_images_per_prompt=2, seed=20, **wishes).images
+    alone = pipeline("house", seed=21, **wishes).images[0]
+    assert psnr(alone, together[1]) >= BATCH_PSNR_DB
+
+
+def test_two_pipelines_do_not_disturb_each_other(pipeline):
+    plan = pipeline.plan(Request(prompt="house", seed=5, num_inference_steps=4, sampler="euler_a"))
+    first, second = pipeline.denoise(plan), pipeline.denoise(plan)
+    interleaved = [(next(first).latents, next(second).latents) for _ in range(4)]
+    for one, other in interleaved:
+        np.testing.assert_array_equal(one, other)
+
+
+def test_progress_counts_the_steps(pipeline):
+    plan = pipeline.plan(Request(prompt=["a", "b"], seed=1, num_inference_steps=4))
+    seen = list(pipeline.denoise(plan))
+    assert all(isinstance(progress, Progress) for progress in seen)
+    assert [(progress.step, progress.total) for progress in seen] == [(i, 4) for i in (1, 2, 3, 4)]
+    side = pipeline.model.sample_size
+    for progress in seen:
+        assert progress.latents.shape == (2, 4, side, side)
+        assert progress.latents.dtype == np.float32
+    assert not np.array_equal(seen[0].latents, seen[1].latents), "a later step overwrote it"
+    previews = pipeline.decode(seen[1].latents)
+    assert [preview.size for preview in previews] == [(8 * side, 8 * side)] * 2
+
+
+def test_leaving_the_loop_stops_the_work(recorded):
+    plan = recorded.draw.plan(Request(prompt="house", num_inference_steps=10))
+    for progress in recorded.draw.denoise(plan):
+        if progress.step == 3:
+            break
+    assert len(recorded.engines["step"].calls) == 3
+    assert "vae_decoder" not in recorded.engines
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "euler_a", "dpmpp_2m"])
+def test_every_step_is_one_call_of_one_engine(recorded, sampler, steps):
+    recorded.draw(["a", "b"], sampler=sampler, num_inference_steps=steps)
+    calls = {part: len(engine.calls) for part, engine in recorded.engines.items()}
+    assert calls == {"text_encoder": 1, "step": steps, "vae_decoder": 1}
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.1, 1), (0.5, 5), (0.79, 7), (1.0, 10)])
+def test_strength_leaves_steps_out(recorded, strength, steps):
+    recorded.draw("a", image=drawing(64, 64), strength=strength, num_inference_steps=10)
+    assert len(recorded.engines["step"].calls) == steps
+
+
+def test_engine_inputs_of_a_guided_batch(recorded):
+    recorded.draw(
+        ["a", "b"],
+        negative_prompt="c",
+        num_images_per_prompt=2,
+        guidance_scale=3.0,
+        num_inference_steps=2,
+        sampler="dpmpp_2m",
+        height=64,
+        width=96,
+        seed=8,
+    )
+    call = recorded.engines["step"].calls[0]
+    assert call["registers"].shape == (4, 2, 4, 8, 12)
+    assert call["matrices"].shape == (4, 2, 4)
+    assert call["noise"].shape == (4, 4, 8, 12)
+    assert not call["noise"].any(), "this sampler draws none"
+    assert call["guidance"].tolist() == [[-2.0] * 4, [3.0] * 4]
+    assert {value.dtype for value in call.values()} == {np.dtype(np.float32)}
+    negative, a, b = (recorded.draw.tokenizer([text]).input_ids[0] for text in "cab")
+    rows = call["context"][..., 0]
+    np.testing.assert_array_equal(rows, [[negative] * 4, [a, a, b, b]])
+    assert len(recorded.engines["text_encoder"].calls[0]["input_ids"]) == 3, "each text once"
+
+
+@pytest.mark.parametrize("guidance_scale", [0, 0.5, 1, 1.0])
+def test_without_guidance_the_unet_sees_each_picture_once(recorded, guidance_scale):
+    recorded.draw(["a", "b"], guidance_scale=guidance_scale, num_inference_steps=1)
+    call = recorded.engines["step"].calls[0]
+    assert call["guidance"].tolist() == [[1.0, 1.0]]
+    assert call["context"].shape[:2] == (1, 2)
+
+
+def test_an_image_is_brought_to_size_and_noised(recorded):
+    recorded.draw(
+        "a",
+        image=drawing(100, 150).convert("L"),
+        height=64,
+        width=32,
+        num_images_per_prompt=2,
+        num_inference_steps=4,
+        strength=0.5,
+    )
+    encoded = recorded.engines["vae_encoder"].calls[0]
+    assert encoded["pixels"].shape == (2, 64, 32, 3)
+    assert encoded["pixels"].dtype == np.uint8
+    start = recorded.engines["step"].calls[0]["registers"][:, 0]
+    assert start.mean() > 50, "the fake latents are 100"
+    assert start.std() > 0.1
+
+
+def test_numbers_of_numpy_are_numbers(recorded):
+    result = recorded.draw(
+        "a",
+        num_inference_steps=np.int64(2),
+        guidance_scale=np.float32(2),
+        height=np.int32(64),
+        seed=np.uint64(2**63),
+    )
+    assert result.seeds == [2**63]
+    assert result.images[0].height == 64
+
+
+def test_a_cut_prompt_is_told_where(pipeline):
+    room = pipeline.tokenizer.max_length - 2
+    plan = pipeline.plan(Request(prompt=["1 " * room, "1 " * room + "and a lost lamb"]))
+    assert plan.warnings == (
+        f"the prompt is longer than {room} tokens; it was cut before 'and a lost lamb'",
+    )
+    plan = pipeline.plan(Request(prompt="house", negative_prompt="1 " * room + "2 " * 90))
+    assert len(plan.warnings) == 1
+    assert plan.warnings[0].endswith("…'")
+
+
+def test_wishes_of_the_wrong_kind(recorded):
+    for wishes, said in (
+        ({"sampler": "dpmpp-2m"}, "did you mean 'dpmpp_2m'"),
+        ({"num_inference_steps": 1001}, "from 1 to 1000"),
+        ({"num_inference_steps": 0}, "from 1 to 1000"),
+        ({"height": 100}, "multiple of 8, such as 96"),
+        ({"image": drawing(64, 64), "strength": 0.0}, "above 0"),
+        ({"image": drawing(64, 64), "strength": 0.01}, "runs no step"),
+        ({"eta": 0.5, "sampler": "euler"}, "eta"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            recorded.draw("a", **wishes)
+    with pytest.raises(RequestError, match="surrogate"):
+        recorded.draw("\ud800")
+    assert not recorded.engines.get("step"), "refused before the first step"
+
+
+def test_eta_draws_noise(recorded):
+    recorded.draw("a", eta=0.5, num_inference_steps=2)
+    assert all(call["noise"].any() for call in recorded.engines["step"].calls)
+
+
+def test_model_path_and_loading_a_folder(pipeline):
+    assert (pipeline.model_path / "model_index.json").is_file()
+    other = Pipeline.load(pipeline.model_path, settings=BackendSettings(threads=1))
+    wishes = {"seed": 1, "num_inference_steps": 1}
+    ours, theirs = pipeline("a", **wishes).images[0], other("a", **wishes).images[0]
+    assert pixels(ours) == pixels(theirs)
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(ModelError, match="did you mean 'pictogram'"):
+        Pipeline.load("pictograms")
+    with pytest.raises(ModelError, match="give the path of a folder"):
+        Pipeline.load("x" * 5000)
+    missing = Pipeline.load("pictogram", graphs=tmp_path)
+    with pytest.raises(GraphError, match=r"python -m export .*pictogram"):
+        missing("a")

@@ -1,0 +1,177 @@
+"""The whole path against diffusers: the same checkpoint, prompts and seeds, the same pictures."""
+
+from functools import partial
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from engine.backends import BackendSettings
+from runtime import Pipeline
+from tests.pictures import drawing, psnr
+from tests.tolerances import PICTURE_PSNR_DB
+
+# Older numpy protocols of torch, and names that diffusers will drop: neither is ours to mend.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+SCHEDULERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
+PROMPTS = ["a red apple, fluent style", "house", "blue fish, noto style"]
+NEGATIVE = ["blurry", "", "red, green"]
+STEPS = 7
+GUIDANCE = 5.0
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+
+
+@pytest.fixture(scope="module")
+def text_to_image(pipeline):
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(
+        pipeline.model_path, safety_checker=None
+    )
+    loaded.set_progress_bar_config(disable=True)
+    return loaded.to(torch.float32)  # the files are float16
+
+
+@pytest.fixture(scope="module")
+def image_to_image(text_to_image):
+    loaded = diffusers.StableDiffusionImg2ImgPipeline(
+        **text_to_image.components, requires_safety_checker=False
+    )
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def reference(loaded, sampler, seed, *, prompt, steps=STEPS, **wishes):
+    """Draw with diffusers: one generator for each picture, their seeds counting up."""
+    make = getattr(diffusers, SCHEDULERS[sampler])
+    loaded.scheduler = make.from_config(loaded.scheduler.config)
+    count = len(prompt) * wishes.get("num_images_per_prompt", 1)
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+    draw = partial(loaded, prompt, generator=generators, num_inference_steps=steps)
+    return draw(guidance_scale=GUIDANCE, **wishes).images
+
+
+def assert_same_pictures(actual, expected):
+    assert len(actual) == len(expected) > 0
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.size == theirs.size
+        assert ours.mode == theirs.mode == "RGB"
+        assert np.asarray(theirs).std() > 1, "a flat picture compares nothing"
+        assert psnr(ours, theirs) >= PICTURE_PSNR_DB
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_text_to_image(pipeline, text_to_image, sampler):
+    expected = reference(text_to_image, sampler, 11, prompt=PROMPTS, negative_prompt=NEGATIVE)
+    result = pipeline(
+        PROMPTS,
+        negative_prompt=NEGATIVE,
+        sampler=sampler,
+        seed=11,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+    )
+    assert_same_pictures(result.images, expected)
+    assert result.seeds == [11, 12, 13]
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_image_to_image(pipeline, image_to_image, sampler, strength):
+    image = drawing(128, 128)
+    prompts = PROMPTS[:2]
+    expected = reference(image_to_image, sampler, 0, prompt=prompts, image=image, strength=strength)
+    result = pipeline(
+        prompts,
+        image=image,
+        strength=strength,
+        sampler=sampler,
+        seed=0,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+    )
+    assert_same_pictures(result.images, expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_twenty_steps(pipeline, text_to_image, sampler):
+    prompt = PROMPTS[:1]
+    expected = reference(text_to_image, sampler, 2**32 + 5, prompt=prompt, steps=20)
+    result = pipeline(prompt, sampler=sampler, seed=2**32 + 5, guidance_scale=GUIDANCE)
+    assert_same_pictures(result.images, expected)
+
+
+def test_several_images_of_each_prompt(pipeline, text_to_image):
+    wishes = {"negative_prompt": NEGATIVE[:2], "num_images_per_prompt": 2}
+    expected = reference(text_to_image, "ddim", 40, prompt=PROMPTS[:2], **wishes)
+    result = pipeline(
+        PROMPTS[:2], seed=40, num_inference_steps=STEPS, guidance_scale=GUIDANCE, **wishes
+    )
+    assert_same_pictures(result.images, expected)
+
+
+def test_a_picture_that_is_not_square(pipeline, text_to_image):
+    size = {"height": 96, "width": 160}
+    expected = reference(text_to_image, "dpmpp_2m", 6, prompt=PROMPTS[:1], **size)
+    result = pipeline(
+        PROMPTS[0],
+        sampler="dpmpp_2m",
+        seed=6,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        **size,
+    )
+    assert result.images[0].size == (160, 96)
+    assert_same_pictures(result.images, expected)
+
+
+def test_an_image_that_is_not_square(pipeline, image_to_image):
+    image = drawing(100, 150)  # of 96 by 144 pixels for both: multiples of 8 below
+    expected = reference(image_to_image, "euler", 6, prompt=PROMPTS[:1], image=image, strength=0.8)
+    result = pipeline(
+        PROMPTS[:1],
+        sampler="euler",
+        seed=6,
+        image=image,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+    )
+    assert result.images[0].size == (144, 96)
+    assert_same_pictures(result.images, expected)
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 1.5])
+def test_guidance(pipeline, text_to_image, guidance_scale):
+    text_to_image.scheduler = diffusers.DDIMScheduler.from_config(text_to_image.scheduler.config)
+    expected = text_to_image(
+        PROMPTS[0],
+        generator=torch.Generator().manual_seed(3),
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+    ).images
+    result = pipeline(PROMPTS[0], seed=3, num_inference_steps=STEPS, guidance_scale=guidance_scale)
+    assert_same_pictures(result.images, expected)
+
+
+def test_a_prompt_that_is_cut(pipeline, text_to_image):
+    prompt = ["a very " * 40 + "long prompt"]
+    result = pipeline(prompt, seed=3, num_inference_steps=STEPS, guidance_scale=GUIDANCE)
+    assert_same_pictures(result.images, reference(text_to_image, "ddim", 3, prompt=prompt))
+
+
+def test_the_checker_would_see_another_seed(pipeline):
+    images = pipeline(PROMPTS[0], num_images_per_prompt=2, seed=3, num_inference_steps=2).images
+    assert psnr(*images) < PICTURE_PSNR_DB

@@ -1,0 +1,125 @@
+import io
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.errors import LatentrtError, RequestError
+from runtime.noise import MAX_SEED
+from runtime.request import MAX_IMAGES, MAX_SIDE, Request
+
+ONE = {"prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"prompt": None}, "prompt came as NoneType; give a text or a list of texts"),
+        ({"prompt": 7}, "prompt came as int"),
+        ({"prompt": b"a"}, "prompt came as bytes"),
+        ({"prompt": {"a", "b"}}, "prompt came as set"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": ["a", None]}, "prompt holds a NoneType; every prompt is a text"),
+        ({"negative_prompt": None}, "negative_prompt came as NoneType"),
+        ({"negative_prompt": [3]}, "negative_prompt holds a int"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts and prompt has 1"),
+        ({"prompt": ["a", "b"], "negative_prompt": []}, "negative_prompt has 0 texts"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan; give a number from 0"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+        ({"guidance_scale": -1}, "guidance_scale is -1"),
+        ({"guidance_scale": "5"}, "guidance_scale is '5'"),
+        ({"guidance_scale": True}, "guidance_scale is True"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0; give a whole number from 1"),
+        ({"num_images_per_prompt": 1.0}, "num_images_per_prompt is 1.0"),
+        ({"num_images_per_prompt": MAX_IMAGES + 1}, f"to {MAX_IMAGES}"),
+        ({"num_inference_steps": "20"}, "num_inference_steps is '20'; give a whole number"),
+        ({"num_inference_steps": 7.5}, "num_inference_steps is 7.5"),
+        ({"num_inference_steps": None}, "num_inference_steps is None"),
+        ({"num_inference_steps": True}, "num_inference_steps is True"),
+        ({"sampler": ["ddim"]}, r"sampler is \['ddim'\]; give a name"),
+        ({"sampler": None}, "sampler is None"),
+        ({"seed": -1}, "seed is -1; give a whole number from 0"),
+        ({"seed": MAX_SEED + 1}, f"seed is {MAX_SEED + 1}"),
+        ({"seed": 1.0}, "seed is 1.0"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": "1"}, "seed is '1'"),
+        ({"strength": 1.01}, "strength is 1.01; give a number from 0 to 1"),
+        ({"strength": -0.1}, "strength is -0.1"),
+        ({"strength": math.nan}, "strength is nan"),
+        ({"strength": "half"}, "strength is 'half'"),
+        ({"eta": 2}, "eta is 2"),
+        ({"eta": None}, "eta is None"),
+        ({"image": "apple.png"}, "image came as str; give a PIL image"),
+        ({"image": np.zeros((8, 8, 3), np.uint8)}, "image came as ndarray"),
+        ({"image": Image.new("RGB", (0, 8))}, "image has 0 x 8 pixels"),
+    ],
+)
+def test_refused(wishes, said):
+    with pytest.raises(RequestError, match=said) as caught:
+        Request(**ONE | wishes)
+    assert isinstance(caught.value, LatentrtError)
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_whose_file_ends_early():
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    cut = Image.open(io.BytesIO(file.getvalue()[:5000]))
+    with pytest.raises(RequestError, match="image cannot be read"):
+        Request(prompt="a", image=cut)
+
+
+@pytest.mark.parametrize("name", ["height", "width"])
+@pytest.mark.parametrize(
+    ("side", "said"),
+    [
+        (100, "is 100; it must be a multiple of 8, such as 96"),
+        (0, f"is 0; give a whole number from 8 to {MAX_SIDE}"),
+        (-8, "is -8; give a whole number"),
+        (4, "is 4; give a whole number from 8"),
+        (9, "is 9; it must be a multiple of 8, such as 8"),
+        (True, "is True"),
+        (128.0, "is 128.0"),
+        ("128", "is '128'"),
+        (MAX_SIDE + 8, f"is {MAX_SIDE + 8}"),
+    ],
+)
+def test_refused_sides(name, side, said):
+    with pytest.raises(RequestError, match=f"^{name} {said}"):
+        Request(prompt="a", **{name: side}).size(128, 8)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "size"),
+    [
+        ({}, (128, 128)),
+        ({"height": 64}, (64, 128)),
+        ({"width": 64}, (128, 64)),
+        ({"height": 8, "width": MAX_SIDE}, (8, MAX_SIDE)),
+        ({"image": Image.new("RGB", (50, 77))}, (72, 48)),
+        ({"image": Image.new("RGB", (3, 8))}, (8, 8)),
+        ({"image": Image.new("RGB", (50, 77)), "height": 16}, (16, 48)),
+    ],
+)
+def test_size(wishes, size):
+    assert Request(prompt="a", **wishes).size(128, 8) == size
+
+
+def test_texts():
+    assert Request(prompt="a").prompts() == ["a"]
+    assert Request(prompt=("a", "b")).negative_prompts() == ["", ""]
+    assert Request(prompt=["a", "b"], negative_prompt="c").negative_prompts() == ["c", "c"]
+    assert Request(prompt=["a", "b"], negative_prompt=["c", ""]).negative_prompts() == ["c", ""]
+    assert Request(prompt="").prompts() == [""], "an empty prompt is one"
+
+
+def test_seeds_count_up():
+    assert Request(prompt="a", seed=0).seeds() == [0]
+    assert Request(prompt=["a", "b"], num_images_per_prompt=2, seed=7).seeds() == [7, 8, 9, 10]
+    assert Request(prompt=["a", "b"], seed=MAX_SEED).seeds() == [MAX_SEED, 0]
+    drawn = Request(prompt="a", num_images_per_prompt=3).seeds()
+    assert drawn == [drawn[0] + i for i in range(3)]
+    assert Request(prompt="a").seeds() != Request(prompt="a").seeds()

@@ -1,0 +1,158 @@
+"""What stands beside a shipped model: its card (README.md) and whom its data is owed to (NOTICE).
+
+Everything is read from the working folder, so the card says what was run and measured there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training import vocabulary
+from training.packages import PACKAGES, Package
+from training.pictograms import SIZE
+
+TRAININGS = ("autoencoder", "diffusion")
+CC_BY = (
+    "The graphics of {name} are copyright {author}, licensed under CC BY 4.0\n"
+    "(https://creativecommons.org/licenses/by/4.0/). They were changed: rendered to pixels,\n"
+    "which the model was trained on; what it draws may resemble them.\n"
+)
+
+
+def write_card(out: Path, work: Path) -> None:
+    """Write README.md and NOTICE into the model's folder `out`, from the working folder `work`."""
+    held_out = _held_out(work / "data.npz")
+    (out / "README.md").write_text(_readme(out, work, held_out), encoding="utf-8")
+    (out / "NOTICE").write_text(_notice(pictograms=held_out is not None), encoding="utf-8")
+
+
+def _readme(out: Path, work: Path, held_out: np.ndarray | None) -> str:
+    weights = sum(path.stat().st_size for path in out.glob("*/*.safetensors")) / 1e6
+    sections = (
+        f"# {out.name}\n\n"
+        f"A small latent-diffusion model: prompt to {SIZE} × {SIZE} pixels, "
+        f"{weights:.0f} MB of float16 weights in diffusers' folder layout.",
+        f"## Data\n\n{_data(held_out)}",
+        f"## Training\n\n{_training(work)}",
+        f"## Quality\n\n{_quality(work, pictograms=held_out is not None)}",
+        f"## Limits\n\n{_limits(pictograms=held_out is not None)}",
+        "## Licence\n\nApache-2.0, as the project. NOTICE names the licences of the data.",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _held_out(path: Path) -> np.ndarray | None:
+    """Return what is held out, (subjects, styles) bool, or None for captioned pictures."""
+    with np.load(path, allow_pickle=False) as arrays:
+        held_out: np.ndarray | None = arrays.get("held_out")
+        return held_out
+
+
+def _data(held_out: np.ndarray | None) -> str:
+    if held_out is None:
+        return (
+            "Captioned pictures that whoever trained the model brought; "
+            "their licences are not known here."
+        )
+    subjects, styles = held_out.shape
+    rows = "\n".join(
+        f"| {package.style or 'words'} | {package.name} {package.version} | {package.licence} "
+        f"| {package.author} |"
+        for package in PACKAGES
+    )
+    return (
+        f"{subjects} subjects, each drawn in {styles} styles; {int(held_out.sum())} of the "
+        f"{held_out.size} pictures are held out of training.\n\n"
+        f"| style | npm package | licence | author |\n|---|---|---|---|\n{rows}\n\n"
+        "Captions are made of a subject's name, its keywords and the word of the style: "
+        "`red apple, noto style`."
+    )
+
+
+def _training(work: Path) -> str:
+    lines, notes = ["python -m training data"], []
+    for name in TRAININGS:
+        record = _read_json(work / f"{name}.json")
+        options = record.get("options", {})
+        flags = (f"--{key.replace('_', '-')} {value}" for key, value in options.items())
+        lines.append(" ".join([f"python -m training {name}", *flags]))
+        notes.append(_spent(work / f"{name}.pt", name, options.get("seed", 0)))
+    lines.append("python -m training ship --out FOLDER")
+    return "\n".join(["```", *lines, "```", "", *notes])
+
+
+def _spent(checkpoint: Path, name: str, seed: int) -> str:
+    if not checkpoint.exists():
+        return f"- {name}: seed {seed}; its checkpoint was not kept"
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    minutes = state["seconds"] / 60
+    return f"- {name}: seed {seed}, {state['step']:,} steps, {minutes:.0f} minutes of computing"
+
+
+def _quality(work: Path, *, pictograms: bool) -> str:
+    lines = []
+    record = _read_json(work / "autoencoder.json")
+    if "psnr" in record:
+        pictures = f" of {record['pictures']} pictures" if "pictures" in record else ""
+        lines.append(
+            f"- The autoencoder's reconstructions{pictures}: {record['psnr']:.1f} dB PSNR."
+        )
+    report = _read_json(work / "quality.json")
+    for kind, text in (("held_out", "pairs held out of training"), ("trained", "trained pairs")):
+        if kind in report:
+            shares = report[kind]
+            lines.append(
+                f"- Of {shares['pictures']} {text}, the picture drawn is nearest to the original "
+                f"it was asked for in {shares['top_1']:.1%} (top-1) and among the nearest five in "
+                f"{shares['top_5']:.1%} (top-5)."
+            )
+    if report:
+        settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
+        lines.append(f"- Distance: RGB averaged over 8 × 8 pixels. Drawn with {settings}.")
+    elif pictograms:
+        lines.append("- The match of text and picture is not measured yet.")
+    return "\n".join(lines) or "Not measured."
+
+
+def _limits(*, pictograms: bool) -> str:
+    common = f"It draws {SIZE} × {SIZE} pixels; other sizes were not trained. English prompts only."
+    if not pictograms:
+        return f"{common} It knows what the pictures and captions of its training show, no more."
+    return (
+        f"{common} It draws the everyday subjects of its data, one at a time, on white: no "
+        "photographs, scenes, counts, places in the picture or writing. Words outside its data "
+        "mean little to it. It is there to try and to test the engine, not to be a product."
+    )
+
+
+def _notice(*, pictograms: bool) -> str:
+    entries = [_entry(package) for package in PACKAGES] if pictograms else []
+    if not pictograms:
+        entries.append(
+            "Captioned pictures of whoever trained the model; add their licences here.\n"
+        )
+    entries.append(
+        f"Vocabulary: {vocabulary.WHEEL_PROJECT} {vocabulary.WHEEL_VERSION} (PyPI)\n"
+        f"Licence: {vocabulary.WHEEL_LICENCE}\nAuthor: {vocabulary.WHEEL_AUTHOR}\n"
+    )
+    return "\n".join(["This model was made from the following.\n", *entries])
+
+
+def _entry(package: Package) -> str:
+    text = (
+        f"{package.name} {package.version} (npm)\n"
+        f"Licence: {package.licence}\nAuthor: {package.author}\n"
+    )
+    if package.licence == "CC-BY-4.0":
+        text += CC_BY.format(name=package.name, author=package.author)
+    return text
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
