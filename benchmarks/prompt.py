@@ -55,7 +55,9 @@ def _whole_process() -> float:
 
 def _inside_a_process() -> dict[str, Any]:
     """Take one request apart, in a fresh interpreter."""
-    code = "import json; from benchmarks.prompt import _take_apart; print(json.dumps(_take_apart()))"
+    code = (
+        "import json; from benchmarks.prompt import _take_apart; print(json.dumps(_take_apart()))"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     taken: dict[str, Any] = json.loads(done.stdout)
     return taken

@@ -33,7 +33,7 @@ class BackendSettings:
 
     def __post_init__(self) -> None:
         """Refuse unknown backends and impossible thread counts."""
-        if self.backend not in BACKENDS:
+        if self.backend not in tuple(BACKENDS):
             raise BackendError(
                 f"the backend {self.backend!r} is not known; choose {', '.join(BACKENDS)}"
             )
@@ -60,7 +60,7 @@ BACKENDS = {"cpu": _open_cpu}
 def bind(graph: Graph, weights: Arrays) -> dict[str, NDArray[Any]]:
     """Take a graph's weights in its precision; equal dtypes are not copied.
 
-    Raises BackendError when the checkpoint lacks one.
+    Raises BackendError when the checkpoint lacks one, or has it in numbers of another kind.
     """
     bound: dict[str, NDArray[Any]] = {}
     for name in graph.weights:
@@ -69,5 +69,11 @@ def bind(graph: Graph, weights: Arrays) -> dict[str, NDArray[Any]]:
                 f"the checkpoint has no tensor {name!r}, which the {graph.part} graph "
                 f"{graph.path.name} needs; is it a checkpoint of another architecture?"
             )
-        bound[name] = np.ascontiguousarray(weights[name], dtype=graph.precision)
+        array = weights[name]
+        if not np.can_cast(array.dtype, graph.precision, casting="same_kind"):
+            raise BackendError(
+                f"the checkpoint's tensor {name!r} is of {array.dtype}, which cannot be taken as "
+                f"{graph.precision}; save the model in float16, bfloat16 or float32"
+            )
+        bound[name] = np.asarray(array, dtype=graph.precision, order="C")
     return bound

@@ -41,12 +41,15 @@ class Graph:
         """Read a graph's description; raises GraphError when the file is none of ours."""
         try:
             described = json.loads(_metadata(path.read_bytes())[METADATA_KEY])
+            weights = described["weights"]
+            if not isinstance(weights, list) or not all(isinstance(name, str) for name in weights):
+                raise TypeError("weights is no list of names")
             return cls(
                 path=path,
                 part=described["part"],
                 architecture=described["architecture"],
                 precision=described["precision"],
-                weights=tuple(described["weights"]),
+                weights=tuple(weights),
             )
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise GraphError(

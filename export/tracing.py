@@ -2,8 +2,10 @@
 
 import io
 import json
-from collections.abc import Iterable
-from contextlib import redirect_stdout
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -86,7 +88,7 @@ def trace(part: Part, config: Config, precision: Precision, module: nn.Module) -
         name: {axis: auto for axis, symbol in enumerate(tensor.shape) if _is_free(symbol, config)}
         for name, tensor in described.inputs.items()
     }
-    with redirect_stdout(io.StringIO()), torch.no_grad():
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
             (),
@@ -113,6 +115,20 @@ def trace(part: Part, config: Config, precision: Precision, module: nn.Module) -
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata, sort_keys=True))
     onnx.checker.check_model(_without_external(model))
     return TracedPart(part=part, config=config, precision=precision, module=module, model=model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress, deprecations and optional packages from the user."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _fixed_sizes(config: Config) -> dict[str, int]:

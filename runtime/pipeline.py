@@ -27,6 +27,8 @@ from runtime.tokenizer import Tokenizer
 
 Array = NDArray[np.float32]
 
+PARTS: tuple[Part, ...] = ("text_encoder", "step", "vae_decoder", "vae_encoder")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Progress:
@@ -159,7 +161,10 @@ class Pipeline:
         return Result(images=self.decode(latents), seeds=plan.seeds, warnings=plan.warnings)
 
     def plan(self, request: Request) -> Plan:
-        """Check a request against the model, compute its sampler and encode its texts."""
+        """Check a request against the model, compute its sampler and encode its texts.
+
+        Every engine that the request needs is open then: what is damaged is found before a step.
+        """
         compression = self.model.vae.compression
         height, width = request.size(self.model.sample_size * compression, compression)
         strength = None if request.image is None else request.strength
@@ -177,6 +182,8 @@ class Pipeline:
         if guided:
             texts = [request.negative_prompts(), *texts]
             weights = [1.0 - request.guidance_scale, request.guidance_scale]
+        for part in PARTS if request.image is not None else PARTS[:-1]:
+            self.engine(part)
         context, warnings = self._encode_texts(texts, request.num_images_per_prompt)
         return Plan(
             program=steps,

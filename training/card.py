@@ -16,7 +16,7 @@ from training.pictograms import SIZE
 
 TRAININGS = ("autoencoder", "diffusion")
 CC_BY = (
-    "The graphics of {name} are copyright {author}, licensed under CC BY 4.0\n"
+    "The graphics of {name} are copyright\n{author}, licensed under CC BY 4.0\n"
     "(https://creativecommons.org/licenses/by/4.0/). They were changed: rendered to pixels,\n"
     "which the model was trained on; what it draws may resemble them.\n"
 )
@@ -34,7 +34,8 @@ def _readme(out: Path, work: Path, held_out: np.ndarray | None) -> str:
     sections = (
         f"# {out.name}\n\n"
         f"A small latent-diffusion model: prompt to {SIZE} × {SIZE} pixels, "
-        f"{weights:.0f} MB of float16 weights in diffusers' folder layout.",
+        f"{weights:.0f} MB of float16 weights in diffusers' folder layout "
+        "(diffusers runs them on a processor with `torch_dtype=torch.float32`).",
         f"## Data\n\n{_data(held_out)}",
         f"## Training\n\n{_training(work)}",
         f"## Quality\n\n{_quality(work, pictograms=held_out is not None)}",
@@ -79,17 +80,24 @@ def _training(work: Path) -> str:
         options = record.get("options", {})
         flags = (f"--{key.replace('_', '-')} {value}" for key, value in options.items())
         lines.append(" ".join([f"python -m training {name}", *flags]))
-        notes.append(_spent(work / f"{name}.pt", name, options.get("seed", 0)))
+        notes.append(f"- {name}: {_spent(work / f'{name}.pt')}; {_account(record)}")
     lines.append("python -m training ship --out FOLDER")
     return "\n".join(["```", *lines, "```", "", *notes])
 
 
-def _spent(checkpoint: Path, name: str, seed: int) -> str:
+def _account(record: dict[str, Any]) -> str:
+    """Tell the seed, and what the command does not: a record may hold a `note` in words."""
+    seed = record.get("options", {}).get("seed")
+    told = f"seed {seed}" if seed is not None else "its options were not recorded"
+    return f"{told}. {record['note']}" if "note" in record else f"{told}."
+
+
+def _spent(checkpoint: Path) -> str:
     if not checkpoint.exists():
-        return f"- {name}: seed {seed}; its checkpoint was not kept"
+        return "its checkpoint was not kept"
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     minutes = state["seconds"] / 60
-    return f"- {name}: seed {seed}, {state['step']:,} steps, {minutes:.0f} minutes of computing"
+    return f"{state['step']:,} steps, {minutes:.0f} minutes of computing"
 
 
 def _quality(work: Path, *, pictograms: bool) -> str:

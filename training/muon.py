@@ -70,5 +70,11 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Tell whether Muon should have a weight: all matrices but embeddings and the outermost."""
-    others = ("token_embedding", "position_embedding", "positional_embedding", "conv_in", "conv_out")
+    others = (
+        "token_embedding",
+        "position_embedding",
+        "positional_embedding",
+        "conv_in",
+        "conv_out",
+    )
     return parameter.ndim >= 2 and not any(word in name for word in others)

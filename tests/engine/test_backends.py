@@ -61,7 +61,9 @@ def test_a_missing_weight(graph, weights):
 
 def test_a_weight_of_another_shape(graph, weights):
     weights["decoder.conv_in.weight"] = weights["decoder.conv_in.weight"][:, :, :2]
-    with pytest.raises(GraphError, match=r"decoder.conv_in.weight") as caught:
+    with pytest.raises(
+        GraphError, match=r"ONNX Runtime cannot open .*does the graph fit"
+    ) as caught:
         open_engine(graph, weights, SETTINGS)
     assert "\n" not in str(caught.value)
 
@@ -79,7 +81,7 @@ def test_bind_takes_the_precision_of_the_graph(graph, weights):
 
 
 def test_what_numpy_cannot_convert(graph):
-    with pytest.raises(BackendError, match="complex64|cannot be"):
+    with pytest.raises(BackendError, match="is of complex64, which cannot be taken"):
         bind(replace(graph, weights=("x",)), {"x": np.zeros(3, np.complex64)})
 
 
@@ -91,7 +93,7 @@ def test_an_unknown_backend(backend):
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
 def test_impossible_threads(threads):
-    with pytest.raises(BackendError, match="threads is .*; give a whole number from 1"):
+    with pytest.raises(BackendError, match=r"threads is .*; give a whole number from 1"):
         BackendSettings(threads=threads)
 
 

@@ -69,7 +69,8 @@ def test_the_graphs_that_ship(part):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [
+    ids=range(13),
+    argvalues=[
         (None, "FileNotFoundError"),
         (b"", "KeyError"),
         (b"hello, this is no graph", "is not a graph of this project"),
@@ -78,7 +79,7 @@ def test_the_graphs_that_ship(part):
         (serialised("{"), "JSONDecodeError"),
         (serialised("7"), "TypeError"),
         (serialised("[]"), "TypeError"),
-        (serialised({}), "KeyError: 'part'"),
+        (serialised({}), "KeyError"),
         (serialised(DESCRIBED | {"weights": None}), "TypeError"),
         (serialised(DESCRIBED | {"weights": "conv"}), "weights"),
         (serialised(DESCRIBED | {"weights": [1]}), "weights"),

@@ -124,7 +124,7 @@ def test_leaving_the_loop_stops_the_work(recorded):
         if progress.step == 3:
             break
     assert len(recorded.engines["step"].calls) == 3
-    assert "vae_decoder" not in recorded.engines
+    assert not recorded.engines["vae_decoder"].calls
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
@@ -132,7 +132,7 @@ def test_leaving_the_loop_stops_the_work(recorded):
 def test_every_step_is_one_call_of_one_engine(recorded, sampler, steps):
     recorded.draw(["a", "b"], sampler=sampler, num_inference_steps=steps)
     calls = {part: len(engine.calls) for part, engine in recorded.engines.items()}
-    assert calls == {"text_encoder": 1, "step": steps, "vae_decoder": 1}
+    assert calls == {"text_encoder": 1, "step": steps, "vae_decoder": 1}, "no vae_encoder"
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(0.1, 1), (0.5, 5), (0.79, 7), (1.0, 10)])
@@ -229,7 +229,14 @@ def test_wishes_of_the_wrong_kind(recorded):
             recorded.draw("a", **wishes)
     with pytest.raises(RequestError, match="surrogate"):
         recorded.draw("\ud800")
-    assert not recorded.engines.get("step"), "refused before the first step"
+    step = recorded.engines.get("step")
+    assert step is None or not step.calls, "refused before the first step"
+
+
+def test_what_is_damaged_is_found_before_the_first_step(recorded):
+    recorded.draw.plan(Request(prompt="a", image=drawing(64, 64)))
+    assert set(recorded.engines) == {"text_encoder", "step", "vae_decoder", "vae_encoder"}
+    assert not recorded.engines["step"].calls
 
 
 def test_eta_draws_noise(recorded):

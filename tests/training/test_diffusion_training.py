@@ -128,11 +128,11 @@ def test_the_untrained_loss_is_that_of_no_answer(examples, tokenizer, tmp_path, 
 
 def test_a_tenth_of_the_captions_is_dropped(examples, tokenizer, tmp_path, monkeypatch):
     calls = record_calls(monkeypatch)
-    train(examples, tokenizer, tmp_path, steps=1, batch_size=1000)
+    train(examples, tokenizer, tmp_path, steps=1, batch_size=500)
     empty = torch.from_numpy(tokenizer([""]).input_ids)
     dropped = (calls[0][2] == empty).all(dim=1).float().mean().item()
-    assert dropped == pytest.approx(UNCONDITIONAL, abs=0.03)
-    assert calls[0][2].shape == (1000, MAX_TOKENS)
+    assert dropped == pytest.approx(UNCONDITIONAL, abs=0.04)
+    assert calls[0][2].shape == (500, MAX_TOKENS)
 
 
 def test_a_resumed_training_draws_other_noise(examples, tokenizer, tmp_path, monkeypatch):

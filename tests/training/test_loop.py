@@ -47,19 +47,20 @@ def test_the_loss_falls(tmp_path):
     assert regression(ema)(1000)["loss"].item() < 0.01 * before
 
 
-def test_a_resumed_training_ends_as_an_unbroken_one(tmp_path):
-    unbroken, expected = run(tmp_path / "a.pt")
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_training_ends_as_an_unbroken_one(tmp_path, muon):
+    unbroken, expected = run(tmp_path / "a.pt", muon=muon)
 
     def stop(ema, step):
         raise KeyboardInterrupt
 
     module = linear()
-    first = Loop(module, settings(sample_steps=20, save_seconds=0), tmp_path / "b.pt")
+    first = Loop(module, settings(sample_steps=20, save_seconds=0, muon=muon), tmp_path / "b.pt")
     with pytest.raises(KeyboardInterrupt):
         first.run(regression(module), sample=stop)
     first.save()
     second_module = linear()
-    second = Loop(second_module, settings(), tmp_path / "b.pt")
+    second = Loop(second_module, settings(muon=muon), tmp_path / "b.pt")
     assert (second.step, second.seconds) == (20, first.seconds)
     assert second.seconds > 0
     torch.testing.assert_close(second.ema.state_dict(), first.ema.state_dict(), rtol=0, atol=0)
