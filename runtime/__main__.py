@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from engine.backends import BackendSettings
-from engine.errors import LatentrtError
+from engine.errors import LatentrtError, RequestError
 from engine.models import shipped_models
 from runtime.images import check_output, read_image, write_image
-from runtime.pipeline import Pipeline, Plan
+from runtime.pipeline import Pipeline
+from runtime.plan import Plan
 from runtime.request import Request
 from runtime.samplers import SAMPLERS
 
 USER_ERROR = 2
 INTERRUPTED = 130
 BAR_WIDTH = 30
+STRENGTH = 0.8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _draw(options: argparse.Namespace) -> None:
+    if options.strength is not None and not options.image:
+        raise RequestError("--strength came without --image; give the picture to start from")
     image = read_image(options.image) if options.image else None
     request = Request(
         prompt=options.prompt,
@@ -48,7 +52,7 @@ def _draw(options: argparse.Namespace) -> None:
         width=options.width,
         seed=options.seed,
         image=image,
-        strength=options.strength,
+        strength=STRENGTH if options.strength is None else options.strength,
     )
     settings = BackendSettings(threads=options.threads)
     if options.out:
@@ -105,7 +109,8 @@ def _settings(options: argparse.Namespace, plan: Plan, seed: int) -> dict[str, A
         "latentrt": latentrt,
     }
     if options.image:
-        settings |= {"image": options.image.name, "strength": options.strength}
+        strength = STRENGTH if options.strength is None else options.strength
+        settings |= {"image": options.image.name, "strength": strength}
     return settings
 
 
@@ -162,9 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--strength",
         type=float,
-        default=0.8,
         metavar="X",
-        help="how far to go from --image, above 0 and up to 1 (default: %(default)s)",
+        help=f"how far to go from --image, above 0 and up to 1 (default: {STRENGTH})",
     )
     add(
         "--out",

@@ -4,7 +4,6 @@ Image-to-image changes the starting registers and the first step, nothing else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,52 +19,13 @@ from engine.models import find_model
 from engine.signature import SIGNATURES, Part, signature
 from runtime.images import as_rgb
 from runtime.noise import TorchNoise
+from runtime.plan import Array, Plan, Progress, Result
 from runtime.request import Request
-from runtime.samplers import Program, program
+from runtime.samplers import program
 from runtime.schedule import NoiseSchedule
 from runtime.tokenizer import Tokenizer
 
-Array = NDArray[np.float32]
-
 PARTS: tuple[Part, ...] = ("text_encoder", "step", "vae_decoder", "vae_encoder")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Progress:
-    """The state after a step, for progress and previews.
-
-    step: 1 to total; latents: (B, C, height // 8, width // 8) float32
-    """
-
-    step: int
-    total: int
-    latents: Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Result:
-    """The pictures, in the order of the prompts, and what they were made with.
-
-    seeds: one for each picture; warnings: sentences for the user, such as that a prompt was cut
-    """
-
-    images: list[Image.Image]
-    seeds: list[int]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Plan:
-    """Everything that is known of a request before the first step."""
-
-    program: Program
-    context: Array  # (g, B, n, D)
-    guidance: Array  # (g, B)
-    seeds: list[int]
-    height: int  # pixels
-    width: int
-    image: Image.Image | None
-    warnings: tuple[str, ...]
 
 
 class Pipeline:

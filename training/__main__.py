@@ -4,7 +4,9 @@ data, autoencoder, diffusion and ship are run in this order over one working fol
 """
 
 import argparse
+import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 
 from engine.errors import LatentrtError, RequestError
+from engine.models import find_model
 from export.autoencoder import Autoencoder
 from runtime.tokenizer import Tokenizer
 from training import autoencoder, card, diffusion, pictograms, quality, ship
@@ -73,13 +76,20 @@ def _autoencoder(options: argparse.Namespace) -> None:
 
 def _diffusion(options: argparse.Namespace) -> None:
     data = _training_set(options)
+    start = _begin_from(options) if options.start else None
     trained = _load_autoencoder(options)
     examples = diffusion.Examples(
         latents=autoencoder.encode(trained, data.images), caption=data.caption
     )
     tokenizer = _tokenizer(options, data)
     denoiser = diffusion.train(
-        examples, tokenizer, trained, _settings(options), options.work, prompts=data.prompts
+        examples,
+        tokenizer,
+        trained,
+        dataclasses.replace(_settings(options), muon=True),
+        options.work,
+        prompts=data.prompts,
+        start=start,
     )
     torch.save(denoiser.state_dict(), options.work / "diffusion-final.pt")
     _record(options, "diffusion")
@@ -107,6 +117,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2))
 
 
+def _begin_from(options: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Take tokenizer and autoencoder of a model into the working folder; return its denoiser."""
+    folder = find_model(options.start)
+    denoiser, trained = ship.read_model(folder)
+    torch.save(trained, options.work / "autoencoder-final.pt")
+    shutil.copytree(folder / "tokenizer", options.work / "tokenizer", dirs_exist_ok=True)
+    return denoiser
+
+
 def _training_set(options: argparse.Namespace) -> TrainingSet:
     return load_training_set(options.work / "data.npz")
 
@@ -128,7 +147,9 @@ def _final_state(options: argparse.Namespace, command: str) -> dict[str, torch.T
 
 def _record(options: argparse.Namespace, command: str, **measured: float) -> None:
     """Note how a training was asked for and what came of it, for the model's card."""
-    names = ("steps", "minutes", "batch_size", "learning_rate", "seed", "vocab_size")
+    names = (
+        "start", "steps", "minutes", "batch_size", "learning_rate", "seed", "vocab_size",
+    )  # fmt: skip
     asked = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     _write_json(options.work / f"{command}.json", {"options": asked, **measured})
 
@@ -181,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, run, text, steps, batch, rate in (
         ("autoencoder", _autoencoder, "train the autoencoder", 30_000, 16, 2e-3),
-        ("diffusion", _diffusion, "train text encoder and UNet", 100_000, 64, 1e-3),
+        ("diffusion", _diffusion, "train text encoder and UNet", 100_000, 48, 3e-3),
     ):
         train = command(name, run, text)
         train.add_argument("--steps", type=int, default=steps, help="(default: %(default)s)")
@@ -195,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument("--threads", type=int, help="processor threads")
         train.add_argument("--seed", type=int, default=0)
         if name == "diffusion":
+            train.add_argument(
+                "--start", metavar="MODEL", help="train on from this model, with its autoencoder"
+            )
             train.add_argument(
                 "--vocab-size", type=int, default=2560, help="(default: %(default)s)"
             )

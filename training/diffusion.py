@@ -1,6 +1,6 @@
 """Training of the text encoder and the UNet together, in the autoencoder's latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ SCHEDULER = {
     "timestep_spacing": "leading",
 }
 UNCONDITIONAL = 0.1  # share of captions replaced by nothing (Ho & Salimans 2022, arXiv:2207.12598)
-UNIFORM_TIMESTEPS = 0.5  # the others are logit-normal, denser where the picture is decided
+UNIFORM_TIMESTEPS = 0.3  # the others favour noise, where the text decides what is drawn
 PREVIEW_STEPS = (1, 5, 10, 15, 20)
 GUIDANCE_SCALE = 5.0
 
@@ -113,13 +113,20 @@ def train(
     *,
     prompts: list[str],
     unet: UNetConfig = UNET,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Denoiser:
-    """Train on the examples; checkpoints and sample grids of `prompts` go to `folder`."""
+    """Train on the examples; checkpoints and sample grids of `prompts` go to `folder`.
+
+    `start` is the state of a denoiser to train on from; without it, training begins anew.
+    """
     autoencoder = autoencoder.to(settings.device)
     torch.manual_seed(settings.seed)
     denoiser = Denoiser(tokenizer.vocab_size, unet)
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
-    initialise(denoiser)
+    if start is None:
+        initialise(denoiser)
+    else:
+        denoiser.load_state_dict(start)
     loop = Loop(denoiser, settings, folder / "diffusion.pt")
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no noise twice
@@ -154,10 +161,9 @@ def train(
 
 
 def draw_timesteps(count: int, num_train_timesteps: int) -> Tensor:
-    """Draw timesteps (count,) int64: some uniform, the others logit-normal."""
-    uniform = torch.rand(count)
-    normal = torch.sigmoid(torch.randn(count))
-    chosen = torch.where(torch.rand(count) < UNIFORM_TIMESTEPS, uniform, normal)
+    """Draw timesteps (count,) int64: some uniform, the others the denser the noisier."""
+    uniform, noisy = torch.rand(count), torch.rand(count).sqrt()
+    chosen = torch.where(torch.rand(count) < UNIFORM_TIMESTEPS, uniform, noisy)
     return (chosen * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 

@@ -7,29 +7,62 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.config import AutoencoderConfig, UNetConfig
+from engine.errors import ModelError
 from export.autoencoder import Autoencoder
 from training.diffusion import MAX_TOKENS, SCHEDULER, Denoiser
 
 LATENT_SIDE = 16  # the pictures are 128 pixels wide and the autoencoder makes 8 of them one
+WEIGHTS = {
+    "text_encoder": "model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
 DIFFUSERS = "0.36.0"  # the oldest release that the configurations are written for
+
+State = dict[str, torch.Tensor]
 
 
 def write_model(out: Path, denoiser: Denoiser, autoencoder: Autoencoder, tokenizer: Path) -> None:
     """Write everything that a pipeline needs to `out`."""
-    text = denoiser.text_encoder
     _write_json(out / "model_index.json", _model_index())
     _write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     _write_json(out / "text_encoder" / "config.json", _text_encoder_config(denoiser))
     _write_json(out / "unet" / "config.json", _unet_config(denoiser.unet.config))
     _write_json(out / "vae" / "config.json", _vae_config(autoencoder.config))
-    _write_weights(text, out / "text_encoder" / "model.safetensors")
-    _write_weights(denoiser.unet, out / "unet" / "diffusion_pytorch_model.safetensors")
-    _write_weights(autoencoder, out / "vae" / "diffusion_pytorch_model.safetensors")
+    for name, module in (
+        ("text_encoder", denoiser.text_encoder),
+        ("unet", denoiser.unet),
+        ("vae", autoencoder),
+    ):
+        _write_weights(module, out / name / WEIGHTS[name])
     shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+
+
+def read_model(folder: Path) -> tuple[State, State]:
+    """Return the states of the denoiser and of the autoencoder, float32, to train on from there.
+
+    Raises ModelError when the folder does not hold all of their files.
+    """
+    try:
+        parts = {name: load_file(folder / name / file) for name, file in WEIGHTS.items()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} is not a model that `python -m training ship` wrote ({error})"
+        ) from error
+    parts = {
+        name: {key: value.float() for key, value in state.items()} for name, state in parts.items()
+    }
+    denoiser = {
+        f"{part}.{name}": value
+        for part in ("text_encoder", "unet")
+        for name, value in parts[part].items()
+    }
+    return denoiser, parts["vae"]
 
 
 def _write_weights(module: nn.Module, path: Path) -> None:
