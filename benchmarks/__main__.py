@@ -1,4 +1,4 @@
-"""`python -m benchmarks prompt`: measure, print and optionally write JSON."""
+"""`python -m benchmarks`: measure, print, write JSON; make the README's table of it."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import prompt
+from benchmarks import prompt, report
 from engine.cache import write_atomically
 from engine.errors import LatentrtError
 
@@ -15,23 +15,37 @@ USER_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a benchmark; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="BENCHMARK", dest="benchmark")
-    added = commands.add_parser("prompt", help="one prompt as a whole process, and its parts")
-    added.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
-    added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
+    parser = _parser()
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats is {options.repeats}; give 1 or more")
-    text = json.dumps(prompt.measure(options.repeats), indent=2) + "\n"
     try:
+        if options.benchmark == "report":
+            text = report.insert(report.README.read_text(encoding="utf-8"), report.committed())
+            _write(report.README, text)
+            return 0
+        if options.repeats < 1:
+            parser.error(f"--repeats is {options.repeats}; give 1 or more")
+        text = json.dumps(prompt.measure(options.repeats), indent=2) + "\n"
         if options.out:
-            write_atomically(options.out, lambda file: file.write(text.encode()))
+            _write(options.out, text)
+        print(text, end="")
     except LatentrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    print(text, end="")
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="benchmark")
+    added = commands.add_parser("prompt", help="one prompt as a whole process, and its parts")
+    added.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
+    added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
+    commands.add_parser("report", help="make the README's table of benchmarks/results")
+    return parser
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_a_cut_prompt_is_told(capsys):
         (("--seed", "-1"), "seed is -1"),
         (("--num-images", "0"), "num_images_per_prompt is 0"),
         (("--threads", "0"), "threads is 0"),
-        (("--strength", "2"), "strength is 2"),
+        (("--strength", "0.5"), "--strength came without --image"),
         (("--image", "missing.png"), "missing.png cannot be read (No such file"),
         (("--image", "."), "cannot be read (Is a directory)"),
         (("--out", "missing/a.png"), "the folder missing does not exist"),
@@ -174,7 +174,11 @@ def test_a_prompt_that_is_no_text(capsys):
 
 def test_strength_that_runs_no_step(here, capsys):
     drawing(64, 64).save("start.png")
-    for strength, said in (("0", "strength is 0.0"), ("0.001", "runs no step")):
+    for strength, said in (
+        ("0", "strength is 0.0"),
+        ("0.001", "runs no step"),
+        ("2", "strength is 2"),
+    ):
         message = refuse(capsys, "a", *QUICK, "--image", "start.png", "--strength", strength)
         assert said in message
 
