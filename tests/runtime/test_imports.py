@@ -47,7 +47,7 @@ def test_public_names():
     import runtime
     from runtime import errors
 
-    assert set(runtime.__all__) == {"Pipeline", "Progress", "Request", "Result"}
+    assert set(runtime.__all__) == {"Pipeline", "Plan", "Progress", "Request", "Result"}
     for module in (runtime, errors):
         for name in module.__all__:
             assert isinstance(getattr(module, name), type)
