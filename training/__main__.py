@@ -10,7 +10,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -113,7 +112,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             "evaluate measures pictograms: run `python -m training data` without captions"
         )
     report = quality.evaluate(options.model, data.pictograms)
-    _write_json(options.work / "quality.json", report)
+    ship.write_json(options.work / "quality.json", report)
     print(json.dumps(report, indent=2))
 
 
@@ -151,11 +150,7 @@ def _record(options: argparse.Namespace, command: str, **measured: float) -> Non
         "start", "steps", "minutes", "batch_size", "learning_rate", "seed", "vocab_size",
     )  # fmt: skip
     asked = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-    _write_json(options.work / f"{command}.json", {"options": asked, **measured})
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    ship.write_json(options.work / f"{command}.json", {"options": asked, **measured})
 
 
 def _tokenizer(options: argparse.Namespace, data: TrainingSet) -> Tokenizer:

@@ -29,11 +29,11 @@ State = dict[str, torch.Tensor]
 
 def write_model(out: Path, denoiser: Denoiser, autoencoder: Autoencoder, tokenizer: Path) -> None:
     """Write everything that a pipeline needs to `out`."""
-    _write_json(out / "model_index.json", _model_index())
-    _write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _write_json(out / "text_encoder" / "config.json", _text_encoder_config(denoiser))
-    _write_json(out / "unet" / "config.json", _unet_config(denoiser.unet.config))
-    _write_json(out / "vae" / "config.json", _vae_config(autoencoder.config))
+    write_json(out / "model_index.json", _model_index())
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(out / "text_encoder" / "config.json", _text_encoder_config(denoiser))
+    write_json(out / "unet" / "config.json", _unet_config(denoiser.unet.config))
+    write_json(out / "vae" / "config.json", _vae_config(autoencoder.config))
     for name, module in (
         ("text_encoder", denoiser.text_encoder),
         ("unet", denoiser.unet),
@@ -74,7 +74,8 @@ def _write_weights(module: nn.Module, path: Path) -> None:
     partial.replace(path)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a JSON object, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

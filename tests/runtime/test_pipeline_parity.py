@@ -10,6 +10,7 @@ import torch
 from engine.backends import BackendSettings
 from runtime import Pipeline
 from tests.pictures import drawing, psnr
+from tests.schedulers import SCHEDULERS
 from tests.tolerances import PICTURE_PSNR_DB
 
 # Older numpy protocols of torch, and names that diffusers will drop: neither is ours to mend.
@@ -18,13 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
-SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-}
 PROMPTS = ["a red apple, fluent style", "house", "blue fish, noto style"]
 NEGATIVE = ["blurry", "", "red, green"]
 STEPS = 7

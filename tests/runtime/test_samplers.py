@@ -17,6 +17,7 @@ from engine.errors import ModelError, RequestError
 from runtime.noise import TorchNoise
 from runtime.samplers import SAMPLERS, Program, program
 from runtime.schedule import NoiseSchedule
+from tests.schedulers import SCHEDULERS
 from tests.tolerances import SAMPLER_EXACT, SAMPLER_SCALES, SAMPLER_STEP, SAMPLER_STEP_COSINE
 
 # diffusers hands torch tensors to numpy.array, which numpy 2 warns of
@@ -35,13 +36,6 @@ CONFIG = {
     "steps_offset": 1,
 }
 SCHEDULE = NoiseSchedule.from_config(CONFIG)
-SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler_a": "EulerAncestralDiscreteScheduler",
-    "dpmpp_2m": "DPMSolverMultistepScheduler",
-}
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 SPACINGS = ["leading", "trailing", "linspace"]
 
