@@ -1,32 +1,44 @@
-"""The weights of a model's part: its checkpoint in safetensors, wherever and in however many files.
+"""The weights of a checkpoint, in whichever format, and in however many files.
 
-A large model is cut into shards, several files with an index, `{"weight_map": {name: file}}`.
+A file is read as what it holds: safetensors, or an archive of torch.save; its suffix decides
+nothing. A large model is cut into shards, several files with an index,
+`{"weight_map": {name: file}}`.
 """
 
 import hashlib
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ModelError
-from engine.safetensors import StoredTensor, damaged, map_file, parse_object, read_header, short
+from engine.formats import read_tensors
+from engine.safetensors import MAX_HEADER, parse_object
+from engine.tensors import StoredTensor, damaged, map_file, short
 
-__all__ = ["StoredTensor", "Weights", "open_weights"]
+__all__ = ["StoredTensor", "Weights", "open_weights", "require_finite"]
 
 # Where diffusers and transformers put a part's weights, in the order of preference.
-FILES = (
-    "{}.safetensors",
-    "{}.safetensors.index.json",
-    "{}.fp16.safetensors",
-    "{}.safetensors.index.fp16.json",
+FILES = tuple(
+    file.format(stem)
+    for suffix, stems in (
+        ("safetensors", ("diffusion_pytorch_model", "model")),
+        ("bin", ("diffusion_pytorch_model", "pytorch_model")),
+    )
+    for file in (
+        f"{{}}.{suffix}",
+        f"{{}}.{suffix}.index.json",
+        f"{{}}.fp16.{suffix}",
+        f"{{}}.{suffix}.index.fp16.json",
+    )
+    for stem in stems
 )
-STEMS = ("diffusion_pytorch_model", "model")
-PICKLED = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+PIECE = 2**16  # values that are looked at together: they stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -35,10 +47,13 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     files: the mapped files by path
     tensors: dtype and shape of each tensor, known without reading it
+    metadata: what else the files say, as texts: safetensors' `__metadata__`, or the numbers and
+        texts beside the tensors of a pickled checkpoint, such as "global_step"
     """
 
     files: Mapping[Path, mmap.mmap]
     tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """View a tensor; raises KeyError when there is none of this name."""
@@ -68,6 +83,16 @@ class Weights(Mapping[str, NDArray[Any]]):
         """Name the files; thousands of tensors help nobody."""
         return f"Weights({', '.join(map(str, self.files))}: {len(self)} tensors)"
 
+    def release(self) -> None:
+        """Give back the memory of what was read; the files stay mapped, and are read again.
+
+        Files of float32 are left alone: their tensors are used where they are.
+        """
+        used = {id(tensor.file) for tensor in self.tensors.values() if tensor.dtype == "F32"}
+        for file in self.files.values():
+            if id(file) not in used and hasattr(mmap, "MADV_DONTNEED"):
+                file.madvise(mmap.MADV_DONTNEED)
+
     def content_hash(self) -> str:
         """SHA-256, in hexadecimal, of the files' bytes in the order of their names.
 
@@ -82,9 +107,11 @@ class Weights(Mapping[str, NDArray[Any]]):
 def open_weights(path: Path) -> Weights:
     """Map a checkpoint and read its header, but none of its tensors.
 
-    path: a `.safetensors` file, the `.index.json` of a sharded one, or the folder of a model's
-    part, such as `unet/`. The files must not be changed while the weights are in use.
-    Raises ModelError when there are none, or when they are damaged, pickled or of an unknown dtype.
+    path: a file of safetensors or of torch.save (`.ckpt`, `.pt`, `.bin`), the `.index.json` of a
+    sharded one, or the folder of a model's part, such as `unet/`. The files must not be changed
+    while the weights are in use. No code of a pickled file is ever run.
+    Raises ModelError when there are none, when they are damaged or of an unknown dtype, or when a
+    pickle holds anything else than data.
     """
     try:
         if path.is_dir():
@@ -99,25 +126,42 @@ def open_weights(path: Path) -> Weights:
         ) from error
 
 
+def require_finite(path: Path, name: str, array: NDArray[Any]) -> None:
+    """Raise ModelError when a tensor of the file holds a number that is not finite.
+
+    array: of any dtype and shape; whole numbers always are. Reads every value, at some GB a second.
+    """
+    if array.dtype.kind != "f" or not array.size:
+        return
+    is_half = array.dtype == np.float16
+    numbers: NDArray[Any] = array.view(np.uint16) if is_half else array
+    pieces: Iterable[Any] = np.nditer(numbers, ["external_loop", "buffered"], buffersize=PIECE)
+    for piece in pieces:
+        # Of float16, eight times as fast as isfinite: all bits of the exponent are set.
+        if (piece & 0x7C00).max() == 0x7C00 if is_half else not np.isfinite(piece).all():
+            raise ModelError(
+                f"{path} is damaged: {short(name)} holds values that are not finite (NaN or "
+                "infinite); download the model again, or take another"
+            )
+
+
 def _find(folder: Path) -> Path:
     """Choose the weights file, or the index of several, in the folder of a model's part."""
     for name in FILES:
-        for stem in STEMS:
-            if (path := folder / name.format(stem)).is_file():
-                return path
-    for path in sorted(folder.iterdir()):
-        if path.suffix in PICKLED:
-            raise _pickled(path)
+        if (path := folder / name).is_file():
+            return path
     raise ModelError(
-        f"{folder} holds no weights; expected is {FILES[0].format(STEMS[0])} or "
-        f"{FILES[0].format(STEMS[1])}: give the folder of one part of the model, such as unet/"
+        f"{folder} holds no weights; expected is {FILES[0]}, {FILES[1]} or the same as .bin: "
+        "give the folder of one part of the model, such as unet/"
     )
 
 
 def _open_shards(index: Path) -> Weights:
     """Map all files that an index names, and check that they hold what it says."""
     if not index.is_file():
-        raise ModelError(f"{index} does not exist; give a .safetensors file or a part's folder")
+        raise ModelError(f"{index} does not exist; give a checkpoint or a part's folder")
+    if index.stat().st_size > MAX_HEADER:
+        raise damaged(index, f"it has more than {MAX_HEADER} bytes, and an index is short")
     weight_map = parse_object(index, index.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, "it has no weight_map of tensor names and file names")
@@ -144,24 +188,22 @@ def _join(paths: Sequence[Path]) -> Weights:
     """Map files whose tensors have different names, as one checkpoint."""
     files: dict[Path, mmap.mmap] = {}
     tensors: dict[str, StoredTensor] = {}
+    metadata: dict[str, str] = {}
     for path in paths:
-        if path.suffix in PICKLED:
-            raise _pickled(path)
         files[path] = map_file(path)
-        for name, tensor in read_header(path, files[path]).items():
+        found, texts = read_tensors(path, files[path])
+        metadata |= texts
+        for name, tensor in found.items():
             if name in tensors:
                 raise damaged(path, f"{short(name)} is in another shard too")
             tensors[name] = tensor
-    return Weights(files=MappingProxyType(files), tensors=MappingProxyType(tensors))
+    return Weights(
+        files=MappingProxyType(files),
+        tensors=MappingProxyType(tensors),
+        metadata=MappingProxyType(metadata),
+    )
 
 
 def _is_plain_name(name: str) -> bool:
     """Tell whether a name stays in its folder, on any system."""
     return bool(name) and PurePosixPath(name).name == name == PureWindowsPath(name).name != ".."
-
-
-def _pickled(path: Path) -> ModelError:
-    return ModelError(
-        f"{path} is pickled, which can run code when it is opened; safetensors are needed: "
-        "save the model again with save_pretrained(..., safe_serialization=True)"
-    )

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ModelError
-from engine.safetensors import DTYPES, MAX_HEADER
-from engine.weights import open_weights
+from engine.safetensors import MAX_HEADER
+from engine.tensors import DTYPES
+from engine.weights import open_weights, require_finite
 
 PLAIN_DTYPES = sorted(DTYPES.keys() - {"BF16"})
 
@@ -184,6 +185,10 @@ def test_the_content_hash_is_that_of_the_files(tmp_path):
         ["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"],
         ["diffusion_pytorch_model.fp16.safetensors", "other.safetensors"],
         ["model.fp16.safetensors", "model.bin"],
+        ["model.fp16.safetensors", "diffusion_pytorch_model.bin"],
+        ["diffusion_pytorch_model.bin", "pytorch_model.bin"],
+        ["pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"],
+        ["pytorch_model.fp16.bin", "model.bin"],
     ],
 )
 def test_a_folder_is_searched_in_order(tmp_path, names):
@@ -207,6 +212,18 @@ def test_shards_are_one_checkpoint(tmp_path, name):
         }
     joined = b"".join((tmp_path / f"model-{i}.safetensors").read_bytes() for i in (1, 2))
     assert weights.content_hash() == hashlib.sha256(joined).hexdigest()
+
+
+def test_pickled_shards_are_one_checkpoint(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"b": torch.ones(1)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    weight_map = {name: f"pytorch_model-0000{i}-of-00002.bin" for i, name in ((1, "a"), (2, "b"))}
+    index = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    write(tmp_path / "pytorch_model.bin.index.json", index)
+    assert {name: array.tolist() for name, array in open_weights(tmp_path).items()} == {
+        "a": [0],
+        "b": [1],
+    }
 
 
 def test_shards_of_the_reference_are_read(tmp_path):
@@ -283,15 +300,83 @@ def test_a_header_above_the_limit_is_refused_before_it_is_read(tmp_path):
     with path.open("wb") as file:
         file.write((MAX_HEADER + 1).to_bytes(8, "little"))
         file.truncate(MAX_HEADER + 100)  # sparse
-    assert "100000001 bytes" in refused(path)
+    assert f"header of {MAX_HEADER + 1} bytes" in refused(path)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt", "diffusion_pytorch_model.bin"])
-def test_pickled_weights_are_refused(tmp_path, name):
-    path = write(tmp_path / name, b"\x80\x02.")
-    assert "safetensors are needed" in refused(path)
-    with pytest.raises(ModelError, match=r"is pickled.*safe_serialization"):
-        open_weights(tmp_path)
+def test_an_index_above_the_limit_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    with path.open("wb") as file:
+        file.truncate(MAX_HEADER + 1)  # sparse
+    assert "an index is short" in refused(path)
+
+
+NOT_CHECKPOINTS = {
+    "a bare pickle": (b"\x80\x02}.", "is a bare pickle"),
+    "torch before 1.6": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "torch before 1.6"),
+    "a tar archive of torch": (b"\0" * 257 + b"ustar\0" + b"\0" * 300, "torch before 1.6"),
+    "a web page": (b"\n <!DOCTYPE html><html>", "is a web page"),
+    "an answer of a server": (b'{"error": "Unauthorized"}', "is a web page"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    "GGUF": (b"GGUF\3\0\0\0", "is a GGUF file"),
+    "zeros": (bytes(1000), "begins with the bytes 00 00"),
+    "text": (b"hello", "begins with the bytes 68 65 6c 6c 6f, and safetensors or"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_refused(tmp_path, case):
+    content, expected = NOT_CHECKPOINTS[case]
+    assert expected in refused(write(tmp_path / "pytorch_model.bin", content))
+    assert expected in refused(tmp_path)
+
+
+def test_the_content_tells_the_format_and_not_the_suffix(tmp_path):
+    safetensors.numpy.save_file(state_dict(), tmp_path / "model.ckpt")
+    assert len(open_weights(tmp_path / "model.ckpt")) == 5
+    torch.save({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert open_weights(tmp_path)["a"].tolist() == [1, 1]
+
+
+def test_a_header_may_begin_like_a_pickle(tmp_path):
+    text = json.dumps({"a": entry()}).encode().ljust(0x280)
+    content = encode(text, b"1")
+    assert content.startswith(b"\x80\x02")
+    assert list(open_weights(write(tmp_path / "model.ckpt", content))) == ["a"]
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\udfff"])
+def test_a_name_that_is_no_text_is_refused(tmp_path, name):
+    path = write(tmp_path / "model.safetensors", encode({name: entry()}, b"1"))
+    assert "is no valid Unicode" in refused(path)
+    header = {"__metadata__": {"title": name}, "a": entry()}
+    assert "is no valid Unicode" in refused(write(path, encode(header, b"1")))
+
+
+def test_names_in_other_scripts_are_kept(tmp_path):
+    path = tmp_path / "model.safetensors"
+    names = {"<猫>", "string_to_param.*", "\N{ZERO WIDTH JOINER}"}
+    safetensors.numpy.save_file(dict.fromkeys(names, np.zeros(1)), path)
+    assert open_weights(path).keys() == names
+
+
+def test_metadata_are_kept(tmp_path):
+    path = tmp_path / "model.safetensors"
+    metadata = {"ss_network_dim": "16", "modelspec.title": "Ein Bär\n🐻"}
+    safetensors.numpy.save_file(state_dict(), path, metadata=metadata)
+    assert open_weights(path).metadata == metadata
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_not_finite_is_found(tmp_path, dtype, value):
+    array = np.full((3, 50_000), np.finfo(dtype).max)
+    require_finite(tmp_path, "a.weight", array)
+    require_finite(tmp_path, "a.weight", np.arange(3))
+    require_finite(tmp_path, "a.weight", array[:0])
+    array[2, -1] = value
+    for bad in (array, array.T, array[2, -1]):
+        with pytest.raises(ModelError, match=r"'a\.weight' holds values that are not finite"):
+            require_finite(tmp_path, "a.weight", bad)
 
 
 def test_a_path_without_weights_is_refused(tmp_path):
@@ -327,10 +412,10 @@ INDEXES = {
     "a number": ({"a": 1}, "no file beside"),
     "a missing shard": ({"a": FILE, "b": "model-2.safetensors"}, "model-2.safetensors is missing"),
     "a missing tensor": ({"a": FILE, "c": FILE}, "'c' in model-1.safetensors, which does not hold"),
-    "itself": ({"a": "model.safetensors.index.json"}, "damaged"),
+    "itself": ({"a": "model.safetensors.index.json"}, "is no checkpoint"),
     "no object": ([FILE], "weight_map"),
     "nothing": ({}, "weight_map"),
-    "pickled shards": ({"a": "model-1.bin"}, "pickled"),
+    "an empty shard": ({"a": "model-1.bin"}, "model-1.bin is damaged: it is empty"),
 }
 
 
