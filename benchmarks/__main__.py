@@ -6,11 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import prompt, report
+from benchmarks import load, prompt, report
 from engine.cache import write_atomically
 from engine.errors import LatentrtError
 
 USER_ERROR = 2
+_MEASURES = {"prompt": prompt.measure, "load": load.measure}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,12 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.benchmark == "report":
-            text = report.insert(report.README.read_text(encoding="utf-8"), report.committed())
-            _write(report.README, text)
+            _write(report.README, report.insert(report.README.read_text(encoding="utf-8")))
             return 0
         if options.repeats < 1:
             parser.error(f"--repeats is {options.repeats}; give 1 or more")
-        text = json.dumps(prompt.measure(options.repeats), indent=2) + "\n"
+        measured = _MEASURES[options.benchmark](options.repeats)
+        text = json.dumps(measured, indent=2) + "\n"
         if options.out:
             _write(options.out, text)
         print(text, end="")
@@ -41,9 +42,13 @@ def _write(path: Path, text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="benchmark")
-    added = commands.add_parser("prompt", help="one prompt as a whole process, and its parts")
-    added.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
-    added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
+    for name, text in (
+        ("prompt", "one prompt as a whole process, and its parts"),
+        ("load", "from a checkpoint's file to the first step, and switching an adapter"),
+    ):
+        added = commands.add_parser(name, help=text)
+        added.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
+        added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
     commands.add_parser("report", help="make the README's table of benchmarks/results")
     return parser
 

@@ -7,15 +7,14 @@ samplers, the loop, writing the PNG).
 """
 
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import describe, summary
 
 PROMPT = "a red apple"
 STEPS = 20
@@ -27,19 +26,15 @@ def measure(repeats: int) -> dict[str, Any]:
     parts = [_inside_a_process() for _ in range(repeats + 1)][1:]
     warm = [run["warm"] for run in parts]
     return {
-        "machine": {
-            "processor": _processor(),
-            "cores": len(_cores()),
-            "python": platform.python_version(),
-        },
+        "machine": describe(),
         "request": {"prompt": PROMPT, "steps": STEPS, "guidance_scale": 5.0, "repeats": repeats},
-        "whole_process_s": _summary(whole),
-        "imports_s": _summary([run["imports"] for run in parts]),
-        "open_engines_s": _summary([run["open_engines"] for run in parts]),
-        "first_picture_s": _summary([run["first"]["total"] for run in parts]),
-        "first_outside_engines_share": _summary([run["first"]["outside"] for run in parts]),
-        "warm_picture_s": _summary([run["total"] for run in warm]),
-        "warm_outside_engines_share": _summary([run["outside"] for run in warm]),
+        "whole_process_s": summary(whole),
+        "imports_s": summary([run["imports"] for run in parts]),
+        "open_engines_s": summary([run["open_engines"] for run in parts]),
+        "first_picture_s": summary([run["first"]["total"] for run in parts]),
+        "first_outside_engines_share": summary([run["first"]["outside"] for run in parts]),
+        "warm_picture_s": summary([run["total"] for run in warm]),
+        "warm_outside_engines_share": summary([run["outside"] for run in warm]),
     }
 
 
@@ -107,28 +102,3 @@ class _Timed:
         outputs = self.engine.run(inputs)
         self.seconds += time.perf_counter() - start
         return outputs
-
-
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 5),
-        "min": round(min(values), 5),
-        "max": round(max(values), 5),
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _cores() -> Sequence[int]:
-    import os
-
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return range(os.cpu_count() or 1)

@@ -1,6 +1,7 @@
-"""The README's benchmark table, made from the committed JSON."""
+"""The README's benchmark tables, made from the committed JSON."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,54 +9,75 @@ from engine.errors import OutputError
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- begin: python -m benchmarks report -->", "<!-- end -->"
-ROWS = {
-    "whole_process_s": "whole process, interpreter start to PNG on disk",
-    "imports_s": "of which imports",
-    "open_engines_s": "of which reading the model and opening three engines",
-    "first_picture_s": "of which the picture, PNG included",
-    "warm_picture_s": "a further picture in the same process",
-}
-SHARES = {
-    "first_outside_engines_share": "share of the first picture that is not engines",
-    "warm_outside_engines_share": "share of a further picture that is not engines",
+BEGIN, END = "<!-- begin: python -m benchmarks report: {} -->", "<!-- end: {} -->"
+# Rows of each benchmark: what a figure is called, and how it is shown.
+ROWS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "prompt": {
+        "whole_process_s": ("whole process, interpreter start to PNG on disk", "{:.2f} s"),
+        "imports_s": ("of which imports", "{:.2f} s"),
+        "open_engines_s": ("of which reading the model and opening three engines", "{:.2f} s"),
+        "first_picture_s": ("of which the picture, PNG included", "{:.2f} s"),
+        "warm_picture_s": ("a further picture in the same process", "{:.2f} s"),
+        "first_outside_engines_share": ("share of the first picture that is not engines", "{:.1%}"),
+        "warm_outside_engines_share": (
+            "share of a further picture that is not engines",
+            "{:.1%}",
+        ),
+    },
+    "load": {
+        "imports_s": ("interpreter and imports", "{:.2f} s"),
+        "read_file_s": ("what the file is, where its tensors are", "{:.2f} s"),
+        "open_text_encoder_s": ("text encoder ready", "{:.2f} s"),
+        "open_step_s": ("UNet ready", "{:.2f} s"),
+        "encode_prompt_s": ("prompt encoded", "{:.2f} s"),
+        "file_to_first_step_begun_s": ("**file to first step, begun**", "{:.2f} s"),
+        "first_step_s": ("the first step", "{:.2f} s"),
+        "file_to_first_step_done_s": ("**file to first step, done**", "{:.2f} s"),
+        "peak_share": ("peak resident memory, of the float32 weights' size", "{:.2f} times"),
+        "lora_on_s": ("a LoRA put on the loaded pipeline", "{:.2f} s"),
+        "lora_weight_changed_s": ("its weight changed", "{:.2f} s"),
+        "lora_off_s": ("taken off", "{:.2f} s"),
+    },
 }
 
 
-def table(report: dict[str, Any]) -> str:
-    """Render the report of `benchmarks.prompt` as Markdown: medians with their spread."""
-    machine, request = report["machine"], report["request"]
-    lines = [
-        f"{machine['processor']}, {machine['cores']} cores, Python {machine['python']}; "
-        f"{request['steps']} steps, guidance {request['guidance_scale']}, "
-        f"{request['repeats']} repeats after a warm-up.",
-        "",
-        "| | median | smallest to largest |",
-        "|---|---|---|",
-    ]
-    for name, text in ROWS.items():
-        value = report[name]
-        lines.append(
-            f"| {text} | {value['median']:.2f} s | {value['min']:.2f} to {value['max']:.2f} s |"
-        )
-    for name, text in SHARES.items():
-        value = report[name]
-        lines.append(
-            f"| {text} | {value['median']:.1%} | {value['min']:.1%} to {value['max']:.1%} |"
-        )
+def table(name: str, report: Mapping[str, Any]) -> str:
+    """Render a benchmark's report as Markdown: medians with their spread."""
+    lines = [_heading(name, report), "", "| | median | smallest to largest |", "|---|---|---|"]
+    for figure, (text, form) in ROWS[name].items():
+        value = report[figure]
+        median, low, high = (form.format(value[key]) for key in ("median", "min", "max"))
+        lines.append(f"| {text} | {median} | {low.split()[0]} to {high} |")
     return "\n".join(lines)
 
 
-def insert(readme: str, report: dict[str, Any]) -> str:
-    """Return the README with its table replaced; raises OutputError when it has no place for it."""
-    if BEGIN not in readme or END not in readme:
-        raise OutputError(f"README.md has no lines {BEGIN!r} and {END!r}; put them back")
-    before, rest = readme.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    return f"{before}{BEGIN}\n{table(report)}\n{END}{after}"
+def _heading(name: str, report: Mapping[str, Any]) -> str:
+    machine, request = report["machine"], report["request"]
+    place = (
+        f"{machine['processor']}, {machine['cores']} cores, "
+        f"{machine['peak_gflops']:.0f} GFLOP/s in float32, Python {machine['python']}"
+    )
+    repeats = f"{request['repeats']} repeats after a warm-up"
+    if name == "prompt":
+        scale = request["guidance_scale"]
+        return f"{place}; {request['steps']} steps, guidance {scale}, {repeats}."
+    size = report["file_bytes"] / 1e9
+    return f"{place}; {request['model']}, {size:.1f} GB of float16, {repeats}."
 
 
-def committed() -> dict[str, Any]:
-    """Read the committed report of the prompt benchmark."""
-    values: dict[str, Any] = json.loads((RESULTS / "prompt.json").read_text(encoding="utf-8"))
+def insert(readme: str) -> str:
+    """Return the README with its tables replaced; raises OutputError when one has no place."""
+    for name in ROWS:
+        begin, end = BEGIN.format(name), END.format(name)
+        if begin not in readme or end not in readme:
+            raise OutputError(f"README.md has no lines {begin!r} and {end!r}; put them back")
+        before, rest = readme.split(begin, 1)
+        _, after = rest.split(end, 1)
+        readme = f"{before}{begin}\n{table(name, committed(name))}\n{end}{after}"
+    return readme
+
+
+def committed(name: str) -> dict[str, Any]:
+    """Read a benchmark's committed report."""
+    values: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return values

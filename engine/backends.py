@@ -1,13 +1,16 @@
 """Backends: what runs a graph with its weights. Each imports its library where it is opened."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import BackendError
+from engine.errors import BackendError, ModelError
+from engine.float16 import widen
 from engine.graphs import Graph
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -18,6 +21,14 @@ class Engine(Protocol):
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; names, dtypes and shapes are those of `engine.signature`."""
+        ...
+
+    def rebind(self, weights: Arrays, names: Collection[str]) -> None:
+        """Take the weights of these names anew, as when an adapter is put on or taken off.
+
+        One after the other, so that never two of all are in memory. Raises BackendError or
+        ModelError, and then some are new: the former weights must be bound again.
+        """
         ...
 
 
@@ -44,7 +55,7 @@ class BackendSettings:
 
 
 def open_engine(graph: Graph, weights: Arrays, settings: BackendSettings) -> Engine:
-    """Bind weights to a graph and make it ready; raises BackendError or GraphError."""
+    """Bind weights to a graph and make it ready; raises BackendError, GraphError or ModelError."""
     return BACKENDS[settings.backend](graph, weights, settings)
 
 
@@ -57,23 +68,57 @@ def _open_cpu(graph: Graph, weights: Arrays, settings: BackendSettings) -> Engin
 BACKENDS = {"cpu": _open_cpu}
 
 
-def bind(graph: Graph, weights: Arrays) -> dict[str, NDArray[Any]]:
-    """Take a graph's weights in its precision; equal dtypes are not copied.
+def bind(
+    graph: Graph, weights: Arrays, names: Collection[str] | None = None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Take a graph's weights, or those of some names, in its precision; equal dtypes are no copy.
 
-    Raises BackendError when the checkpoint lacks one, or has it in numbers of another kind.
+    Raises BackendError when the checkpoint lacks one, or has it in another shape or in numbers of
+    another kind, and ModelError when it holds infinities or what is no number.
     """
-    bound: dict[str, NDArray[Any]] = {}
-    for name in graph.weights:
-        if name not in weights:
-            raise BackendError(
-                f"the checkpoint has no tensor {name!r}, which the {graph.part} graph "
-                f"{graph.path.name} needs; is it a checkpoint of another architecture?"
-            )
-        array = weights[name]
-        if not np.can_cast(array.dtype, graph.precision, casting="same_kind"):
-            raise BackendError(
-                f"the checkpoint's tensor {name!r} is of {array.dtype}, which cannot be taken as "
-                f"{graph.precision}; save the model in float16, bfloat16 or float32"
-            )
-        bound[name] = np.asarray(array, dtype=graph.precision, order="C")
-    return bound
+    chosen = [name for name in graph.weights if names is None or name in names]
+    with ThreadPoolExecutor(processors()) as pool:  # numpy converts without the interpreter's lock
+        taken = pool.map(lambda name: _take(graph, weights, name), chosen)
+        yield from zip(chosen, taken, strict=True)
+
+
+def processors() -> int:
+    """Count the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _take(graph: Graph, weights: Arrays, name: str) -> NDArray[Any]:
+    if name not in weights:
+        raise BackendError(
+            f"the checkpoint has no tensor {name!r}, which the {graph.part} graph "
+            f"{graph.path.name} needs; is it a checkpoint of another architecture?"
+        )
+    array = weights[name]
+    if array.shape != graph.weights[name]:
+        raise BackendError(
+            f"the checkpoint's tensor {name!r} has the shape {array.shape}, and the {graph.part} "
+            f"graph {graph.path.name} needs {graph.weights[name]}; is it a checkpoint of another "
+            "architecture?"
+        )
+    if not np.can_cast(array.dtype, graph.precision, casting="same_kind"):
+        raise BackendError(
+            f"the checkpoint's tensor {name!r} is of {array.dtype}, which cannot be taken as "
+            f"{graph.precision}; save the model in float16, bfloat16 or float32"
+        )
+    if array.dtype == np.float16 and graph.precision == "float32":
+        taken: NDArray[Any] = widen(array)
+    else:
+        with np.errstate(over="ignore"):  # it is refused below
+            taken = np.asarray(array, dtype=graph.precision, order="C")
+    with np.errstate(all="ignore"):
+        total = np.add.reduce(
+            taken, axis=None
+        )  # NaN and infinity stay: ten times as fast as isfinite
+    if not np.isfinite(total) and not np.isfinite(taken).all():
+        raise ModelError(
+            f"the checkpoint's tensor {name!r} holds values that are not finite (NaN, infinite or "
+            f"too large for {graph.precision}); download the model again, or take another"
+        )
+    return taken

@@ -25,6 +25,8 @@ UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
 MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
 ADDITION_EMBEDS = (None, "text", "text_time")
 HIDDEN_ACTS = ("quick_gelu", "gelu")
+XL_SCALING_FACTOR = 0.13025
+LARGEST_ID = 2  # as the end of text old configurations name token 2, and mean the largest id
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
@@ -40,7 +42,7 @@ class TextEncoderConfig(Config):
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 49407
+    eos_token_id: int = LARGEST_ID
     projection_dim: int = 0  # 0: no `text_projection`; set by `from_dict`
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class TextEncoderConfig(Config):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read a CLIPTextModel's configuration, with or without a projection."""
         values = dict(values)
+        if values.get("eos_token_id") == values.get("vocab_size", 0) - 1:
+            values["eos_token_id"] = LARGEST_ID  # two ways to say the same
         architecture = values.get("architectures") or TEXT_ENCODERS[0]
         if isinstance(architecture, list):
             architecture = architecture[0]
@@ -132,6 +136,15 @@ class UNetConfig(Config):
         require_fixed(values, _UNET_FIXED)
         return super(UNetConfig, cls).from_dict(values)
 
+    @property
+    def addition_time_ids(self) -> int:
+        """Numbers that XL is told beside the text: 6 sizes, or 4 and a score in its refiner.
+
+        The refiner's only text encoder gives both the context and the pooled text.
+        """
+        pooled = self.projection_class_embeddings_input_dim - 5 * self.addition_time_embed_dim
+        return 5 if pooled == self.cross_attention_dim else 6
+
     def heads(self) -> tuple[int, ...]:
         """Attention heads by level.
 
@@ -193,6 +206,11 @@ class AutoencoderConfig(Config):
             for given in blocks if isinstance(blocks, tuple | list) else (blocks,):
                 require_among(name, given, (block,))
         return config
+
+    @property
+    def overflows_float16(self) -> bool:
+        """Whether activations leave float16's range, as those of XL's autoencoder do."""
+        return self.scaling_factor == XL_SCALING_FACTOR
 
     @property
     def compression(self) -> int:

@@ -21,7 +21,7 @@ PIECE = 2**16  # numbers at a time: they stay in the processor's cache
 def widen(values: NDArray[Any]) -> NDArray[np.float32]:
     """Return values of any float type as a new float32 array, exactly where they are float16."""
     if not _is_plain(values):
-        return values.astype(np.float32)
+        return values.astype(np.float32, order="C")
     wide = np.empty(values.shape, np.float32)
     flat = wide.reshape(-1)
     for place, piece in _pieces(values):

@@ -1,54 +1,101 @@
-"""A model: a folder in diffusers' layout, its three architectures and where its weights are."""
+"""A model: its architectures, its noise schedule and where its weights are.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+It comes as a folder in diffusers' layout or as one file in the layout of the original training
+code. Neither is converted: the parts' weights are found under their graphs' names on access.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any, Self, TypeVar
 
-from numpy.typing import NDArray
-
-from engine.config import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig, read_json
+from engine.checkpoint import Checkpoint, open_vae
+from engine.components import Component, ComponentName, diffusers_component
+from engine.config import (
+    XL_SCALING_FACTOR,
+    AutoencoderConfig,
+    Config,
+    TextEncoderConfig,
+    UNetConfig,
+    read_json,
+)
 from engine.errors import ModelError
-from engine.signature import Part
+from engine.families import EMBEDDED_GUIDANCE, Context
+from engine.signature import Part, TextPart
 from engine.weights import open_weights
 
-# The folder of a model that holds a part's configuration and weights.
-FOLDERS: Mapping[Part, str] = {
-    "text_encoder": "text_encoder",
-    "step": "unet",
-    "vae_decoder": "vae",
-    "vae_encoder": "vae",
-}
-PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+# The component of a model that holds a part's architecture and weights.
+COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
+    {
+        "text_encoder": "text_encoder",
+        "text_encoder_2": "text_encoder_2",
+        "step": "unet",
+        "vae_decoder": "vae",
+        "vae_encoder": "vae",
+    }
+)
+TEXT_ENCODERS: tuple[TextPart, ...] = ("text_encoder", "text_encoder_2")
+PIPELINES = tuple(
+    f"{family}{task}Pipeline"
+    for family in ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
+    for task in ("", "Img2Img", "Inpaint")
+)
+C = TypeVar("C", bound=Config)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Model:
-    """What a model's folder says; no weights are read yet.
+    """What a model says of itself; no weights are read yet.
 
-    sample_size: side of the latents that the UNet was trained on.
+    configs: the architectures of the components that it has
+    find: opens a component's weights, memory-mapped, under their graph's names
+    scheduler: a `scheduler_config.json`
+    sample_size: side of the latents that the UNet was trained on
+    zeros_for_empty_prompt: whether an empty negative prompt stands for a text of zeros, as in XL
+    steps, guidance_scale: what the authors of a distilled model recommend
+    notes: what was concluded of a file from more than its weights, a sentence each
     """
 
     path: Path
-    text_encoder: TextEncoderConfig
-    unet: UNetConfig
-    vae: AutoencoderConfig
+    configs: Mapping[ComponentName, Config]
+    find: Callable[[ComponentName], Component]
     scheduler: Mapping[str, Any]
     sample_size: int
+    zeros_for_empty_prompt: bool = False
+    steps: int | None = None
+    guidance_scale: float | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Read a model's folder; raises ModelError when it is not one that can be run."""
-        if not path.is_dir():
-            raise ModelError(
-                f"the model {path} is not a folder; give a folder in diffusers' layout "
-                "(model_index.json, text_encoder/, tokenizer/, unet/, vae/, scheduler/)"
-            )
-        kind = read_json(path / "model_index.json").get("_class_name")
+    def open(
+        cls, path: Path, *, prediction_type: str | None = None, vae: Path | None = None
+    ) -> Self:
+        """Read a model's folder or file; raises ModelError when it is not one that can be run.
+
+        prediction_type: instead of what the model says or is taken to be
+        vae: a file or folder of another autoencoder, instead of the model's own
+        """
+        if path.is_dir():
+            model = cls._from_folder(path, needs_vae=vae is None)
+            if prediction_type is not None:
+                scheduler = {**model.scheduler, "prediction_type": prediction_type}
+                model = replace(model, scheduler=scheduler)
+        else:
+            model = cls._from_file(path, prediction_type)
+        if vae is not None:
+            model = model._with_vae(vae)
+        model._check_widths()
+        return model
+
+    @classmethod
+    def _from_folder(cls, path: Path, *, needs_vae: bool) -> Self:
+        index = read_json(path / "model_index.json")
+        kind = index.get("_class_name")
         if kind not in PIPELINES:
             raise ModelError(
                 f"{path / 'model_index.json'} names the pipeline {kind!r}; supported are "
-                f"{' and '.join(PIPELINES)}"
+                f"{', '.join(PIPELINES)}"
             )
         unet = read_json(path / "unet" / "config.json")
         sample_size = unet.get("sample_size", 64)
@@ -57,64 +104,121 @@ class Model:
                 f"{path / 'unet' / 'config.json'} has sample_size {sample_size!r}; "
                 "a whole number of latents along one side is expected"
             )
-        model = cls(
+        config = UNetConfig.from_dict(unet)
+        configs: dict[ComponentName, Config] = {"unet": config}
+        for name in TEXT_ENCODERS:
+            if (name == TEXT_ENCODERS[0] and "XL" not in kind) or (path / name).is_dir():
+                configs[name] = TextEncoderConfig.load(path / name)
+        if needs_vae or (path / "vae").is_dir():
+            configs["vae"] = AutoencoderConfig.load(path / "vae")
+
+        def find(name: ComponentName) -> Component:
+            return diffusers_component(path / name, open_weights(path / name), configs[name])
+
+        return cls(
             path=path,
-            text_encoder=TextEncoderConfig.load(path / "text_encoder"),
-            unet=UNetConfig.from_dict(unet),
-            vae=AutoencoderConfig.load(path / "vae"),
+            configs=MappingProxyType(configs),
+            find=find,
             scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
             sample_size=sample_size,
+            zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", "XL" in kind)),
+            guidance_scale=EMBEDDED_GUIDANCE if config.time_cond_proj_dim else None,
         )
-        model._check_widths()
-        return model
+
+    @classmethod
+    def _from_file(cls, path: Path, prediction_type: str | None) -> Self:
+        file = Checkpoint.open(path, prediction_type)
+        return cls(
+            path=path,
+            configs=file.configs,
+            find=file.component,
+            scheduler=file.scheduler,
+            sample_size=file.sample_size,
+            zeros_for_empty_prompt=file.family.name == "xl",
+            steps=file.variant.steps[1] if file.variant else None,
+            guidance_scale=file.variant.guidance_scale if file.variant else None,
+            notes=file.notes,
+        )
+
+    def _with_vae(self, path: Path) -> Self:
+        factor = AutoencoderConfig().scaling_factor
+        if self.is_xl:
+            factor = XL_SCALING_FACTOR
+        config, component = open_vae(path, factor)
+        own = self.find
+        return replace(
+            self,
+            configs=MappingProxyType({**self.configs, "vae": config}),
+            find=lambda name: component if name == "vae" else own(name),
+            notes=(*self.notes, f"the autoencoder is that of {path}"),
+        )
+
+    @property
+    def unet(self) -> UNetConfig:
+        """The UNet's architecture."""
+        return self._config("unet", UNetConfig)
+
+    @property
+    def vae(self) -> AutoencoderConfig:
+        """The autoencoder's architecture; raises ModelError when the model has none."""
+        return self._config("vae", AutoencoderConfig)
+
+    @property
+    def text_encoders(self) -> dict[TextPart, TextEncoderConfig]:
+        """The text encoders' architectures: one, or XL's two."""
+        return {
+            name: self._config(name, TextEncoderConfig)
+            for name in TEXT_ENCODERS
+            if name in self.configs
+        }
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether the UNet is told sizes and the pooled text, as XL and its refiner are."""
+        return self.unet.addition_embed_type == "text_time"
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet also sees a mask and the masked picture's latents."""
+        return self.unet.in_channels > self.unet.out_channels
+
+    @property
+    def context(self) -> Context:
+        """Which of the text encoders' outputs the UNet attends to."""
+        return "penultimate_hidden_state" if self.is_xl else "last_hidden_state"
 
     def config(self, part: Part) -> Config:
         """Return the architecture of a part."""
-        if part == "text_encoder":
-            return self.text_encoder
-        return self.unet if part == "step" else self.vae
+        return self._config(COMPONENTS[part], Config)
 
-    def weights(self, part: Part) -> Mapping[str, NDArray[Any]]:
+    def weights(self, part: Part) -> Component:
         """Open the weights of a part, memory-mapped; raises ModelError."""
-        weights = open_weights(self.path / FOLDERS[part])
-        return _WithPrefix(weights) if part == "text_encoder" else weights
+        return self.find(COMPONENTS[part])
+
+    def _config(self, name: ComponentName, kind: type[C]) -> C:
+        if name not in self.configs:
+            advice = "give one with --vae" if name == "vae" else "use a file of the whole model"
+            raise ModelError(f"{self.path} holds no {name}; {advice}")
+        config = self.configs[name]
+        assert isinstance(config, kind)
+        return config
 
     def _check_widths(self) -> None:
-        if self.unet.in_channels != self.vae.latent_channels:
+        unet, latent = self.unet, self.vae.latent_channels
+        if unet.out_channels != latent:
             raise ModelError(
-                f"the UNet of {self.path} takes {self.unet.in_channels} channels and its "
-                f"autoencoder makes {self.vae.latent_channels}; only text-to-image models are "
-                "supported, whose numbers are equal"
+                f"the UNet of {self.path} gives {unet.out_channels} channels and its autoencoder "
+                f"takes {latent}; use parts of one model"
             )
-        if self.unet.out_channels != self.unet.in_channels:
+        if unet.in_channels not in (latent, 2 * latent + 1):
             raise ModelError(
-                f"the UNet of {self.path} takes {self.unet.in_channels} channels and gives "
-                f"{self.unet.out_channels}; only models whose numbers are equal are supported"
+                f"the UNet of {self.path} takes {unet.in_channels} channels; supported are "
+                f"{latent}, the latent's, and {2 * latent + 1} of an inpainting model"
             )
-        if self.unet.cross_attention_dim != self.text_encoder.hidden_size:
+        widths = [config.hidden_size for config in self.text_encoders.values()]
+        if unet.cross_attention_dim != sum(widths):
             raise ModelError(
-                f"the UNet of {self.path} attends to {self.unet.cross_attention_dim} values and "
-                f"its text encoder makes {self.text_encoder.hidden_size}; use parts of one model"
+                f"the UNet of {self.path} attends to {unet.cross_attention_dim} values and its "
+                f"text encoders make {' and '.join(map(str, widths)) or 'none'}; "
+                "use parts of one model, all of them"
             )
-
-
-class _WithPrefix(Mapping[str, NDArray[Any]]):
-    """A text encoder's weights under `text_model.`, which transformers 5 no longer writes."""
-
-    PREFIX = "text_model."
-
-    def __init__(self, weights: Mapping[str, NDArray[Any]]) -> None:
-        self._weights = weights
-        self._names = {
-            name if name.startswith((self.PREFIX, "text_projection.")) else self.PREFIX + name: name
-            for name in weights
-        }
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._weights[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)

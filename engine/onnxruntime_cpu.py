@@ -1,52 +1,87 @@
 """ONNX Runtime on the CPU."""
 
+import math
+from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import Arrays, bind
 from engine.errors import BackendError, GraphError
 from engine.graphs import Graph
+from engine.onnx_file import weights_as_inputs
+
+# Weights of a part up to here are constants of its session. The library then copies and rearranges
+# them for its fastest convolutions, a quarter faster in a small model; of a larger part that would
+# take seconds and the weights' memory again, for a few percent.
+CONSTANT_BYTES = 2**28
 
 
 class OnnxRuntimeEngine:
-    """A graph in an ONNX Runtime session, its weights handed over in memory."""
+    """A graph in an ONNX Runtime session.
+
+    A large part's weights are inputs of the session, handed over with each run: they are read
+    where they are, and an adapter changes them without a new session.
+    """
 
     def __init__(self, graph: Graph, weights: Arrays, threads: int | None) -> None:
-        onnxruntime = _import()
-        self._weights = bind(graph, weights)  # the session reads these arrays, it owns no copy
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        options.add_external_initializers(
-            list(self._weights),
-            [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()],
-        )
-        try:
-            self._session = onnxruntime.InferenceSession(
-                graph.path.read_bytes(), options, providers=["CPUExecutionProvider"]
-            )
-        except OSError as error:
-            raise GraphError(f"{graph.path} cannot be read ({error}); restore the file") from error
-        except Exception as error:  # the library's own exceptions share no base of their own
-            raise GraphError(
-                f"ONNX Runtime cannot open {graph.path} with these weights "
-                f"({_first_line(error)}); does the graph fit the model? make it anew with "
-                "`python -m export MODEL`"
-            ) from error
+        self._library = _import()
+        self._graph = graph
+        self._threads = threads or 0
+        numbers = sum(math.prod(shape) for shape in graph.weights.values())
+        self._constant = numbers * np.dtype(graph.precision).itemsize <= CONSTANT_BYTES
+        self._weights: dict[str, Any] = {}
+        self._take(weights, graph.weights)
+        self._session = self._open()
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; raises BackendError when the library fails, as for want of memory."""
+        value = self._library.OrtValue.ortvalue_from_numpy
+        fed = {} if self._constant else self._weights
+        fed = fed | {name: value(array) for name, array in inputs.items()}
         try:
-            results = self._session.run(self._outputs, dict(inputs))
+            results = self._session.run_with_ort_values(self._outputs, fed)
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime failed ({_first_line(error)}); is the picture too large for the "
                 "memory of this machine?"
             ) from error
-        return dict(zip(self._outputs, results, strict=True))
+        return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
+
+    def rebind(self, weights: Arrays, names: Collection[str]) -> None:
+        """Take the weights of these names anew; see `engine.backends.Engine`."""
+        self._take(weights, names)
+        if self._constant:
+            self._session = self._open()
+
+    def _take(self, weights: Arrays, names: Collection[str]) -> None:
+        """Wrap weights for the library, which reads these arrays and owns no copy."""
+        for name, array in bind(self._graph, weights, names):
+            self._weights[name] = self._library.OrtValue.ortvalue_from_numpy(array)
+
+    def _open(self) -> Any:
+        options = self._library.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        # Planning the reuse of memory takes longer than all else, and the arena that gives memory
+        # back step by step peaks no higher without a plan.
+        options.enable_mem_reuse = False
+        options.enable_mem_pattern = False
+        data = self._graph.data()
+        try:
+            if self._constant:
+                options.add_external_initializers(list(self._weights), [*self._weights.values()])
+            else:
+                data = weights_as_inputs(data)
+            return self._library.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the library's own exceptions share no base of their own
+            raise GraphError(
+                f"ONNX Runtime cannot open {self._graph.path} ({_first_line(error)}); make it anew "
+                "with `python -m export MODEL`"
+            ) from error
 
 
 def _import() -> Any:
@@ -61,4 +96,4 @@ def _import() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    return str(error).strip().split("\n")[0][:200]

@@ -2,7 +2,9 @@
 
 Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
 C latent channels, h and w the latent's size, n tokens, D the width of the context, P that of the
-pooled text, H = 8 h and W = 8 w pixels (or whatever the autoencoder's compression is).
+pooled text, T the sizes that XL is told, e tokens of textual inversion, X channels that an
+inpainting UNet sees beside the latent, H = 8 h and W = 8 w pixels (or whatever the autoencoder's
+compression is).
 """
 
 from collections.abc import Mapping
@@ -12,7 +14,8 @@ from typing import Literal
 
 from engine.config import Config, UNetConfig
 
-Part = Literal["text_encoder", "step", "vae_decoder", "vae_encoder"]
+Part = Literal["text_encoder", "text_encoder_2", "step", "vae_decoder", "vae_encoder"]
+TextPart = Literal["text_encoder", "text_encoder_2"]
 Symbol = str | int
 Dtype = Literal["float32", "int64", "uint8"]
 
@@ -37,16 +40,23 @@ def _tensor(dtype: Dtype, *shape: Symbol) -> Tensor:
     return Tensor(dtype=dtype, shape=shape)
 
 
+_TEXT_ENCODER = Signature(
+    inputs={
+        "input_ids": _tensor("int64", "B", "n"),
+        # Rows for the ids from vocab_size on: textual inversion changes no weight.
+        "extra_embeddings": _tensor("float32", "e", "D"),
+    },
+    outputs={
+        "last_hidden_state": _tensor("float32", "B", "n", "D"),
+        "penultimate_hidden_state": _tensor("float32", "B", "n", "D"),
+        "pooled": _tensor("float32", "B", "P"),
+    },
+)
+
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
-        "text_encoder": Signature(
-            inputs={"input_ids": _tensor("int64", "B", "n")},
-            outputs={
-                "last_hidden_state": _tensor("float32", "B", "n", "D"),
-                "penultimate_hidden_state": _tensor("float32", "B", "n", "D"),
-                "pooled": _tensor("float32", "B", "P"),
-            },
-        ),
+        "text_encoder": _TEXT_ENCODER,
+        "text_encoder_2": _TEXT_ENCODER,
         "step": Signature(
             inputs={
                 "registers": _tensor("float32", "B", "r", "C", "h", "w"),
@@ -76,10 +86,12 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
 # XL's second conditioning; only graphs whose UNet has `addition_embed_type: text_time` take it.
 _TEXT_TIME = {
     "text_embeds": _tensor("float32", "g", "B", "P"),
-    "time_ids": _tensor("float32", "g", "B", 6),
+    "time_ids": _tensor("float32", "g", "B", "T"),
 }
 # The embedded guidance scale of a distilled model; only with `time_cond_proj_dim`.
 _TIMESTEP_COND = {"timestep_cond": _tensor("float32", "B", "E")}
+# What an inpainting model sees unscaled beside the latent: the mask, the masked picture's latents.
+_IMAGE_CONDITIONING = {"image_conditioning": _tensor("float32", "B", "X", "h", "w")}
 
 
 def signature(part: Part, config: Config) -> Signature:
@@ -92,4 +104,6 @@ def signature(part: Part, config: Config) -> Signature:
         inputs |= _TEXT_TIME
     if config.time_cond_proj_dim:
         inputs |= _TIMESTEP_COND
+    if config.in_channels > config.out_channels:
+        inputs |= _IMAGE_CONDITIONING
     return Signature(inputs=inputs, outputs=described.outputs)

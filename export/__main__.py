@@ -1,24 +1,23 @@
-"""`python -m export MODEL`: trace a model's parts to ONNX graphs and check each against torch."""
+"""`python -m export`: trace graphs of models, and say what a file is.
+
+python -m export MODEL       trace a model's architecture and check it against torch
+python -m export info FILE   say what a checkpoint or an adapter is
+python -m export graphs      trace the architectures that ship
+"""
 
 import argparse
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
-
-from engine.cache import cache_folder, write_atomically
-from engine.errors import LatentrtError, ModelError, OutputError
-from engine.graphs import Precision, graph_name
-from engine.model import FOLDERS, Model
+from engine.cache import cache_folder
+from engine.errors import LatentrtError, OutputError
+from engine.graphs import SHIPPED, Precision
 from engine.models import find_model
 from engine.signature import Part
-from export.parity import check
-from export.tracing import build_module, trace
+from export.info import as_table, describe
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -26,13 +25,11 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = given[0] if given[:1] in (["info"], ["graphs"]) else "model"
+    options = _PARSERS[command]().parse_args(given if command == "model" else given[1:])
     try:
-        model = Model.open(find_model(options.model))
-        folder = options.out or cache_folder() / "graphs"
-        _make_folder(folder)
-        for part in options.parts:
-            export_part(model, part, options.precision, folder)
+        _COMMANDS[command](options)
     except LatentrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -42,55 +39,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export_part(model: Model, part: Part, precision: Precision, folder: Path) -> Path:
-    """Trace one part, check it against torch and write it; print its size and its error.
-
-    Raises ModelError when the weights do not fit, GraphError when the graph does not agree.
-    """
-    config, weights = model.config(part), model.weights(part)
-    module = build_module(part, config)
-    assert isinstance(module.model, nn.Module)
-    load_weights(module.model, weights, model.path / FOLDERS[part])
-    traced = trace(part, config, precision, module)
-    error = check(traced, weights)
-    path = folder / graph_name(part, config, precision)
-    data = traced.model.SerializeToString()
-    write_atomically(path, lambda file: file.write(data))
-    nodes = len(traced.model.graph.node)
-    print(f"{path}  {len(data) / 1e3:.0f} kB  {nodes} nodes  relative error {error:.1e}")
-    return path
+def _info(options: argparse.Namespace) -> None:
+    facts = describe(options.file)
+    print(json.dumps(facts, indent=2) if options.json else as_table(facts))
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, NDArray[Any]], source: Path) -> None:
-    """Load a checkpoint's tensors strictly, in float32; raises ModelError for any that differ."""
-    ignored = "text_model.embeddings.position_ids"  # 0, 1, 2, …, in files of old transformers
-    state = {
-        name: torch.from_numpy(np.array(value, np.float32))
-        for name, value in weights.items()
-        if name != ignored
-    }
-    try:
-        module.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split("\n", 2)[1].split())[:200]
-        raise ModelError(
-            f"the weights in {source} do not fit its config.json ({detail}); "
-            "are both of the same model?"
-        ) from error
+def _model(options: argparse.Namespace) -> None:
+    from engine.model import Model
+    from export.writing import export_part
+
+    model = Model.open(find_model(options.model), prediction_type=None)
+    folder = _made(options.out or cache_folder() / "graphs")
+    parts: list[Part] = [*model.text_encoders, "step", "vae_decoder", "vae_encoder"]
+    for part in options.parts or parts:
+        print(export_part(model, part, options.precision, folder))
 
 
-def _make_folder(folder: Path) -> None:
+def _graphs(options: argparse.Namespace) -> None:
+    from export.published import published_parts
+    from export.writing import write_published
+
+    folder = _made(options.out)
+    for part, config in published_parts():
+        for precision in get_args(Precision):
+            print(write_published(part, config, precision, folder), flush=True)
+
+
+def _made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"the folder {folder} cannot be made ({error}); choose another"
         ) from error
+    return folder
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
-    parser.add_argument("model", metavar="MODEL", help="a model that ships, or a folder")
+def _model_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export",
+        description="Trace a model's parts to ONNX graphs and check each against torch.",
+        epilog="also: python -m export info FILE (what a file is), python -m export graphs",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model that ships, a folder or a file")
     parser.add_argument(
         "--out",
         type=Path,
@@ -106,13 +97,39 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=list(FOLDERS),
-        default=list(FOLDERS),
+        choices=get_args(Part),
         metavar="PART",
-        help=f"some of {', '.join(FOLDERS)} (default: all)",
+        help=f"some of {', '.join(get_args(Part))} (default: all that the model has)",
     )
     return parser
 
+
+def _info_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export info",
+        description="Say what a file is: a checkpoint, an autoencoder, a LoRA or its kin, a "
+        "textual inversion. Nothing in it is run.",
+    )
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="or a folder, or a model that ships"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _graphs_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export graphs",
+        description="Trace the published architectures without weights; minutes, not gigabytes.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=SHIPPED, metavar="FOLDER", help="(default: %(default)s)"
+    )
+    return parser
+
+
+_COMMANDS = {"model": _model, "info": _info, "graphs": _graphs}
+_PARSERS = {"model": _model_parser, "info": _info_parser, "graphs": _graphs_parser}
 
 if __name__ == "__main__":
     sys.exit(main())

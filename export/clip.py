@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import TextEncoderConfig
+from engine.config import LARGEST_ID, TextEncoderConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -25,13 +25,22 @@ class TextEmbeddings(nn.Module):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
+        self.vocab_size = config.vocab_size
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, n) int64 -> (B, n, hidden_size)."""
+    def forward(self, input_ids: Tensor, extra_embeddings: Tensor | None = None) -> Tensor:
+        """(B, n) int64 -> (B, n, hidden_size).
+
+        extra_embeddings: (e, hidden_size), the rows of the ids from vocab_size on (textual
+        inversion, Gal et al. 2022, arXiv:2208.01618).
+        """
         positions = self.position_embedding.weight[: input_ids.shape[1]]
-        return self.token_embedding(input_ids) + positions
+        if extra_embeddings is None:
+            return self.token_embedding(input_ids) + positions
+        tokens = self.token_embedding(input_ids.clamp(max=self.vocab_size - 1))
+        extra = extra_embeddings.to(tokens.dtype)[(input_ids - self.vocab_size).clamp(min=0)]
+        return torch.where((input_ids < self.vocab_size)[..., None], tokens, extra) + positions
 
 
 class SelfAttention(nn.Module):
@@ -113,7 +122,9 @@ class TextEncoder(nn.Module):
         if config.projection_dim:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, extra_embeddings: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last hidden states, those of the layer before the last, and the pooled text.
 
         input_ids: (B, n) int64 -> (B, n, hidden_size) after the final norm; the same shape
@@ -121,7 +132,7 @@ class TextEncoder(nn.Module):
         (B, hidden_size): the state at the first end-of-text token, projected where the model
         has a projection.
         """
-        hidden_states = penultimate = self.text_model.embeddings(input_ids)
+        hidden_states = penultimate = self.text_model.embeddings(input_ids, extra_embeddings)
         for layer in self.text_model.encoder.layers:
             penultimate = hidden_states
             hidden_states = layer(hidden_states)
@@ -133,7 +144,9 @@ class TextEncoder(nn.Module):
         return last, penultimate, pooled
 
     def _end(self, input_ids: Tensor) -> Tensor:
-        """Find the first end of text; old configurations name token 2 and mean the largest id."""
-        if self.config.eos_token_id == 2:
-            return input_ids.argmax(dim=-1)
+        """Find the first end of text."""
+        if self.config.eos_token_id == LARGEST_ID:
+            # Not above vocab_size - 1: there are the tokens of textual inversion.
+            known = torch.where(input_ids < self.config.vocab_size, input_ids, 0)
+            return known.argmax(dim=-1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=-1)

@@ -21,9 +21,10 @@ from export.tracing import TracedPart, example_inputs, latent_multiple
 TOLERANCES: Mapping[Precision, float] = {"float32": 1e-4, "float16": 3e-2}
 
 
-def check(traced: TracedPart, weights: Mapping[str, NDArray[Any]]) -> float:
+def check(traced: TracedPart, module: nn.Module, weights: Mapping[str, NDArray[Any]]) -> float:
     """Run the graph in ONNX Runtime beside the float32 module; return the largest error.
 
+    module: of `build_module`, with the same weights.
     Raises GraphError when it is above the tolerance of the precision.
     """
     worst = 0.0
@@ -31,7 +32,6 @@ def check(traced: TracedPart, weights: Mapping[str, NDArray[Any]]) -> float:
         path = Path(folder) / "graph.onnx"
         path.write_bytes(traced.model.SerializeToString())
         engine = open_engine(Graph.read(path), weights, BackendSettings())
-        module = traced.module.float()
         for seed, sizes in enumerate(_sizes(traced)):
             generator = torch.Generator().manual_seed(seed)
             inputs = example_inputs(traced.part, traced.config, sizes, generator)
@@ -61,8 +61,8 @@ def _sizes(traced: TracedPart) -> list[dict[str, int]]:
     side = latent_multiple(traced.config)
     tokens = getattr(traced.config, "max_position_embeddings", 7)
     return [
-        {"B": 1, "g": 1, "r": 1, "n": tokens, "h": side, "w": side},
-        {"B": 3, "g": 2, "r": 3, "n": tokens, "h": 2 * side, "w": side},
+        {"B": 1, "g": 1, "r": 1, "n": tokens, "e": 1, "h": side, "w": side},
+        {"B": 3, "g": 2, "r": 3, "n": tokens, "e": 2, "h": 2 * side, "w": side},
     ]
 
 

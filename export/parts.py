@@ -13,15 +13,15 @@ from export.unet import UNet
 
 
 class TextEncode(nn.Module):
-    """input_ids (B, n) int64 -> hidden states and pooled text, float32."""
+    """input_ids (B, n) int64, extra_embeddings (e, D) -> hidden states, pooled text, float32."""
 
     def __init__(self, text_encoder: TextEncoder) -> None:
         super().__init__()
         self.model = text_encoder
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, extra_embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last and the penultimate hidden states and the pooled text."""
-        last, penultimate, pooled = self.model(input_ids)
+        last, penultimate, pooled = self.model(input_ids, extra_embeddings)
         return last.float(), penultimate.float(), pooled.float()
 
 
@@ -49,11 +49,14 @@ class Step(nn.Module):
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        image_conditioning: Tensor | None = None,
     ) -> Tensor:
         """Return the next registers, (B, r, C, h, w) float32."""
         dtype = self.model.conv_in.weight.dtype
         groups = context.shape[0]
         x = registers[:, 0] * input_scale[:, None, None, None]
+        if image_conditioning is not None:
+            x = torch.cat([x, image_conditioning], dim=1)
         out = self.model(
             _for_groups(x, groups).to(dtype),
             _for_groups(timestep, groups),

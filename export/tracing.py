@@ -4,46 +4,45 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import onnx
+import onnx_ir
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.config import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
+from engine.config import LARGEST_ID, AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
 from engine.graphs import METADATA_KEY, Precision
 from engine.signature import Part, signature
 from export.autoencoder import Autoencoder
 from export.clip import TextEncoder
+from export.islands import computed_in, keep_float32
 from export.parts import Step, TextEncode, VaeDecode, VaeEncode
 from export.unet import UNet
 
 OPSET = 23  # the first with an Attention operator; GroupNormalization came with 21
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+WEIGHTS = "model."  # where the parts keep the reference module, whose names are the checkpoint's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedPart:
-    """A graph and the module that it was traced from, for comparing the two."""
+    """A graph, and what it is the graph of."""
 
     part: Part
     config: Config
     precision: Precision
-    module: nn.Module
     model: onnx.ModelProto
 
 
 def build_module(part: Part, config: Config) -> nn.Module:
     """Build the module of a part with untrained weights; `.model` holds the reference module."""
-    if part == "text_encoder":
-        assert isinstance(config, TextEncoderConfig)
+    if isinstance(config, TextEncoderConfig):
         return TextEncode(TextEncoder(config)).eval()
-    if part == "step":
-        assert isinstance(config, UNetConfig)
+    if isinstance(config, UNetConfig):
         return Step(UNet(config)).eval()
     assert isinstance(config, AutoencoderConfig)
     autoencoder = Autoencoder(config)
@@ -62,8 +61,9 @@ def example_inputs(
         shape = [symbol if isinstance(symbol, int) else sizes[symbol] for symbol in tensor.shape]
         if name == "input_ids":
             assert isinstance(config, TextEncoderConfig)
-            inputs[name] = torch.randint(config.vocab_size, shape, generator=generator)
-            inputs[name][:, -1] = config.eos_token_id if config.eos_token_id != 2 else 0
+            ids = torch.randint(config.vocab_size + sizes["e"], shape, generator=generator)
+            ids[:, -1] = 0 if config.eos_token_id == LARGEST_ID else config.eos_token_id
+            inputs[name] = ids
         elif tensor.dtype == "uint8":
             inputs[name] = torch.randint(256, shape, generator=generator).to(torch.uint8)
         elif name in ("timestep", "time_ids"):
@@ -73,26 +73,30 @@ def example_inputs(
     return inputs
 
 
-def trace(part: Part, config: Config, precision: Precision, module: nn.Module) -> TracedPart:
+def trace(part: Part, config: Config, precision: Precision) -> TracedPart:
     """Trace a part; every symbol of its signature stays free.
 
-    Weights become external initializers that bear the names of the checkpoint and hold nothing.
+    The module is built of fake tensors, which have shapes and no numbers, so tracing takes neither
+    the weights' memory nor the time to fill it. Weights become external initializers that bear the
+    names of the checkpoint and hold nothing.
     """
-    module = module.to(DTYPES[precision])
     described = signature(part, config)
     side = latent_multiple(config)
-    sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "h": 2 * side, "w": 3 * side}
-    inputs = example_inputs(part, config, sizes, torch.Generator().manual_seed(0))
+    sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "e": 3, "h": 2 * side, "w": 3 * side}
+    real = example_inputs(part, config, sizes, torch.Generator().manual_seed(0))
     auto = torch.export.Dim.AUTO
     dynamic = {
         name: {axis: auto for axis, symbol in enumerate(tensor.shape) if _is_free(symbol, config)}
         for name, tensor in described.inputs.items()
     }
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, _default_dtype(computed_in(config, precision)):
+        module = build_module(part, config)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             module,
             (),
-            kwargs=inputs,
+            kwargs={name: fake.from_tensor(value) for name, value in real.items()},
             dynamo=True,
             opset_version=OPSET,
             optimize=False,  # it would fold transposes into weights, which then lose their names
@@ -101,20 +105,47 @@ def trace(part: Part, config: Config, precision: Precision, module: nn.Module) -
             verbose=False,
         )
     assert program is not None
-    model = _simplify(program.model_proto)
+    model = _simplify(_without_numbers(program.model))
     _name_symbols(model, part, config)
-    names = _detach_weights(model)
+    weights = _detach_weights(model)
+    keep_float32(model, config, precision)
     metadata = {
         "part": part,
         "architecture": config.key(),
         "precision": precision,
-        "weights": names,
+        "weights": weights,
         "torch": version("torch"),
     }
     del model.metadata_props[:]
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(metadata, sort_keys=True))
     onnx.checker.check_model(_without_external(model))
-    return TracedPart(part=part, config=config, precision=precision, module=module, model=model)
+    return TracedPart(part=part, config=config, precision=precision, model=model)
+
+
+def _without_numbers(model: onnx_ir.Model) -> onnx.ModelProto:
+    """Serialise a graph whose weights are fake tensors: as external data of their size."""
+    for name, value in model.graph.initializers.items():
+        if name.startswith(WEIGHTS) and (tensor := value.const_value) is not None:
+            value.const_value = onnx_ir.ExternalTensor(
+                "weights",
+                0,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=onnx_ir.Shape(list(tensor.shape)),  # type: ignore[arg-type]
+                name=name,
+            )
+    return onnx_ir.to_proto(model)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new parameters of a dtype: fake ones cannot be converted afterwards."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -133,13 +164,17 @@ def _quiet() -> Iterator[None]:
 
 def _fixed_sizes(config: Config) -> dict[str, int]:
     if isinstance(config, UNetConfig):
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        sizes = config.addition_time_ids * config.addition_time_embed_dim
         return {
             "C": config.out_channels,
             "D": config.cross_attention_dim,
-            "P": pooled,
+            "P": config.projection_class_embeddings_input_dim - sizes,
+            "T": config.addition_time_ids,
             "E": config.time_cond_proj_dim,
+            "X": config.in_channels - config.out_channels,
         }
+    if isinstance(config, TextEncoderConfig):
+        return {"D": config.hidden_size}
     return {"C": config.latent_channels} if isinstance(config, AutoencoderConfig) else {}
 
 
@@ -168,15 +203,10 @@ def _simplify(model: onnx.ModelProto) -> onnx.ModelProto:
     del model.graph.input[free:]
     model.graph.initializer.extend(weights.values())
     del model.graph.value_info[:]
-    _drop_traces(model.graph.node)
+    for named in (*model.graph.node, *model.graph.input, *model.graph.output):
+        del named.metadata_props[:]  # the exporter's notes on where in the source it came from
+        named.doc_string = ""
     return model
-
-
-def _drop_traces(nodes: Iterable[Any]) -> None:
-    """Remove the exporter's notes on where in the source a node came from."""
-    for node in nodes:
-        del node.metadata_props[:]
-        node.doc_string = ""
 
 
 def _name_symbols(model: onnx.ModelProto, part: Part, config: Config) -> None:
@@ -194,27 +224,20 @@ def _name_symbols(model: onnx.ModelProto, part: Part, config: Config) -> None:
                     dim.dim_param = str(symbol)
 
 
-def _detach_weights(model: onnx.ModelProto) -> list[str]:
-    """Turn the module's parameters into external initializers; return their names in order."""
-    names = []
+def _detach_weights(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Give the external initializers their names in the checkpoint; return these with shapes."""
+    shapes = {}
     for tensor in model.graph.initializer:
-        if not tensor.name.startswith("model."):
+        if not tensor.name.startswith(WEIGHTS):
             continue
-        name = tensor.name.removeprefix("model.")
+        name = tensor.name.removeprefix(WEIGHTS)
         for node in model.graph.node:
             for i, given in enumerate(node.input):
                 if given == tensor.name:
                     node.input[i] = name
-        dims, dtype = list(tensor.dims), tensor.data_type
-        size = len(tensor.raw_data)
-        tensor.Clear()
-        tensor.name, tensor.data_type = name, dtype
-        tensor.dims.extend(dims)
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", "weights"), ("offset", "0"), ("length", str(size))):
-            tensor.external_data.add(key=key, value=value)
-        names.append(name)
-    return sorted(names)
+        tensor.name = name
+        shapes[name] = list(tensor.dims)
+    return shapes
 
 
 def _without_external(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -12,10 +12,11 @@ from engine.backends import BackendSettings
 from engine.errors import LatentrtError, RequestError
 from engine.models import shipped_models
 from runtime.images import check_output, read_image, write_image
-from runtime.pipeline import Pipeline
+from runtime.pipeline import GUIDANCE_SCALE, STEPS, Pipeline
 from runtime.plan import Plan
 from runtime.request import Request
 from runtime.samplers import SAMPLERS
+from runtime.schedule import PREDICTION_TYPES
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -58,8 +59,17 @@ def _draw(options: argparse.Namespace) -> None:
     if options.out:
         check_output(options.out)
     pipeline = Pipeline.load(
-        options.model, graphs=options.graphs, precision=options.precision, settings=settings
+        options.model,
+        vae=options.vae,
+        loras=options.lora,
+        embeddings=options.embedding,
+        prediction_type=options.prediction_type,
+        graphs=options.graphs,
+        precision=options.precision,
+        settings=settings,
     )
+    for note in pipeline.model.notes:
+        print(f"note: {note}", file=sys.stderr)
     plan = pipeline.plan(request)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -99,12 +109,16 @@ def _settings(options: argparse.Namespace, plan: Plan, seed: int) -> dict[str, A
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
         "seed": seed,
-        "num_inference_steps": options.steps,
-        "guidance_scale": options.guidance_scale,
+        "num_inference_steps": plan.num_inference_steps,
+        "guidance_scale": plan.guidance_scale,
         "sampler": options.sampler,
         "height": plan.height,
         "width": plan.width,
         "model": str(options.model),
+        "vae": str(options.vae) if options.vae else None,
+        "loras": options.lora,
+        "embeddings": [str(path) for path in options.embedding],
+        "prediction_type": options.prediction_type,
         "precision": options.precision,
         "latentrt": latentrt,
     }
@@ -135,8 +149,29 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--model",
         default="pictogram",
-        help=f"a model that ships ({', '.join(shipped_models()) or 'none'}) or a folder in "
-        "diffusers' layout (default: %(default)s)",
+        help=f"a model that ships ({', '.join(shipped_models()) or 'none'}), a folder in "
+        "diffusers' layout, or a .safetensors or .ckpt file (default: %(default)s)",
+    )
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="an adapter (LoRA, LoCon, LoHa, LoKr) to add; may be given several times",
+    )
+    add(
+        "--embedding",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="a textual inversion; its word then means what it learned; may be given several times",
+    )
+    add("--vae", type=Path, metavar="FILE", help="another autoencoder, a file or a folder")
+    add(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the model was trained to predict, where its file does not tell",
     )
     add("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
     add(
@@ -145,13 +180,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"one of {', '.join(SAMPLERS)} (default: %(default)s)",
     )
-    add("--steps", type=int, default=20, metavar="N", help="denoising steps (default: %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"denoising steps (default: {STEPS}, or what a distilled model is made for)",
+    )
     add(
         "--guidance-scale",
         type=float,
-        default=5.0,
         metavar="S",
-        help="how closely to follow the text; 1 turns guidance off (default: %(default)s)",
+        help="how closely to follow the text; 1 turns guidance off (default: "
+        f"{GUIDANCE_SCALE}, or what a distilled model is made for)",
     )
     add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")

@@ -1,9 +1,11 @@
 """From a prompt to pictures: tokenise, encode, draw noise, step, decode.
 
-Image-to-image changes the starting registers and the first step, nothing else.
+Image-to-image changes the starting registers and the first step, nothing else. An adapter changes
+weights before the first step, nothing else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,12 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.backends import BackendSettings, Engine, open_engine
-from engine.errors import ModelError
+from engine.adapters import AdapterChoice
+from engine.backends import Arrays, BackendSettings, Engine, open_engine
 from engine.graphs import Precision, find_graph, graph_folders
+from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
-from engine.signature import SIGNATURES, Part, signature
+from engine.signature import Part, TextPart
+from engine.textual_inversion import read_embedding
+from runtime.conditioning import Encoder, Texts, load_tokenizers
 from runtime.images import as_rgb
 from runtime.noise import TorchNoise
 from runtime.plan import Array, Plan, Progress, Result
@@ -25,7 +30,8 @@ from runtime.samplers import program
 from runtime.schedule import NoiseSchedule
 from runtime.tokenizer import Tokenizer
 
-PARTS: tuple[Part, ...] = ("text_encoder", "step", "vae_decoder", "vae_encoder")
+STEPS, GUIDANCE_SCALE = 20, 5.0  # of a model that recommends none
+GRAY = 128
 
 
 class Pipeline:
@@ -36,39 +42,77 @@ class Pipeline:
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, open_part: Callable[[Part], Engine]
+        self,
+        model: Model,
+        tokenizers: Mapping[TextPart, Tokenizer],
+        open_part: Callable[[Part, Arrays], Engine],
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
+        self._loaded = LoadedModel(model, open_part)
+        self.encoder = Encoder(model=model, tokenizers=tokenizers, engine=self.engine)
         self.schedule = NoiseSchedule.from_config(model.scheduler)
-        self._open_part = open_part
-        self.engines: dict[Part, Engine] = {}
 
     @classmethod
     def load(
         cls,
         model: str | Path = "pictogram",
         *,
+        vae: Path | None = None,
+        loras: Sequence[str | Path | AdapterChoice] = (),
+        embeddings: Sequence[Path] = (),
+        prediction_type: str | None = None,
         graphs: Path | None = None,
         precision: Precision = "float32",
         settings: BackendSettings | None = None,
     ) -> Self:
-        """Load the model that ships, by its name, or a folder in diffusers' layout.
+        """Load a model: the one that ships, by its name, a folder or a checkpoint's file.
 
+        vae: a file or folder of another autoencoder, instead of the model's own
+        loras, embeddings: as `set_loras` and `set_embeddings` take them
+        prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
         Raises ModelError, GraphError or BackendError.
         """
-        opened = Model.open(find_model(model))
-        tokenizer = Tokenizer.load(opened.path / "tokenizer")
-        _check_fit(opened, tokenizer)
+        opened = Model.open(find_model(model), prediction_type=prediction_type, vae=vae)
         chosen = settings or BackendSettings()
 
-        def open_part(part: Part) -> Engine:
+        def open_part(part: Part, weights: Arrays) -> Engine:
             config, folders = opened.config(part), graph_folders(graphs)
             graph = find_graph(part, config, precision, folders, opened.path)
-            return open_engine(graph, opened.weights(part), chosen)
+            return open_engine(graph, weights, chosen)
 
-        return cls(opened, tokenizer, open_part)
+        pipeline = cls(opened, load_tokenizers(opened), open_part)
+        pipeline.set_loras(loras)
+        pipeline.set_embeddings(embeddings)
+        return pipeline
+
+    def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
+        """Put these adapters on in place of those that are on; none gives the model itself back.
+
+        loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice. Weights of the model that
+        no adapter changes stay bound as they are, the others are computed from the checkpoint
+        anew, so what an adapter leaves behind is the base bit for bit.
+        Raises ModelError when one does not fit, and then the adapters stay as they were.
+        """
+        self._loaded.set_loras(loras)
+
+    def set_embeddings(self, embeddings: Sequence[Path]) -> None:
+        """Teach the text encoders these words of textual inversion in place of others.
+
+        A word is found in a prompt whatever its case. Raises ModelError when a file is none or was
+        trained for another text encoder, RequestError when its word is one already.
+        """
+        if embeddings or self.encoder.extra:
+            self.encoder = self.encoder.taught([read_embedding(Path(path)) for path in embeddings])
+
+    @property
+    def model(self) -> Model:
+        """What the model says of itself."""
+        return self._loaded.model
+
+    @property
+    def engines(self) -> dict[Part, Engine]:
+        """The engines that are open."""
+        return self._loaded.engines
 
     @property
     def model_path(self) -> Path:
@@ -77,9 +121,7 @@ class Pipeline:
 
     def engine(self, part: Part) -> Engine:
         """Return a part's engine, opening it at the first call."""
-        if part not in self.engines:
-            self.engines[part] = self._open_part(part)
-        return self.engines[part]
+        return self._loaded.engine(part)
 
     def __call__(
         self,
@@ -87,8 +129,8 @@ class Pipeline:
         *,
         negative_prompt: str | Sequence[str] = "",
         num_images_per_prompt: int = 1,
-        num_inference_steps: int = 20,
-        guidance_scale: float = 5.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         sampler: str = "ddim",
         height: int | None = None,
         width: int | None = None,
@@ -125,35 +167,43 @@ class Pipeline:
 
         Every engine that the request needs is open then: what is damaged is found before a step.
         """
-        compression = self.model.vae.compression
-        height, width = request.size(self.model.sample_size * compression, compression)
-        strength = None if request.image is None else request.strength
+        model, compression = self.model, self.model.vae.compression
+        height, width = request.size(model.sample_size * compression, compression)
+        num_steps = request.num_inference_steps
+        if num_steps is None:
+            num_steps = model.steps or STEPS
+        scale = request.guidance_scale
+        if scale is None:
+            scale = model.guidance_scale or GUIDANCE_SCALE
         steps = program(
             request.sampler,
             self.schedule,
-            int(request.num_inference_steps),
-            strength=strength,
+            int(num_steps),
+            strength=None if request.image is None else request.strength,
             eta=request.eta,
         )
-        seeds = request.seeds()
-        guided = request.guidance_scale > 1
-        texts = [request.prompts()]
-        weights = [1.0]
-        if guided:
-            texts = [request.negative_prompts(), *texts]
-            weights = [1.0 - request.guidance_scale, request.guidance_scale]
-        for part in PARTS if request.image is not None else PARTS[:-1]:
+        texts = Texts(
+            groups=[request.prompts()], weights=[1.0], repeats=request.num_images_per_prompt
+        )
+        if scale > 1 and not model.unet.time_cond_proj_dim:  # such a model is told the scale
+            texts = replace(
+                texts,
+                groups=[request.negative_prompts(), *texts.groups],
+                weights=[1.0 - scale, scale],
+            )
+        for part in self._parts(request):
             self.engine(part)
-        context, warnings = self._encode_texts(texts, request.num_images_per_prompt)
+        conditioning = self.encoder.condition(texts, height, width, scale)
         return Plan(
             program=steps,
-            context=context,
-            guidance=np.repeat(np.array(weights, np.float32)[:, None], len(seeds), axis=1),
-            seeds=seeds,
+            conditioning=conditioning.inputs,
+            num_inference_steps=int(num_steps),
+            guidance_scale=scale,
+            seeds=request.seeds(),
             height=height,
             width=width,
             image=request.image,
-            warnings=warnings,
+            warnings=conditioning.warnings,
         )
 
     def denoise(self, plan: Plan) -> Iterator[Progress]:
@@ -164,17 +214,17 @@ class Pipeline:
         engine = self.engine("step")
         registers = np.zeros((batch, steps.matrices.shape[1], *shape), np.float32)
         registers[:, 0] = self._start(plan, noises, shape)
+        constant = {**plan.conditioning, **self._masked(plan, noises, shape)}
         no_noise = np.zeros((batch, *shape), np.float32)
         total = len(steps.timesteps)
         for i in range(total):
             draws = steps.needs_noise[i]
             inputs: dict[str, NDArray[Any]] = {
+                **constant,
                 "registers": registers,
                 "matrices": _rows(steps.matrices[i], batch),
                 "timestep": _rows(steps.timesteps[i], batch),
                 "input_scale": _rows(steps.input_scales[i], batch),
-                "context": plan.context,
-                "guidance": plan.guidance,
                 "noise": _draw(noises, shape) if draws else no_noise,
             }
             registers = engine.run(inputs)["next_registers"]
@@ -185,21 +235,31 @@ class Pipeline:
         pixels = self.engine("vae_decoder").run({"latents": np.ascontiguousarray(latents)})
         return [Image.fromarray(picture) for picture in pixels["pixels"]]
 
-    def _encode_texts(self, groups: list[list[str]], repeats: int) -> tuple[Array, tuple[str, ...]]:
-        """Encode each distinct text once; return the context (g, B, n, D) and what was cut."""
-        distinct = list(dict.fromkeys(text for texts in groups for text in texts))
-        tokens = self.tokenizer(distinct)
-        encoded = self.engine("text_encoder").run({"input_ids": tokens.input_ids})
-        rows = [
-            [distinct.index(text) for text in texts for _ in range(repeats)] for texts in groups
-        ]
-        room = self.tokenizer.max_length - 2
-        warnings = tuple(
-            f"the prompt is longer than {room} tokens; it was cut before {_shorten(cut)!r}"
-            for cut in tokens.cuts
-            if cut is not None
-        )
-        return encoded["last_hidden_state"][np.array(rows)], warnings
+    def _parts(self, request: Request) -> list[Part]:
+        """Name the engines that a request needs."""
+        parts: list[Part] = [*self.model.text_encoders, "step", "vae_decoder"]
+        if request.image is not None or self.model.is_inpainting:
+            parts.append("vae_encoder")
+        return parts
+
+    def _masked(
+        self, plan: Plan, noises: list[TorchNoise], shape: tuple[int, ...]
+    ) -> dict[str, Array]:
+        """Tell an inpainting model that everything is masked, and what is left is gray."""
+        if not self.model.is_inpainting:
+            return {}
+        gray = np.full((plan.height, plan.width, 3), GRAY, np.uint8)
+        latents = self._encode(gray, noises, shape)
+        mask = np.ones_like(latents[:, :1])
+        return {"image_conditioning": np.concatenate([mask, latents], axis=1)}
+
+    def _encode(
+        self, pixels: NDArray[np.uint8], noises: list[TorchNoise], shape: tuple[int, ...]
+    ) -> Array:
+        """Encode one picture for all, each drawing its own from the posterior."""
+        inputs = {"pixels": _rows(pixels, len(noises)), "noise": _draw(noises, shape)}
+        latents: Array = self.engine("vae_encoder").run(inputs)["latents"]
+        return latents
 
     def _start(self, plan: Plan, noises: list[TorchNoise], shape: tuple[int, ...]) -> Array:
         """Return the latents that the first step sees; the draws' order is that of diffusers."""
@@ -208,12 +268,7 @@ class Pipeline:
         if plan.image is not None:
             size = (plan.width, plan.height)
             picture = as_rgb(plan.image).resize(size, Image.Resampling.LANCZOS)
-            latents = self.engine("vae_encoder").run(
-                {
-                    "pixels": _rows(np.asarray(picture), len(noises)),
-                    "noise": _draw(noises, shape),
-                }
-            )["latents"]
+            latents = self._encode(np.asarray(picture), noises, shape)
             signal = np.float32(steps.signal_scale) * latents
         started: Array = signal + np.float32(steps.noise_scale) * _draw(noises, shape)
         return started
@@ -221,27 +276,6 @@ class Pipeline:
     def _latent_shape(self, plan: Plan) -> tuple[int, int, int]:
         vae = self.model.vae
         return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
-
-
-def _check_fit(model: Model, tokenizer: Tokenizer) -> None:
-    """Raise ModelError unless the parts are of one model, and of a kind that is run here."""
-    encoder = model.text_encoder
-    if tokenizer.max_length > encoder.max_position_embeddings:
-        raise ModelError(
-            f"the tokenizer of {model.path} makes rows of {tokenizer.max_length} tokens and its "
-            f"text encoder takes {encoder.max_position_embeddings}; use parts of one model"
-        )
-    if tokenizer.vocab_size > encoder.vocab_size:
-        raise ModelError(
-            f"the tokenizer of {model.path} knows {tokenizer.vocab_size} tokens and its text "
-            f"encoder {encoder.vocab_size}; use parts of one model"
-        )
-    extra = signature("step", model.unet).inputs.keys() - SIGNATURES["step"].inputs.keys()
-    if extra:
-        raise ModelError(
-            f"the UNet of {model.path} needs {', '.join(sorted(extra))} besides the text; "
-            "use a Stable Diffusion 1.x or 2.x model"
-        )
 
 
 def _draw(noises: list[TorchNoise], shape: tuple[int, ...]) -> Array:
@@ -254,7 +288,3 @@ def _rows(value: Any, batch: int) -> NDArray[Any]:
     value = np.asarray(value)
     dtype = np.float32 if value.dtype == np.float64 else value.dtype
     return np.repeat(value.astype(dtype)[None], batch, axis=0)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -1,5 +1,6 @@
 """What a pipeline knows before, during and after the loop: plan, progress, result."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,8 +41,9 @@ class Plan:
     """Everything that is known of a request before the first step."""
 
     program: Program
-    context: Array  # (g, B, n, D)
-    guidance: Array  # (g, B)
+    conditioning: Mapping[str, Array]  # inputs of every step, of `runtime.conditioning`
+    num_inference_steps: int
+    guidance_scale: float
     seeds: list[int]
     height: int  # pixels
     width: int

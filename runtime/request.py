@@ -20,7 +20,9 @@ class Request:
 
     prompt, negative_prompt: a text or one text for each picture
     num_images_per_prompt: pictures drawn of every prompt, with seeds that count up
-    guidance_scale: s of `uncond + s · (cond − uncond)`; up to 1 nothing is guided
+    num_inference_steps: None takes what the model is made for, or 20
+    guidance_scale: s of `uncond + s · (cond − uncond)`; up to 1 nothing is guided; None takes
+        what the model is made for, or 5
     height, width: in pixels; None takes the image's, or what the model was trained on
     seed: of the first picture; None draws one
     image: where image-to-image starts from
@@ -31,8 +33,8 @@ class Request:
     prompt: str | Sequence[str]
     negative_prompt: str | Sequence[str] = ""
     num_images_per_prompt: int = 1
-    num_inference_steps: int = 20
-    guidance_scale: float = 5.0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     sampler: str = "ddim"
     height: int | None = None
     width: int | None = None
@@ -44,13 +46,14 @@ class Request:
     def __post_init__(self) -> None:
         """Refuse what no model could fulfil; how many steps there may be, the schedule knows."""
         steps = self.num_inference_steps
-        if not isinstance(steps, Integral) or isinstance(steps, bool):
+        if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool)):
             raise RequestError(f"num_inference_steps is {steps!r}; give a whole number")
         if not isinstance(self.sampler, str):
             raise RequestError(f"sampler is {self.sampler!r}; give a name, such as 'ddim'")
         _check_number("strength", self.strength, Real, 0, 1)
         _check_number("eta", self.eta, Real, 0, 1)
-        _check_number("guidance_scale", self.guidance_scale, Real, 0, 1000)
+        if self.guidance_scale is not None:
+            _check_number("guidance_scale", self.guidance_scale, Real, 0, 1000)
         _check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)
         if self.seed is not None:
             _check_number("seed", self.seed, Integral, 0, MAX_SEED)

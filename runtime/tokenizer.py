@@ -11,9 +11,10 @@ Diffusion 1.x pads with the end token, 2.x with "!".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,6 +51,7 @@ class Tokenizer:
     """A model's tokenizer; `load` makes it from the model's `tokenizer/` folder.
 
     max_length: tokens of a row, the start and the end token included
+    words: by the id that `encoder` gives a word of textual inversion, the ids that it stands for
     """
 
     max_length: int
@@ -57,6 +59,7 @@ class Tokenizer:
     eos_token_id: int
     pad_token_id: int
     encoder: tokenizers.Tokenizer
+    words: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -70,12 +73,21 @@ class Tokenizer:
         It holds `tokenizer_config.json`, and `vocab.json` with `merges.txt` or `tokenizer.json`.
         Raises ModelError when a file is missing or cannot be used.
         """
-        vocabulary = Vocabulary.read(folder)
+        return cls.of(Vocabulary.read(folder), str(folder))
+
+    @classmethod
+    def clip(cls, pad_token: str) -> Tokenizer:
+        """Return CLIP's own tokenizer, for checkpoints that come without one."""
+        return cls.of(Vocabulary.clip(pad_token), "the package")
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, source: str) -> Tokenizer:
+        """Build the tokenizer of a vocabulary; raises ModelError naming its source."""
         try:
             encoder = build_encoder(vocabulary)
         except Exception as error:  # the library raises bare Exception
             raise ModelError(
-                f"The tokenizer files in {folder} do not fit together ({error}); fetch the folder "
+                f"The tokenizer files in {source} do not fit together ({error}); fetch the folder "
                 f"again from where the model came from."
             ) from error
         return cls(
@@ -85,6 +97,31 @@ class Tokenizer:
             pad_token_id=vocabulary.special_id("pad_token"),
             encoder=encoder,
         )
+
+    def with_words(self, words: Mapping[str, Sequence[int]]) -> Tokenizer:
+        """Return a tokenizer that knows more words, whatever their case; each becomes its ids.
+
+        Raises RequestError for a word that is a token of the vocabulary already.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        encoder = Tokenizer.from_str(self.encoder.to_str())
+        ids = dict(self.words)
+        for word, meant in words.items():
+            whole = word[0].isalnum() and word[-1].isalnum()  # not "cat" within "category"
+            token = AddedToken(word, single_word=whole, normalized=True)
+            known = {added.content.lower() for added in encoder.get_added_tokens_decoder().values()}
+            if (
+                word.lower() in known
+                or encoder.token_to_id(word) is not None
+                or not encoder.add_tokens([token])
+            ):
+                raise RequestError(
+                    f"The word {word!r} of a textual inversion is a token of the model already; "
+                    f"rename its file."
+                )
+            ids[encoder.get_vocab_size() - 1] = tuple(meant)
+        return replace(self, encoder=encoder, words=MappingProxyType(ids))
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Tokenise prompts; rows are cut or padded to `max_length`.
@@ -102,10 +139,15 @@ class Tokenizer:
             check_text(prompt)
             # One by one: the library's batches start threads, which do not survive a later fork.
             encoding = self.encoder.encode(prompt, add_special_tokens=False)
-            ids = encoding.ids
+            ids: list[int] = []
+            starts: list[int] = []
+            for given, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+                meant = self.words.get(given, (given,))
+                ids += meant
+                starts += [start] * len(meant)
             fitting = ids[:room]
             row[: len(fitting) + 2] = [self.bos_token_id, *fitting, self.eos_token_id]
-            cuts.append(prompt[encoding.offsets[room][0] :] if len(ids) > room else None)
+            cuts.append(prompt[starts[room] :] if len(ids) > room else None)
         return Tokens(input_ids=input_ids, cuts=tuple(cuts))
 
 

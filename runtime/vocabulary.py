@@ -22,6 +22,7 @@ Fields = dict[str, Any]
 
 CONTEXT_LENGTH = 77
 """Tokens of a row in CLIP, for folders that do not state `model_max_length`."""
+CLIP_MERGES = Path(__file__).parent / "clip_vocabulary" / "merges.txt"
 LONGEST_STATED = 10**6
 """Folders that know no length state 1e30."""
 
@@ -60,6 +61,31 @@ class Vocabulary:
                 f"The tokenizer's model_max_length is {self.max_length!r}; it must be an integer "
                 f"of 3 or more ({CONTEXT_LENGTH} in CLIP)."
             )
+
+    @classmethod
+    def clip(cls, pad_token: str) -> "Vocabulary":
+        """Return CLIP's own, which every Stable Diffusion was trained with; files hold none.
+
+        49,408 tokens in the order of CLIP's: the bytes, the bytes at a word's end, the merges and
+        two special tokens (Radford et al. 2021, arXiv:2103.00020).
+        """
+        merges = read_merges(CLIP_MERGES)
+        letters = byte_letters()
+        tokens = [
+            *letters,
+            *(f"{letter}</w>" for letter in letters),
+            *("".join(merge) for merge in merges),
+            SPECIAL_TOKENS["bos_token"],
+            SPECIAL_TOKENS["eos_token"],
+        ]
+        named = {name: {"content": text, "special": True} for name, text in SPECIAL_TOKENS.items()}
+        return cls(
+            ids={token: index for index, token in enumerate(tokens)},
+            merges=merges,
+            added={},
+            named=named | {"pad_token": {"content": pad_token, "special": True}},
+            max_length=CONTEXT_LENGTH,
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Vocabulary":
@@ -104,6 +130,17 @@ class Vocabulary:
         contents = {fields["content"] for fields in self.added.values()}
         tokens = [self.added[index] for index in sorted(self.added)]
         return tokens + [f for f in self.named.values() if f["content"] not in contents]
+
+
+def byte_letters() -> list[str]:
+    """Return the letter that stands for each byte in CLIP's (and GPT-2's) order of bytes.
+
+    Bytes that print stand for themselves and come first; the others follow as the letters from
+    256 on.
+    """
+    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = 256 - len(printing)
+    return [chr(code) for code in (*printing, *range(256, 256 + others))]
 
 
 def added_tokens(

@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from benchmarks import report
+from benchmarks import load, report
 from benchmarks.__main__ import main
+from engine.adapters import read_adapter
 from engine.errors import OutputError
+from engine.model import Model
 
 
 def test_the_prompt_benchmark_measures_and_writes_json(tmp_path, capsys):
@@ -30,11 +33,23 @@ def test_an_unwritable_report_is_one_sentence(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_readmes_table_is_that_of_the_committed_figures():
+def test_the_readmes_tables_are_those_of_the_committed_figures():
     readme = report.README.read_text(encoding="utf-8")
-    assert report.insert(readme, report.committed()) == readme
+    assert report.insert(readme) == readme
 
 
-def test_a_readme_without_a_place_for_the_table_is_refused():
+def test_a_readme_without_a_place_for_the_tables_is_refused():
     with pytest.raises(OutputError, match="put them back"):
-        report.insert("# Latentrt", report.committed())
+        report.insert("# Latentrt")
+
+
+def test_the_files_of_the_load_benchmark_are_a_model_and_its_adapter(tmp_path, monkeypatch):
+    small = replace(load.SD1, block_out_channels=(32, 32, 32, 32), cross_attention_dim=64)
+    text = replace(load.CLIP_L, hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    monkeypatch.setattr(load, "SD1", small)
+    monkeypatch.setattr(load, "CLIP_L", text)
+    model = Model.open(load.write_checkpoint(tmp_path))
+    assert model.unet.block_out_channels == (32, 32, 32, 32)
+    shapes = {name: model.find(name).shapes for name in ("unet", "text_encoder")}
+    changed = read_adapter(load.write_lora(tmp_path)).resolve(shapes)
+    assert len(changed) == 16 * 10 + 6

@@ -17,6 +17,7 @@ PARITY_RTOL = 1e-5  # norm of the difference / norm of the reference: float32, o
 # runtime/pipeline.py: whole pictures of 8 bits
 PICTURE_PSNR_DB = 40  # against diffusers: float32 through every layer of three networks
 BATCH_PSNR_DB = 60  # a picture alone and in a batch: the same network, other summing orders
+SMALL_PICTURE_PSNR_DB = 70  # small models against diffusers: a few bytes that differ by one
 
 # runtime/images.py
 LOSSY_PSNR_DB = 25  # a small drawing with hard edges, written as JPEG or WebP and read again
@@ -30,3 +31,9 @@ ADAPTER_RTOL = 2e-6  # norm of the difference / norm of the reference: float32, 
 
 # engine/weights.py and the formats below it
 READERS_PEAK_BYTES = 2**29  # of a process that opens hostile files: half of the 1 GiB allowed
+
+# tests/test_full_size_checkpoints.py: float32 engines against diffusers, float16 weights
+CHECKPOINT_RTOL = 1e-4  # norm of the difference / norm of the reference
+
+# runtime/conditioning.py
+EMBEDDED_GUIDANCE = 5e-4  # absolute: diffusers has a float32 logarithm, and angles up to 19,000

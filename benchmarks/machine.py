@@ -1,0 +1,60 @@
+"""The machine that figures were measured on: what it is, and the most it can do."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIDE = 3000  # of the square matrices whose product is timed
+REPEATS = 5
+
+
+def describe() -> dict[str, Any]:
+    """Name the processor, its cores, Python, and the peak of a float32 matrix product."""
+    return {
+        "processor": _processor(),
+        "cores": cores(),
+        "python": platform.python_version(),
+        "peak_gflops": round(peak_gflops(), 1),
+    }
+
+
+def peak_gflops() -> float:
+    """Measure a float32 matrix product on all cores, the median of several after a warm-up."""
+    matrix = np.random.default_rng(0).random((SIDE, SIDE), np.float32)
+    seconds = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / statistics.median(seconds[1:]) / 1e9
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the spread of repeated measurements."""
+    return {
+        "median": round(statistics.median(values), 5),
+        "min": round(min(values), 5),
+        "max": round(max(values), 5),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

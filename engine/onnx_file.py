@@ -1,0 +1,132 @@
+"""ONNX files as bytes: what a backend reads and changes of one without the onnx library.
+
+An ONNX file is one protobuf message (https://protobuf.dev/programming-guides/encoding), a
+ModelProto, whose fields are numbered in onnx.proto.
+"""
+
+from collections.abc import Iterator
+
+# Fields of ModelProto, GraphProto, TensorProto, ValueInfoProto, TypeProto and its tensor's type.
+MODEL_GRAPH, MODEL_METADATA = 7, 14
+GRAPH_INITIALIZER, GRAPH_INPUT = 5, 11
+TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_LOCATION = 1, 2, 8, 14
+VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TYPE_DTYPE, TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = (
+    1,
+    2,
+    1,
+    1,
+    2,
+    1,
+    1,
+)
+EXTERNAL = 1  # TensorProto.DataLocation
+NUMBER, TEXT = 0, 2  # protobuf's wire types: a varint, and strings, bytes or messages
+
+Field = tuple[int, bytes | int]
+
+
+def metadata(data: bytes) -> dict[str, str]:
+    """Read `metadata_props` of a serialised ModelProto, without parsing the graph."""
+    entries = [dict(fields(_bytes(v))) for field, v in fields(data) if field == MODEL_METADATA]
+    return {_bytes(entry[1]).decode(): _bytes(entry[2]).decode() for entry in entries}
+
+
+def weights_as_inputs(data: bytes) -> bytes:
+    """Turn the external initializers of a serialised ModelProto into inputs of the graph."""
+    return b"".join(
+        _message(field, _graph_with_inputs(value))
+        if field == MODEL_GRAPH
+        else _encode(field, value)
+        for field, value in fields(data)
+    )
+
+
+def _graph_with_inputs(graph: bytes | int) -> bytes:
+    kept = []
+    for field, value in fields(_bytes(graph)):
+        if field == GRAPH_INITIALIZER and isinstance(value, bytes):
+            tensor = list(fields(value))
+            if (TENSOR_LOCATION, EXTERNAL) in tensor:
+                kept.append(_message(GRAPH_INPUT, _as_value(tensor)))
+                continue
+        kept.append(_encode(field, value))
+    return b"".join(kept)
+
+
+def _as_value(tensor: list[Field]) -> bytes:
+    """Describe a tensor as a ValueInfoProto: its name, dtype and shape."""
+    dims = b"".join(_message(SHAPE_DIM, _encode(DIM_VALUE, size)) for size in _sizes(tensor))
+    facts = dict(tensor)
+    kind = _encode(TYPE_DTYPE, facts[TENSOR_DTYPE]) + _message(TYPE_SHAPE, dims)
+    return _encode(VALUE_NAME, facts[TENSOR_NAME]) + _message(
+        VALUE_TYPE, _message(TYPE_TENSOR, kind)
+    )
+
+
+def _sizes(tensor: list[Field]) -> Iterator[int]:
+    """Read a TensorProto's dims, which writers give one by one or packed."""
+    for field, value in tensor:
+        if field != TENSOR_DIMS:
+            continue
+        if isinstance(value, int):
+            yield value
+            continue
+        position = 0
+        while position < len(value):
+            size, position = _varint(value, position)
+            yield size
+
+
+def fields(data: bytes) -> Iterator[Field]:
+    """Walk a message's fields; raises ValueError or IndexError where it is none."""
+    position = 0
+    while position < len(data):
+        tag, position = _varint(data, position)
+        value, position = _varint(data, position)
+        if tag & 7 == NUMBER:
+            yield tag >> 3, value
+        elif tag & 7 == TEXT:
+            if position + value > len(data):
+                raise ValueError("the file ends early")
+            yield tag >> 3, data[position : position + value]
+            position += value
+        else:
+            raise ValueError(f"unexpected wire type {tag & 7}")
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position += 1
+        if byte < 0x80:
+            return value, position
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is too long")
+
+
+def _encode(field: int, value: bytes | int) -> bytes:
+    if isinstance(value, int):
+        return _number(field << 3 | NUMBER) + _number(value)
+    return _message(field, value)
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _number(field << 3 | TEXT) + _number(len(content)) + content
+
+
+def _number(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _bytes(value: bytes | int) -> bytes:
+    if isinstance(value, int):
+        raise ValueError("a message is expected, and there is a number")
+    return value

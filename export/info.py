@@ -1,0 +1,183 @@
+"""What a file is, told without torch and without running anything in it."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.adapters import read_adapter
+from engine.checkpoint import Checkpoint, open_vae
+from engine.families import FAMILIES
+from engine.model import Model
+from engine.models import find_model
+from engine.textual_inversion import read_embedding
+from engine.weights import Weights, open_weights
+
+ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def describe(file: str | Path) -> dict[str, Any]:
+    """Say what a checkpoint, an autoencoder, an adapter or a textual inversion is.
+
+    file: its path, a folder, or the name of a model that ships
+    Returns values of JSON, `kind` first. Raises ModelError when it is nothing that is known here.
+    """
+    path = find_model(file)
+    if (path / "model_index.json").is_file():
+        return _model(Model.open(path), "a folder in diffusers' layout")
+    weights = open_weights(path)
+    kind = _KINDS[_kind(weights)]
+    facts: dict[str, Any] = kind(path, weights)
+    return facts
+
+
+def _kind(weights: Weights) -> str:
+    """Tell what a file seems to be by the names of its tensors."""
+    names = list(weights)
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        return "checkpoint"
+    if any(name.removeprefix("first_stage_model.") == "encoder.conv_in.weight" for name in names):
+        return "autoencoder"
+    # An embedding is a few tensors of one or two axes whose names no module has.
+    if len(names) <= 4 and all(not n.endswith((".weight", ".bias", ".alpha")) for n in names):
+        return "embedding"
+    if any(mark in name for name in names for mark in ADAPTER_MARKS):
+        return "adapter"
+    return "checkpoint"
+
+
+def _checkpoint(path: Path, weights: Weights) -> dict[str, Any]:
+    file = Checkpoint.open(path)
+    facts = {
+        "kind": "model",
+        "file": str(path),
+        "layout": "one file in the original layout",
+        "family": file.family.title,
+        "variant": file.variant.name if file.variant else None,
+        "inpainting": file.inpainting,
+        "prediction_type": file.scheduler["prediction_type"],
+        "picture": f"{file.sample_size * 8} × {file.sample_size * 8}",
+    }
+    components = {str(name): part.shapes for name, part in file.components.items()}
+    return facts | _numbers(weights, components) | {"notes": list(file.notes)}
+
+
+def _model(model: Model, layout: str) -> dict[str, Any]:
+    parts = {str(name): model.find(name) for name in model.configs}
+    side = model.sample_size * model.vae.compression
+    facts = {
+        "kind": "model",
+        "file": str(model.path),
+        "layout": layout,
+        "family": _family(model),
+        "variant": None,
+        "inpainting": model.is_inpainting,
+        "prediction_type": model.scheduler.get("prediction_type", "epsilon"),
+        "picture": f"{side} × {side}",
+        "precision": _precision(part.weights for part in parts.values()),
+        "parameters": {name: _count(part.shapes) for name, part in parts.items()},
+        "hash": {name: part.weights.content_hash() for name, part in parts.items()},
+    }
+    return facts | {"notes": list(model.notes)}
+
+
+def _family(model: Model) -> str:
+    """Name a folder's family by the width that its UNet attends to."""
+    if model.is_xl:
+        return FAMILIES["xl" if len(model.text_encoders) == 2 else "xl-refiner"].title
+    width = model.unet.cross_attention_dim
+    names = {768: FAMILIES["sd1"].title, 1024: FAMILIES["sd2"].title}
+    return names.get(width, f"another latent-diffusion model (context of {width})")
+
+
+def _autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
+    config, component = open_vae(path)
+    facts = {
+        "kind": "autoencoder",
+        "file": str(path),
+        "latent_channels": config.latent_channels,
+        "compression": config.compression,
+    }
+    return facts | _numbers(weights, {"vae": component.shapes})
+
+
+def _adapter(path: Path, weights: Weights) -> dict[str, Any]:
+    facts = {"kind": "adapter", "file": str(path), **read_adapter(path).describe()}
+    return facts | _numbers(weights, {})
+
+
+def _embedding(path: Path, weights: Weights) -> dict[str, Any]:
+    embedding = read_embedding(path)
+    facts = {
+        "kind": "textual inversion",
+        "file": str(path),
+        "word": embedding.name,
+        "vectors": {name: list(array.shape) for name, array in embedding.vectors.items()},
+    }
+    return facts | _numbers(weights, {})
+
+
+_KINDS = {
+    "checkpoint": _checkpoint,
+    "autoencoder": _autoencoder,
+    "adapter": _adapter,
+    "embedding": _embedding,
+}
+
+
+def _numbers(
+    weights: Weights, components: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, Any]:
+    stored = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    counted = {name: _count(shapes) for name, shapes in components.items()}
+    return {
+        "precision": _precision([weights]),
+        "parameters": counted or {"in all": _count(stored)},
+        "hash": weights.content_hash(),
+    }
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _precision(files: Iterable[Weights]) -> str:
+    """Name the number formats, the most frequent first; whole numbers are left out."""
+    counts = Counter[str]()
+    for weights in files:
+        for tensor in weights.tensors.values():
+            if tensor.dtype in DTYPES:
+                counts[DTYPES[tensor.dtype]] += math.prod(tensor.shape)
+    return ", ".join(name for name, _ in counts.most_common()) or "none"
+
+
+def as_table(facts: Mapping[str, Any]) -> str:
+    """Lay facts out as lines of a name and a value."""
+    rows = [
+        (name.replace("_", " "), line) for name, value in facts.items() for line in _lines(value)
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines, last = [], ""
+    for name, line in rows:
+        lines.append(f"{'' if name == last else name:{width}}  {line}")
+        last = name
+    return "\n".join(lines)
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{name}: {_one(entry)}" for name, entry in value.items()]
+    if isinstance(value, list):
+        texts = all(isinstance(entry, str) for entry in value)
+        return [str(v) for v in value] if texts else [", ".join(map(str, value))]
+    return [] if value is None else [_one(value)]
+
+
+def _one(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and value >= 1_000_000:
+        return f"{value:,} ({value / 1e6:.1f} million)"
+    return " × ".join(map(str, value)) if isinstance(value, list) else str(value)
