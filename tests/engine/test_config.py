@@ -106,6 +106,24 @@ def test_projection_is_read_where_the_model_has_one():
     assert TextEncoderConfig.from_dict(projected).projection_dim == 768
 
 
+def test_the_two_ways_to_name_the_end_of_text_are_one_architecture():
+    old, new = (TEXT | {"eos_token_id": index} for index in (2, TEXT["vocab_size"] - 1))
+    assert TextEncoderConfig.from_dict(old) == TextEncoderConfig.from_dict(new)
+    other = TextEncoderConfig.from_dict(TEXT | {"eos_token_id": 50})
+    assert other.eos_token_id == 50
+    assert other.key() != TextEncoderConfig.from_dict(old).key()
+
+
+def test_how_many_sizes_an_xl_is_told():
+    assert UNetConfig.from_dict(published.UNET_XL).addition_time_ids == 6
+    assert UNetConfig.from_dict(published.UNET_REFINER).addition_time_ids == 5
+
+
+def test_whose_activations_leave_the_range_of_float16():
+    assert AutoencoderConfig.from_dict(published.VAE_XL).overflows_float16
+    assert not AutoencoderConfig.from_dict(published.VAE_SD15).overflows_float16
+
+
 def test_null_means_a_default_of_nothing():
     nothing = {"shift_factor": None, "latents_mean": None}
     assert AutoencoderConfig.from_dict(VAE | nothing) == AutoencoderConfig.from_dict(VAE)
@@ -344,7 +362,7 @@ OTHER = {
         "max_position_embeddings": 32,
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
-        "eos_token_id": 2,
+        "eos_token_id": 50,
         "projection_dim": 24,
     },
     AutoencoderConfig: {
@@ -384,9 +402,9 @@ KEYS = {  # graphs are shipped and cached under these names: a change here orpha
     "unet-sd21": "4fb6e5d5432a",
     "unet-xl": "b89965db402c",
     "unet-refiner": "4893d273dd8b",
-    "text-sd15": "882928092669",
-    "text-sd21": "c3dbbb3e24f8",
-    "text-xl-2": "cb1276d138e0",
+    "text-sd15": "eaecaf288138",
+    "text-sd21": "75a1ba1c1d0b",
+    "text-xl-2": "d87e12f3d692",
     "vae-sd15": "abf8b3d9da5b",
     "vae-xl": "45590ec9c78c",
 }

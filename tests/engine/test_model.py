@@ -34,13 +34,13 @@ def test_the_model_that_ships():
     model = Model.open(find_model("pictogram"))
     assert model.path.name == "pictogram"
     assert model.vae.compression == 8
-    assert model.unet.cross_attention_dim == model.text_encoder.hidden_size
-    assert [model.config(part) for part in PARTS] == [
-        model.text_encoder,
-        model.unet,
-        model.vae,
-        model.vae,
-    ]
+    encoder = model.text_encoders["text_encoder"]
+    assert list(model.text_encoders) == ["text_encoder"]
+    assert model.unet.cross_attention_dim == encoder.hidden_size
+    assert [model.config(part) for part in PARTS] == [encoder, model.unet, model.vae, model.vae]
+    assert model.context == "last_hidden_state"
+    assert not any((model.is_xl, model.is_inpainting, model.zeros_for_empty_prompt))
+    assert (model.steps, model.guidance_scale, model.notes) == (None, None, ())
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -58,20 +58,22 @@ def test_weights(part):
 def test_finding_a_model(folder, tmp_path, monkeypatch):
     assert "pictogram" in shipped_models()
     assert find_model(folder) == find_model(str(folder)) == folder
-    with pytest.raises(ModelError, match=r"neither a folder nor one that ships \(.*pictogram"):
+    with pytest.raises(ModelError, match=r"nor one that ships \(.*pictogram"):
         find_model(tmp_path / "missing")
     with pytest.raises(ModelError, match="did you mean 'pictogram'"):
         find_model("pictogrm")
-    with pytest.raises(ModelError, match="neither a folder"):
+    with pytest.raises(ModelError, match="neither a folder or file"):
         find_model("x" * 5000)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictogram").mkdir()
     assert find_model("pictogram").resolve() == tmp_path / "pictogram", "a folder goes first"
 
 
-def test_not_a_folder(folder):
-    with pytest.raises(ModelError, match="is not a folder; give a folder in diffusers' layout"):
-        Model.open(folder / "model_index.json")
+@pytest.mark.parametrize("name", ["model_index.json", "tokenizer/merges.txt", "nothing"])
+def test_neither_a_folder_nor_a_checkpoint(folder, name):
+    with pytest.raises(ModelError, match=name) as caught:
+        Model.open(folder / name)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +120,16 @@ def test_a_broken_file(folder, name, content, said):
         ("unet/config.json", {"sample_size": [16, 16]}, "sample_size"),
         ("unet/config.json", {"sample_size": True}, "sample_size True"),
         ("unet/config.json", {"sample_size": "16"}, "sample_size '16'"),
-        ("unet/config.json", {"in_channels": 9}, "takes 9 channels and its autoencoder makes 4"),
-        ("unet/config.json", {"out_channels": 8}, "takes 4 channels and gives 8"),
+        ("unet/config.json", {"in_channels": 8}, "takes 8 channels; supported are 4, .* and 9"),
+        ("unet/config.json", {"out_channels": 8}, "gives 8 channels and its autoencoder takes 4"),
         ("unet/config.json", {"cross_attention_dim": 768}, "attends to 768 values"),
         ("unet/config.json", {"down_block_types": ["NewBlock"] * 3}, "NewBlock"),
         ("vae/config.json", {"down_block_types": ["NewBlock"] * 4}, "NewBlock"),
-        ("vae/config.json", {"latent_channels": 16}, "autoencoder makes 16"),
+        (
+            "vae/config.json",
+            {"latent_channels": 16},
+            "and its autoencoder takes 16",
+        ),
         ("text_encoder/config.json", {"hidden_act": "silu"}, "silu"),
         ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
     ],
@@ -138,17 +144,7 @@ def test_what_cannot_be_run(folder, name, fields, said):
     ("name", "fields", "said"),
     [
         ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "rows of 77 tokens"),
-        ("text_encoder/config.json", {"vocab_size": 1000}, "tokens and its text encoder 1000"),
-        ("unet/config.json", {"time_cond_proj_dim": 256}, "needs timestep_cond besides the text"),
-        (
-            "unet/config.json",
-            {
-                "addition_embed_type": "text_time",
-                "addition_time_embed_dim": 256,
-                "projection_class_embeddings_input_dim": 2816,
-            },
-            "needs text_embeds, time_ids besides",
-        ),
+        ("text_encoder/config.json", {"vocab_size": 1000}, "tokens and its text_encoder 1000"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow'"),
         ("scheduler/scheduler_config.json", {"beta_start": "a"}, "betas"),
     ],

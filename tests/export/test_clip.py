@@ -81,7 +81,52 @@ def test_agrees_at_any_length_and_batch(batch, length, model_class):
 
 
 def test_a_prompt_without_an_end_is_pooled_at_its_start():
-    check(BASE, CLIPTextModel, torch.randint(3, START, (2, LENGTH)))
+    other_end = BASE | {"eos_token_id": LEGACY_END + 1}  # not the largest id, which is looked for
+    check(other_end, CLIPTextModel, torch.randint(LEGACY_END + 2, START, (2, LENGTH)))
+
+
+def test_an_end_that_is_not_the_largest_id():
+    input_ids = prompts(3, LENGTH, 5)
+    input_ids[input_ids == END] = 50
+    input_ids[:, -1] = END
+    check(BASE | {"eos_token_id": 50}, CLIPTextModelWithProjection, input_ids)
+
+
+EXTRA = 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("end", [LEGACY_END, END])
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_taught_words_are_rows_after_the_vocabulary(model_class, end):
+    """transformers' model with a longer table is the oracle; it is told the end by its id."""
+    reference, module = pair(BASE | {"eos_token_id": end}, model_class)
+    extra = torch.randn(EXTRA, BASE["hidden_size"])
+    reference.resize_token_embeddings(BASE["vocab_size"] + EXTRA)
+    table = reference.get_input_embeddings().weight
+    table[-EXTRA:] = extra
+    transformer = getattr(reference, "text_model", reference)
+    transformer.eos_token_id = END
+    input_ids = prompts(3, LENGTH, END)
+    input_ids[:, 2] = BASE["vocab_size"] + torch.arange(3)
+    input_ids[0, 5:8] = BASE["vocab_size"] + torch.tensor([2, 0, 2])
+    expected = reference(input_ids, output_hidden_states=True)
+    projected = model_class is CLIPTextModelWithProjection
+    last, penultimate, pooled = module(input_ids, extra)
+    assert relative_error(last, expected.last_hidden_state) < PARITY_RTOL
+    assert relative_error(penultimate, expected.hidden_states[-2]) < PARITY_RTOL
+    expected_pooled = expected.text_embeds if projected else expected.pooler_output
+    assert relative_error(pooled, expected_pooled) < PARITY_RTOL
+
+
+@torch.no_grad()
+def test_rows_that_no_id_asks_for_change_nothing():
+    _, module = pair(BASE, CLIPTextModel)
+    input_ids = prompts(3, LENGTH, END)
+    without = module(input_ids)
+    for rows in (1, 4):
+        given = module(input_ids, torch.full((rows, BASE["hidden_size"]), 1e4))
+        assert all(torch.equal(a, b) for a, b in zip(given, without, strict=True))
 
 
 def test_a_token_does_not_see_those_after_it():

@@ -1,9 +1,11 @@
 import pytest
 
 from engine.config import AutoencoderConfig
-from engine.graphs import SHIPPED, Graph, graph_name
+from engine.graphs import SHIPPED, Graph, find_graph, graph_name
 from engine.models import find_model
+from engine.shapes import tensor_shapes
 from export.__main__ import main
+from tests.small_parts import TEXT, trace_once
 
 
 def test_exporting_writes_a_graph_that_the_runtime_finds(tmp_path, capsys):
@@ -26,7 +28,7 @@ def test_the_graphs_that_ship_are_those_of_the_model_that_ships():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-model"], "'no-such-model' is neither a folder nor one that ships"),
+        (["no-such-model"], "'no-such-model' is neither a folder or file nor one that ships"),
         (["pictogram", "--out", "{file}/graphs"], "cannot be made"),
     ],
 )
@@ -37,3 +39,42 @@ def test_mistakes_get_one_sentence_and_status_2(arguments, message, tmp_path, ca
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_published_graphs_are_written_compressed_and_the_same_each_time(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("export.published.published_parts", lambda: [("text_encoder", TEXT)])
+    monkeypatch.setattr("export.writing.trace", trace_once)
+    written = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        assert main(["graphs", "--out", str(folder)]) == 0
+        written.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert written[0] == written[1], "no time of making in them"
+    assert set(written[0]) == {
+        f"{graph_name('text_encoder', TEXT, precision)}.gz" for precision in ("float32", "float16")
+    }
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert all("kB" in line and "nodes" in line for line in lines)
+    for precision in ("float32", "float16"):
+        graph = find_graph("text_encoder", TEXT, precision, [tmp_path / "first"], tmp_path)
+        assert dict(graph.weights) == tensor_shapes(TEXT)
+
+
+def test_help_of_every_command(capsys):
+    for arguments in (["--help"], ["info", "--help"], ["graphs", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        assert "python -m export" in capsys.readouterr().out
+
+
+def test_interrupted(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.writing.trace", interrupt)
+    assert main(["graphs", "--out", str(tmp_path)]) == 130
+    assert "cancelled" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

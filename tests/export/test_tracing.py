@@ -7,65 +7,38 @@ import pytest
 import torch
 
 from engine.backends import BackendSettings, open_engine
-from engine.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.errors import GraphError, ModelError
 from engine.graphs import METADATA_KEY, Graph
-from engine.signature import SIGNATURES, signature
-from export.__main__ import load_weights
+from engine.model import Model
+from engine.models import find_model
+from engine.shapes import tensor_shapes
+from engine.signature import signature
 from export.parity import TOLERANCES, check, relative_error
-from export.tracing import TracedPart, build_module, trace
-
-TEXT = TextEncoderConfig(
-    vocab_size=50,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=6,
-    eos_token_id=49,
-)
-UNET = UNetConfig(
-    block_out_channels=(8, 16),
-    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    layers_per_block=1,
-    cross_attention_dim=16,
-    attention_head_dim=2,
-    norm_num_groups=4,
-)
-XL = dataclasses.replace(
-    UNET,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=4,
-    projection_class_embeddings_input_dim=24 + 12,
-    time_cond_proj_dim=6,
-    use_linear_projection=True,
-)
-VAE = AutoencoderConfig(
-    block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5
-)
-PARTS = {
-    "text_encoder": ("text_encoder", TEXT),
-    "step": ("step", UNET),
-    "step-xl": ("step", XL),
-    "vae_decoder": ("vae_decoder", VAE),
-    "vae_encoder": ("vae_encoder", VAE),
-}
+from export.tracing import trace
+from export.writing import export_part, load_weights
+from tests.small_parts import HALF, PARTS, TEXT, UNET, VAE, build, trace_once, weights_of
 
 
 @pytest.fixture(scope="module", params=PARTS)
 def traced(request):
-    torch.manual_seed(0)
-    part, config = PARTS[request.param]
-    return trace(part, config, "float32", build_module(part, config))
-
-
-def weights_of(traced: TracedPart) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in traced.module.model.state_dict().items()}
+    return trace_once(*PARTS[request.param], "float32")
 
 
 def test_graph_computes_what_the_module_computes(traced):
-    assert check(traced, weights_of(traced)) < TOLERANCES["float32"]
+    module = build(traced.part, traced.config)
+    assert check(traced, module, weights_of(module)) < TOLERANCES["float32"]
+
+
+def test_tracing_takes_no_memory_for_weights():
+    huge = dataclasses.replace(TEXT, vocab_size=2**40)  # 64 TiB, which no machine here has
+    model = trace("text_encoder", huge, "float32").model
+    shapes = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    assert shapes["text_model.embeddings.token_embedding.weight"] == [2**40, TEXT.hidden_size]
+
+
+def test_tracing_leaves_no_dtype_behind():
+    trace_once("text_encoder", TEXT, "float16")
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_graph_holds_no_weights_and_names_them_as_the_checkpoint_does(traced):
@@ -73,15 +46,18 @@ def test_graph_holds_no_weights_and_names_them_as_the_checkpoint_does(traced):
         next(entry.value for entry in traced.model.metadata_props if entry.key == METADATA_KEY)
     )
     external = {
-        tensor.name
+        tensor.name: list(tensor.dims)
         for tensor in traced.model.graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
-    names = {name for name, _ in traced.module.model.named_parameters()}
-    assert set(described["weights"]) == external
-    assert external <= names
+    expected = {name: list(shape) for name, shape in tensor_shapes(traced.config).items()}
+    assert described["weights"] == external
+    assert external.items() <= expected.items()
     if traced.part in ("text_encoder", "step"):
-        assert external == names
+        assert external == expected
+    assert described["precision"] == traced.precision == "float32"
+    assert described["architecture"] == traced.config.key()
+    assert described["part"] == traced.part
     held = sum(len(tensor.raw_data) for tensor in traced.model.graph.initializer)
     assert held < 10_000
 
@@ -98,17 +74,17 @@ def test_inputs_and_outputs_are_those_of_the_signature(traced):
 
 
 def test_a_graph_that_does_not_agree_is_refused(traced):
-    wrong = {name: value + 0.3 for name, value in weights_of(traced).items()}
+    module = build(traced.part, traced.config)
+    wrong = {name: value + 0.3 for name, value in weights_of(module).items()}
     with pytest.raises(GraphError, match="it was not written"):
-        check(traced, wrong)
+        check(traced, module, wrong)
 
 
 def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
-    torch.manual_seed(0)
-    traced = trace("step", UNET, "float32", build_module("step", UNET))
     path = tmp_path / "step.onnx"
-    path.write_bytes(traced.model.SerializeToString())
-    engine = open_engine(Graph.read(path), weights_of(traced), BackendSettings(threads=1))
+    path.write_bytes(trace_once("step", UNET, "float32").model.SerializeToString())
+    weights = weights_of(build("step", UNET))
+    engine = open_engine(Graph.read(path), weights, BackendSettings(threads=1))
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
     inputs = {
@@ -129,23 +105,32 @@ def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
         assert relative_error(engine.run(alone)["next_registers"], together[i : i + 1]) < 1e-5
 
 
-@pytest.mark.parametrize("part", SIGNATURES)
-def test_float16_graphs_take_and_give_what_float32_graphs_do(part):
-    torch.manual_seed(0)
-    config = {"text_encoder": TEXT, "step": UNET}.get(part, VAE)
-    traced = trace(part, config, "float16", build_module(part, config))
-    weights = weights_of(traced)
-    assert all(value.dtype == np.float16 for value in weights.values())
-    assert check(traced, weights) < TOLERANCES["float16"]
+@pytest.mark.parametrize(("part", "config"), HALF.values(), ids=HALF)
+def test_float16_graphs_take_and_give_what_float32_graphs_do(part, config):
+    traced, module = trace_once(part, config, "float16"), build(part, config)
+    types = {
+        tensor.data_type
+        for tensor in traced.model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+    assert types == {onnx.TensorProto.FLOAT16}
+    assert check(traced, module, weights_of(module)) < TOLERANCES["float16"]
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
-    module = build_module("vae_decoder", VAE).model
-    weights = {name: value.numpy() for name, value in module.state_dict().items()}
-    load_weights(module, weights, tmp_path)
+def test_a_part_that_does_not_agree_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("export.parity.TOLERANCES", {"float16": 1e-9})
+    with pytest.raises(GraphError, match="it was not written"):
+        export_part(Model.open(find_model("pictogram")), "text_encoder", "float16", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_model_are_refused():
+    module = build("vae_decoder", VAE)
+    weights = weights_of(module)
+    load_weights(module.model, weights, "vae_decoder of here")
     del weights["decoder.conv_in.bias"]
-    with pytest.raises(ModelError, match=r"do not fit its config.json .*decoder.conv_in.bias"):
-        load_weights(module, weights, tmp_path)
+    with pytest.raises(ModelError, match=r"vae_decoder of here do not fit.*decoder.conv_in.bias"):
+        load_weights(module.model, weights, "vae_decoder of here")
 
 
 def test_relative_error_of_other_shapes_is_infinite():

@@ -1,7 +1,9 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from engine.backends import BackendSettings
 from engine.errors import GraphError, ModelError, RequestError
@@ -21,16 +23,28 @@ def pipeline():
 
 
 class FakeEngine:
-    """Keeps its inputs; gives numbers of the right shapes."""
+    """Keeps its weights and inputs; gives numbers of the right shapes."""
 
-    def __init__(self, part, width):
-        self.part, self.width, self.calls = part, width, []
+    def __init__(self, part, width, weights):
+        self.part, self.width, self.weights, self.calls = part, width, weights, []
+        self.rebound, self.refusing = [], 0
+
+    def rebind(self, weights, names):
+        self.rebound.append((weights, set(names)))
+        self.refusing -= 1
+        if self.refusing == 0:
+            raise ModelError("not finite")
 
     def run(self, inputs):
         self.calls.append({name: value.copy() for name, value in inputs.items()})
         if self.part == "text_encoder":
             ids = inputs["input_ids"]
-            return {"last_hidden_state": np.repeat(ids[..., None], self.width, 2).astype("f")}
+            hidden = np.repeat(ids[..., None], self.width, 2).astype("f")
+            return {
+                "last_hidden_state": hidden,
+                "penultimate_hidden_state": hidden + 0.5,
+                "pooled": hidden[:, 0],
+            }
         if self.part == "step":
             return {"next_registers": inputs["registers"] + 1}
         if self.part == "vae_encoder":
@@ -44,12 +58,14 @@ def recorded():
     """Give a pipeline on fake engines, and the engines that it has opened."""
     model, engines = Model.open(find_model("pictogram")), {}
 
-    def open_part(part):
+    def open_part(part, weights):
         assert part not in engines, "an engine is opened once"
-        return engines.setdefault(part, FakeEngine(part, model.text_encoder.hidden_size))
+        width = model.text_encoders["text_encoder"].hidden_size
+        return engines.setdefault(part, FakeEngine(part, width, weights))
 
-    tokenizer = Tokenizer.load(model.path / "tokenizer")
-    return SimpleNamespace(draw=Pipeline(model, tokenizer, open_part), engines=engines)
+    tokenizers = {"text_encoder": Tokenizer.load(model.path / "tokenizer")}
+    draw = Pipeline(model, tokenizers, open_part)
+    return SimpleNamespace(draw=draw, engines=engines, open_part=open_part)
 
 
 def pixels(image):
@@ -69,6 +85,12 @@ def test_the_same_wish_gives_the_same_picture(pipeline):
     first, second = (pipeline("house", seed=0, num_inference_steps=STEPS) for _ in range(2))
     assert first.seeds == second.seeds == [0]
     assert pixels(first.images[0]) == pixels(second.images[0])
+
+
+def test_every_engine_gets_the_weights_of_its_part(recorded):
+    recorded.draw.plan(Request(prompt="a", image=drawing(64, 64)))
+    for part, engine in recorded.engines.items():
+        assert set(engine.weights) == set(recorded.draw.model.weights(part))
 
 
 def test_without_a_seed_every_picture_is_another(pipeline):
@@ -141,6 +163,27 @@ def test_strength_leaves_steps_out(recorded, strength, steps):
     assert len(recorded.engines["step"].calls) == steps
 
 
+@pytest.mark.parametrize(
+    ("recommended", "wished", "steps", "scale"),
+    [
+        ({}, {}, 20, 5.0),
+        ({"steps": 4, "guidance_scale": 8.0}, {}, 4, 8.0),
+        ({"steps": 1, "guidance_scale": 1.0}, {}, 1, 1.0),
+        ({"steps": 4, "guidance_scale": 8.0}, {"num_inference_steps": 2}, 2, 8.0),
+        ({"steps": 4, "guidance_scale": 8.0}, {"guidance_scale": 0}, 4, 0),
+    ],
+)
+def test_a_wish_the_models_recommendation_or_the_default(
+    recorded, recommended, wished, steps, scale
+):
+    model = replace(recorded.draw.model, **recommended)
+    draw = Pipeline(model, recorded.draw.encoder.tokenizers, recorded.open_part)
+    plan = draw.plan(Request(prompt="a", **wished))
+    assert (plan.num_inference_steps, plan.guidance_scale) == (steps, scale)
+    assert len(plan.program.timesteps) == steps
+    assert len(plan.conditioning["guidance"]) == (2 if scale > 1 else 1)
+
+
 def test_engine_inputs_of_a_guided_batch(recorded):
     recorded.draw(
         ["a", "b"],
@@ -160,7 +203,9 @@ def test_engine_inputs_of_a_guided_batch(recorded):
     assert not call["noise"].any(), "this sampler draws none"
     assert call["guidance"].tolist() == [[-2.0] * 4, [3.0] * 4]
     assert {value.dtype for value in call.values()} == {np.dtype(np.float32)}
-    negative, a, b = (recorded.draw.tokenizer([text]).input_ids[0] for text in "cab")
+    negative, a, b = (
+        recorded.draw.encoder.tokenizers["text_encoder"]([text]).input_ids[0] for text in "cab"
+    )
     rows = call["context"][..., 0]
     np.testing.assert_array_equal(rows, [[negative] * 4, [a, a, b, b]])
     assert len(recorded.engines["text_encoder"].calls[0]["input_ids"]) == 3, "each text once"
@@ -205,7 +250,7 @@ def test_numbers_of_numpy_are_numbers(recorded):
 
 
 def test_a_cut_prompt_is_told_where(pipeline):
-    room = pipeline.tokenizer.max_length - 2
+    room = pipeline.encoder.tokenizers["text_encoder"].max_length - 2
     plan = pipeline.plan(Request(prompt=["1 " * room, "1 " * room + "and a lost lamb"]))
     assert plan.warnings == (
         f"the prompt is longer than {room} tokens; it was cut before 'and a lost lamb'",
@@ -220,6 +265,7 @@ def test_wishes_of_the_wrong_kind(recorded):
         ({"sampler": "dpmpp-2m"}, "did you mean 'dpmpp_2m'"),
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"num_inference_steps": 0}, "from 1 to 1000"),
+        ({"num_inference_steps": -3}, "from 1 to 1000"),
         ({"height": 100}, "multiple of 8, such as 96"),
         ({"image": drawing(64, 64), "strength": 0.0}, "above 0"),
         ({"image": drawing(64, 64), "strength": 0.01}, "runs no step"),
@@ -260,3 +306,82 @@ def test_what_cannot_be_loaded(tmp_path):
     missing = Pipeline.load("pictogram", graphs=tmp_path)
     with pytest.raises(GraphError, match=r"python -m export .*pictogram"):
         missing("a")
+
+
+CHANGED = {
+    "unet": "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+    "text_encoder": "text_model.encoder.layers.0.self_attn.q_proj",
+}
+
+
+@pytest.fixture
+def lora(tmp_path):
+    """Write a LoRA of one layer of the UNet and one of the text encoder."""
+    model, state = Model.open(find_model("pictogram")), {}
+    for component, name in CHANGED.items():
+        rows, columns = model.find(component)[f"{name}.weight"].shape
+        random = np.random.default_rng(rows)
+        for end, shape in (("A", (2, columns)), ("B", (rows, 2))):
+            values = random.standard_normal(shape).astype(np.float32)
+            state[f"{component}.{name}.lora_{end}.weight"] = values
+    save_file(state, tmp_path / "lora.safetensors")
+    return tmp_path / "lora.safetensors"
+
+
+def test_an_adapter_rebinds_what_it_changes_in_open_engines(recorded, lora):
+    recorded.draw.plan(Request(prompt="a"))
+    recorded.draw.set_loras([])
+    assert not any(engine.rebound for engine in recorded.engines.values())
+    recorded.draw.set_loras([lora])
+    base = {part: engine.weights for part, engine in recorded.engines.items()}
+    for part, component in (("step", "unet"), ("text_encoder", "text_encoder")):
+        ((weights, names),) = recorded.engines[part].rebound
+        (name,) = names
+        assert name == f"{CHANGED[component]}.weight"
+        assert not np.array_equal(weights[name], base[part][name])
+    assert not recorded.engines["vae_decoder"].rebound
+    recorded.draw.set_loras([])
+    for part in ("step", "text_encoder"):
+        weights, (name,) = recorded.engines[part].rebound[1]
+        np.testing.assert_array_equal(weights[name], base[part][name], strict=True)
+
+
+def test_an_adapter_is_in_the_weights_of_engines_that_open_later(recorded, lora):
+    recorded.draw.set_loras([f"{lora}:0.5"])
+    recorded.draw.plan(Request(prompt="a"))
+    name = f"{CHANGED['unet']}.weight"
+    base = recorded.draw.model.find("unet")
+    given = recorded.engines["step"].weights
+    assert not np.array_equal(given[name], base[name])
+    assert set(given) == set(base)
+    assert not recorded.engines["step"].rebound
+
+
+@pytest.mark.parametrize("part", ["step", "text_encoder"])
+def test_an_adapter_is_in_all_engines_or_in_none(recorded, lora, part):
+    recorded.draw.plan(Request(prompt="a"))
+    recorded.engines[part].refusing = 1
+    with pytest.raises(ModelError, match="not finite"):
+        recorded.draw.set_loras([lora])
+    for engine in recorded.engines.values():
+        if engine.rebound:
+            weights, names = engine.rebound[-1]
+            for name in names:
+                np.testing.assert_array_equal(weights[name], engine.weights[name], strict=True)
+    counts = {name: len(engine.rebound) for name, engine in recorded.engines.items()}
+    recorded.draw.set_loras([])
+    assert counts == {name: len(engine.rebound) for name, engine in recorded.engines.items()}
+
+
+def test_taking_an_adapter_off_restores_the_picture(lora):
+    pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+    wishes = {"seed": 1, "num_inference_steps": 1}
+    before = pixels(pipeline("a", **wishes).images[0])
+    pipeline.set_loras([lora])
+    assert pixels(pipeline("a", **wishes).images[0]) != before
+    with pytest.raises(ModelError):
+        pipeline.set_loras([lora, lora.parent / "missing.safetensors"])
+    adapted = pixels(pipeline("a", **wishes).images[0])
+    assert adapted != before
+    pipeline.set_loras([])
+    assert pixels(pipeline("a", **wishes).images[0]) == before

@@ -35,7 +35,6 @@ ONE = {"prompt": "a"}
         ({"num_images_per_prompt": MAX_IMAGES + 1}, f"to {MAX_IMAGES}"),
         ({"num_inference_steps": "20"}, "num_inference_steps is '20'; give a whole number"),
         ({"num_inference_steps": 7.5}, "num_inference_steps is 7.5"),
-        ({"num_inference_steps": None}, "num_inference_steps is None"),
         ({"num_inference_steps": True}, "num_inference_steps is True"),
         ({"sampler": ["ddim"]}, r"sampler is \['ddim'\]; give a name"),
         ({"sampler": None}, "sampler is None"),
@@ -106,6 +105,12 @@ def test_refused_sides(name, side, said):
 )
 def test_size(wishes, size):
     assert Request(prompt="a", **wishes).size(128, 8) == size
+
+
+def test_what_is_left_to_the_model():
+    request = Request(prompt="a")
+    assert (request.num_inference_steps, request.guidance_scale) == (None, None)
+    assert (request.height, request.width, request.seed) == (None, None, None)
 
 
 def test_texts():

@@ -1,0 +1,233 @@
+"""What a file is, told by `python -m export info`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from engine.errors import ModelError
+from engine.models import find_model
+from engine.weights import open_weights
+from export.__main__ import main
+from export.info import as_table, describe
+from tests.original_layout import (
+    FULL,
+    SMALL,
+    autoencoder_names,
+    inpainting,
+    model_names,
+    random_tensors,
+    write_sparse,
+)
+
+ROOT = Path(__file__).parents[2]
+CONSULTED = {"torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors"}
+UP = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def lora(folder):
+    """A LoRA of SD 1.x as kohya's program writes it."""
+    state = {
+        f"{UP}.lora_up.weight": np.ones((320, 4), np.float16),
+        f"{UP}.lora_down.weight": np.ones((4, 320), np.float16),
+        f"{UP}.alpha": np.array(2.0, np.float16),
+        f"{UP.replace('attn1_to_q', 'attn2_to_k')}.lora_up.weight": np.ones((320, 8), np.float16),
+        f"{UP.replace('attn1_to_q', 'attn2_to_k')}.lora_down.weight": np.ones((8, 768), np.float16),
+    }
+    path = folder / "watercolor.safetensors"
+    save_file(state, path, metadata={"ss_base_model_version": "sd_v1"})
+    return path
+
+
+def embedding(folder):
+    path = folder / "moody.safetensors"
+    save_file({"emb_params": np.ones((3, 768), np.float32)}, path)
+    return path
+
+
+def autoencoder(folder):
+    names = autoencoder_names(FULL["sd1"].vae)
+    return write_sparse(folder / "vae.safetensors", names, dtype="F32")
+
+
+def checkpoint(folder):
+    path = folder / "model.safetensors"
+    save_file(random_tensors(model_names(SMALL["sd1"])), path)
+    return path
+
+
+KINDS = {
+    "model": checkpoint,
+    "adapter": lora,
+    "textual inversion": embedding,
+    "autoencoder": autoencoder,
+}
+
+
+def shown(capsys, *arguments):
+    assert main(["info", *map(str, arguments)]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    return said.out
+
+
+@pytest.mark.parametrize(("kind", "write"), KINDS.items(), ids=KINDS)
+def test_every_kind_as_a_table_and_as_json(kind, write, tmp_path, capsys):
+    path = write(tmp_path)
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert facts == json.loads(json.dumps(describe(path)))
+    assert next(iter(facts)) == "kind"
+    assert facts["kind"] == kind
+    assert facts["file"] == str(path)
+    assert facts["hash"] == open_weights(path).content_hash()
+    table = shown(capsys, path)
+    assert table == as_table(facts) + "\n"
+    assert facts["hash"] in table
+    for name in facts:
+        assert name.replace("_", " ") in table or facts[name] in (None, [], {})
+
+
+def test_the_model_that_ships(capsys):
+    facts = json.loads(shown(capsys, "pictogram", "--json"))
+    assert facts["kind"] == "model"
+    assert facts["file"] == str(find_model("pictogram"))
+    assert facts["layout"] == "a folder in diffusers' layout"
+    assert facts["prediction_type"] == "v_prediction"
+    assert facts["picture"] == "128 × 128"
+    assert facts["precision"] == "float16"
+    for name in ("unet", "vae", "text_encoder"):
+        weights = open_weights(find_model("pictogram") / name)
+        assert facts["parameters"][name] == sum(t.array().size for t in weights.tensors.values())
+        assert facts["hash"][name] == weights.content_hash()
+
+
+FAMILIES = {
+    "sd1": ("Stable Diffusion 1.x", "512 × 512"),
+    "sd2": ("Stable Diffusion 2.x", None),
+    "xl": ("Stable Diffusion XL", "1024 × 1024"),
+    "xl-refiner": ("Stable Diffusion XL", "1024 × 1024"),
+}
+
+
+@pytest.fixture
+def unhashed(monkeypatch):
+    """Spare the seconds that gigabytes of nothing take to hash."""
+    monkeypatch.setattr("engine.weights.Weights.content_hash", lambda self: "a hash")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_in_one_file(family, tmp_path, unhashed):
+    path = write_sparse(tmp_path / "a.safetensors", model_names(FULL[family]))
+    facts = describe(path)
+    title, picture = FAMILIES[family]
+    assert title in facts["family"]
+    assert ("refiner" in facts["family"]) == (family == "xl-refiner")
+    assert picture in (None, facts["picture"])
+    assert facts["layout"] == "one file in the original layout"
+    assert facts["precision"] == "float16"
+    assert facts["inpainting"] is False
+    assert facts["prediction_type"] in ("epsilon", "v_prediction")
+    assert any("prediction type" in note for note in facts["notes"])
+    assert facts["hash"] == "a hash"
+
+
+def test_an_inpainting_model(tmp_path, unhashed):
+    names = model_names(inpainting(FULL["sd1"]))
+    assert describe(write_sparse(tmp_path / "a.safetensors", names))["inpainting"] is True
+
+
+def test_the_parameters_of_sd15(tmp_path, unhashed):
+    facts = describe(write_sparse(tmp_path / "a.safetensors", model_names(FULL["sd1"])))
+    assert facts["parameters"]["unet"] == 859_520_964
+    assert facts["parameters"]["vae"] == 83_653_863
+    assert facts["parameters"]["text_encoder"] == 123_060_480
+    assert "859,520,964 (859.5 million)" in as_table(facts)
+
+
+def test_a_lora(tmp_path):
+    facts = describe(lora(tmp_path))
+    assert facts["family"] == "Stable Diffusion 1.x"
+    assert facts["kinds"] == {"LoRA": 2}
+    assert facts["ranks"] == [4, 8]
+    assert facts["modules"] == {"unet": 2}
+    assert facts["precision"] == "float16"
+    assert facts["parameters"] == {"in all": 8 * 320 + 1 + 8 * (320 + 768)}
+
+
+def test_an_embedding(tmp_path):
+    facts = describe(embedding(tmp_path))
+    assert facts["word"] == "moody"
+    assert facts["vectors"] == {"text_encoder": [3, 768]}
+    assert "text_encoder: 3 × 768" in as_table(facts)
+
+
+def test_an_autoencoder(tmp_path):
+    facts = describe(autoencoder(tmp_path))
+    assert (facts["latent_channels"], facts["compression"]) == (4, 8)
+    assert facts["precision"] == "float32"
+    assert facts["parameters"] == {"vae": 83_653_863}
+
+
+def test_the_most_frequent_precision_goes_first(tmp_path):
+    path = tmp_path / "a.safetensors"
+    state = {
+        f"{UP}.lora_up.weight": np.ones((320, 4), np.float32),
+        f"{UP}.lora_down.weight": np.ones((4, 320), np.float32),
+        f"{UP}.alpha": np.array(2.0, np.float16),
+    }
+    save_file(state, path)
+    assert describe(path)["precision"] == "float32, float16"
+
+
+def broken(folder, kind):
+    path = folder / "a.safetensors"
+    if kind == "truncated":
+        path.write_bytes(checkpoint(folder).read_bytes()[:5000])
+    elif kind == "no tensors":
+        save_file({}, path)
+    elif kind == "something else":
+        save_file({"transformer.h.0.weight": np.ones((3, 3), np.float32)}, path)
+    elif kind == "no model":
+        path.mkdir()
+    elif kind == "text":
+        path = folder / "a.txt"
+        path.write_text("hello")
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "truncated", "no tensors", "something else", "no model", "text"]
+)
+def test_what_is_nothing_known_is_one_sentence(kind, tmp_path, capsys):
+    path = broken(tmp_path, kind)
+    for arguments in ([str(path)], [str(path), "--json"]):
+        assert main(["info", *arguments]) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        assert path.name in said.err
+        assert len(said.err) < 700
+    with pytest.raises(ModelError):
+        describe(path)
+
+
+CODE = """
+import json, sys
+from export.__main__ import main
+statuses = [main(["info", path]) for path in sys.argv[1:]]
+print(json.dumps([statuses, sorted({name.split(".")[0] for name in sys.modules})]))
+"""
+
+
+def test_no_library_is_loaded_to_look_at_files(tmp_path):
+    paths = [str(write(tmp_path)) for write in KINDS.values()]
+    command = [sys.executable, "-c", CODE, "pictogram", *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    statuses, modules = json.loads(done.stdout.splitlines()[-1])
+    assert statuses == [0] * 5
+    assert not CONSULTED & set(modules)

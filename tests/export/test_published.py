@@ -1,0 +1,76 @@
+"""The graphs that ship: of exactly the published architectures, with exactly their weights."""
+
+from dataclasses import replace
+
+import pytest
+
+from engine.checkpoint import Checkpoint
+from engine.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.graphs import SHIPPED, find_graph
+from engine.model import COMPONENTS
+from engine.shapes import tensor_shapes
+from export.published import published_parts
+from tests import published_configs as published
+from tests.original_layout import FULL, inpainting, model_names, write_sparse
+
+PARTS = list(published_parts())
+BASE = (published.UNET_SD15, published.UNET_SD21, published.UNET_XL, published.UNET_REFINER)
+UNETS = [
+    *BASE,
+    *(BASE[i] | {"in_channels": 9} for i in range(3)),
+    *(BASE[i] | {"time_cond_proj_dim": 256} for i in (0, 2)),
+]
+TEXTS = [published.TEXT_SD15, published.TEXT_SD21, published.TEXT_XL_2]
+
+
+def keys(part):
+    return [config.key() for name, config in PARTS if name == part]
+
+
+def test_the_architectures_are_those_of_the_published_configurations():
+    expected = {UNetConfig.from_dict(values).key() for values in UNETS}
+    assert sorted(keys("step")) == sorted(expected)
+    expected = {TextEncoderConfig.from_dict(values).key() for values in TEXTS}
+    assert sorted(keys("text_encoder")) == sorted(expected)
+    vaes = (published.VAE_SD15, published.VAE_XL)
+    expected = {AutoencoderConfig.from_dict(values).key() for values in vaes}
+    assert sorted(keys("vae_decoder")) == sorted(keys("vae_encoder")) == sorted(expected)
+
+
+def told_its_guidance(params):
+    return replace(params, unet=replace(params.unet, time_cond=256))
+
+
+VARIANTS = dict(FULL)
+VARIANTS |= {f"{name}-inpainting": inpainting(FULL[name]) for name in ("sd1", "sd2", "xl")}
+VARIANTS |= {f"{name}-lcm": told_its_guidance(FULL[name]) for name in ("sd1", "xl")}
+
+
+@pytest.mark.parametrize("params", VARIANTS.values(), ids=VARIANTS)
+def test_every_family_of_one_file_has_its_graphs(params, tmp_path):
+    """What is concluded from a file's shapes must name a graph that ships."""
+    path = write_sparse(tmp_path / "model.safetensors", model_names(params))
+    configs = Checkpoint.open(path).configs
+    assert configs
+    for part, name in COMPONENTS.items():
+        if name in configs:
+            kind = "text_encoder" if part == "text_encoder_2" else part
+            assert configs[name].key() in keys(kind), (part, configs[name])
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize(("part", "config"), PARTS, ids=[f"{p}-{c.key()}" for p, c in PARTS])
+def test_the_graph_ships_and_wants_the_weights_of_its_architecture(part, config, precision):
+    graph = find_graph(part, config, precision, [SHIPPED], "the published model")
+    assert graph.precision == precision
+    expected = tensor_shapes(config)
+    assert graph.weights.items() <= expected.items()
+    if part == "vae_decoder":
+        other = find_graph("vae_encoder", config, precision, [SHIPPED], "the published model")
+        assert {**graph.weights, **other.weights} == expected
+    elif part != "vae_encoder":
+        assert dict(graph.weights) == expected
+
+
+def test_the_graphs_take_a_few_megabytes():
+    assert 0 < sum(path.stat().st_size for path in SHIPPED.iterdir()) < 5e6

@@ -1,0 +1,224 @@
+"""What the UNet is told, with engines that give numbers by which they are known."""
+
+from dataclasses import replace
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import LatentConsistencyModelPipeline
+
+from engine.config import TextEncoderConfig, UNetConfig
+from engine.errors import ModelError, RequestError
+from engine.model import Model
+from engine.models import find_model
+from engine.textual_inversion import Embedding
+from runtime.conditioning import (
+    Encoder,
+    Texts,
+    check_tokenizers,
+    embedded_guidance,
+    load_tokenizers,
+)
+from runtime.tokenizer import Tokenizer
+from tests import published_configs as published
+from tests.tolerances import EMBEDDED_GUIDANCE
+
+PICTOGRAM = Model.open(find_model("pictogram"))
+XL, REFINER = (UNetConfig.from_dict(v) for v in (published.UNET_XL, published.UNET_REFINER))
+CLIP_L, CLIP_H, CLIP_G = (
+    TextEncoderConfig.from_dict(values)
+    for values in (published.TEXT_SD15, published.TEXT_SD21, published.TEXT_XL_2)
+)
+TOKENIZERS = {
+    "text_encoder": Tokenizer.clip("<|endoftext|>"),
+    "text_encoder_2": Tokenizer.clip("!"),
+}
+HEIGHT, WIDTH = 768, 1024
+
+
+class FakeEncoder:
+    """Gives each text the sum of its ids, plus 0.5 before the last layer; keeps its inputs."""
+
+    def __init__(self, config, scale):
+        self.config, self.scale, self.calls = config, scale, []
+
+    def run(self, inputs):
+        self.calls.append(inputs)
+        ids = inputs["input_ids"]
+        marks = self.scale * ids.sum(1, dtype=np.float32)[:, None, None]
+        hidden = np.broadcast_to(marks, (*ids.shape, self.config.hidden_size))
+        width = self.config.projection_dim or self.config.hidden_size
+        return {
+            "last_hidden_state": hidden,
+            "penultimate_hidden_state": hidden + 0.5,
+            "pooled": np.broadcast_to(marks[:, 0], (len(ids), width)),
+        }
+
+
+def encoder(unet, encoders, **facts):
+    model = replace(PICTOGRAM, configs=MappingProxyType({"unet": unet, **encoders}), **facts)
+    engines = {
+        name: FakeEncoder(config, i + 1) for i, (name, config) in enumerate(encoders.items())
+    }
+    tokenizers = {name: TOKENIZERS[name] for name in encoders}
+    return Encoder(model=model, tokenizers=tokenizers, engine=engines.__getitem__), engines
+
+
+def xl(**facts):
+    both = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
+    return encoder(XL, both, **{"zeros_for_empty_prompt": True} | facts)
+
+
+def texts(*groups, weights=None, repeats=1):
+    return Texts(groups=groups, weights=weights or [1.0] * len(groups), repeats=repeats)
+
+
+def mark(text, name="text_encoder"):
+    return TOKENIZERS[name]([text]).input_ids.sum()
+
+
+def test_one_encoder():
+    ours, _ = encoder(UNetConfig.from_dict(published.UNET_SD15), {"text_encoder": CLIP_L})
+    given = ours.condition(texts(["", ""], ["a", "b"], weights=[-4.0, 5.0]), HEIGHT, WIDTH, 5.0)
+    assert set(given.inputs) == {"context", "guidance"}
+    context = given.inputs["context"]
+    assert context.shape == (2, 2, 77, 768)
+    assert context.dtype == np.float32
+    expected = [[mark(""), mark("")], [mark("a"), mark("b")]]
+    np.testing.assert_array_equal(context[..., 0, 0], expected)
+    assert given.inputs["guidance"].tolist() == [[-4.0, -4.0], [5.0, 5.0]]
+    assert given.warnings == ()
+
+
+def test_two_encoders_are_put_side_by_side():
+    ours, engines = xl()
+    given = ours.condition(texts(["no"], ["cat"], repeats=3), HEIGHT, WIDTH, 5.0).inputs
+    assert given["context"].shape == (2, 3, 77, 2048)
+    first, second = mark("cat"), 2 * mark("cat", "text_encoder_2")
+    assert first != second
+    np.testing.assert_array_equal(given["context"][1, :, :, :768], first + 0.5)
+    np.testing.assert_array_equal(given["context"][1, :, :, 768:], second + 0.5)
+    assert given["text_embeds"].shape == (2, 3, 1280)
+    np.testing.assert_array_equal(given["text_embeds"][1], second)
+    np.testing.assert_array_equal(given["text_embeds"][0], 2 * mark("no", "text_encoder_2"))
+    assert all(len(engine.calls) == 1 for engine in engines.values())
+    assert {array.dtype for array in given.values()} == {np.dtype(np.float32)}
+
+
+def test_the_sizes_that_xl_is_told():
+    given = xl()[0].condition(texts(["no"], ["cat"], repeats=2), HEIGHT, WIDTH, 5.0).inputs
+    row = [HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]
+    assert given["time_ids"].tolist() == [[row, row], [row, row]]
+
+
+def test_the_scores_that_the_refiner_is_told():
+    ours, _ = encoder(REFINER, {"text_encoder_2": CLIP_G})
+    given = ours.condition(texts(["no"], ["cat"]), HEIGHT, WIDTH, 5.0).inputs
+    told = [HEIGHT, WIDTH, 0, 0]
+    assert given["time_ids"].tolist() == [[[*told, 2.5]], [[*told, 6.0]]]
+    assert given["context"].shape == (2, 1, 77, 1280)
+    alone = ours.condition(texts(["cat"]), HEIGHT, WIDTH, 1.0).inputs
+    assert alone["time_ids"].tolist() == [[[*told, 6.0]]]
+
+
+def test_an_empty_negative_prompt_is_zeros_where_the_model_says_so():
+    ours, _ = xl()
+    given = ours.condition(texts(["", "no"], ["", "b"], repeats=2), HEIGHT, WIDTH, 5.0).inputs
+    for name in ("context", "text_embeds"):
+        zeros = [[not rows.any() for rows in group] for group in given[name]]
+        assert zeros == [[True, True, False, False], [False] * 4], "and no empty prompt"
+    told = xl(zeros_for_empty_prompt=False)[0].condition(texts([""], ["b"]), HEIGHT, WIDTH, 5.0)
+    assert told.inputs["context"].all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 7.5, 8.0, 20.0])
+@pytest.mark.parametrize("channels", [4, 48, 256, 257])
+def test_an_embedded_guidance_scale_is_that_of_diffusers(scale, channels):
+    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    told = torch.tensor([scale - 1], dtype=torch.float64)
+    expected = embed(None, told, channels, torch.float64)[0].numpy()
+    given = embedded_guidance(scale, channels)
+    assert given.dtype == np.float32
+    assert given.shape == (channels,)
+    np.testing.assert_allclose(given, expected, rtol=0, atol=EMBEDDED_GUIDANCE)
+
+
+def test_a_model_that_is_told_its_guidance():
+    unet = replace(UNetConfig.from_dict(published.UNET_SD15), time_cond_proj_dim=256)
+    ours, _ = encoder(unet, {"text_encoder": CLIP_L})
+    given = ours.condition(texts(["a", "b"]), HEIGHT, WIDTH, 8.0).inputs
+    np.testing.assert_array_equal(given["timestep_cond"], [embedded_guidance(8.0, 256)] * 2)
+
+
+def test_a_cut_is_told_once_and_by_the_first_encoder():
+    long = "1 " * 75 + "and a lost lamb"
+    assert xl()[0].condition(texts(["no"], [long]), HEIGHT, WIDTH, 5.0).warnings == (
+        "the prompt is longer than 75 tokens; it was cut before 'and a lost lamb'",
+    )
+
+
+def embedding(name, count, tmp_path, **widths):
+    vectors = {part: np.full((count, width), count, np.float32) for part, width in widths.items()}
+    return Embedding(path=tmp_path / f"{name}.pt", name=name, vectors=vectors)
+
+
+@pytest.fixture
+def teachable(monkeypatch):
+    monkeypatch.setattr("runtime.conditioning.load_tokenizers", lambda model: dict(TOKENIZERS))
+    return xl()
+
+
+def test_taught_words_are_rows_after_the_vocabulary(teachable, tmp_path):
+    ours, engines = teachable
+    widths = {"text_encoder": 768, "text_encoder_2": 1280}
+    taught = ours.taught(
+        [embedding("<one>", 1, tmp_path, **widths), embedding("<two>", 2, tmp_path, **widths)]
+    )
+    taught.condition(texts(["<two> <one>"]), HEIGHT, WIDTH, 5.0)
+    for name, width in widths.items():
+        call = engines[name].calls[-1]
+        assert call["input_ids"][0, 1:5].tolist() == [49409, 49410, 49408, 49407]
+        np.testing.assert_array_equal(call["extra_embeddings"][:, 0], [1, 2, 2])
+        assert call["extra_embeddings"].shape == (3, width)
+    again = taught.taught([])
+    again.condition(texts(["<two> <one>"]), HEIGHT, WIDTH, 5.0)
+    assert engines["text_encoder"].calls[-1]["input_ids"].max() == 49407
+    assert engines["text_encoder"].calls[-1]["extra_embeddings"].shape == (1, 768)
+
+
+def test_words_that_cannot_be_taught(teachable, tmp_path):
+    ours, _ = teachable
+    with pytest.raises(ModelError, match="1 numbers for the text_encoder"):
+        ours.taught([embedding("<one>", 1, tmp_path, text_encoder=1)])
+    widths = {"text_encoder": 768, "text_encoder_2": 1280}
+    same = [embedding("<one>", 1, tmp_path, **widths)] * 2
+    with pytest.raises(RequestError, match="'<one>'"):
+        ours.taught(same)
+
+
+def test_a_file_gets_the_tokenizers_of_its_encoders(tmp_path):
+    both = {"text_encoder": CLIP_L, "text_encoder_2": CLIP_G}
+    configs = MappingProxyType({"unet": XL, **both})
+    model = replace(PICTOGRAM, path=tmp_path / "model.safetensors", configs=configs)
+    tokenizers = load_tokenizers(model)
+    assert {name: t.pad_token_id for name, t in tokenizers.items()} == {
+        "text_encoder": 49407,
+        "text_encoder_2": 0,
+    }
+    only = replace(model, configs=MappingProxyType({"unet": XL, "text_encoder": CLIP_H}))
+    assert load_tokenizers(only)["text_encoder"].pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"vocab_size": 1000}, "knows 49408 tokens and its text_encoder 1000"),
+        ({"max_position_embeddings": 32}, "rows of 77 tokens and its text_encoder takes 32"),
+    ],
+)
+def test_a_tokenizer_of_another_encoder(fields, said):
+    configs = MappingProxyType({"unet": XL, "text_encoder": replace(CLIP_L, **fields)})
+    model = replace(PICTOGRAM, configs=configs)
+    with pytest.raises(ModelError, match=said):
+        check_tokenizers(model, {"text_encoder": TOKENIZERS["text_encoder"]})
