@@ -8,7 +8,6 @@ an app is started again. Times count from the process's start, the interpreter i
 
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.machine import describe, summary
+from benchmarks.machine import describe, peak_bytes, summary
 from engine.cache import cache_folder
 from engine.config import AutoencoderConfig
 from engine.original import autoencoder_sources, text_encoder_sources, unet_sources
@@ -87,7 +86,7 @@ def run(checkpoint: str, lora: str, started: str) -> None:
     next(pipeline.denoise(plan))
     lap("first_step")
     seconds["file_to_first_step_done"] = last - float(started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     before = _bound(pipeline)
     for name, loras in (
         ("lora_on", [lora]),

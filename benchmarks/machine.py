@@ -42,6 +42,22 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def peak_bytes() -> int:
+    """Return the most memory that this process has had resident.
+
+    Where the system tells of this program alone: getrusage also counts the process that started
+    it, before it became this program.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Return the median and the spread of repeated measurements."""
     return {

@@ -6,7 +6,6 @@ be read. Prints, as JSON, how many files there were, how many opened, and the pe
 """
 
 import json
-import resource
 import struct
 import sys
 import time
@@ -21,6 +20,7 @@ from bad_pickles import dictionary, name, number, state_dict, storage, tensor, t
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from benchmarks.machine import peak_bytes
 from engine.errors import ModelError
 from engine.weights import open_weights
 
@@ -190,5 +190,5 @@ if __name__ == "__main__":
     fuzz = Fuzz(target)
     fuzz.check(VALID["archive"][0])
     fuzz.run(float(sys.argv[2]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     print(json.dumps({"opened": fuzz.opened, "refused": fuzz.refused, "peak": peak}))

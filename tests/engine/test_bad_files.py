@@ -17,8 +17,9 @@ from engine.weights import open_weights, require_finite
 
 # In a process of its own, whose memory is the readers' alone.
 OPEN_ALL = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
+from benchmarks.machine import peak_bytes
 from engine.errors import ModelError
 from engine.weights import open_weights
 
@@ -29,7 +30,7 @@ for path in map(Path, json.load(sys.stdin)):
     except ModelError as error:
         refused += 1
 assert not {"torch", "safetensors", "zipfile"} & sys.modules.keys()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_bytes()
 json.dump({"refused": refused, "peak": peak}, sys.stdout)
 """
 
