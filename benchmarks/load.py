@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from benchmarks.machine import describe, peak_bytes, summary
 from engine.cache import cache_folder
+from engine.checkpoints.original import autoencoder_sources, text_encoder_sources, unet_sources
+from engine.checkpoints.shapes import tensor_shapes
 from engine.config import AutoencoderConfig
-from engine.original import autoencoder_sources, text_encoder_sources, unet_sources
-from engine.shapes import tensor_shapes
 from export.published import CLIP_L, SD1
 
 RANK = 32

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.adapters import Adapted, AdapterChoice, adapt, parse_adapter, read_adapter
+from engine.adapters.adapter import Adapted, AdapterChoice, adapt, parse_adapter, read_adapter
 from engine.backends import Arrays, Engine
-from engine.components import ComponentName
+from engine.checkpoints.components import ComponentName
 from engine.errors import BackendError, ModelError
 from engine.model import COMPONENTS, Model
 from engine.signature import Part

@@ -10,8 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from engine.checkpoint import Checkpoint, open_vae
-from engine.components import Component, ComponentName, diffusers_component
+from engine.checkpoints.checkpoint import Checkpoint, open_vae
+from engine.checkpoints.components import Component, ComponentName, diffusers_component
+from engine.checkpoints.families import EMBEDDED_GUIDANCE, Context
+from engine.checkpoints.weights import open_weights
 from engine.config import (
     XL_SCALING_FACTOR,
     AutoencoderConfig,
@@ -21,9 +23,7 @@ from engine.config import (
     read_json,
 )
 from engine.errors import ModelError
-from engine.families import EMBEDDED_GUIDANCE, Context
 from engine.signature import Part, TextPart
-from engine.weights import open_weights
 
 # The component of a model that holds a part's architecture and weights.
 COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(

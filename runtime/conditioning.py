@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.adapters.textual_inversion import Embedding
 from engine.backends import Engine
 from engine.errors import ModelError, RequestError
 from engine.model import Model
 from engine.signature import Part, TextPart
-from engine.textual_inversion import Embedding
 from runtime.tokenizer import Tokenizer
 
 __all__ = ["Conditioning", "Encoder", "Texts", "check_tokenizers", "load_tokenizers"]

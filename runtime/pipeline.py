@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.adapters import AdapterChoice
+from engine.adapters.adapter import AdapterChoice
+from engine.adapters.textual_inversion import read_embedding
 from engine.backends import Arrays, BackendSettings, Engine, open_engine
 from engine.graphs import Precision, find_graph, graph_folders
 from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
 from engine.signature import Part, TextPart
-from engine.textual_inversion import read_embedding
 from runtime.conditioning import Encoder, Texts, load_tokenizers
 from runtime.images import as_rgb
 from runtime.noise import TorchNoise

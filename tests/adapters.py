@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from engine.adapters import Adapted, AdapterChoice, adapt, read_adapter
+from engine.adapters.adapter import Adapted, AdapterChoice, adapt, read_adapter
 from tests.parity import text_checkpoint
 from tests.tolerances import ADAPTER_RTOL
 

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from benchmarks.machine import peak_bytes
+from engine.checkpoints.weights import open_weights
 from engine.errors import ModelError
-from engine.weights import open_weights
 
 LABEL = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 PICKLED = state_dict(

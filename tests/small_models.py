@@ -2,7 +2,7 @@
 
 A model begins as a file in the original layout with random numbers of trained models' sizes. The
 reference is made of it by diffusers' own conversion, so that no table of ours is in between. Widths
-keep to what `engine.architecture` reads off the shapes, and the vocabulary is CLIP's own.
+keep to what `engine/checkpoints/architecture.py` reads off shapes, and the vocabulary is CLIP's.
 """
 
 import math

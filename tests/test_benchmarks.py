@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks import load, report
 from benchmarks.__main__ import main
-from engine.adapters import read_adapter
+from engine.adapters.adapter import read_adapter
 from engine.errors import OutputError
 from engine.model import Model
 

@@ -26,10 +26,10 @@ LOSSY_PSNR_DB = 25  # a small drawing with hard edges, written as JPEG or WebP a
 NORMALISED_LATENTS = 1e-4  # absolute: mean and deviation after float32 convolutions
 NORMALISED_PIXELS = 1  # of 255: what lay on the edge of rounding may fall to the other side
 
-# engine/lora.py, engine/adapters.py: against LyCORIS, PEFT and diffusers
+# engine/adapters/lora.py, engine/adapters/adapter.py: against LyCORIS, PEFT and diffusers
 ADAPTER_RTOL = 2e-6  # norm of the difference / norm of the reference: float32, other summing orders
 
-# engine/weights.py and the formats below it
+# engine/checkpoints/weights.py and the formats below it
 READERS_PEAK_BYTES = 2**29  # of a process that opens hostile files: half of the 1 GiB allowed
 
 # tests/test_full_size_checkpoints.py: float32 engines against diffusers, float16 weights

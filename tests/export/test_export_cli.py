@@ -1,9 +1,9 @@
 import pytest
 
+from engine.checkpoints.shapes import tensor_shapes
 from engine.config import AutoencoderConfig
 from engine.graphs import SHIPPED, Graph, find_graph, graph_name
 from engine.models import find_model
-from engine.shapes import tensor_shapes
 from export.__main__ import main
 from tests.small_parts import TEXT, trace_once
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from engine.checkpoints.weights import open_weights
 from engine.errors import ModelError
 from engine.models import find_model
-from engine.weights import open_weights
 from export.__main__ import main
 from export.info import as_table, describe
 from tests.original_layout import (
@@ -116,7 +116,7 @@ FAMILIES = {
 @pytest.fixture
 def unhashed(monkeypatch):
     """Spare the seconds that gigabytes of nothing take to hash."""
-    monkeypatch.setattr("engine.weights.Weights.content_hash", lambda self: "a hash")
+    monkeypatch.setattr("engine.checkpoints.weights.Weights.content_hash", lambda self: "a hash")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoints.checkpoint import Checkpoint
+from engine.checkpoints.shapes import tensor_shapes
 from engine.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.graphs import SHIPPED, find_graph
 from engine.model import COMPONENTS
-from engine.shapes import tensor_shapes
 from export.published import published_parts
 from tests import published_configs as published
 from tests.original_layout import FULL, inpainting, model_names, write_sparse

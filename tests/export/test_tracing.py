@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from engine.backends import BackendSettings, open_engine
+from engine.checkpoints.shapes import tensor_shapes
 from engine.errors import GraphError, ModelError
 from engine.graphs import METADATA_KEY, Graph
 from engine.model import Model
 from engine.models import find_model
-from engine.shapes import tensor_shapes
 from engine.signature import signature
 from export.parity import TOLERANCES, check, relative_error
 from export.tracing import trace

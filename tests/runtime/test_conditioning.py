@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
 
+from engine.adapters.textual_inversion import Embedding
 from engine.config import TextEncoderConfig, UNetConfig
 from engine.errors import ModelError, RequestError
 from engine.model import Model
 from engine.models import find_model
-from engine.textual_inversion import Embedding
 from runtime.conditioning import (
     Encoder,
     Texts,

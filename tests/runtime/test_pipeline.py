@@ -90,7 +90,7 @@ def test_the_same_wish_gives_the_same_picture(pipeline):
 def test_every_engine_gets_the_weights_of_its_part(recorded):
     recorded.draw.plan(Request(prompt="a", image=drawing(64, 64)))
     for part, engine in recorded.engines.items():
-        assert set(engine.weights) == set(recorded.draw.model.weights(part))
+        assert set(engine.checkpoints.weights) == set(recorded.draw.model.weights(part))
 
 
 def test_without_a_seed_every_picture_is_another(pipeline):
@@ -333,7 +333,7 @@ def test_an_adapter_rebinds_what_it_changes_in_open_engines(recorded, lora):
     recorded.draw.set_loras([])
     assert not any(engine.rebound for engine in recorded.engines.values())
     recorded.draw.set_loras([lora])
-    base = {part: engine.weights for part, engine in recorded.engines.items()}
+    base = {part: engine.checkpoints.weights for part, engine in recorded.engines.items()}
     for part, component in (("step", "unet"), ("text_encoder", "text_encoder")):
         ((weights, names),) = recorded.engines[part].rebound
         (name,) = names
@@ -367,7 +367,9 @@ def test_an_adapter_is_in_all_engines_or_in_none(recorded, lora, part):
         if engine.rebound:
             weights, names = engine.rebound[-1]
             for name in names:
-                np.testing.assert_array_equal(weights[name], engine.weights[name], strict=True)
+                np.testing.assert_array_equal(
+                    weights[name], engine.weights[name], strict=True
+                )
     counts = {name: len(engine.rebound) for name, engine in recorded.engines.items()}
     recorded.draw.set_loras([])
     assert counts == {name: len(engine.rebound) for name, engine in recorded.engines.items()}

@@ -1,0 +1,1 @@
+"""Adapters: what is added to a model's weights, or to its words, before it runs."""

@@ -1,0 +1,211 @@
+"""Adapters of a model: read a LoRA and its kin, and add it to the weights before they are bound.
+
+    choice = parse_adapter("watercolor.safetensors:0.8")
+    adapter = read_adapter(choice.path)
+    weights = adapt(bases, shapes, [(adapter, choice)])     # of each component
+
+The bases stay as they are, so taking an adapter off gives back the base's own arrays.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+
+from engine.adapters.choice import AdapterChoice, parse_adapter
+from engine.adapters.info import describe_modules, family_of, family_of_model, words_of
+from engine.adapters.lora import Change, Factor
+from engine.adapters.modules import ModuleChange, read_modules
+from engine.adapters.names import flat_name, module_index
+from engine.adapters.updates import Adapted, Update
+from engine.checkpoints.tensors import short
+from engine.checkpoints.weights import Weights, open_weights
+from engine.errors import ModelError
+
+__all__ = [
+    "Adapted",
+    "Adapter",
+    "AdapterChoice",
+    "Update",
+    "adapt",
+    "parse_adapter",
+    "read_adapter",
+]
+
+Name = TypeVar("Name", bound=str)
+Shapes = Mapping[str, tuple[int, ...]]
+
+FILES = (  # in a folder where PEFT or diffusers saved an adapter, in the order of preference
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.bin",
+)
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Adapter:
+    """An adapter's file, grouped by the modules that it changes; its tensors are read when used.
+
+    weights: its tensors, and as metadata what the training program wrote, unchecked
+    """
+
+    path: Path
+    weights: Weights
+    modules: Sequence[ModuleChange]
+
+    def resolve(self, components: Mapping[Name, Shapes]) -> Mapping[tuple[str, str], Update]:
+        """Find the model's tensor for every change, and check that it fits.
+
+        components: the shapes of the model's tensors by name, for each component
+        Returns the changes by (component, name). Raises ModelError when the model lacks a module
+        or has one of another size, and says what the adapter seems to be made for.
+        """
+        known = {str(component): shapes for component, shapes in components.items()}
+        indices = {component: module_index(component, known[component]) for component in known}
+        updates: dict[tuple[str, str], Update] = {}
+        for change in self.modules:
+            component, module = self._find(change, known, indices)
+            scale = change.scale()
+            for name, part, factor, norms in (
+                (f"{module}.weight", change.weight, scale, change.magnitude),
+                (f"{module}.bias", change.bias, 1.0, None),
+            ):
+                if part is None:
+                    continue
+                if (component, name) in updates:
+                    raise ModelError(
+                        f"{self.path} changes {name} of the {component} twice, under two names; "
+                        "one of them must be removed"
+                    )
+                self._check(change, part, norms, known[component].get(name), known)
+                updates[component, name] = Update(
+                    source=change.source, change=part, scale=factor, magnitude=norms
+                )
+        return MappingProxyType(updates)
+
+    def describe(self) -> dict[str, Any]:
+        """Say what this is, as values of JSON: family, kinds, ranks, alphas, targets, words."""
+        return {
+            "family": family_of(self.modules, self.weights.metadata),
+            **describe_modules(self.modules),
+            **words_of(self.weights.metadata),
+        }
+
+    def _find(
+        self,
+        change: ModuleChange,
+        components: Mapping[str, Shapes],
+        indices: Mapping[str, Mapping[str, str]],
+    ) -> tuple[str, str]:
+        """Look a module up; where the file does not name the component, the first that fits."""
+        name = flat_name(change.module)
+        wanted = [change.component] if change.component else COMPONENTS
+        found = [(c, indices[c][name]) for c in wanted if name in indices.get(c, ())]
+        if not found:
+            where = f" in its {change.component}" if change.component else ""
+            raise self._misfit(
+                f"changes {short(change.module)}, which this model does not have{where}", components
+            )
+        for component, module in found:
+            shape = components[component].get(f"{module}.weight")
+            if change.weight is None or (shape and _fits(change.weight, shape)):
+                return component, module
+        return found[0]
+
+    def _check(
+        self,
+        change: ModuleChange,
+        part: Change,
+        norms: Factor | None,
+        shape: tuple[int, ...] | None,
+        components: Mapping[str, Shapes],
+    ) -> None:
+        """Refuse a change of another size than the model's tensor."""
+        module = short(change.module)
+        if shape is None:
+            kind = "bias" if part is change.bias else "weight"
+            raise self._misfit(f"changes the {kind} of {module}, which has none here", components)
+        if not _fits(part, shape):
+            theirs, ours = part.matrix_shape, " × ".join(map(str, shape))
+            raise self._misfit(
+                f"has {theirs[0]} × {theirs[1]} numbers for {module}, and this model {ours}",
+                components,
+            )
+        if norms is not None and not _fits_norms(norms.shape, shape):
+            raise self._misfit(
+                f"has norms of the shape {list(norms.shape)} for {module}, and this model a "
+                f"weight of {list(shape)}",
+                components,
+            )
+
+    def _misfit(self, problem: str, components: Mapping[str, Shapes]) -> ModelError:
+        """Say what the adapter was made for, and what the model is, as far as one can tell."""
+        made_for = family_of(self.modules, self.weights.metadata)
+        model = family_of_model(components)
+        seems = f"it seems to be made for {made_for}" if made_for else "its family is not stated"
+        is_model = f", and the model is {model}" if model and model != made_for else ""
+        return ModelError(
+            f"{self.path} {problem}; {seems}{is_model}: use an adapter made for this model"
+        )
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Open an adapter, and group its tensors by the modules that they change.
+
+    path: a file (.safetensors, .pt, .bin), or the folder in which PEFT or diffusers saved it
+    Raises ModelError when it is no adapter, of a kind that is not known, or incomplete.
+    """
+    if path.is_dir():
+        folder = path
+        path = next((folder / name for name in FILES if (folder / name).is_file()), folder)
+        if path is folder:
+            raise ModelError(
+                f"{folder} holds no adapter; give its file, or a folder with "
+                f"{' or '.join(FILES[:2])}"
+            )
+    weights = open_weights(path)
+    modules = read_modules(path, weights.tensors, weights.metadata)
+    if not modules:
+        raise ModelError(f"{path} holds no adapter; a LoRA, LoHa, LoKr or difference is expected")
+    return Adapter(path=path, weights=weights, modules=modules)
+
+
+def adapt(
+    bases: Mapping[Name, Mapping[str, NDArray[Any]]],
+    shapes: Mapping[Name, Shapes],
+    adapters: Sequence[tuple[Adapter, AdapterChoice]],
+) -> dict[Name, Adapted]:
+    """Add adapters to the weights of a model's components.
+
+    bases: the weights of each component by name; shapes: the same names' shapes
+    Returns a mapping like each base. Raises ModelError when an adapter does not fit.
+    """
+    updates: dict[str, dict[str, list[tuple[Update, float]]]] = {
+        component: defaultdict(list) for component in bases
+    }
+    for adapter, choice in adapters:
+        for (component, name), update in adapter.resolve(shapes).items():
+            if weight := choice.weight(component):
+                updates[component][name].append((update, weight))
+    return {
+        component: Adapted(base=base, updates=MappingProxyType(dict(updates[component])))
+        for component, base in bases.items()
+    }
+
+
+def _fits(change: Change, shape: tuple[int, ...]) -> bool:
+    """Tell whether a change has a tensor's size, as a matrix of its first axis and all others."""
+    return change.matrix_shape == (math.prod(shape[:1]), math.prod(shape[1:]))
+
+
+def _fits_norms(norms: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Tell whether DoRA's norms are those of each output, or of each input, of a weight."""
+    size = math.prod(norms)
+    return norms[:1] == (size,) == shape[:1] or norms[:2] == (1, size) == (1, *shape[1:2])

@@ -1,0 +1,229 @@
+"""The architecture of a part, read off the shapes of its tensors in the original layout.
+
+Four things no shape tells, and these rules do: heads (the caller's), 32 groups in every norm,
+heads of 64 values in the text encoders, and the end-of-text token, the largest id of all.
+"""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Self
+
+from engine.checkpoints.shapes import Shape
+from engine.config import LARGEST_ID, AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.errors import ModelError
+
+__all__ = [
+    "CONDITIONS",
+    "Stored",
+    "autoencoder_config",
+    "clip_config",
+    "open_clip_config",
+    "unet_config",
+]
+
+HEAD_DIM = 64  # values of an attention head, wherever heads are not counted
+SD1_HEADS = 8  # at every level of Stable Diffusion 1
+SD2_WIDTH, SD2_LAYERS = 1024, 23  # OpenCLIP ViT-H without its last layer
+# What the original code and diffusers call a level of the autoencoder, a layer of it, attention.
+AUTOENCODER_LAYOUTS = (
+    ("encoder.down.{}", "block.{}", "encoder.mid.attn_1"),
+    ("encoder.down_blocks.{}", "resnets.{}", "encoder.mid_block.attentions"),
+)
+MAX_NAME = 200  # characters; real names have some 100
+# LCM's addition was never in the original code: files have it in its style or in diffusers'.
+CONDITIONS = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
+SIZES = 6  # numbers about sizes and crops that XL is told; its refiner takes 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """The shapes of one part of a file: names after `prefix`.
+
+    modules: every beginning of a name that ends before a dot, so that a module which lacks one
+        tensor is still seen, and the tensor is missed
+    """
+
+    path: Path
+    prefix: str
+    shapes: Mapping[str, Shape]
+    modules: Set[str]
+
+    @classmethod
+    def of(cls, path: Path, prefix: str, shapes: Mapping[str, Shape]) -> Self:
+        """List the tensors and modules under a prefix."""
+        modules = set()
+        for name in shapes:
+            if name.startswith(prefix) and len(name) <= MAX_NAME:
+                module = name.rpartition(".")[0]
+                while len(module) > len(prefix) and module not in modules:
+                    modules.add(module)
+                    module = module.rpartition(".")[0]
+        return cls(path=path, prefix=prefix, shapes=shapes, modules=modules)
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether the part has a tensor, or a module with tensors, of this name."""
+        name = self.prefix + name
+        return name in self.shapes or name in self.modules
+
+    def size(self, name: str, axis: int = 0) -> int:
+        """Return one dimension of a tensor; raises ModelError when it is not there."""
+        shape = self.shapes.get(self.prefix + name)
+        if shape is None:
+            raise ModelError(
+                f"{self.path} lacks {self.prefix}{name}; the file is incomplete or of an "
+                "architecture that is not supported: use a Stable Diffusion 1.x, 2.x or XL model"
+            )
+        if axis >= len(shape) or not shape[axis]:
+            raise ModelError(
+                f"{self.path}: {self.prefix}{name} has shape {shape!r:.80}, of which no layer can "
+                "be made; download the file or save it again"
+            )
+        return shape[axis]
+
+    def count(self, module: str) -> int:
+        """Count the modules of this name with 0, 1, 2 and so on in the place of `{}`."""
+        return next(i for i in count() if module.format(i) not in self)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Level:
+    """One resolution of the UNet on the way down; `depths` are its transformers' blocks."""
+
+    width: int
+    depths: list[int]
+
+
+def unet_config(stored: Stored, *, linear: bool, pooled: int, refiner: bool) -> UNetConfig:
+    """Read off a UNet's architecture.
+
+    linear: the projections around transformers are linear layers and heads have 64 values, as in
+    Stable Diffusion 2 and XL; else convolutions and 8 heads. pooled: width of XL's pooled text.
+    """
+    levels = _levels(stored)
+    middle = stored.count("middle_block.1.transformer_blocks.{}")
+    widths = tuple(level.width for level in levels)
+    layers = [len(level.depths) for level in levels]
+    attends = [bool(level.depths[0]) for level in levels]
+    inputs = 0
+    if "label_emb" in stored:
+        inputs = stored.size("label_emb.0.0.weight", 1)
+    condition = next((name for name in CONDITIONS if name in stored), None)
+    return UNetConfig(
+        in_channels=stored.size("input_blocks.0.0.weight", 1),
+        out_channels=stored.size("out.2.weight"),
+        block_out_channels=widths,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
+        layers_per_block=layers[0] if len(set(layers)) == 1 else tuple(layers),
+        cross_attention_dim=stored.size("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
+        attention_head_dim=tuple(_heads(width) for width in widths) if linear else SD1_HEADS,
+        transformer_layers_per_block=_transformer_layers(stored, levels, middle),
+        use_linear_projection=linear,
+        addition_embed_type="text_time" if inputs else None,
+        addition_time_embed_dim=max(inputs - pooled, 0) // (SIZES - refiner) if inputs else 0,
+        projection_class_embeddings_input_dim=inputs,
+        time_cond_proj_dim=stored.size(condition, 1) if condition else 0,
+    )
+
+
+def _levels(stored: Stored) -> list[_Level]:
+    """Walk down the input blocks; `.op` is the downsampling between two levels."""
+    levels = [_Level(width=stored.size("input_blocks.0.0.weight"), depths=[])]
+    for number in count(1):
+        block = f"input_blocks.{number}"
+        if f"{block}.0.op" in stored:
+            levels.append(_Level(width=0, depths=[]))
+        elif block in stored:
+            levels[-1].width = stored.size(f"{block}.0.in_layers.2.weight")
+            levels[-1].depths.append(stored.count(f"{block}.1.transformer_blocks.{{}}"))
+        else:
+            break
+    for i, level in enumerate(levels):
+        if len(set(level.depths)) != 1:
+            raise ModelError(
+                f"{stored.path} has a UNet whose level {i} has transformers of {level.depths} "
+                "blocks; supported are residual blocks with equally deep transformers at each "
+                "level: use a Stable Diffusion 1.x, 2.x or XL model"
+            )
+    return levels
+
+
+def _transformer_layers(stored: Stored, levels: list[_Level], middle: int) -> int | tuple[int, ...]:
+    """One number where all transformers are equally deep, as diffusers' configurations have it."""
+    depths = [level.depths[0] for level in levels]
+    if depths[-1] not in (0, middle):
+        raise ModelError(
+            f"{stored.path} has a UNet with transformers of {depths[-1]} blocks at its lowest "
+            f"level and of {middle} in the middle; supported are equal numbers"
+        )
+    depths[-1] = middle
+    if len({depth for depth in depths if depth}) == 1:
+        return middle
+    return tuple(depth or 1 for depth in depths)
+
+
+def autoencoder_config(stored: Stored, *, scaling_factor: float) -> AutoencoderConfig:
+    """Read off an autoencoder's architecture, in the original layout or in diffusers'.
+
+    Its scaling factor is no tensor's shape.
+    """
+    level, layer, attention = AUTOENCODER_LAYOUTS["encoder.mid_block" in stored]
+    first = f"{level}.{layer.format(0)}.conv1.weight"
+    widths = [stored.size(first.format(i)) for i in range(max(stored.count(level), 1))]
+    return AutoencoderConfig(
+        in_channels=stored.size("encoder.conv_in.weight", 1),
+        out_channels=stored.size("decoder.conv_out.weight"),
+        latent_channels=stored.size("decoder.conv_in.weight", 1),
+        block_out_channels=tuple(widths),
+        layers_per_block=stored.count(f"{level.format(0)}.{layer}"),
+        mid_block_add_attention=attention in stored,
+        use_quant_conv="quant_conv" in stored,
+        use_post_quant_conv="post_quant_conv" in stored,
+        scaling_factor=scaling_factor,
+    )
+
+
+def clip_config(stored: Stored) -> TextEncoderConfig:
+    """Read off the architecture of a CLIP text encoder as transformers names its tensors."""
+    width = stored.size("embeddings.token_embedding.weight", 1)
+    return TextEncoderConfig(
+        vocab_size=stored.size("embeddings.token_embedding.weight"),
+        hidden_size=width,
+        intermediate_size=stored.size("encoder.layers.0.mlp.fc1.weight"),
+        num_hidden_layers=stored.count("encoder.layers.{}"),
+        num_attention_heads=_heads(width),
+        max_position_embeddings=stored.size("embeddings.position_embedding.weight"),
+        hidden_act="quick_gelu",
+        eos_token_id=LARGEST_ID,
+    )
+
+
+def open_clip_config(stored: Stored, *, pooled: bool) -> TextEncoderConfig:
+    """Read off the architecture of an OpenCLIP text tower.
+
+    pooled: the model is told the projected text, as XL is, and so needs every layer. Stable
+    Diffusion 2 attends to the layer before the last one, and the last is not used; some files
+    have lost it, and these have lost the projection too.
+    """
+    width = stored.size("token_embedding.weight", 1)
+    layers = stored.count("transformer.resblocks.{}")
+    if not pooled:
+        whole = width != SD2_WIDTH and "text_projection" in stored
+        layers = SD2_LAYERS if width == SD2_WIDTH else layers - whole
+    return TextEncoderConfig(
+        vocab_size=stored.size("token_embedding.weight"),
+        hidden_size=width,
+        intermediate_size=stored.size("transformer.resblocks.0.mlp.c_fc.weight"),
+        num_hidden_layers=layers,
+        num_attention_heads=_heads(width),
+        max_position_embeddings=stored.size("positional_embedding"),
+        hidden_act="gelu",
+        eos_token_id=LARGEST_ID,
+        projection_dim=stored.size("text_projection", 1) if pooled else 0,
+    )
+
+
+def _heads(width: int) -> int:
+    return max(width // HEAD_DIM, 1)

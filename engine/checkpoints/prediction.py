@@ -1,0 +1,272 @@
+"""What a model predicts, for which size and in how many steps: what its weights do not say.
+
+Everything around the weights is asked, the surest first, and every answer comes with its reason
+as the end of a sentence, so that a program can say what it took and why.
+"""
+
+import json
+import re
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from engine.checkpoints.families import EMBEDDED_GUIDANCE, VARIANTS, Family, Variant
+from engine.errors import ModelError
+
+__all__ = ["Conclusion", "PredictionType", "Told", "conclude"]
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+Answer = tuple[PredictionType, str]
+
+MAX_CONFIG = 1_000_000  # bytes of a configuration beside the file that are read
+SPELLINGS: Mapping[str, PredictionType] = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "noise": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+    "v_pred": "v_prediction",
+    "vpred": "v_prediction",
+    "velocity": "v_prediction",
+    "sample": "sample",
+    "x0": "sample",
+}
+# Of metadata: the model specification's key and the one that ComfyUI writes.
+METADATA_KEYS = ("modelspec.prediction_type", "modelspec.predict_key", "prediction_type")
+# The specification's names of architectures that imply an answer, as the programs write them.
+ARCHITECTURES: Mapping[str, PredictionType] = {
+    "stable-diffusion-v2-768-v": "v_prediction",
+    "stable-diffusion-v2-512": "epsilon",
+}
+# A file's name; `v2-1_768-ema-pruned` and `512-base-ema` are how Stable Diffusion 2 came.
+V_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred|v[-_ ]?param|768[-_ ]?v(?![a-z0-9])")
+EPSILON_NAME = re.compile(r"(?<![a-z])eps(ilon)?(?![a-z])")
+SD2_V_NAME = re.compile(r"(?<!\d)768(?!\d)")
+SD2_EPSILON_NAME = re.compile(r"(?<!\d)512(?!\d)|(?<![a-z])base(?![a-z])")
+# Lines of the training code's YAML. Without the first the training code predicts noise.
+PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?(\w+)""", re.MULTILINE)
+SCALING = re.compile(r"denoiser_scaling\.(V|Eps)Scaling\b")
+LATENT_DIFFUSION = re.compile(r"^\s*target\s*:\s*ldm\.models\.diffusion\.", re.MULTILINE)
+STEPS_NAME = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
+VARIANT_NAME = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm)(?:[-_ ]?sd(?:xl)?)?(?![a-z])")
+SD2_V_SIZE = 96  # side of the latents of Stable Diffusion 2's models for 768 pixels
+TRUE = ("true", "1", "yes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What there is beside the weights: the file's name and place, metadata and tensors' names."""
+
+    path: Path
+    metadata: Mapping[str, str]
+    names: Container[str]
+
+    @property
+    def stem(self) -> str:
+        """The file's name in small letters, without its suffix."""
+        return self.path.stem.lower()
+
+    def flag(self, key: str) -> bool:
+        """Tell whether the metadata say yes."""
+        return self.metadata.get(key, "").lower() in TRUE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conclusion:
+    """What was concluded.
+
+    variant: of a model distilled to few steps
+    scheduler: a `scheduler_config.json`
+    sample_size: side of the latents in training
+    notes: what was concluded, and why, a sentence each
+    """
+
+    variant: Variant | None
+    scheduler: Mapping[str, Any]
+    sample_size: int
+    notes: tuple[str, ...]
+
+
+def conclude(
+    told: Told,
+    family: Family,
+    *,
+    inpainting: bool,
+    time_condition: bool,
+    compression: int,
+    asked: str | None,
+) -> Conclusion:
+    """Conclude how a model was trained; raises ModelError when `asked` is no prediction type.
+
+    inpainting, time_condition: the UNet takes a masked picture, or an embedded guidance scale
+    compression: pixels along one side of the square that a latent stands for
+    """
+    notes = []
+    scheduler, size = dict(family.scheduler), family.sample_size
+    few_steps, why = variant(told, family, time_condition=time_condition)
+    if few_steps:
+        scheduler |= few_steps.scheduler
+        notes.append(f"it is distilled to few steps ({few_steps.name}), {why}")
+    kind, why = prediction_type(
+        told, family, usual=not inpainting and few_steps is None, asked=asked
+    )
+    scheduler["prediction_type"] = kind
+    notes.append(f"its prediction type is {kind}, {why}")
+    if why := zero_snr(told):
+        scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        notes.append(f"its noise schedule ends in pure noise, {why}")
+    if family.name == "sd2" and kind == "v_prediction":
+        size = SD2_V_SIZE
+    if few_steps and few_steps.sample_size:
+        size = few_steps.sample_size
+    stated, why = resolution(told, compression)
+    if stated:
+        size = stated
+        notes.append(f"it was trained on {size * compression} pixels, {why}")
+    return Conclusion(
+        variant=few_steps,
+        scheduler=MappingProxyType(scheduler),
+        sample_size=size,
+        notes=tuple(notes),
+    )
+
+
+def prediction_type(told: Told, family: Family, *, usual: bool, asked: str | None) -> Answer:
+    """Decide what a model predicts; raises ModelError when the wish is for no such thing.
+
+    usual: the model is neither for inpainting nor distilled to few steps
+    """
+    if asked is not None:
+        if asked not in get_args(PredictionType):
+            raise ModelError(
+                f"the prediction type {asked!r} is unknown; "
+                f"{', '.join(get_args(PredictionType))} are allowed"
+            )
+        return SPELLINGS[asked], "as asked for"
+    answers = chain(_beside(told), _metadata(told), _tensors(told), _name(told, family))
+    for answer in answers:
+        return answer
+    if family.name == "sd2" and usual:
+        return "v_prediction", "as of most of its family: nothing says so, and the weights cannot"
+    return "epsilon", "as of most of its kind: nothing says otherwise"
+
+
+def _beside(told: Told) -> Iterator[Answer]:
+    """Read the configuration beside the file: `model.yaml` or `model.json`."""
+    for suffix in (".yaml", ".yml", ".json"):
+        path = told.path.parent / f"{told.path.stem}{suffix}"
+        if path == told.path or not (text := _read(path)):
+            continue
+        found = _spelt(_json_field(text)) if suffix == ".json" else _yaml(text)
+        if found:
+            yield found, f"from {path.name} beside the file"
+
+
+def _read(path: Path) -> str:
+    """Read a small file; one that is not there, or cannot be read, says nothing."""
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_CONFIG).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _yaml(text: str) -> PredictionType | None:
+    if match := PARAMETERIZATION.search(text):
+        return _spelt(match[1])
+    if match := SCALING.search(text):
+        return _spelt(match[1].lower())
+    return "epsilon" if LATENT_DIFFUSION.search(text) else None
+
+
+def _json_field(text: str) -> str:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    found = values.get("prediction_type") if isinstance(values, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def _spelt(text: str) -> PredictionType | None:
+    return SPELLINGS.get(text.strip().lower())
+
+
+def _metadata(told: Told) -> Iterator[Answer]:
+    for key in METADATA_KEYS:
+        if found := _spelt(told.metadata.get(key, "")):
+            yield found, f"from {key} in the file's metadata"
+    for key in ("ss_v_parameterization", "v_pred"):
+        if told.flag(key):
+            yield "v_prediction", f"from {key} in the file's metadata"
+    key = "modelspec.architecture"
+    if found := ARCHITECTURES.get(told.metadata.get(key, "").split("/")[0]):
+        yield found, f"from {key} in the file's metadata"
+
+
+def _tensors(told: Told) -> Iterator[Answer]:
+    if "v_pred" in told.names:
+        yield "v_prediction", "from the tensor v_pred in the file"
+
+
+def _name(told: Told, family: Family) -> Iterator[Answer]:
+    reason = "from the file's name"
+    if V_NAME.search(told.stem):
+        yield "v_prediction", reason
+    if EPSILON_NAME.search(told.stem):
+        yield "epsilon", reason
+    if family.name == "sd2":
+        if SD2_V_NAME.search(told.stem):
+            yield "v_prediction", reason
+        if SD2_EPSILON_NAME.search(told.stem):
+            yield "epsilon", reason
+
+
+def zero_snr(told: Told) -> str:
+    """Say why the schedule ends in pure noise (Lin et al. 2023, arXiv:2305.08891); "" if not."""
+    if "ztsnr" in told.names:
+        return "from the tensor ztsnr in the file"
+    for key in ("ss_zero_terminal_snr", "ztsnr"):
+        if told.flag(key):
+            return f"from {key} in the file's metadata"
+    return ""
+
+
+def resolution(told: Told, compression: int) -> tuple[int, str]:
+    """Read the side of the latents in training from the metadata, 0 if not there; and where."""
+    key = "modelspec.resolution"
+    match = re.fullmatch(r"\s*(\d{2,4})(?:\s*x\s*(\d{2,4}))?\s*", told.metadata.get(key, ""))
+    side = max(int(match[1]), int(match[2] or 0)) if match else 0
+    return (0 if side % compression else side // compression), f"from the metadata's {key}"
+
+
+def variant(told: Told, family: Family, *, time_condition: bool) -> tuple[Variant | None, str]:
+    """Tell whether a model is distilled to few steps, and why."""
+    if time_condition:
+        found = _named("lcm", family)
+        reason = "as time_embed.cond_proj says, which is told the guidance scale"
+        return replace(found, guidance_scale=EMBEDDED_GUIDANCE), reason
+    title = told.metadata.get("modelspec.title", "").lower()
+    for text, reason in (
+        (told.stem, "from the file's name"),
+        (title, "from the metadata's modelspec.title"),
+    ):
+        if match := VARIANT_NAME.search(text):
+            return _few_steps(_named(match[1], family), text), reason
+    return None, ""
+
+
+def _named(name: str, family: Family) -> Variant:
+    return next(v for v in VARIANTS if v.name == name and family.name in v.families)
+
+
+def _few_steps(found: Variant, text: str) -> Variant:
+    """Take the number of steps that a name states, as `sdxl_lightning_4step` does."""
+    match = STEPS_NAME.search(text)
+    if match is None or not int(match[1]):
+        return found
+    return replace(found, steps=(int(match[1]), int(match[1])))
