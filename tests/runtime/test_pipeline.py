@@ -90,7 +90,7 @@ def test_the_same_wish_gives_the_same_picture(pipeline):
 def test_every_engine_gets_the_weights_of_its_part(recorded):
     recorded.draw.plan(Request(prompt="a", image=drawing(64, 64)))
     for part, engine in recorded.engines.items():
-        assert set(engine.checkpoints.weights) == set(recorded.draw.model.weights(part))
+        assert set(engine.weights) == set(recorded.draw.model.weights(part))
 
 
 def test_without_a_seed_every_picture_is_another(pipeline):
@@ -333,7 +333,7 @@ def test_an_adapter_rebinds_what_it_changes_in_open_engines(recorded, lora):
     recorded.draw.set_loras([])
     assert not any(engine.rebound for engine in recorded.engines.values())
     recorded.draw.set_loras([lora])
-    base = {part: engine.checkpoints.weights for part, engine in recorded.engines.items()}
+    base = {part: engine.weights for part, engine in recorded.engines.items()}
     for part, component in (("step", "unet"), ("text_encoder", "text_encoder")):
         ((weights, names),) = recorded.engines[part].rebound
         (name,) = names
