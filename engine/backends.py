@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import BackendError, ModelError
+from engine.checkpoints.weights import require_finite
+from engine.errors import BackendError
 from engine.float16 import widen
 from engine.graphs import Graph
 
@@ -112,13 +113,5 @@ def _take(graph: Graph, weights: Arrays, name: str) -> NDArray[Any]:
     else:
         with np.errstate(over="ignore"):  # it is refused below
             taken = np.asarray(array, dtype=graph.precision, order="C")
-    with np.errstate(all="ignore"):
-        total = np.add.reduce(
-            taken, axis=None
-        )  # NaN and infinity stay: ten times as fast as isfinite
-    if not np.isfinite(total) and not np.isfinite(taken).all():
-        raise ModelError(
-            f"the checkpoint's tensor {name!r} holds values that are not finite (NaN, infinite or "
-            f"too large for {graph.precision}); download the model again, or take another"
-        )
+    require_finite("the checkpoint", name, taken)
     return taken

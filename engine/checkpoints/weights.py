@@ -126,9 +126,10 @@ def open_weights(path: Path) -> Weights:
         ) from error
 
 
-def require_finite(path: Path, name: str, array: NDArray[Any]) -> None:
-    """Raise ModelError when a tensor of the file holds a number that is not finite.
+def require_finite(source: Path | str, name: str, array: NDArray[Any]) -> None:
+    """Raise ModelError when a tensor holds a number that is not finite.
 
+    source: the file, or what it is called
     array: of any dtype and shape; whole numbers always are. Reads every value, at some GB a second.
     """
     if array.dtype.kind != "f" or not array.size:
@@ -140,8 +141,8 @@ def require_finite(path: Path, name: str, array: NDArray[Any]) -> None:
         # Of float16, eight times as fast as isfinite: all bits of the exponent are set.
         if (piece & 0x7C00).max() == 0x7C00 if is_half else not np.isfinite(piece).all():
             raise ModelError(
-                f"{path} is damaged: {short(name)} holds values that are not finite (NaN or "
-                "infinite); download the model again, or take another"
+                f"{source} is damaged: {short(name)} holds values that are not finite (NaN, "
+                f"infinite or too large for {array.dtype}); download it again, or take another"
             )
 
 
