@@ -116,7 +116,7 @@ class Pipeline:
 
     @property
     def model_path(self) -> Path:
-        """The folder that the model came from, in diffusers' layout."""
+        """The folder or the file that the model came from."""
         return self.model.path
 
     def engine(self, part: Part) -> Engine:
