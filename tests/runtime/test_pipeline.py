@@ -367,9 +367,7 @@ def test_an_adapter_is_in_all_engines_or_in_none(recorded, lora, part):
         if engine.rebound:
             weights, names = engine.rebound[-1]
             for name in names:
-                np.testing.assert_array_equal(
-                    weights[name], engine.weights[name], strict=True
-                )
+                np.testing.assert_array_equal(weights[name], engine.weights[name], strict=True)
     counts = {name: len(engine.rebound) for name, engine in recorded.engines.items()}
     recorded.draw.set_loras([])
     assert counts == {name: len(engine.rebound) for name, engine in recorded.engines.items()}
