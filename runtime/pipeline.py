@@ -94,6 +94,7 @@ class Pipeline:
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
         self._loaded.set_loras(loras)
+        self.encoder = self.encoder.forgetful()
 
     def set_embeddings(self, embeddings: Sequence[Path]) -> None:
         """Teach the text encoders these words of textual inversion in place of others.
@@ -193,7 +194,9 @@ class Pipeline:
             )
         for part in self._parts(request):
             self.engine(part)
-        conditioning = self.encoder.condition(texts, height, width, scale)
+        conditioning = self.encoder.condition(
+            texts, height, width, scale, steps=len(steps.timesteps)
+        )
         return Plan(
             program=steps,
             conditioning=conditioning.inputs,
@@ -203,7 +206,8 @@ class Pipeline:
             height=height,
             width=width,
             image=request.image,
-            warnings=conditioning.warnings,
+            warnings=(),
+            changes=conditioning.changes,
         )
 
     def denoise(self, plan: Plan) -> Iterator[Progress]:
@@ -218,6 +222,7 @@ class Pipeline:
         no_noise = np.zeros((batch, *shape), np.float32)
         total = len(steps.timesteps)
         for i in range(total):
+            constant |= plan.changes.get(i, {})
             draws = steps.needs_noise[i]
             inputs: dict[str, NDArray[Any]] = {
                 **constant,
