@@ -5,7 +5,6 @@ weights before the first step, nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +24,7 @@ from runtime.conditioning import Encoder, Texts, load_tokenizers
 from runtime.images import as_rgb
 from runtime.noise import TorchNoise
 from runtime.plan import Array, Plan, Progress, Result
+from runtime.prompt import escape
 from runtime.request import Request
 from runtime.samplers import program
 from runtime.schedule import NoiseSchedule
@@ -139,6 +139,8 @@ class Pipeline:
         image: Image.Image | None = None,
         strength: float = 0.8,
         eta: float = 0.0,
+        prompt_syntax: bool = True,
+        clip_skip: int = 1,
     ) -> Result:
         """Draw pictures; the arguments are those of `Request`.
 
@@ -157,6 +159,8 @@ class Pipeline:
             image=image,
             strength=strength,
             eta=eta,
+            prompt_syntax=prompt_syntax,
+            clip_skip=clip_skip,
         )
         plan = self.plan(request)
         for progress in self.denoise(plan):
@@ -183,19 +187,21 @@ class Pipeline:
             strength=None if request.image is None else request.strength,
             eta=request.eta,
         )
-        texts = Texts(
-            groups=[request.prompts()], weights=[1.0], repeats=request.num_images_per_prompt
-        )
+        groups, weights = [request.prompts()], [1.0]
         if scale > 1 and not model.unet.time_cond_proj_dim:  # such a model is told the scale
-            texts = replace(
-                texts,
-                groups=[request.negative_prompts(), *texts.groups],
-                weights=[1.0 - scale, scale],
-            )
+            groups, weights = [request.negative_prompts(), *groups], [1.0 - scale, scale]
+        if not request.prompt_syntax:
+            groups = [[escape(text) for text in group] for group in groups]
+        texts = Texts(groups=groups, weights=weights, repeats=request.num_images_per_prompt)
         for part in self._parts(request):
             self.engine(part)
         conditioning = self.encoder.condition(
-            texts, height, width, scale, steps=len(steps.timesteps)
+            texts,
+            height,
+            width,
+            scale,
+            steps=len(steps.timesteps),
+            clip_skip=request.clip_skip,
         )
         return Plan(
             program=steps,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-__all__ = ["Piece", "parse", "schedule"]
+__all__ = ["Piece", "escape", "parse", "schedule"]
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_WEIGHT = 1e4  # of either sign; what is beyond makes no picture, and more would overflow
@@ -25,6 +25,7 @@ _ATTENTION = re.compile(rf"\\.?|[(\[\])]|:\s*+({_NUMBER})\s*+\)|[^\\()\[\]:]++|:
 _BREAK = re.compile(r"\bBREAK\b")
 _SCHEDULE = re.compile(r"(?:\\.?|[^\\()\[\]:|])++|.", re.DOTALL)
 _WHEN = re.compile(rf"{_NUMBER}(?:[eE][+-]?[0-9]+)?")
+_SYNTAX = re.compile(rf"[\\()\[\]]|{_BREAK.pattern}")
 _OPENING = {")": "(", "]": "["}
 
 
@@ -33,6 +34,11 @@ class Piece(NamedTuple):
 
     text: str
     weight: float
+
+
+def escape(text: str) -> str:
+    """Return the prompt that means this text itself, whatever syntax is in it."""
+    return _SYNTAX.sub(r"\\\g<0>", text)
 
 
 def parse(text: str) -> list[list[Piece]]:

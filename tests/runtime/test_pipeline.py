@@ -276,6 +276,21 @@ def test_a_prompt_that_changes_is_one_call_a_step(recorded):
         assert told == [a[1], b[1], a[1], b[1]], "every time from the start"
 
 
+def test_prompts_without_syntax(recorded):
+    text = "[a] (b:1.5) BREAK"
+    plan = recorded.draw.plan(Request(prompt=text, prompt_syntax=False, guidance_scale=1))
+    (ids,) = recorded.draw.encoder.tokenizers["text_encoder"]([text]).input_ids
+    np.testing.assert_array_equal(plan.conditioning["context"][0, 0, :, 0], ids)
+
+
+def test_clip_skip_takes_the_layer_before_the_last(pipeline):
+    one, two = (
+        pipeline("house", clip_skip=skip, num_inference_steps=STEPS, seed=1).images[0]
+        for skip in (1, 2)
+    )
+    assert pixels(one) != pixels(two)
+
+
 def test_new_weights_encode_texts_again(recorded, lora):
     for _ in range(2):
         recorded.draw.plan(Request(prompt="a"))
@@ -295,6 +310,8 @@ def test_wishes_of_the_wrong_kind(recorded):
         ({"image": drawing(64, 64), "strength": 0.0}, "above 0"),
         ({"image": drawing(64, 64), "strength": 0.01}, "runs no step"),
         ({"eta": 0.5, "sampler": "euler"}, "eta"),
+        ({"clip_skip": 3}, "clip_skip is 3; give a whole number from 1 to 2"),
+        ({"prompt_syntax": None}, "prompt_syntax is None; give True or False"),
     ):
         with pytest.raises(RequestError, match=said):
             recorded.draw("a", **wishes)

@@ -175,6 +175,23 @@ def embeds(loaded, words, size=30):
         return loaded.text_encoder(full)[0].reshape(1, -1, loaded.unet.config.cross_attention_dim)
 
 
+def test_clip_skip(pipeline, text_to_image):
+    wishes = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    result = pipeline("house", seed=3, clip_skip=2, negative_prompt="blurry", **wishes)
+    encoder = text_to_image.text_encoder
+    inner = getattr(encoder, "text_model", encoder)  # by the version of transformers
+    tokens = text_to_image.tokenizer(
+        ["house", "blurry"], padding="max_length", return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        states = encoder(tokens, output_hidden_states=True).hidden_states[-2]
+        told, negative = inner.final_layer_norm(states).split(1)
+    expected = reference(
+        text_to_image, "ddim", 3, prompt=[None], prompt_embeds=told, negative_prompt_embeds=negative
+    )
+    assert_same_pictures(result.images, expected)
+
+
 # The tokenizer warns of a length for which it is told that it may be longer.
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_long_prompt(pipeline, text_to_image):
