@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import RequestError
 from runtime.prompt import parse
 from runtime.tokenizer import Tokenizer
 
@@ -16,6 +17,7 @@ __all__ = ["Chunk", "emphasize", "make_chunks"]
 
 # How far back a chunk may end at a comma rather than within a phrase, as in Automatic1111.
 COMMA_TOKENS = 20
+MAX_CHUNKS = 64  # some 4,800 tokens; a longer prompt is a slip, and would take the memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,7 +45,8 @@ def make_chunks(text: str, tokenizer: Tokenizer) -> list[Chunk]:
     """Return the chunks of a prompt, at least one.
 
     BREAK ends a chunk; a full one ends after its last comma if that is near. The words of textual
-    inversion stay whole if one fits a chunk at all. Raises RequestError for what is not text.
+    inversion stay whole if one fits a chunk at all. Raises RequestError for what is not text, and
+    for more than 64 chunks.
     """
     room, comma = tokenizer.max_length - 2, tokenizer.encoder.token_to_id(",</w>")
     full: list[list[tuple[int, float]]] = []
@@ -68,6 +71,11 @@ def make_chunks(text: str, tokenizer: Tokenizer) -> list[Chunk]:
         full.append(chunk)
     if len(full) > 1 and not full[-1]:
         full.pop()  # a BREAK at the end
+    if len(full) > MAX_CHUNKS:
+        raise RequestError(
+            f"A prompt has {len(full)} chunks of {room} tokens; up to {MAX_CHUNKS} fit, shorten it "
+            f"(it begins {text[:40]!r})."
+        )
     return [Chunk.of(tokens, tokenizer) for tokens in full]
 
 

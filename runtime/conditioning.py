@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from engine.adapters.textual_inversion import Embedding
 from engine.backends import Engine
-from engine.errors import ModelError, RequestError
+from engine.errors import RequestError
 from engine.model import Model
 from engine.signature import Part, TextPart
 from runtime.chunks import Chunk, emphasize, make_chunks
 from runtime.kept import Kept
 from runtime.prompt import schedule
-from runtime.tokenizer import Tokenizer, check_text
+from runtime.tokenizer import Tokenizer, check_text, load_tokenizers
 
-__all__ = ["Conditioning", "Encoder", "Texts", "check_tokenizers", "load_tokenizers"]
+__all__ = ["Conditioning", "Encoder", "Texts"]
 
 Array = NDArray[np.float32]
 Groups = tuple[tuple[str, ...], ...]  # as in Texts
@@ -29,7 +29,7 @@ Groups = tuple[tuple[str, ...], ...]  # as in Texts
 # What the refiner is told: pictures that people liked, and for the negative prompt others.
 # (Podell et al. 2023, arXiv:2307.01952; the numbers are those of the published pipeline.)
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-PAD_TOKENS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # CLIP's own encoders, and OpenCLIP's
+MAX_ROWS = 256  # of one call of a text encoder, which bounds its memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -193,17 +193,25 @@ class Encoder:
         key = (name, before_last, input_ids.shape, input_ids.tobytes())
         found = self.kept.get(key)
         if found is None:
-            none = np.zeros((1, self.model.text_encoders[name].hidden_size), np.float32)
-            given = self.engine(name).run(
-                {"input_ids": input_ids, "extra_embeddings": self.extra.get(name, none)}
-            )
-            if before_last:
-                hidden = self._final_norm(name, given["penultimate_hidden_state"])
-            else:
-                hidden = given[self.model.context]
-            found = np.array(hidden), np.array(given["pooled"])  # an engine may reuse its buffers
+            found = self._run_rows(name, input_ids, before_last)
             self.kept.put(key, found)
         return found
+
+    def _run_rows(
+        self, name: TextPart, input_ids: NDArray[np.int64], before_last: bool
+    ) -> tuple[Array, Array]:
+        """Run a text encoder on at most MAX_ROWS rows at a time."""
+        none = np.zeros((1, self.model.text_encoders[name].hidden_size), np.float32)
+        inputs = {"extra_embeddings": self.extra.get(name, none)}
+        states, pooled = [], []
+        for at in range(0, len(input_ids), MAX_ROWS):
+            given = self.engine(name).run({**inputs, "input_ids": input_ids[at : at + MAX_ROWS]})
+            if before_last:
+                states.append(self._final_norm(name, given["penultimate_hidden_state"]))
+            else:
+                states.append(given[self.model.context])
+            pooled.append(given["pooled"])
+        return np.concatenate(states), np.concatenate(pooled)  # copies, engines reuse buffers
 
     def _final_norm(self, name: TextPart, hidden_states: Array) -> Array:
         """Apply the layer norm that the graph applies after the last layer only."""
@@ -258,32 +266,3 @@ def embedded_guidance(guidance_scale: float, channels: int) -> Array:
     angles = (guidance_scale - 1) * 1000.0 * frequencies
     waves = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(channels % 2)])
     return waves.astype(np.float32)
-
-
-def load_tokenizers(model: Model) -> dict[TextPart, Tokenizer]:
-    """Load the tokenizer of each text encoder: the folder's own, or CLIP's; raises ModelError."""
-    tokenizers: dict[TextPart, Tokenizer] = {}
-    for name, config in model.text_encoders.items():
-        if model.path.is_dir():
-            folder = name.replace("text_encoder", "tokenizer")
-            tokenizers[name] = Tokenizer.load(model.path / folder)
-        else:
-            tokenizers[name] = Tokenizer.clip(PAD_TOKENS[config.hidden_act])
-    check_tokenizers(model, tokenizers)
-    return tokenizers
-
-
-def check_tokenizers(model: Model, tokenizers: Mapping[TextPart, Tokenizer]) -> None:
-    """Raise ModelError unless every text encoder knows its tokenizer's tokens."""
-    for name, tokenizer in tokenizers.items():
-        encoder = model.text_encoders[name]
-        if tokenizer.max_length > encoder.max_position_embeddings:
-            raise ModelError(
-                f"the tokenizer of {model.path} makes rows of {tokenizer.max_length} tokens and "
-                f"its {name} takes {encoder.max_position_embeddings}; use parts of one model"
-            )
-        if tokenizer.vocab_size > encoder.vocab_size:
-            raise ModelError(
-                f"the tokenizer of {model.path} knows {tokenizer.vocab_size} tokens and its "
-                f"{name} {encoder.vocab_size}; use parts of one model"
-            )

@@ -20,7 +20,7 @@ from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
 from engine.signature import Part, TextPart
-from runtime.conditioning import Encoder, Texts, load_tokenizers
+from runtime.conditioning import Encoder, Texts
 from runtime.images import as_rgb
 from runtime.noise import TorchNoise
 from runtime.plan import Array, Plan, Progress, Result
@@ -28,7 +28,7 @@ from runtime.prompt import escape
 from runtime.request import Request
 from runtime.samplers import program
 from runtime.schedule import NoiseSchedule
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import Tokenizer, load_tokenizers
 
 STEPS, GUIDANCE_SCALE = 20, 5.0  # of a model that recommends none
 GRAY = 128

@@ -21,13 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ModelError, RequestError
+from engine.model import Model
+from engine.signature import TextPart
 from runtime.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["Tokenizer", "Tokens", "word_splitter"]
+__all__ = ["Tokenizer", "Tokens", "check_tokenizers", "load_tokenizers", "word_splitter"]
 
+PAD_TOKENS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # CLIP's own encoders, and OpenCLIP's
 WORD_PATTERN = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -162,6 +165,35 @@ class Tokenizer:
         row = np.full(self.max_length, self.pad_token_id, np.int64)
         row[: len(ids) + 2] = [self.bos_token_id, *ids, self.eos_token_id]
         return row
+
+
+def load_tokenizers(model: Model) -> dict[TextPart, Tokenizer]:
+    """Load the tokenizer of each text encoder: the folder's own, or CLIP's; raises ModelError."""
+    tokenizers: dict[TextPart, Tokenizer] = {}
+    for name, config in model.text_encoders.items():
+        if model.path.is_dir():
+            folder = name.replace("text_encoder", "tokenizer")
+            tokenizers[name] = Tokenizer.load(model.path / folder)
+        else:
+            tokenizers[name] = Tokenizer.clip(PAD_TOKENS[config.hidden_act])
+    check_tokenizers(model, tokenizers)
+    return tokenizers
+
+
+def check_tokenizers(model: Model, tokenizers: Mapping[TextPart, Tokenizer]) -> None:
+    """Raise ModelError unless every text encoder knows its tokenizer's tokens."""
+    for name, tokenizer in tokenizers.items():
+        encoder = model.text_encoders[name]
+        if tokenizer.max_length > encoder.max_position_embeddings:
+            raise ModelError(
+                f"the tokenizer of {model.path} makes rows of {tokenizer.max_length} tokens and "
+                f"its {name} takes {encoder.max_position_embeddings}; use parts of one model"
+            )
+        if tokenizer.vocab_size > encoder.vocab_size:
+            raise ModelError(
+                f"the tokenizer of {model.path} knows {tokenizer.vocab_size} tokens and its "
+                f"{name} {encoder.vocab_size}; use parts of one model"
+            )
 
 
 def check_text(prompt: object) -> None:

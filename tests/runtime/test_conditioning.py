@@ -16,12 +16,10 @@ from engine.models import find_model
 from runtime.conditioning import (
     Encoder,
     Texts,
-    check_tokenizers,
     embedded_guidance,
-    load_tokenizers,
 )
 from runtime.kept import Kept
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import Tokenizer, check_tokenizers, load_tokenizers
 from tests import published_configs as published
 from tests.tolerances import EMBEDDED_GUIDANCE
 
@@ -166,6 +164,15 @@ def test_long_prompts_are_as_long_as_the_longest():
     assert given["text_embeds"][1, 1, 0] == 2 * mark("1 " * 75, "text_encoder_2")
     rows = [len(engine.calls[0]["input_ids"]) for engine in engines.values()]
     assert rows == [5, 5], "four texts, one of two chunks, one empty chunk that three share"
+
+
+def test_many_texts_are_encoded_in_parts():
+    ours, engines = encoder(UNetConfig.from_dict(published.UNET_SD15), {"text_encoder": CLIP_L})
+    words = [f"{a} {b}" for a in "abcdefghijklmnopq" for b in "abcdefghijklmnopq"]
+    told = ours.condition(texts(words), 64, 64, 1.0).inputs["context"]
+    assert told[0, :, 0, 0].tolist() == [mark(text) for text in words]
+    rows = [len(call["input_ids"]) for call in engines["text_encoder"].calls]
+    assert rows == [256, 33]
 
 
 def test_the_pooled_text_has_no_weights():

@@ -198,7 +198,7 @@ def test_hostile_texts_take_linear_time(part, end):
     start = time.process_time()
     assert schedule(text, 2)[-1][0] == 2
     parse(text)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 3
 
 
 def test_brackets_nest_deeper_than_calls():
