@@ -1,6 +1,7 @@
 """What the UNet is told beside the latent: the texts, and in XL the pooled text and the sizes.
 
-Rows of every array are groups of conditionings, [uncond, cond], each for every picture.
+Rows of every array are groups of conditionings, [uncond, cond], each for every picture. The texts
+are read with the syntax of `runtime.prompt`; what that changes from step to step is `changes`.
 """
 
 import math
@@ -12,19 +13,23 @@ from numpy.typing import NDArray
 
 from engine.adapters.textual_inversion import Embedding
 from engine.backends import Engine
-from engine.errors import ModelError, RequestError
+from engine.errors import RequestError
 from engine.model import Model
 from engine.signature import Part, TextPart
-from runtime.tokenizer import Tokenizer
+from runtime.chunks import Chunk, emphasize, make_chunks
+from runtime.kept import Kept
+from runtime.prompt import schedule
+from runtime.tokenizer import Tokenizer, check_text, load_tokenizers
 
-__all__ = ["Conditioning", "Encoder", "Texts", "check_tokenizers", "load_tokenizers"]
+__all__ = ["Conditioning", "Encoder", "Texts"]
 
 Array = NDArray[np.float32]
+Groups = tuple[tuple[str, ...], ...]  # as in Texts
 
 # What the refiner is told: pictures that people liked, and for the negative prompt others.
 # (Podell et al. 2023, arXiv:2307.01952; the numbers are those of the published pipeline.)
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-PAD_TOKENS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # CLIP's own encoders, and OpenCLIP's
+MAX_ROWS = 256  # of one call of a text encoder, which bounds its memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,15 +53,15 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Conditioning:
-    """Inputs of the step that stay the same from the first step to the last.
+    """Inputs of the step that are not the latent's.
 
     inputs: context (g, B, n, D), guidance (g, B); where the model takes them text_embeds
-        (g, B, P), time_ids (g, B, T), timestep_cond (B, E)
-    warnings: that a prompt was cut, a sentence each
+        (g, B, P), time_ids (g, B, T), timestep_cond (B, E). n is that of the longest prompt
+    changes: for steps, counted from 0, what is from there on in place of some of the inputs
     """
 
     inputs: Mapping[str, Array]
-    warnings: tuple[str, ...]
+    changes: Mapping[int, Mapping[str, Array]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,12 +69,18 @@ class Encoder:
     """The text encoders of a model with their tokenizers.
 
     extra: (e, D) for each, the rows of the words that textual inversion taught them
+    kept: what the engines gave lately; new weights need another
     """
 
     model: Model
     tokenizers: Mapping[TextPart, Tokenizer]
     engine: Callable[[Part], Engine]
     extra: Mapping[TextPart, Array] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+
+    def forgetful(self) -> "Encoder":
+        """Return the encoder for other weights: it keeps nothing that was encoded before."""
+        return replace(self, kept=Kept())
 
     def taught(self, embeddings: Sequence[Embedding]) -> "Encoder":
         """Return encoders that know these words and no others; raises ModelError, RequestError."""
@@ -90,55 +101,127 @@ class Encoder:
                 first += count
             tokenizers[name] = tokenizers[name].with_words(words)
             extra[name] = np.concatenate([embedding.vectors[name] for embedding in embeddings])
-        return replace(self, tokenizers=tokenizers, extra=extra)
+        return replace(self, tokenizers=tokenizers, extra=extra, kept=Kept())
 
     def condition(
-        self, texts: Texts, height: int, width: int, guidance_scale: float
+        self,
+        texts: Texts,
+        height: int,
+        width: int,
+        guidance_scale: float,
+        *,
+        steps: int = 1,
+        clip_skip: int = 1,
     ) -> Conditioning:
-        """Encode the texts, and add what else the model is told; height and width in pixels."""
-        context, pooled, warnings = self._encode(texts)
+        """Encode the texts, and add what else the model is told; height and width in pixels.
+
+        steps: calls of the UNet, which prompts that change count by
+        clip_skip: 1, or 2 for the text encoder's states before its last layer
+        Raises RequestError for a text that is none.
+        """
+        versions = _versions(texts.groups, steps)
+        distinct = [text for groups in versions.values() for group in groups for text in group]
+        encoded = self._encode(list(dict.fromkeys(distinct)), clip_skip)
+        told = {
+            groups: self._lay_out(groups, texts.repeats, encoded)
+            for groups in dict.fromkeys(versions.values())
+        }
         weights = np.array(texts.weights, np.float32)
-        inputs = {"context": context, "guidance": np.repeat(weights[:, None], texts.pictures, 1)}
+        inputs = dict(told[versions.pop(0)])
+        inputs["guidance"] = np.repeat(weights[:, None], texts.pictures, 1)
         unet = self.model.unet
         if self.model.is_xl:
-            inputs["text_embeds"] = pooled
             inputs["time_ids"] = self._time_ids(texts, height, width)
         if unet.time_cond_proj_dim:
             row = embedded_guidance(guidance_scale, unet.time_cond_proj_dim)
             inputs["timestep_cond"] = np.repeat(row[None], texts.pictures, 0)
-        return Conditioning(inputs=inputs, warnings=warnings)
+        changes = {step: told[groups] for step, groups in versions.items()}
+        return Conditioning(inputs=inputs, changes=changes)
 
-    def _encode(self, texts: Texts) -> tuple[Array, Array, tuple[str, ...]]:
-        """Encode each distinct text once; also return the last encoder's pooled text."""
-        distinct = list(dict.fromkeys(text for group in texts.groups for text in group))
-        rows = np.array(
-            [
-                [distinct.index(text) for text in group for _ in range(texts.repeats)]
-                for group in texts.groups
-            ]
+    def _lay_out(
+        self, groups: Groups, repeats: int, encoded: Mapping[str, tuple[Array, Array]]
+    ) -> dict[str, Array]:
+        """Put encoded texts where they belong: the context, and in XL the pooled text."""
+        rows = [[text for text in group for _ in range(repeats)] for group in groups]
+        context, pooled = (
+            np.stack([np.stack([encoded[text][part] for text in row]) for row in rows])
+            for part in (0, 1)
         )
-        widths, cuts = [], []
-        for name, tokenizer in self.tokenizers.items():
-            tokens = tokenizer(distinct)
-            none = np.zeros((1, self.model.text_encoders[name].hidden_size), np.float32)
-            encoded = self.engine(name).run(
-                {"input_ids": tokens.input_ids, "extra_embeddings": self.extra.get(name, none)}
-            )
-            widths.append(encoded[self.model.context][rows])
-            pooled: Array = encoded["pooled"][rows]
-            cuts.append(tokens.cuts)
-        context: Array = np.concatenate(widths, axis=-1)
         if self.model.zeros_for_empty_prompt:
-            for group, negative in enumerate(texts.groups[:-1]):
-                empty = [not text for text in negative for _ in range(texts.repeats)]
+            for group, negative in enumerate(rows[:-1]):
+                empty = [not text for text in negative]
                 context[group, empty], pooled[group, empty] = 0, 0
-        room = min(tokenizer.max_length for tokenizer in self.tokenizers.values()) - 2
-        warnings = tuple(
-            f"the prompt is longer than {room} tokens; it was cut before {_shorten(cut)!r}"
-            for cut in cuts[0]
-            if cut is not None
-        )
-        return context, pooled, warnings
+        told: dict[str, Array] = {"context": context}
+        return told | {"text_embeds": pooled} if self.model.is_xl else told
+
+    def _encode(self, texts: Sequence[str], clip_skip: int) -> dict[str, tuple[Array, Array]]:
+        """Return each text's states, (n, D), and its pooled text, (P,), of the first chunk.
+
+        All get as many chunks as the longest has; the encoders' states stand side by side, and
+        the pooled text is the last encoder's.
+        """
+        chunked = {
+            name: {text: make_chunks(text, tokenizer) for text in texts}
+            for name, tokenizer in self.tokenizers.items()
+        }
+        count = max(len(chunks) for found in chunked.values() for chunks in found.values())
+        states: dict[str, list[Array]] = {text: [] for text in texts}
+        pooled: dict[str, Array] = {}
+        for name, found in chunked.items():
+            empty = Chunk.of([], self.tokenizers[name])
+            padded = {
+                text: chunks + [empty] * (count - len(chunks)) for text, chunks in found.items()
+            }
+            rows = {c.key: c.input_ids for chunks in padded.values() for c in chunks}
+            index = {key: i for i, key in enumerate(rows)}
+            hidden, ends = self._run(name, np.stack(list(rows.values())), clip_skip)
+            for text, chunks in padded.items():
+                parts = [emphasize(hidden[index[c.key]], c.weights) for c in chunks]
+                states[text].append(np.concatenate(parts))
+                pooled[text] = ends[index[chunks[0].key]]
+        return {text: (np.concatenate(states[text], axis=-1), pooled[text]) for text in texts}
+
+    def _run(
+        self, name: TextPart, input_ids: NDArray[np.int64], clip_skip: int
+    ) -> tuple[Array, ...]:
+        """Return the states, (rows, n, D), and the pooled texts, (rows, P), perhaps kept ones.
+
+        They are kept for all rows together: what a row gives depends in the last bits on the rows
+        beside it, and a picture must not depend on what was drawn before it.
+        """
+        before_last = clip_skip == 2 and self.model.context == "last_hidden_state"
+        key = (name, before_last, input_ids.shape, input_ids.tobytes())
+        found = self.kept.get(key)
+        if found is None:
+            found = self._run_rows(name, input_ids, before_last)
+            self.kept.put(key, found)
+        return found
+
+    def _run_rows(
+        self, name: TextPart, input_ids: NDArray[np.int64], before_last: bool
+    ) -> tuple[Array, Array]:
+        """Run a text encoder on at most MAX_ROWS rows at a time."""
+        none = np.zeros((1, self.model.text_encoders[name].hidden_size), np.float32)
+        inputs = {"extra_embeddings": self.extra.get(name, none)}
+        states, pooled = [], []
+        for at in range(0, len(input_ids), MAX_ROWS):
+            given = self.engine(name).run({**inputs, "input_ids": input_ids[at : at + MAX_ROWS]})
+            if before_last:
+                states.append(self._final_norm(name, given["penultimate_hidden_state"]))
+            else:
+                states.append(given[self.model.context])
+            pooled.append(given["pooled"])
+        return np.concatenate(states), np.concatenate(pooled)  # copies, engines reuse buffers
+
+    def _final_norm(self, name: TextPart, hidden_states: Array) -> Array:
+        """Apply the layer norm that the graph applies after the last layer only."""
+        weights, prefix = self.model.find(name), "text_model.final_layer_norm"
+        scale, shift = (weights[f"{prefix}.{part}"].astype("f") for part in ("weight", "bias"))
+        centered = hidden_states - hidden_states.mean(-1, keepdims=True)
+        variance = np.square(centered).mean(-1, keepdims=True)
+        epsilon = self.model.text_encoders[name].layer_norm_eps
+        normed: Array = centered / np.sqrt(variance + np.float32(epsilon)) * scale + shift
+        return normed
 
     def _time_ids(self, texts: Texts, height: int, width: int) -> Array:
         """Return (g, B, T): the size before cropping, the corner cropped at, then the size wanted.
@@ -155,6 +238,24 @@ class Encoder:
         return np.repeat(np.array(rows, np.float32)[:, None], texts.pictures, 1)
 
 
+def _versions(groups: Sequence[Sequence[str]], steps: int) -> dict[int, Groups]:
+    """Return the texts that each step begins with that changes them; steps count from 0."""
+    schedules = {}
+    for text in dict.fromkeys(text for group in groups for text in group):
+        check_text(text)
+        schedules[text] = schedule(text, steps)
+    starts = {end for texts in schedules.values() for end, _ in texts[:-1]}
+
+    def at(start: int) -> Groups:
+        shown = {
+            text: next(version for end, version in texts if start < end)
+            for text, texts in schedules.items()
+        }
+        return tuple(tuple(shown[text] for text in group) for group in groups)
+
+    return {start: at(start) for start in sorted({0, *starts})}
+
+
 def embedded_guidance(guidance_scale: float, channels: int) -> Array:
     """Embed a guidance scale as sines and cosines, (channels,), as LCM was trained with it.
 
@@ -165,36 +266,3 @@ def embedded_guidance(guidance_scale: float, channels: int) -> Array:
     angles = (guidance_scale - 1) * 1000.0 * frequencies
     waves = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(channels % 2)])
     return waves.astype(np.float32)
-
-
-def load_tokenizers(model: Model) -> dict[TextPart, Tokenizer]:
-    """Load the tokenizer of each text encoder: the folder's own, or CLIP's; raises ModelError."""
-    tokenizers: dict[TextPart, Tokenizer] = {}
-    for name, config in model.text_encoders.items():
-        if model.path.is_dir():
-            folder = name.replace("text_encoder", "tokenizer")
-            tokenizers[name] = Tokenizer.load(model.path / folder)
-        else:
-            tokenizers[name] = Tokenizer.clip(PAD_TOKENS[config.hidden_act])
-    check_tokenizers(model, tokenizers)
-    return tokenizers
-
-
-def check_tokenizers(model: Model, tokenizers: Mapping[TextPart, Tokenizer]) -> None:
-    """Raise ModelError unless every text encoder knows its tokenizer's tokens."""
-    for name, tokenizer in tokenizers.items():
-        encoder = model.text_encoders[name]
-        if tokenizer.max_length > encoder.max_position_embeddings:
-            raise ModelError(
-                f"the tokenizer of {model.path} makes rows of {tokenizer.max_length} tokens and "
-                f"its {name} takes {encoder.max_position_embeddings}; use parts of one model"
-            )
-        if tokenizer.vocab_size > encoder.vocab_size:
-            raise ModelError(
-                f"the tokenizer of {model.path} knows {tokenizer.vocab_size} tokens and its "
-                f"{name} {encoder.vocab_size}; use parts of one model"
-            )
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 40 else f"{text[:40]}…"

@@ -5,7 +5,6 @@ weights before the first step, nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,14 +20,15 @@ from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
 from engine.signature import Part, TextPart
-from runtime.conditioning import Encoder, Texts, load_tokenizers
+from runtime.conditioning import Encoder, Texts
 from runtime.images import as_rgb
 from runtime.noise import TorchNoise
 from runtime.plan import Array, Plan, Progress, Result
+from runtime.prompt import escape
 from runtime.request import Request
 from runtime.samplers import program
 from runtime.schedule import NoiseSchedule
-from runtime.tokenizer import Tokenizer
+from runtime.tokenizer import Tokenizer, load_tokenizers
 
 STEPS, GUIDANCE_SCALE = 20, 5.0  # of a model that recommends none
 GRAY = 128
@@ -94,6 +94,7 @@ class Pipeline:
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
         self._loaded.set_loras(loras)
+        self.encoder = self.encoder.forgetful()
 
     def set_embeddings(self, embeddings: Sequence[Path]) -> None:
         """Teach the text encoders these words of textual inversion in place of others.
@@ -138,6 +139,8 @@ class Pipeline:
         image: Image.Image | None = None,
         strength: float = 0.8,
         eta: float = 0.0,
+        prompt_syntax: bool = True,
+        clip_skip: int = 1,
     ) -> Result:
         """Draw pictures; the arguments are those of `Request`.
 
@@ -156,6 +159,8 @@ class Pipeline:
             image=image,
             strength=strength,
             eta=eta,
+            prompt_syntax=prompt_syntax,
+            clip_skip=clip_skip,
         )
         plan = self.plan(request)
         for progress in self.denoise(plan):
@@ -182,18 +187,22 @@ class Pipeline:
             strength=None if request.image is None else request.strength,
             eta=request.eta,
         )
-        texts = Texts(
-            groups=[request.prompts()], weights=[1.0], repeats=request.num_images_per_prompt
-        )
+        groups, weights = [request.prompts()], [1.0]
         if scale > 1 and not model.unet.time_cond_proj_dim:  # such a model is told the scale
-            texts = replace(
-                texts,
-                groups=[request.negative_prompts(), *texts.groups],
-                weights=[1.0 - scale, scale],
-            )
+            groups, weights = [request.negative_prompts(), *groups], [1.0 - scale, scale]
+        if not request.prompt_syntax:
+            groups = [[escape(text) for text in group] for group in groups]
+        texts = Texts(groups=groups, weights=weights, repeats=request.num_images_per_prompt)
         for part in self._parts(request):
             self.engine(part)
-        conditioning = self.encoder.condition(texts, height, width, scale)
+        conditioning = self.encoder.condition(
+            texts,
+            height,
+            width,
+            scale,
+            steps=len(steps.timesteps),
+            clip_skip=request.clip_skip,
+        )
         return Plan(
             program=steps,
             conditioning=conditioning.inputs,
@@ -203,7 +212,8 @@ class Pipeline:
             height=height,
             width=width,
             image=request.image,
-            warnings=conditioning.warnings,
+            warnings=(),
+            changes=conditioning.changes,
         )
 
     def denoise(self, plan: Plan) -> Iterator[Progress]:
@@ -218,6 +228,7 @@ class Pipeline:
         no_noise = np.zeros((batch, *shape), np.float32)
         total = len(steps.timesteps)
         for i in range(total):
+            constant |= plan.changes.get(i, {})
             draws = steps.needs_noise[i]
             inputs: dict[str, NDArray[Any]] = {
                 **constant,

@@ -1,7 +1,7 @@
 """What a pipeline knows before, during and after the loop: plan, progress, result."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ class Progress:
 class Result:
     """The pictures, in the order of the prompts, and what they were made with.
 
-    seeds: one for each picture; warnings: sentences for the user, such as that a prompt was cut
+    seeds: one for each picture; warnings: sentences for the user
     """
 
     images: list[Image.Image]
@@ -41,7 +41,7 @@ class Plan:
     """Everything that is known of a request before the first step."""
 
     program: Program
-    conditioning: Mapping[str, Array]  # inputs of every step, of `runtime.conditioning`
+    conditioning: Mapping[str, Array]  # inputs of the first step, of `runtime.conditioning`
     num_inference_steps: int
     guidance_scale: float
     seeds: list[int]
@@ -49,3 +49,5 @@ class Plan:
     width: int
     image: Image.Image | None
     warnings: tuple[str, ...]
+    changes: Mapping[int, Mapping[str, Array]] = field(default_factory=dict)
+    """By steps, counted from 0: what takes the place of conditioning there and after."""

@@ -12,6 +12,7 @@ from runtime.noise import MAX_SEED
 
 MAX_SIDE = 8192  # pixels; a larger side is a slip of the keyboard
 MAX_IMAGES = 256
+MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,9 @@ class Request:
     image: where image-to-image starts from
     strength: how far from the image to go, above 0 and up to 1
     eta: of DDIM, 0 draws no noise
+    prompt_syntax: whether prompts are read as `runtime.prompt` says, or every character is text
+    clip_skip: 1, or 2 to leave out the text encoder's last layer, as XL does anyway (its number in
+        Automatic1111; in diffusers it is one less)
     """
 
     prompt: str | Sequence[str]
@@ -42,6 +46,8 @@ class Request:
     image: Image.Image | None = None
     strength: float = 0.8
     eta: float = 0.0
+    prompt_syntax: bool = True
+    clip_skip: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what no model could fulfil; how many steps there may be, the schedule knows."""
@@ -52,6 +58,9 @@ class Request:
             raise RequestError(f"sampler is {self.sampler!r}; give a name, such as 'ddim'")
         _check_number("strength", self.strength, Real, 0, 1)
         _check_number("eta", self.eta, Real, 0, 1)
+        _check_number("clip_skip", self.clip_skip, Integral, 1, MAX_CLIP_SKIP)
+        if not isinstance(self.prompt_syntax, bool):
+            raise RequestError(f"prompt_syntax is {self.prompt_syntax!r}; give True or False")
         if self.guidance_scale is not None:
             _check_number("guidance_scale", self.guidance_scale, Real, 0, 1000)
         _check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)

@@ -21,13 +21,16 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import ModelError, RequestError
+from engine.model import Model
+from engine.signature import TextPart
 from runtime.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["Tokenizer", "Tokens", "word_splitter"]
+__all__ = ["Tokenizer", "Tokens", "check_tokenizers", "load_tokenizers", "word_splitter"]
 
+PAD_TOKENS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # CLIP's own encoders, and OpenCLIP's
 WORD_PATTERN = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -133,22 +136,64 @@ class Tokenizer:
                 f"The prompts came as {type(prompts).__name__}; give a list of strings."
             )
         room = self.max_length - 2
-        input_ids = np.full((len(prompts), self.max_length), self.pad_token_id, np.int64)
-        cuts: list[str | None] = []
-        for row, prompt in zip(input_ids, prompts, strict=True):
-            check_text(prompt)
-            # One by one: the library's batches start threads, which do not survive a later fork.
-            encoding = self.encoder.encode(prompt, add_special_tokens=False)
-            ids: list[int] = []
-            starts: list[int] = []
-            for given, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
-                meant = self.words.get(given, (given,))
-                ids += meant
-                starts += [start] * len(meant)
-            fitting = ids[:room]
-            row[: len(fitting) + 2] = [self.bos_token_id, *fitting, self.eos_token_id]
+        rows, cuts = [], []
+        for prompt in prompts:
+            words = self.words_of(prompt)
+            ids = [index for meant, _ in words for index in meant]
+            starts = [start for meant, start in words for _ in meant]
+            rows.append(self.row(ids[:room]))
             cuts.append(prompt[starts[room] :] if len(ids) > room else None)
+        input_ids = np.array(rows, np.int64).reshape(len(rows), self.max_length)
         return Tokens(input_ids=input_ids, cuts=tuple(cuts))
+
+    def words_of(self, prompt: str) -> list[tuple[Sequence[int], int]]:
+        """Return the ids of each token, with where in the text it starts.
+
+        A word of textual inversion is one token of several ids. Raises RequestError for a prompt
+        that is no string or is not text.
+        """
+        check_text(prompt)
+        # One by one: the library's batches start threads, which do not survive a later fork.
+        encoding = self.encoder.encode(prompt, add_special_tokens=False)
+        return [
+            (self.words.get(given, (given,)), start)
+            for given, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def row(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return (max_length,): the start, up to max_length - 2 ids, the end and padding."""
+        row = np.full(self.max_length, self.pad_token_id, np.int64)
+        row[: len(ids) + 2] = [self.bos_token_id, *ids, self.eos_token_id]
+        return row
+
+
+def load_tokenizers(model: Model) -> dict[TextPart, Tokenizer]:
+    """Load the tokenizer of each text encoder: the folder's own, or CLIP's; raises ModelError."""
+    tokenizers: dict[TextPart, Tokenizer] = {}
+    for name, config in model.text_encoders.items():
+        if model.path.is_dir():
+            folder = name.replace("text_encoder", "tokenizer")
+            tokenizers[name] = Tokenizer.load(model.path / folder)
+        else:
+            tokenizers[name] = Tokenizer.clip(PAD_TOKENS[config.hidden_act])
+    check_tokenizers(model, tokenizers)
+    return tokenizers
+
+
+def check_tokenizers(model: Model, tokenizers: Mapping[TextPart, Tokenizer]) -> None:
+    """Raise ModelError unless every text encoder knows its tokenizer's tokens."""
+    for name, tokenizer in tokenizers.items():
+        encoder = model.text_encoders[name]
+        if tokenizer.max_length > encoder.max_position_embeddings:
+            raise ModelError(
+                f"the tokenizer of {model.path} makes rows of {tokenizer.max_length} tokens and "
+                f"its {name} takes {encoder.max_position_embeddings}; use parts of one model"
+            )
+        if tokenizer.vocab_size > encoder.vocab_size:
+            raise ModelError(
+                f"the tokenizer of {model.path} knows {tokenizer.vocab_size} tokens and its "
+                f"{name} {encoder.vocab_size}; use parts of one model"
+            )
 
 
 def check_text(prompt: object) -> None:

@@ -16,11 +16,10 @@ from engine.models import find_model
 from runtime.conditioning import (
     Encoder,
     Texts,
-    check_tokenizers,
     embedded_guidance,
-    load_tokenizers,
 )
-from runtime.tokenizer import Tokenizer
+from runtime.kept import Kept
+from runtime.tokenizer import Tokenizer, check_tokenizers, load_tokenizers
 from tests import published_configs as published
 from tests.tolerances import EMBEDDED_GUIDANCE
 
@@ -88,7 +87,7 @@ def test_one_encoder():
     expected = [[mark(""), mark("")], [mark("a"), mark("b")]]
     np.testing.assert_array_equal(context[..., 0, 0], expected)
     assert given.inputs["guidance"].tolist() == [[-4.0, -4.0], [5.0, 5.0]]
-    assert given.warnings == ()
+    assert given.changes == {}
 
 
 def test_two_encoders_are_put_side_by_side():
@@ -151,11 +150,91 @@ def test_a_model_that_is_told_its_guidance():
     np.testing.assert_array_equal(given["timestep_cond"], [embedded_guidance(8.0, 256)] * 2)
 
 
-def test_a_cut_is_told_once_and_by_the_first_encoder():
-    long = "1 " * 75 + "and a lost lamb"
-    assert xl()[0].condition(texts(["no"], [long]), HEIGHT, WIDTH, 5.0).warnings == (
-        "the prompt is longer than 75 tokens; it was cut before 'and a lost lamb'",
+def test_long_prompts_are_as_long_as_the_longest():
+    ours, engines = xl()
+    long = "1 " * 76
+    given = ours.condition(texts(["", "no"], ["cat", long]), HEIGHT, WIDTH, 5.0).inputs
+    assert given["context"].shape == (2, 2, 154, 2048)
+    first, second, empty = mark("1 " * 75), mark("1"), mark("")
+    marks = given["context"][..., ::77, 0]
+    assert marks.tolist() == [
+        [[0, 0], [mark("no") + 0.5, empty + 0.5]],
+        [[mark("cat") + 0.5, empty + 0.5], [first + 0.5, second + 0.5]],
+    ]
+    assert given["text_embeds"][1, 1, 0] == 2 * mark("1 " * 75, "text_encoder_2")
+    rows = [len(engine.calls[0]["input_ids"]) for engine in engines.values()]
+    assert rows == [5, 5], "four texts, one of two chunks, one empty chunk that three share"
+
+
+def test_many_texts_are_encoded_in_parts():
+    ours, engines = encoder(UNetConfig.from_dict(published.UNET_SD15), {"text_encoder": CLIP_L})
+    words = [f"{a} {b}" for a in "abcdefghijklmnopq" for b in "abcdefghijklmnopq"]
+    told = ours.condition(texts(words), 64, 64, 1.0).inputs["context"]
+    assert told[0, :, 0, 0].tolist() == [mark(text) for text in words]
+    rows = [len(call["input_ids"]) for call in engines["text_encoder"].calls]
+    assert rows == [256, 33]
+
+
+def test_the_pooled_text_has_no_weights():
+    ours, _ = xl()
+    plain, weighted = (
+        ours.condition(texts([text]), HEIGHT, WIDTH, 5.0).inputs for text in ("cat", "(cat:2)")
     )
+    np.testing.assert_array_equal(plain["text_embeds"], weighted["text_embeds"])
+    assert not np.array_equal(plain["context"], weighted["context"])
+
+
+def test_prompts_that_change():
+    ours, engines = xl()
+    groups = texts(["", "[no:yes:5]"], ["[cat:dog:0.3]", "a [b|c]"])
+    given = ours.condition(groups, HEIGHT, WIDTH, 5.0, steps=10)
+    assert sorted(given.changes) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    now, seen = dict(given.inputs), []
+    for step in range(10):
+        now |= given.changes.get(step, {})
+        marks = now["text_embeds"][..., 0] / 2
+        np.testing.assert_array_equal(now["context"][..., 0, 768], 2 * marks + 0.5 * (marks > 0))
+        seen.append(marks.tolist())
+    told = {text: float(mark(text, "text_encoder_2")) for text in ("no", "yes", "cat", "dog")}
+    either = [float(mark(text, "text_encoder_2")) for text in ("a b", "a c")]
+    assert seen == [
+        [
+            [0.0, told["no" if step < 5 else "yes"]],
+            [told["cat" if step < 3 else "dog"], either[step % 2]],
+        ]
+        for step in range(10)
+    ]
+    assert [len(e.calls[0]["input_ids"]) for e in engines.values()] == [7, 7], "each text once"
+    assert [len(e.calls) for e in engines.values()] == [1, 1]
+
+
+def test_the_same_texts_are_not_encoded_again():
+    ours, engines = xl()
+    told = [ours.condition(texts(["no"], ["cat"]), HEIGHT, WIDTH, 5.0).inputs for _ in range(2)]
+    calls = [len(engine.calls) for engine in engines.values()]
+    assert calls == [1, 1]
+    np.testing.assert_array_equal(told[0]["context"], told[1]["context"])
+    told[0]["context"][:] = 0
+    again = ours.condition(texts(["no"], ["cat"], repeats=2), 512, 512, 3.0).inputs
+    np.testing.assert_array_equal(again["context"][:, :1], told[1]["context"])
+    ours.condition(texts(["no"], ["dog"]), HEIGHT, WIDTH, 5.0)
+    ours.forgetful().condition(texts(["no"], ["cat"]), HEIGHT, WIDTH, 5.0)
+    assert [len(engine.calls) for engine in engines.values()] == [3, 3]
+
+
+def test_what_is_kept_is_bounded():
+    arrays = {key: (np.zeros(5, "f"), np.zeros(5, "f")) for key in "abc"}
+    kept = Kept(limit=100)
+    kept.put("a", arrays["a"])
+    kept.put("a", arrays["a"])
+    kept.put("b", arrays["b"])
+    assert kept.get("a") is arrays["a"]
+    kept.put("c", arrays["c"])
+    assert [kept.get(key) is not None for key in "abc"] == [True, False, True]
+    kept.put("d", (np.zeros(50, "f"),))
+    assert [kept.get(key) for key in "acd"] == [None] * 3, "it is too large for all"
+    kept.put("a", arrays["a"])
+    assert kept.get("a") is arrays["a"]
 
 
 def embedding(name, count, tmp_path, **widths):

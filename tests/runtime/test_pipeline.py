@@ -249,15 +249,55 @@ def test_numbers_of_numpy_are_numbers(recorded):
     assert result.images[0].height == 64
 
 
-def test_a_cut_prompt_is_told_where(pipeline):
-    room = pipeline.encoder.tokenizers["text_encoder"].max_length - 2
-    plan = pipeline.plan(Request(prompt=["1 " * room, "1 " * room + "and a lost lamb"]))
-    assert plan.warnings == (
-        f"the prompt is longer than {room} tokens; it was cut before 'and a lost lamb'",
+def test_a_long_prompt_is_drawn_whole(pipeline):
+    row = pipeline.encoder.tokenizers["text_encoder"].max_length
+    wishes = {"num_inference_steps": 1, "seed": 1}
+    start = "1 " * (row - 2)
+    plan = pipeline.plan(Request(prompt=[start, start + "red apple"], **wishes))
+    assert plan.warnings == ()
+    assert plan.conditioning["context"].shape[:3] == (2, 2, 2 * row)
+    first, second = pipeline([start, start + "red apple"], **wishes).images
+    assert pixels(first) != pixels(second)
+
+
+def test_a_prompt_that_changes_is_one_call_a_step(recorded):
+    recorded.draw("[a:b:0.5]", num_inference_steps=4, guidance_scale=3.0, seed=8)
+    calls = recorded.engines["step"].calls
+    tokenizer = recorded.draw.encoder.tokenizers["text_encoder"]
+    empty, a, b = (tokenizer([text]).input_ids[0] for text in ("", "a", "b"))
+    for call, now in zip(calls, [a, a, b, b], strict=True):
+        np.testing.assert_array_equal(call["context"][:, 0, :, 0], [empty, now])
+        assert call["guidance"].tolist() == [[-2.0], [3.0]]
+    assert len(recorded.engines["text_encoder"].calls) == 1
+    plan = recorded.draw.plan(Request(prompt="[a|b]", num_inference_steps=4))
+    for _ in range(2):
+        list(recorded.draw.denoise(plan))
+        told = [call["context"][1, 0, 1, 0] for call in recorded.engines["step"].calls[-4:]]
+        assert told == [a[1], b[1], a[1], b[1]], "every time from the start"
+
+
+def test_prompts_without_syntax(recorded):
+    text = "[a] (b:1.5) BREAK"
+    plan = recorded.draw.plan(Request(prompt=text, prompt_syntax=False, guidance_scale=1))
+    (ids,) = recorded.draw.encoder.tokenizers["text_encoder"]([text]).input_ids
+    np.testing.assert_array_equal(plan.conditioning["context"][0, 0, :, 0], ids)
+
+
+def test_clip_skip_takes_the_layer_before_the_last(pipeline):
+    one, two = (
+        pipeline("house", clip_skip=skip, num_inference_steps=STEPS, seed=1).images[0]
+        for skip in (1, 2)
     )
-    plan = pipeline.plan(Request(prompt="house", negative_prompt="1 " * room + "2 " * 90))
-    assert len(plan.warnings) == 1
-    assert plan.warnings[0].endswith("…'")
+    assert pixels(one) != pixels(two)
+
+
+def test_new_weights_encode_texts_again(recorded, lora):
+    for _ in range(2):
+        recorded.draw.plan(Request(prompt="a"))
+    assert len(recorded.engines["text_encoder"].calls) == 1
+    recorded.draw.set_loras([lora])
+    recorded.draw.plan(Request(prompt="a"))
+    assert len(recorded.engines["text_encoder"].calls) == 2
 
 
 def test_wishes_of_the_wrong_kind(recorded):
@@ -270,6 +310,8 @@ def test_wishes_of_the_wrong_kind(recorded):
         ({"image": drawing(64, 64), "strength": 0.0}, "above 0"),
         ({"image": drawing(64, 64), "strength": 0.01}, "runs no step"),
         ({"eta": 0.5, "sampler": "euler"}, "eta"),
+        ({"clip_skip": 3}, "clip_skip is 3; give a whole number from 1 to 2"),
+        ({"prompt_syntax": None}, "prompt_syntax is None; give True or False"),
     ):
         with pytest.raises(RequestError, match=said):
             recorded.draw("a", **wishes)

@@ -54,7 +54,12 @@ def reference(loaded, sampler, seed, *, prompt, steps=STEPS, **wishes):
     loaded.scheduler = make.from_config(loaded.scheduler.config)
     count = len(prompt) * wishes.get("num_images_per_prompt", 1)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
-    draw = partial(loaded, prompt, generator=generators, num_inference_steps=steps)
+    draw = partial(
+        loaded,
+        prompt if prompt != [None] else None,
+        generator=generators,
+        num_inference_steps=steps,
+    )
     return draw(guidance_scale=GUIDANCE, **wishes).images
 
 
@@ -160,10 +165,72 @@ def test_guidance(pipeline, text_to_image, guidance_scale):
     assert_same_pictures(result.images, expected)
 
 
-def test_a_prompt_that_is_cut(pipeline, text_to_image):
-    prompt = ["a very " * 40 + "long prompt"]
+def embeds(loaded, words, size=30):
+    """Encode words in rows of 30 tokens, put after each other."""
+    ids = loaded.tokenizer(words, add_special_tokens=False, truncation=False).input_ids
+    start, end = loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id
+    rows = [ids[at : at + size] for at in range(0, max(len(ids), 1), size)]
+    full = torch.tensor([[start, *row, *[end] * (size + 1 - len(row))] for row in rows])
+    with torch.no_grad():
+        return loaded.text_encoder(full)[0].reshape(1, -1, loaded.unet.config.cross_attention_dim)
+
+
+def test_clip_skip(pipeline, text_to_image):
+    wishes = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    result = pipeline("house", seed=3, clip_skip=2, negative_prompt="blurry", **wishes)
+    encoder = text_to_image.text_encoder
+    inner = getattr(encoder, "text_model", encoder)  # by the version of transformers
+    tokens = text_to_image.tokenizer(
+        ["house", "blurry"], padding="max_length", return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        states = encoder(tokens, output_hidden_states=True).hidden_states[-2]
+        told, negative = inner.final_layer_norm(states).split(1)
+    expected = reference(
+        text_to_image, "ddim", 3, prompt=[None], prompt_embeds=told, negative_prompt_embeds=negative
+    )
+    assert_same_pictures(result.images, expected)
+
+
+# The tokenizer warns of a length for which it is told that it may be longer.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_long_prompt(pipeline, text_to_image):
+    prompt = "a red apple " * 12 + "fluent style"
     result = pipeline(prompt, seed=3, num_inference_steps=STEPS, guidance_scale=GUIDANCE)
-    assert_same_pictures(result.images, reference(text_to_image, "ddim", 3, prompt=prompt))
+    told, empty = (embeds(text_to_image, words) for words in (prompt, ""))
+    assert told.shape[1] == 64
+    expected = reference(
+        text_to_image,
+        "ddim",
+        3,
+        prompt=[None],
+        prompt_embeds=told,
+        negative_prompt_embeds=torch.cat([empty, empty], dim=1),
+    )
+    assert_same_pictures(result.images, expected)
+
+
+def test_a_prompt_that_changes(pipeline, text_to_image):
+    loaded = text_to_image
+    wishes = {"seed": 3, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    result = pipeline("[house:blue fish:3], noto style", sampler="euler", **wishes)
+    texts = "", "house, noto style", "blue fish, noto style"
+    empty, before, after = (embeds(loaded, text) for text in texts)
+
+    def change(_, step, timestep, tensors):
+        return {"prompt_embeds": torch.cat([empty, before if step + 1 < 3 else after])}
+
+    expected = reference(
+        loaded,
+        "euler",
+        3,
+        prompt=[None],
+        prompt_embeds=before,
+        negative_prompt_embeds=empty,
+        callback_on_step_end=change,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    assert_same_pictures(result.images, expected)
 
 
 def test_the_checker_would_see_another_seed(pipeline):
