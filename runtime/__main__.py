@@ -54,6 +54,8 @@ def _draw(options: argparse.Namespace) -> None:
         seed=options.seed,
         image=image,
         strength=STRENGTH if options.strength is None else options.strength,
+        prompt_syntax=not options.plain_prompt,
+        clip_skip=options.clip_skip,
     )
     settings = BackendSettings(threads=options.threads)
     if options.out:
@@ -119,6 +121,8 @@ def _settings(options: argparse.Namespace, plan: Plan, seed: int) -> dict[str, A
         "loras": options.lora,
         "embeddings": [str(path) for path in options.embedding],
         "prediction_type": options.prediction_type,
+        "prompt_syntax": not options.plain_prompt,
+        "clip_skip": options.clip_skip,
         "precision": options.precision,
         "latentrt": latentrt,
     }
@@ -174,6 +178,18 @@ def _parser() -> argparse.ArgumentParser:
         help="what the model was trained to predict, where its file does not tell",
     )
     add("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
+    add(
+        "--plain-prompt",
+        action="store_true",
+        help="take brackets in prompts as text; (word:1.3) and its kin are syntax otherwise",
+    )
+    add(
+        "--clip-skip",
+        type=int,
+        default=1,
+        metavar="N",
+        help="2 leaves out the text encoder's last layer (default: %(default)s)",
+    )
     add(
         "--sampler",
         default="ddim",
