@@ -27,7 +27,8 @@ class Request:
     seed: of the first picture; None draws one
     image: where image-to-image starts from
     strength: how far from the image to go, above 0 and up to 1
-    eta: of DDIM, 0 draws no noise
+    eta: of DDIM and TCD, 0 draws no noise
+    schedule: the sigma schedule, such as "karras"; None for the model's own
     """
 
     prompt: str | Sequence[str]
@@ -36,6 +37,7 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     sampler: str = "ddim"
+    schedule: str | None = None
     height: int | None = None
     width: int | None = None
     seed: int | None = None
@@ -50,6 +52,8 @@ class Request:
             raise RequestError(f"num_inference_steps is {steps!r}; give a whole number")
         if not isinstance(self.sampler, str):
             raise RequestError(f"sampler is {self.sampler!r}; give a name, such as 'ddim'")
+        if not isinstance(self.schedule, str | None):
+            raise RequestError(f"schedule is {self.schedule!r}; give a name, such as 'karras'")
         _check_number("strength", self.strength, Real, 0, 1)
         _check_number("eta", self.eta, Real, 0, 1)
         if self.guidance_scale is not None:
