@@ -4,12 +4,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ModelError, RequestError
-from runtime.samplers import SAMPLERS, SCHEDULES, Program, program
+from runtime.samplers import Program, program
 from runtime.schedule import NoiseSchedule
+from tests.sampler_table import BEGIN, CASES, CURVES, DOCUMENT, END, NO_SAMPLE, combinations
 from tests.schedulers import (
     CLASSES,
     CONFIG,
-    TRAINED_TIMESTEPS,
     TWO_CALLS,
     WHOLE,
     largest_error,
@@ -33,23 +33,6 @@ SCHEDULE = NoiseSchedule.from_config(CONFIG)
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 SPACINGS = ["leading", "trailing", "linspace"]
 FIRST = ["ddpm", "ddim", "euler", "euler_a", "dpmpp_2m"]  # the methods of one entry a step
-CURVES = SCHEDULES[3:]
-# what stands for an x0 beside an eps, or for a model that knows its sigma alone, is not diffusers'
-NO_SAMPLE = ("plms", "edm_euler")
-
-
-def combinations():
-    """List every sampler with every schedule that it takes; None is its own."""
-    for name in SAMPLERS:
-        yield name, None
-        if name == "edm_euler":
-            yield from ((name, schedule) for schedule in ("karras", "exponential"))
-        elif name not in TRAINED_TIMESTEPS:
-            yield from ((name, schedule) for schedule in CURVES)
-
-
-# 7 and 21 steps: at even numbers sgm_uniform has timesteps between two whole ones
-CASES = [(21, None, "epsilon"), (7, 0.6, "v_prediction"), (15, None, "sample")]
 
 
 def check_run(name, config, steps, schedule=None, *, strength=None, eta=0.0, tolerance=None):
@@ -354,3 +337,16 @@ def test_a_program_checks_itself():
             Program(**{**tables, **scales, **change})
     with pytest.raises(ValueError, match="finite"):
         Program(**{**tables, **scales, "matrices": run.matrices * np.nan})
+
+
+def test_the_documents_table_has_every_combination():
+    text = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in text.strip().splitlines()]
+    assert head == ["own", *CURVES]
+    allowed, listed = set(combinations()), set()
+    for name, *cells in rows:
+        for schedule, cell in zip((None, *CURVES), cells, strict=True):
+            if cell != "–":
+                listed.add((name.strip("`"), schedule))
+                assert float(cell.strip("*")) <= SAMPLER_SCHEDULE
+    assert listed == allowed
