@@ -15,7 +15,7 @@ from runtime.images import check_output, read_image, write_image
 from runtime.pipeline import GUIDANCE_SCALE, STEPS, Pipeline
 from runtime.plan import Plan
 from runtime.request import Request
-from runtime.samplers import SAMPLERS
+from runtime.samplers import SAMPLERS, SCHEDULES
 from runtime.schedule import PREDICTION_TYPES
 
 USER_ERROR = 2
@@ -49,6 +49,7 @@ def _draw(options: argparse.Namespace) -> None:
         num_inference_steps=options.steps,
         guidance_scale=options.guidance_scale,
         sampler=options.sampler,
+        schedule=options.schedule,
         height=options.height,
         width=options.width,
         seed=options.seed,
@@ -114,6 +115,7 @@ def _settings(options: argparse.Namespace, plan: Plan, seed: int) -> dict[str, A
         "num_inference_steps": plan.num_inference_steps,
         "guidance_scale": plan.guidance_scale,
         "sampler": options.sampler,
+        "schedule": options.schedule,
         "height": plan.height,
         "width": plan.width,
         "model": str(options.model),
@@ -195,6 +197,11 @@ def _parser() -> argparse.ArgumentParser:
         default="ddim",
         metavar="NAME",
         help=f"one of {', '.join(SAMPLERS)} (default: %(default)s)",
+    )
+    add(
+        "--schedule",
+        metavar="NAME",
+        help=f"one of {', '.join(SCHEDULES)} (default: the model's own)",
     )
     add(
         "--steps",

@@ -133,6 +133,7 @@ class Pipeline:
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         sampler: str = "ddim",
+        schedule: str | None = None,
         height: int | None = None,
         width: int | None = None,
         seed: int | None = None,
@@ -153,6 +154,7 @@ class Pipeline:
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
+            schedule=schedule,
             height=height,
             width=width,
             seed=seed,
@@ -184,6 +186,7 @@ class Pipeline:
             request.sampler,
             self.schedule,
             int(num_steps),
+            schedule=request.schedule,
             strength=None if request.image is None else request.strength,
             eta=request.eta,
         )

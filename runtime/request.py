@@ -28,7 +28,8 @@ class Request:
     seed: of the first picture; None draws one
     image: where image-to-image starts from
     strength: how far from the image to go, above 0 and up to 1
-    eta: of DDIM, 0 draws no noise
+    eta: of DDIM and TCD, 0 draws no noise
+    schedule: the sigma schedule, such as "karras"; None for the model's own
     prompt_syntax: whether prompts are read as `runtime.prompt` says, or every character is text
     clip_skip: 1, or 2 to leave out the text encoder's last layer, as XL does anyway (its number in
         Automatic1111; in diffusers it is one less)
@@ -40,6 +41,7 @@ class Request:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     sampler: str = "ddim"
+    schedule: str | None = None
     height: int | None = None
     width: int | None = None
     seed: int | None = None
@@ -56,6 +58,8 @@ class Request:
             raise RequestError(f"num_inference_steps is {steps!r}; give a whole number")
         if not isinstance(self.sampler, str):
             raise RequestError(f"sampler is {self.sampler!r}; give a name, such as 'ddim'")
+        if not isinstance(self.schedule, str | None):
+            raise RequestError(f"schedule is {self.schedule!r}; give a name, such as 'karras'")
         _check_number("strength", self.strength, Real, 0, 1)
         _check_number("eta", self.eta, Real, 0, 1)
         _check_number("clip_skip", self.clip_skip, Integral, 1, MAX_CLIP_SKIP)

@@ -3,12 +3,16 @@
 # runtime/noise.py
 TORCH_NOISE = 1e-6  # absolute: float32 logarithm and cosine of two libraries, numbers up to 6
 
-# runtime/schedule.py, runtime/samplers.py: against diffusers, whose tables are float32
+# runtime/schedule.py, runtime/samplers: against diffusers, whose tables are float32
 NOISE_SCHEDULE = 1e-5  # relative: alphas_cumprod, a product of 1000 float32 numbers
 SIGMAS = 5e-5  # relative: float32 leaves 1 - alphas_cumprod = 0.0008 at the first timestep
 SAMPLER_SCALES = 1e-5  # relative: input scales and the starting scales of latents and noise
 SAMPLER_STEP = 2e-5  # of the largest |x|: every step of a trajectory on a nonlinear model
 SAMPLER_STEP_COSINE = 2e-4  # the same where float32 leaves 1 - beta = 0.001 four digits
+SAMPLER_SCHEDULE = 1e-4  # the same along sigmas that diffusers computes and keeps in float32
+SAMPLER_TIMESTEPS = 5e-3  # absolute: of a sigma, whose logarithm diffusers looks up in float32
+SAMPLER_BELIEF = 1e-6  # of the largest |x|: float32 timesteps, looked up twice
+SAMPLER_ORDER = 0.35  # how far the slope of an error may fall short of the published order
 SAMPLER_EXACT = 1e-9  # of the largest |x|: float64 algebra alone, no other library
 
 # export/unet.py, export/autoencoder.py, export/clip.py: against diffusers and transformers

@@ -302,7 +302,7 @@ def test_new_weights_encode_texts_again(recorded, lora):
 
 def test_wishes_of_the_wrong_kind(recorded):
     for wishes, said in (
-        ({"sampler": "dpmpp-2m"}, "did you mean 'dpmpp_2m'"),
+        ({"sampler": "dpmpp-4m"}, "did you mean 'dpmpp_2m'"),
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"num_inference_steps": 0}, "from 1 to 1000"),
         ({"num_inference_steps": -3}, "from 1 to 1000"),

@@ -1,0 +1,110 @@
+"""Samplers: each published method as the list of matrices that one run applies.
+
+A step of every method is linear in what it remembers, in the model's output and in noise,
+
+    R' = M_k [R; out; n]        R = [x, h_1, ..., h_(r-1)], at first x and zeros
+
+so a sampler is a function from a noise schedule and a number of steps to a `Program` of the M_k.
+
+Legend
+    x, x0, eps     the latent; its clean part and its noise, as the model sees them
+    alpha, sigma   x = alpha x0 + sigma eps; alpha^2 + sigma^2 = 1, or alpha = 1
+    out            the (guided) prediction of eps, of x0, or of v = alpha eps - sigma x0
+    n              fresh noise; eta, 0 to 1: the share of DDPM's noise that DDIM adds
+
+Timesteps and noise draws are those of diffusers' scheduler; steps that do not fit the schedule
+raise RequestError.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from engine.errors import RequestError
+from runtime.samplers.discrete import ddim, ddpm, lcm, plms, tcd
+from runtime.samplers.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m_sde, unipc
+from runtime.samplers.names import resolve
+from runtime.samplers.program import Program, Run
+from runtime.samplers.sigma import (
+    dpm2,
+    dpm2_a,
+    dpmpp_2s_a,
+    dpmpp_sde,
+    edm_euler,
+    euler,
+    euler_a,
+    heun,
+    ipndm,
+    lms,
+)
+from runtime.samplers.sigmas import SCHEDULES
+from runtime.schedule import TIMESTEP_SPACINGS, NoiseSchedule, TimestepSpacing
+
+__all__ = ["SAMPLERS", "SCHEDULES", "Program", "program"]
+
+TRAINED_TIMESTEPS = (ddpm, ddim, plms, lcm, tcd)  # these take no sigma schedule
+SAMPLERS: Mapping[str, Callable[..., Program]] = {
+    method.__name__: method
+    for method in (
+        *TRAINED_TIMESTEPS,
+        *(euler, euler_a, heun, dpm2, dpm2_a, lms, ipndm),
+        *(dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, dpmpp_2s, dpmpp_2s_a),
+        *(deis, unipc, edm_euler),
+    )
+}
+
+
+def program(
+    name: str,
+    noise_schedule: NoiseSchedule,
+    num_inference_steps: int,
+    *,
+    schedule: str | None = None,
+    strength: float | None = None,
+    eta: float = 0.0,
+) -> Program:
+    """Make the program of one request.
+
+    Args:
+        name: one of `SAMPLERS`, or another program's name for it, with or without a schedule:
+            "DPM++ 2M Karras"
+        num_inference_steps: 1 to T
+        schedule: one of `SCHEDULES`, by whatever name; None for the model's own
+        strength: None for text-to-image; for image-to-image, above 0 and at most 1:
+            int(num_inference_steps * strength) steps are run, as in diffusers
+        eta: 0 to 1; for "ddim" and "tcd" only
+
+    Raises:
+        RequestError: an argument is outside what is listed above.
+        ModelError: the schedule begins at zero signal, and the model's eps says nothing about x0.
+    """
+    sampler, curve = resolve(name, schedule, tuple(SAMPLERS), SCHEDULES)
+    method = SAMPLERS[sampler]
+    options: dict[str, Any] = {"eta": eta} if sampler in ("ddim", "tcd") else {}
+    if not 0 <= eta <= bool(options):
+        raise RequestError(f"eta is {eta}; ddim and tcd allow 0 to 1, every other sampler only 0")
+    start = None if strength is None else _first_step(num_inference_steps, strength)
+    if curve in TIMESTEP_SPACINGS:
+        noise_schedule = replace(noise_schedule, timestep_spacing=cast(TimestepSpacing, curve))
+        curve = None
+    if method in TRAINED_TIMESTEPS and curve is not None:
+        raise RequestError(
+            f"sampler {sampler} steps between timesteps of the model's training and takes no "
+            f"{curve!r} schedule; leave it out, or take euler or dpmpp_2m"
+        )
+    run = Run(
+        noise=noise_schedule, num_inference_steps=num_inference_steps, start=start, schedule=curve
+    )
+    return method(run, **options)
+
+
+def _first_step(num_inference_steps: int, strength: float) -> int:
+    """Return the index of the first step that image-to-image runs, 0 at strength 1."""
+    if not 0 < strength <= 1:
+        raise RequestError(f"strength is {strength}; it must be above 0 and at most 1")
+    steps = int(num_inference_steps * strength)
+    if steps < 1 <= num_inference_steps:
+        least = math.ceil(1000 / num_inference_steps) / 1000
+        raise RequestError(f"strength {strength} runs no step; {least} is the least that runs one")
+    return num_inference_steps - steps
