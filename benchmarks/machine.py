@@ -1,6 +1,5 @@
 """The machine that figures were measured on: what it is, and the most it can do."""
 
-import os
 import platform
 import statistics
 import time
@@ -10,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.backends import processors
+
 SIDE = 3000  # of the square matrices whose product is timed
 REPEATS = 5
 
@@ -18,7 +19,7 @@ def describe() -> dict[str, Any]:
     """Name the processor, its cores, Python, and the peak of a float32 matrix product."""
     return {
         "processor": _processor(),
-        "cores": cores(),
+        "cores": processors(),
         "python": platform.python_version(),
         "peak_gflops": round(peak_gflops(), 1),
     }
@@ -33,13 +34,6 @@ def peak_gflops() -> float:
         matrix @ matrix
         seconds.append(time.perf_counter() - start)
     return 2 * SIDE**3 / statistics.median(seconds[1:]) / 1e9
-
-
-def cores() -> int:
-    """Count the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def peak_bytes() -> int:
