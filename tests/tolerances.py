@@ -7,9 +7,8 @@ TORCH_NOISE = 1e-6  # absolute: float32 logarithm and cosine of two libraries, n
 NOISE_SCHEDULE = 1e-5  # relative: alphas_cumprod, a product of 1000 float32 numbers
 SIGMAS = 5e-5  # relative: float32 leaves 1 - alphas_cumprod = 0.0008 at the first timestep
 SAMPLER_SCALES = 1e-5  # relative: input scales and the starting scales of latents and noise
-SAMPLER_STEP = 2e-5  # of the largest |x|: every step of a trajectory on a nonlinear model
-SAMPLER_STEP_COSINE = 2e-4  # the same where float32 leaves 1 - beta = 0.001 four digits
-SAMPLER_SCHEDULE = 1e-4  # the same along sigmas that diffusers computes and keeps in float32
+SAMPLER_STEP = 1e-5  # of the largest |x|: every step of a trajectory on a nonlinear model
+SAMPLER_FLOAT32 = 1e-4  # the same where the float32 of diffusers' tables is what differs
 SAMPLER_TIMESTEPS = 5e-3  # absolute: of a sigma, whose logarithm diffusers looks up in float32
 SAMPLER_BELIEF = 1e-6  # of the largest |x|: float32 timesteps, looked up twice
 SAMPLER_ORDER = 0.35  # how far the slope of an error may fall short of the published order
@@ -41,3 +40,29 @@ CHECKPOINT_RTOL = 1e-4  # norm of the difference / norm of the reference
 
 # runtime/conditioning.py
 EMBEDDED_GUIDANCE = 5e-4  # absolute: diffusers has a float32 logarithm, and angles up to 19,000
+
+# runtime/philox.py
+PHILOX_NOISE = 1e-6  # absolute: a GPU's float32 logarithm and fast sine, numbers up to 6
+PRINTED_NOISE = 6e-5  # absolute: four decimals, as torch prints them
+
+# runtime/canvas.py
+FEATHER = 0.03  # of 1: Pillow's Gaussian is three boxes
+GRAY_PIXEL = 0.5 / 127.5 + 1e-6  # of -1 to 1: bytes have no 127.5, diffusers' masked pixel
+
+# runtime/upscaling.py
+UPSCALED_LATENTS = 1e-6  # absolute: against torch in float64, rounded to float32
+UPSCALED_LATENTS_FLOAT32 = 2e-5  # the same in float32, where torch rounds the places in between
+# runtime/previews.py: linear previews against the decode at their size; its mean colour gives 12 dB
+OWN_PREVIEW_PSNR_DB = 21  # fitted to the picture itself: 22 to 31
+PROBE_PREVIEW_PSNR_DB = 13.5  # fitted to the probe, before there is a picture: 14 to 24
+PREVIEW_PIXELS = 1  # of 255: a linear decoder's bytes are rounded before they are fitted
+DENOISED = 2e-5  # of the largest |x|: float32, solved for the model's output
+# export/gpt2.py, runtime/expansion.py: against transformers
+LOGITS_RTOL = 1e-5  # norm of the difference / norm of the reference: float32, other summing orders
+TOKEN_PROBABILITY = 1e-6  # absolute: transformers' softmax of float32 logits
+# runtime/tiles.py
+TILED_SUM = 1e-6  # absolute: float32 weights of tiles, which sum to 1
+TILED_PSNR_DB = 28  # tiles against the whole picture: each has its own statistics of norms
+TILE_EDGE = 1.5  # steps between pixels at a tile's edge / those elsewhere in a smooth picture
+TILED_LATENTS_RTOL = 0.2  # norm of the difference / norm of the reference: the same
+TILED_NOISE = 0.98  # correlation of the noise in latents of tiles and of the whole picture
