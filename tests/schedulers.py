@@ -5,25 +5,15 @@ Both are run in float64 on one smooth nonlinear model, and give the latents afte
 
 import importlib
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest import mock
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
-from diffusers.schedulers import (
-    scheduling_ddim,
-    scheduling_ddpm,
-    scheduling_dpmsolver_multistep,
-    scheduling_euler_ancestral_discrete,
-    scheduling_k_dpm_2_ancestral_discrete,
-    scheduling_lcm,
-    scheduling_tcd,
-)
 
 from runtime.noise import TorchNoise
 from runtime.samplers import Program, program
@@ -58,23 +48,29 @@ def beta_quantile(share, alpha, beta):
     return high if share > 0 else 0.0
 
 
-def import_scheduler(name):
-    """Import a scheduler of diffusers whose other libraries may be missing, from its file."""
+@cache
+def scheduler_module(name):
+    """Import the file of a sampler's scheduler, whose other libraries may be missing."""
     scipy = SimpleNamespace(
         stats=SimpleNamespace(beta=SimpleNamespace(ppf=beta_quantile)),
         integrate=SimpleNamespace(quad=gauss),
     )
     absent = {"scipy": scipy, "torchsde": SimpleNamespace()}
     with mock.patch.dict(sys.modules, absent):
-        module = importlib.import_module(f"diffusers.schedulers.scheduling_{name}")
+        module = importlib.import_module(f"diffusers.schedulers.scheduling_{FILES[name]}")
     module.is_scipy_available = lambda: True
     module.scipy, module.integrate = scipy, scipy.integrate
     return module
 
 
-# where scipy's beta distribution and quadrature are asked for, and torchsde's Brownian tree
 FILES = {
+    "ddpm": "ddpm",
+    "ddim": "ddim",
+    "plms": "pndm",
+    "lcm": "lcm",
+    "tcd": "tcd",
     "euler": "euler_discrete",
+    "euler_a": "euler_ancestral_discrete",
     "heun": "heun_discrete",
     "dpm2": "k_dpm_2_discrete",
     "dpm2_a": "k_dpm_2_ancestral_discrete",
@@ -85,6 +81,7 @@ FILES = {
     "dpmpp_2s": "dpmsolver_singlestep",
     "deis": "deis_multistep",
     "unipc": "unipc_multistep",
+    "edm_euler": "edm_euler",
 }
 SCHEDULERS = {  # what the pipelines are compared on
     "ddpm": "DDPMScheduler",
@@ -144,44 +141,54 @@ def model(x, timestep):
     return np.tanh(0.9 * x + np.sin(timestep / 150)) + 0.3 * np.cos(2 * x)
 
 
-def replay(run: Program, predict=model, latents=LATENTS, seed=SEED):
+def start(run: Program, noise, latents=None):
+    """Return what the first call sees: noise, or latents with as much noise as it is told."""
+    if latents is None:
+        return run.initial_noise * noise
+    return run.signal_scales[0] * latents + run.noise_scales[0] * noise
+
+
+def replay(run: Program, predict=model, latents=None, shape=SHAPE):
     """Run a program in float64: x at the start and after every call."""
-    noise = TorchNoise(seed)
-    registers = np.zeros((run.matrices.shape[1], *latents.shape))
-    registers[0] = run.signal_scale * latents + run.noise_scale * noise.normal(latents.shape)
+    noise = TorchNoise(SEED)
+    registers = np.zeros((run.matrices.shape[1], *shape))
+    registers[0] = start(run, noise.normal(shape), latents)
     trajectory = [registers[0]]
     for k, matrix in enumerate(run.matrices):
         out = predict(run.input_scales[k] * registers[0], run.timesteps[k])
-        fresh = noise.normal(latents.shape) if run.needs_noise[k] else np.zeros(latents.shape)
+        fresh = noise.normal(shape) if run.needs_noise[k] else np.zeros(shape)
         registers = np.einsum("ij,j...->i...", matrix, np.stack([*registers, out, fresh]))
         trajectory.append(registers[0])
     return trajectory
 
 
 @contextmanager
-def float64_steps():
+def float64_steps(name):
     """Let diffusers step in float64 on the float32 noise that it draws in a real run."""
 
     def draw(shape, generator, device, dtype):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    modules = (
-        scheduling_ddim,
-        scheduling_ddpm,
-        scheduling_dpmsolver_multistep,
-        scheduling_euler_ancestral_discrete,
-        scheduling_k_dpm_2_ancestral_discrete,
-        scheduling_lcm,
-        scheduling_tcd,
-    )
-    patches = [mock.patch.object(module, "randn_tensor", draw) for module in modules]
-    for patch in patches:
-        patch.start()
-    try:
+    with mock.patch.object(scheduler_module(name), "randn_tensor", draw, create=True):
         yield
-    finally:
-        for patch in patches:
-            patch.stop()
+
+
+class WithoutFloat32:
+    """torch or numpy, but that what is asked for in float32 is made in float64."""
+
+    def __init__(self, module):
+        self.module, self.float32 = module, module.float64
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
+@contextmanager
+def float64_tables(name):
+    """Let diffusers' scheduler keep its betas, sigmas and timesteps in float64."""
+    modules = {"torch": WithoutFloat32(torch), "np": WithoutFloat32(np)}
+    with mock.patch.multiple(scheduler_module(name), **modules, create=True):
+        yield
 
 
 def published_curve(schedule, steps):
@@ -215,15 +222,21 @@ def make_scheduler(name, config, schedule=None):
     config = {**config, **OPTIONS.get(name, {})}
     if name == "edm_euler":
         kept = {key: config[key] for key in ("prediction_type",) if key in config}
-        return diffusers.EDMEulerScheduler(**kept, sigma_schedule=schedule or "karras")
+        cls = scheduler_module(name).EDMEulerScheduler
+        return cls(**kept, sigma_schedule=schedule or "karras")
     stand_in = schedule
     if schedule and schedule not in CURVES:  # the one whose timesteps are rounded, or are not
         stand_in = "karras" if name in WHOLE else "exponential"
     if schedule:
         config[f"use_{stand_in}_sigmas"] = True
-    module = import_scheduler(FILES[name]) if name in FILES else diffusers
-    cls = getattr(module, CLASSES[name])
-    scheduler = cls.from_config(config)
+    cls = getattr(scheduler_module(name), CLASSES[name])
+    set_timesteps = cls.set_timesteps
+
+    def set_few(self, _, *rest):  # the constructor sets them all, in half a second
+        set_timesteps(self, 2, *rest)
+
+    with mock.patch.object(cls, "set_timesteps", set_few):
+        scheduler = cls.from_config(config)
     if stand_in != schedule:
 
         def convert(in_sigmas, num_inference_steps=None):
@@ -233,10 +246,15 @@ def make_scheduler(name, config, schedule=None):
     return scheduler
 
 
-def reference(name, scheduler, steps, *, strength=None, predicts_x0=False, **options):
-    """Run diffusers' scheduler as its pipelines do: timesteps, input scales, and the trajectory."""
+def reference(name, scheduler, steps, *, strength=None, predicts_x0=False, shipped=None, **options):
+    """Run diffusers' scheduler as its pipelines do: timesteps, input scales, and the trajectory.
+
+    shipped: timesteps to tell the model, in place of the scheduler's
+    """
     generator = torch.Generator().manual_seed(SEED)
     scheduler.set_timesteps(steps)
+    if shipped is not None:
+        scheduler.timesteps = shipped
     noise = torch.randn(SHAPE, generator=generator).double()
     if strength is None:
         timesteps, x = scheduler.timesteps, noise * scheduler.init_noise_sigma
@@ -274,14 +292,37 @@ def reference(name, scheduler, steps, *, strength=None, predicts_x0=False, **opt
     return timesteps.double().numpy(), scales, trajectory
 
 
-def direct(name, run: Program, sigmas, prediction="epsilon"):
+def blended_levels(name, steps, schedule=None, strength=1.0, config=CONFIG):
+    """Return the signal and noise (N + 1, 2) that diffusers' inpainting blends with at each call.
+
+    As its pipeline does: first before the run, then after every step with the next timestep, and
+    with nothing but signal at the end.
+    """
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    scheduler = make_scheduler(name, config, schedule)
+    scheduler.set_timesteps(steps)
+    timesteps, _ = StableDiffusionImg2ImgPipeline.get_timesteps(
+        SimpleNamespace(scheduler=scheduler), steps, strength, "cpu"
+    )
+    scheduler.noise_sampler = lambda *_: one
+    levels = []
+    for timestep in timesteps:
+        at = torch.tensor([timestep])
+        signal = scheduler.add_noise(one, 0 * one, at)
+        levels.append([signal.item(), scheduler.add_noise(0 * one, one, at).item()])
+        scheduler.scale_model_input(one, timestep)
+        scheduler.step(one, timestep, one)
+    return np.array([*levels, [1.0, 0.0]])
+
+
+def direct(name, run: Program, sigmas, prediction="epsilon", latents=None):
     """Run what diffusers lacks, step by step as published: x at the end of every step.
 
     sigmas: (N + 1,), the last 0. Which timestep a sigma has, and how the run starts, is the
     program's; DPM++ 3M SDE holds x / sqrt(1 + sigma^2), the others x.
     """
     noise, told = TorchNoise(SEED), iter(run.timesteps)
-    x = run.signal_scale * LATENTS + run.noise_scale * noise.normal(SHAPE)
+    x = start(run, noise.normal(SHAPE), latents)
     if name == "dpmpp_3m_sde":
         x = x * np.hypot(1, sigmas[0])
     trajectory, slopes, values = [x], [], []
@@ -348,13 +389,24 @@ def third_order_sde(sigmas, x, values, fresh):
 
 def sigmas_of(name, schedule, steps, config):
     """Return (N + 1,) sigmas that a method without a scheduler of its own should visit."""
-    oracle = make_scheduler("dpmpp_2m" if name in WHOLE else "euler", config, schedule)
+    oracle = make_scheduler(table_of(name), config, schedule)
     oracle.set_timesteps(steps)
     return oracle.sigmas.double().numpy()
 
 
-def largest_error(name, steps, schedule=None, *, strength=None, eta=0.0, config=CONFIG):
+def table_of(name):
+    """Name the sampler whose scheduler has the sigmas of a method that diffusers lacks."""
+    return "dpmpp_2m" if name in WHOLE else "euler"
+
+
+def largest_error(
+    name, steps, schedule=None, *, strength=None, eta=0.0, config=CONFIG, tables="float32"
+):
     """Compare a program with its oracle: timesteps, input scales, and the worst step's error.
+
+    Args:
+        tables: "float32", as diffusers ships them, or "float64", where only the timesteps that
+            diffusers rounds, to whole numbers or to float32, are still those that it ships
 
     Returns:
         the largest |difference| / largest |x| over the steps; the program; the oracle's timesteps
@@ -364,24 +416,33 @@ def largest_error(name, steps, schedule=None, *, strength=None, eta=0.0, config=
     options = {"eta": eta} if name in ("ddim", "tcd") else {}
     run = program(name, noise, steps, schedule=schedule, strength=strength, **options)
     prediction = config.get("prediction_type", "epsilon")
-    if name in CLASSES and not (name == "euler_a" and schedule):
-        with float64_steps():
+    latents = None if strength is None else LATENTS
+    actual = replay(run, latents=latents)
+    own = name in CLASSES and not (name == "euler_a" and schedule)
+    oracle = name if own else table_of(name)
+    shipped = None
+    if tables == "float64" and (name in WHOLE or not (schedule or name in TWO_CALLS)):
+        rounded = make_scheduler(oracle, config, schedule)
+        rounded.set_timesteps(steps)
+        shipped = rounded.timesteps
+    with float64_tables(oracle) if tables == "float64" else nullcontext(), float64_steps(oracle):
+        if own:
             timesteps, scales, expected = reference(
                 name,
                 make_scheduler(name, config, schedule),
                 steps,
                 strength=strength,
                 predicts_x0=name in KNOWS_NO_SAMPLE and prediction == "sample",
+                shipped=shipped,
                 **options,
             )
-        actual = replay(run)
-    else:
-        timesteps = scales = None
-        first = 0 if strength is None else steps - int(steps * strength)
-        expected = direct(name, run, sigmas_of(name, schedule, steps, config)[first:], prediction)
-        actual = replay(run)
-        if name in TWO_CALLS:  # the direct form shows no state between two calls
-            actual = [*actual[::2], actual[-1]]
+        else:
+            timesteps = scales = None
+            first = 0 if strength is None else steps - int(steps * strength)
+            sigmas = sigmas_of(name, schedule, steps, config)[first:]
+            expected = direct(name, run, sigmas, prediction, latents)
+            if name in TWO_CALLS:  # the direct form shows no state between two calls
+                actual = [*actual[::2], actual[-1]]
     assert len(actual) == len(expected)
     errors = [
         np.abs(x - other).max() / np.abs(other).max()

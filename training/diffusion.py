@@ -180,7 +180,7 @@ def denoise(
     count = len(input_ids) - 1
     steps = program("ddim", NoiseSchedule.from_config(SCHEDULER), PREVIEW_STEPS[-1])
     noise = torch.randn(count, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    x = steps.noise_scale * noise
+    x = steps.initial_noise * noise
     context, _, _ = denoiser.text_encoder(input_ids)
     context = torch.cat([context[:1].expand(count, -1, -1), context[1:]])
     rows = []

@@ -4,7 +4,8 @@ A step of every method is linear in what it remembers, in the model's output and
 
     R' = M_k [R; out; n]        R = [x, h_1, ..., h_(r-1)], at first x and zeros
 
-so a sampler is a function from a noise schedule and a number of steps to a `Program` of the M_k.
+so a sampler is a function from a noise schedule and a number of steps to the calls of the UNet that
+the M_k of a `Program` are made from.
 
 Legend
     x, x0, eps     the latent; its clean part and its noise, as the model sees them
@@ -17,41 +18,30 @@ raise RequestError.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 from engine.errors import RequestError
-from runtime.samplers.discrete import ddim, ddpm, lcm, plms, tcd
-from runtime.samplers.multistep import deis, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, dpmpp_3m_sde, unipc
+from runtime.samplers import discrete, multistep, sigma
 from runtime.samplers.names import resolve
-from runtime.samplers.program import Program, Run
-from runtime.samplers.sigma import (
-    dpm2,
-    dpm2_a,
-    dpmpp_2s_a,
-    dpmpp_sde,
-    edm_euler,
-    euler,
-    euler_a,
-    heun,
-    ipndm,
-    lms,
-)
+from runtime.samplers.program import Call, Program, Run, assemble
 from runtime.samplers.sigmas import SCHEDULES
 from runtime.schedule import TIMESTEP_SPACINGS, NoiseSchedule, TimestepSpacing
 
 __all__ = ["SAMPLERS", "SCHEDULES", "Program", "program"]
 
-TRAINED_TIMESTEPS = (ddpm, ddim, plms, lcm, tcd)  # these take no sigma schedule
-SAMPLERS: Mapping[str, Callable[..., Program]] = {
-    method.__name__: method
-    for method in (
-        *TRAINED_TIMESTEPS,
-        *(euler, euler_a, heun, dpm2, dpm2_a, lms, ipndm),
-        *(dpmpp_2m, dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde, dpmpp_2s, dpmpp_2s_a),
-        *(deis, unipc, edm_euler),
-    )
+TRAINED_TIMESTEPS = (discrete.ddpm, discrete.ddim, discrete.plms, discrete.lcm, discrete.tcd)
+IN_SIGMA = (
+    *(sigma.euler, sigma.euler_a, sigma.heun, sigma.dpm2, sigma.dpm2_a, sigma.lms, sigma.ipndm),
+    *(sigma.dpmpp_sde, sigma.dpmpp_2s_a, sigma.edm_euler),
+)
+IN_LAMBDA = (
+    *(multistep.dpmpp_2m, multistep.dpmpp_2m_sde, multistep.dpmpp_3m_sde, multistep.dpmpp_2s),
+    *(multistep.deis, multistep.unipc),
+)
+SAMPLERS: Mapping[str, Callable[..., Iterator[Call]]] = {
+    method.__name__: method for method in (*TRAINED_TIMESTEPS, *IN_SIGMA, *IN_LAMBDA)
 }
 
 
@@ -84,7 +74,7 @@ def program(
     options: dict[str, Any] = {"eta": eta} if sampler in ("ddim", "tcd") else {}
     if not 0 <= eta <= bool(options):
         raise RequestError(f"eta is {eta}; ddim and tcd allow 0 to 1, every other sampler only 0")
-    start = None if strength is None else _first_step(num_inference_steps, strength)
+    first = 0 if strength is None else _first_step(num_inference_steps, strength)
     if curve in TIMESTEP_SPACINGS:
         noise_schedule = replace(noise_schedule, timestep_spacing=cast(TimestepSpacing, curve))
         curve = None
@@ -94,9 +84,9 @@ def program(
             f"{curve!r} schedule; leave it out, or take euler or dpmpp_2m"
         )
     run = Run(
-        noise=noise_schedule, num_inference_steps=num_inference_steps, start=start, schedule=curve
+        noise=noise_schedule, num_inference_steps=num_inference_steps, first=first, schedule=curve
     )
-    return method(run, **options)
+    return assemble(run, list(method(run, **options)), exploding=method in IN_SIGMA)
 
 
 def _first_step(num_inference_steps: int, strength: float) -> int:

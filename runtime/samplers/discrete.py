@@ -3,41 +3,45 @@
 They hold x = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1 and take no sigma schedule.
 """
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
-from runtime.samplers.program import Array, Program, Run, predict, x0_and_eps
+from runtime.samplers.program import Array, Call, Run, predict
 from runtime.schedule import NoiseSchedule
 
 Steps = NDArray[np.int64]
+Draws = NDArray[np.bool_]
+
+# Adams and Bashforth's weights of the last four slopes, at orders 1 to 4
+EVEN_STEPS = np.array([[24, 0, 0, 0], [36, -12, 0, 0], [46, -32, 10, 0], [55, -59, 37, -9]]) / 24
 
 
-def ddpm(run: Run) -> Program:
+def ddpm(run: Run) -> Iterator[Call]:
     """Ancestral sampling with the posterior's variance (Ho et al. 2020, arXiv:2006.11239, alg. 2).
 
     Equations 6 and 7 written in x0 and eps are DDIM's equation 12 with eta = 1, each step reaching
     to the next timestep of the run.
     """
-    timesteps = run.noise.timesteps(run.num_inference_steps, "leading")[run.first :]
-    reached = np.append(run.noise.alphas_cumprod[timesteps[1:].astype(int)], 1.0)
-    program = _generalized_ddpm(run, timesteps, reached, 1.0)
-    return replace(program, needs_noise=timesteps > 0)
+    timesteps = _whole(run)[run.first :]
+    reached = np.append(run.noise.alphas_cumprod[timesteps[1:]], 1.0)
+    return _generalized_ddpm(run, timesteps, reached, 1.0, timesteps > 0)
 
 
-def ddim(run: Run, *, eta: float = 0.0) -> Program:
+def ddim(run: Run, *, eta: float = 0.0) -> Iterator[Call]:
     """Denoising diffusion implicit model (Song et al. 2021, arXiv:2010.02502, equations 12 and 16).
 
     Each step reaches T // N timesteps down, whatever the spacing, as diffusers' does.
     """
-    timesteps = run.noise.timesteps(run.num_inference_steps, "leading")[run.first :]
-    previous = timesteps.astype(int) - run.noise.num_train_timesteps // run.num_inference_steps
-    return _generalized_ddpm(run, timesteps, _signal(run.noise, previous), eta)
+    timesteps = _whole(run)[run.first :]
+    previous = timesteps - run.noise.num_train_timesteps // run.num_inference_steps
+    draws = np.full(timesteps.shape, eta > 0)
+    return _generalized_ddpm(run, timesteps, _signal(run.noise, previous), eta, draws)
 
 
-def plms(run: Run) -> Program:
+def plms(run: Run) -> Iterator[Call]:
     """Pseudo linear multistep (PNDM; Liu et al. 2022, arXiv:2202.09778, equations 9, 11 and 12).
 
     The first step is made twice, the second time with the mean of the outputs at both its ends,
@@ -48,39 +52,29 @@ def plms(run: Run) -> Program:
     Image-to-image leaves off the first calls, and with them perhaps the repeated timestep: the
     second call is a repetition all the same, as in diffusers.
     """
-    spread = run.noise.timesteps(run.num_inference_steps, "leading")
+    spread = _whole(run)
     timesteps = np.insert(spread, 1, spread[1]) if spread.size > 1 else spread
-    timesteps = timesteps[run.first :].astype(int)
-    stride = run.noise.num_train_timesteps // run.num_inference_steps
+    total = run.noise.num_train_timesteps
+    stride = total // run.num_inference_steps
     x, e1, e2, e3, out, _ = np.eye(6)
-    zero = np.zeros(6)
-    matrices = []
-    for k, timestep in enumerate(timesteps):
-        come, reach = (timestep, timestep - stride) if k != 1 else (timestep + stride, timestep)
-        mean, base, memory = [
-            (out, x, [out, zero, x]),
-            ((out + e1) / 2, e3, [e1, zero, zero]),
-            ((3 * out - e1) / 2, x, [out, e1, zero]),
-            ((23 * out - 16 * e1 + 5 * e2) / 12, x, [out, e1, e2]),
-            ((55 * out - 59 * e1 + 37 * e2 - 9 * e3) / 24, x, [out, e1, e2]),
-        ][min(k, 4)]
-        ends = _signal(run.noise, np.array([min(come, run.noise.num_train_timesteps - 1), reach]))
-        ends = np.maximum(ends, 2.0**-24)  # zero terminal SNR, as `NoiseSchedule.sigmas`
-        (alpha, next_alpha), (sigma, next_sigma) = np.sqrt(ends), np.sqrt(1 - ends)
-        x0, eps = predict(run.noise, float(sigma), base, mean, float(alpha))
-        matrices.append([next_alpha * x0 + next_sigma * eps, *memory])
-    first = run.noise.alphas_cumprod[timesteps[0]]
-    return Program(
-        timesteps=timesteps.astype(np.float64),
-        input_scales=np.ones(timesteps.size),
-        matrices=np.array(matrices),
-        needs_noise=np.zeros(timesteps.size, bool),
-        signal_scale=0.0 if run.start is None else float(np.sqrt(first)),
-        noise_scale=1.0 if run.start is None else float(np.sqrt(1 - first)),
-    )
+    for k, timestep in enumerate(timesteps[run.first :]):
+        if k == 1:
+            mean, base, memory = (out + e1) / 2, e3, [e1, e2, e3]
+            ends = [min(timestep + stride, total - 1), timestep]
+        else:
+            mean = EVEN_STEPS[np.clip(k - 1, 0, 3)] @ np.stack([out, e1, e2, e3])
+            base, memory = x, [out, e1, e2 if k else x]
+            ends = [timestep, timestep - stride]
+        # zero terminal SNR, as `NoiseSchedule.sigmas`
+        signal = np.maximum(_signal(run.noise, np.array(ends)), 2.0**-24)
+        (alpha, next_alpha), (sigma, next_sigma) = np.sqrt(signal), np.sqrt(1 - signal)
+        x0, eps = predict(run.noise, sigma, base, mean, alpha)
+        rows = [next_alpha * x0 + next_sigma * eps, *memory]
+        at = run.noise.alphas_cumprod[timestep]
+        yield Call(timestep, np.sqrt(1 - at), rows, alpha=np.sqrt(at))
 
 
-def lcm(run: Run) -> Program:
+def lcm(run: Run) -> Iterator[Call]:
     """Multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378, algorithm 3).
 
     The consistency function c_skip x + c_out x0 has sigma_data = 0.5 and counts time tenfold; all
@@ -90,15 +84,14 @@ def lcm(run: Run) -> Program:
     signal = run.noise.alphas_cumprod[timesteps]
     reached = np.append(signal[1:], 1.0)
     alpha, sigma = np.sqrt(signal), np.sqrt(1 - signal)
-    scaled = 10.0 * timesteps
-    skip, keep = 0.25 / (scaled**2 + 0.25), scaled / np.sqrt(scaled**2 + 0.25)
+    skip = 0.25 / ((10.0 * timesteps) ** 2 + 0.25)
+    keep = np.sqrt(1 - skip)
     onward, fresh = np.sqrt(reached), np.sqrt(1 - reached)
-    weights = np.stack([onward * (keep + skip * alpha), onward * skip * sigma, fresh], axis=1)
-    draws = np.arange(timesteps.size) < timesteps.size - 1
-    return _first_order(run, timesteps.astype(np.float64), weights, draws)
+    weights = np.array([onward * (keep + skip * alpha), onward * skip * sigma, fresh])
+    return _first_order(run, timesteps, weights, timesteps > timesteps[-1])
 
 
-def tcd(run: Run, *, eta: float = 0.0) -> Program:
+def tcd(run: Run, *, eta: float = 0.0) -> Iterator[Call]:
     """Trajectory consistency distillation (Zheng et al. 2024, arXiv:2402.19159, algorithm 4).
 
     A step goes down to timestep s = (1 - eta) t' by DDIM and back up to t' by noise; eta is the
@@ -108,16 +101,13 @@ def tcd(run: Run, *, eta: float = 0.0) -> Program:
     onward = np.append(timesteps[1:], 0)
     down = np.floor(np.float32(1 - eta) * onward.astype(np.float32)).astype(int)
     reached, below = run.noise.alphas_cumprod[onward], run.noise.alphas_cumprod[down]
-    weights = np.stack(
-        [
-            np.sqrt(reached),
-            np.sqrt(reached / below) * np.sqrt(1 - below),
-            np.sqrt(1 - reached / below),
-        ],
-        axis=1,
-    )
-    draws = (np.arange(timesteps.size) < timesteps.size - 1) & (eta > 0)
-    return _first_order(run, timesteps.astype(np.float64), weights, draws)
+    rise = reached / below
+    weights = np.sqrt([reached, rise * (1 - below), 1 - rise])
+    return _first_order(run, timesteps, weights, (timesteps > timesteps[-1]) & (eta > 0))
+
+
+def _whole(run: Run) -> Steps:
+    return run.noise.timesteps(run.num_inference_steps, "leading").astype(np.int64)
 
 
 def _distilled(run: Run) -> Steps:
@@ -140,25 +130,21 @@ def _signal(noise: NoiseSchedule, timesteps: Steps) -> Array:
     return np.where(timesteps >= 0, noise.alphas_cumprod[timesteps.clip(0)], final)
 
 
-def _generalized_ddpm(run: Run, timesteps: Array, reached: Array, eta: float) -> Program:
+def _generalized_ddpm(
+    run: Run, timesteps: Steps, reached: Array, eta: float, draws: Draws
+) -> Iterator[Call]:
     """Build DDIM's equations 12 and 16; `reached` (N,) is alphas_cumprod after each step."""
-    signal = run.noise.alphas_cumprod[timesteps.astype(int)]
+    signal = run.noise.alphas_cumprod[timesteps]
     variance = eta**2 * (1 - reached) / (1 - signal) * (1 - signal / reached)
-    on_eps = np.sqrt(np.maximum(1 - reached - variance, 0))
-    weights = np.stack([np.sqrt(reached), on_eps, np.sqrt(variance)], axis=1)
-    return _first_order(run, timesteps, weights, np.full(timesteps.shape, eta > 0))
+    on_eps = np.maximum(1 - reached - variance, 0)
+    return _first_order(run, timesteps, np.sqrt([reached, on_eps, variance]), draws)
 
 
-def _first_order(run: Run, timesteps: Array, weights: Array, draws: NDArray[np.bool_]) -> Program:
-    """Build x' = weights [x0; eps; n]; weights: (N, 3)."""
-    signal = run.noise.alphas_cumprod[timesteps.astype(int)]
-    alpha, sigma = np.sqrt(signal), np.sqrt(1 - signal)
-    on_x_and_out = weights[:, None, :2] @ x0_and_eps(run.noise, alpha, sigma)
-    return Program(
-        timesteps=timesteps,
-        input_scales=np.ones(timesteps.size),
-        matrices=np.concatenate([on_x_and_out, weights[:, None, 2:]], axis=2),
-        needs_noise=draws,
-        signal_scale=0.0 if run.start is None else float(alpha[0]),
-        noise_scale=1.0 if run.start is None else float(sigma[0]),
-    )
+def _first_order(run: Run, timesteps: Steps, weights: Array, draws: Draws) -> Iterator[Call]:
+    """Build x' = weights [x0; eps; n]; weights: (3, N)."""
+    x, out, n = np.eye(3)
+    for k, signal in enumerate(run.noise.alphas_cumprod[timesteps]):
+        alpha, sigma = np.sqrt(signal), np.sqrt(1 - signal)
+        x0, eps = predict(run.noise, sigma, x, out, alpha)
+        moved = weights[:, k] @ np.stack([x0, eps, n])
+        yield Call(timesteps[k], sigma, [moved], draws[k], alpha)

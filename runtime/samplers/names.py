@@ -6,30 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from engine.errors import RequestError
 
-# Written as `_key` writes them: lower case, no punctuation, pp for ++.
+# Written as `_key` writes them.
 SAMPLER_NAMES: Mapping[str, str] = {
-    **dict.fromkeys(("pndm", "pndmscheduler"), "plms"),
-    **dict.fromkeys(("eulerancestral", "eulerancestraldiscretescheduler"), "euler_a"),
-    **dict.fromkeys(("kdpm2", "kdpm2discretescheduler"), "dpm2"),
-    **dict.fromkeys(("dpm2ancestral", "kdpm2ancestraldiscretescheduler"), "dpm2_a"),
-    **dict.fromkeys(("dpmppsdegpu", "dpmsolversdescheduler"), "dpmpp_sde"),
-    **dict.fromkeys(("unipcbh2", "unipcmultistepscheduler"), "unipc"),
-    **{f"{name}scheduler": name for name in ("ddpm", "ddim", "lcm", "tcd", "ipndm")},
-    **{f"{name}discretescheduler": name for name in ("euler", "heun", "lms")},
-    **{f"dpmpp{order}msdegpu": f"dpmpp_{order}m_sde" for order in (2, 3)},
-    **{"dpmpp2sancestral": "dpmpp_2s_a", "edmeulerscheduler": "edm_euler"},
-    **{"dpmsolvermultistepscheduler": "dpmpp_2m", "dpmsolversinglestepscheduler": "dpmpp_2s"},
-    "deismultistepscheduler": "deis",
+    **{"pndm": "plms", "kdpm2": "dpm2", "kdpm2a": "dpm2_a", "dpmsolversde": "dpmpp_sde"},
+    **{"dpmsolvermultistep": "dpmpp_2m", "dpmsolversinglestep": "dpmpp_2s"},
+    **{"deismultistep": "deis", "unipcmultistep": "unipc", "unipcbh2": "unipc"},
 }
 SCHEDULE_NAMES: Mapping[str, str | None] = {
-    "automatic": None,
-    "uniform": "linspace",
-    "normal": "linspace",
-    "ddimuniform": "leading",
-    "ays": "align_your_steps",
-    "aysxl": "align_your_steps_xl",
-    "alignyoursteps15": "align_your_steps",
-    "alignyourstepssdxl": "align_your_steps_xl",
+    **{"automatic": None, "uniform": "linspace", "normal": "linspace", "ddimuniform": "leading"},
+    **dict.fromkeys(("ays", "alignyoursteps15"), "align_your_steps"),
+    **dict.fromkeys(("aysxl", "alignyourstepssdxl"), "align_your_steps_xl"),
 }
 
 
@@ -46,27 +32,28 @@ def resolve(
     methods = {_key(known): known for known in samplers} | dict(SAMPLER_NAMES)
     curves: dict[str, str | None] = {_key(known): known for known in schedules}
     curves |= SCHEDULE_NAMES
-    chosen = None
-    if schedule is not None:
-        if _key(schedule) not in curves:
-            raise RequestError(_unknown("schedule", schedule, schedules, curves))
-        chosen = curves[_key(schedule)]
+    if schedule is not None and _key(schedule) not in curves:
+        raise RequestError(_unknown("schedule", schedule, schedules, curves))
+    chosen = None if schedule is None else curves[_key(schedule)]
     key = _key(name)
-    if key in methods:
-        return methods[key], chosen
-    for suffix, curve in sorted(curves.items(), key=lambda item: -len(item[0])):
-        if key.endswith(suffix) and key.removesuffix(suffix) in methods:
+    for suffix in ("", *sorted(filter(key.endswith, curves), key=len, reverse=True)):
+        method = methods.get(_key(key.removesuffix(suffix)))
+        curve = curves[suffix] if suffix else chosen
+        if method is not None:
             if schedule is not None and chosen != curve:
                 raise RequestError(
                     f"sampler {name!r} names the schedule {curve!r}, but schedule is {schedule!r}; "
                     f"give one of them"
                 )
-            return methods[key.removesuffix(suffix)], curve
+            return method, curve
     raise RequestError(_unknown("sampler", name, samplers, methods))
 
 
 def _key(name: object) -> str:
-    return re.sub(r"[^a-z0-9]", "", str(name).lower().replace("++", "pp"))
+    """Write a name in lower case, without punctuation, pp for ++, a for ancestral."""
+    key = str(name).lower().replace("++", "pp").replace("ancestral", "a")
+    key = re.sub(r"[^a-z0-9]", "", key).removesuffix("scheduler")
+    return key.removesuffix("discrete").removesuffix("gpu")
 
 
 def _unknown(what: str, name: object, known: Sequence[str], keys: Mapping[str, str | None]) -> str:

@@ -34,7 +34,7 @@ def last_error(name, steps):
     # the program's last step, to sigma 0, is x0 itself in every method: it is left off
     run = program(name, NOISE, steps, schedule="leading" if name in LEADING else "exponential")
     registers = np.zeros((run.matrices.shape[1], 1))
-    registers[0] = run.noise_scale
+    registers[0] = run.initial_noise
     ratio = np.exp(-LAMBDAS)
     preserving = bool(np.all(run.input_scales == 1))
     sigma_of = np.interp(run.timesteps, np.arange(T), ratio)
@@ -47,7 +47,7 @@ def last_error(name, steps):
         registers = run.matrices[k] @ np.stack([*registers, eps, 0 * eps])
     sigma = sigma_of[-1]
     x = registers[0] * (np.hypot(1, sigma) if preserving else 1)
-    begun = run.noise_scale * (np.hypot(1, first) if preserving else 1)
+    begun = run.initial_noise * (np.hypot(1, first) if preserving else 1)
     exact = MEAN + (begun - MEAN) * np.sqrt((VARIANCE + sigma**2) / (VARIANCE + first**2))
     return abs(float(x[0]) - exact)
 
