@@ -17,7 +17,7 @@ from engine.cache import cache_folder
 from engine.config import Config
 from engine.errors import GraphError
 from engine.onnx_file import metadata
-from engine.signature import Part
+from engine.signature import Part, signature
 
 Precision = Literal["float32", "float16"]
 METADATA_KEY = "latentrt"
@@ -29,6 +29,7 @@ SHIPPED = Path(__file__).parent / "shipped_graphs"
 class Graph:
     """An ONNX file and what it says of itself.
 
+    inputs: their names, in the order of `engine.signature`; graphs of other versions have others
     weights: the checkpoint's tensors that it wants, by name, with their shapes
     """
 
@@ -36,6 +37,7 @@ class Graph:
     part: Part
     architecture: str
     precision: Precision
+    inputs: tuple[str, ...]
     weights: Mapping[str, tuple[int, ...]]
 
     @classmethod
@@ -48,6 +50,7 @@ class Graph:
                 part=described["part"],
                 architecture=described["architecture"],
                 precision=described["precision"],
+                inputs=tuple(described.get("inputs", ())),
                 weights={name: tuple(shape) for name, shape in described["weights"].items()},
             )
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -86,12 +89,16 @@ def graph_folders(chosen: Path | None = None) -> Sequence[Path]:
 def find_graph(
     part: Part, config: Config, precision: Precision, folders: Sequence[Path], model: Path
 ) -> Graph:
-    """Find the graph of an architecture; raises GraphError when no folder has it."""
+    """Find the graph of an architecture; raises GraphError when no folder has it.
+
+    One that another version of this project made is passed over.
+    """
     if precision not in get_args(Precision):
         raise GraphError(
             f"the precision {precision!r} is not known; choose {' or '.join(get_args(Precision))}"
         )
-    name = graph_name(part, config, precision)
+    name, inputs = graph_name(part, config, precision), tuple(signature(part, config).inputs)
+    stale = ""
     for path in (folder / f"{name}{suffix}" for folder in folders for suffix in ("", COMPRESSED)):
         if path.is_file():
             graph = Graph.read(path)
@@ -99,8 +106,11 @@ def find_graph(
                 graph.architecture != config.key()
             ):
                 raise GraphError(f"{path} holds another graph than its name says; delete it")
-            return graph
+            if graph.inputs == inputs:
+                return graph
+            stale = f" ({path.name} there is of another version)"
+    command = "export language-model" if part == "language_model" else "export"
     raise GraphError(
-        f"no {precision} graph for the {part} of {model} in {' or '.join(map(str, folders))}; "
-        f"make it with `python -m export {model} --precision {precision}`"
+        f"no {precision} graph for the {part} of {model} in {' or '.join(map(str, folders))}"
+        f"{stale}; make it with `python -m {command} {model} --precision {precision}`"
     )

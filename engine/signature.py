@@ -14,7 +14,9 @@ from typing import Literal
 
 from engine.config import Config, UNetConfig
 
-Part = Literal["text_encoder", "text_encoder_2", "step", "vae_decoder", "vae_encoder"]
+Part = Literal[
+    "text_encoder", "text_encoder_2", "step", "vae_decoder", "vae_encoder", "language_model"
+]
 TextPart = Literal["text_encoder", "text_encoder_2"]
 Symbol = str | int
 Dtype = Literal["float32", "int64", "uint8"]
@@ -65,7 +67,10 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
                 "input_scale": _tensor("float32", "B"),
                 "context": _tensor("float32", "g", "B", "n", "D"),
                 "guidance": _tensor("float32", "g", "B"),
+                "guidance_rescale": _tensor("float32", "B"),
                 "noise": _tensor("float32", "B", "C", "h", "w"),
+                "mask": _tensor("float32", "B", 1, "h", "w"),
+                "outside": _tensor("float32", "B", "r + 2"),
             },
             outputs={"next_registers": _tensor("float32", "B", "r", "C", "h", "w")},
         ),
@@ -79,6 +84,18 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
                 "noise": _tensor("float32", "B", "C", "h", "w"),
             },
             outputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+        ),
+        # Keys and values of the p tokens so far go in, those of all p + n come out; logits follow
+        # the last token. l layers, a heads of width d, V tokens in the vocabulary.
+        "language_model": Signature(
+            inputs={
+                "input_ids": _tensor("int64", "B", "n"),
+                "past": _tensor("float32", "l", 2, "B", "a", "p", "d"),
+            },
+            outputs={
+                "logits": _tensor("float32", "B", "V"),
+                "present": _tensor("float32", "l", 2, "B", "a", "p + n", "d"),
+            },
         ),
     }
 )

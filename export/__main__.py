@@ -1,8 +1,9 @@
 """`python -m export`: trace graphs of models, and say what a file is.
 
-python -m export MODEL       trace a model's architecture and check it against torch
-python -m export info FILE   say what a checkpoint or an adapter is
-python -m export graphs      trace the architectures that ship
+python -m export MODEL                   trace a model's architecture, check it against torch
+python -m export language-model FOLDER   the same for a GPT-2, which makes prompts longer
+python -m export info FILE               say what a checkpoint or an adapter is
+python -m export graphs                  trace the architectures that ship
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import get_args
 from engine.cache import cache_folder
 from engine.errors import LatentrtError, OutputError
 from engine.graphs import SHIPPED, Precision
+from engine.model import COMPONENTS, Model
 from engine.models import find_model
 from engine.signature import Part
 from export.info import as_table, describe
@@ -26,7 +28,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = given[0] if given[:1] in (["info"], ["graphs"]) else "model"
+    command = given[0] if given[:1] in (["info"], ["graphs"], ["language-model"]) else "model"
     options = _PARSERS[command]().parse_args(given if command == "model" else given[1:])
     try:
         _COMMANDS[command](options)
@@ -45,7 +47,6 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _model(options: argparse.Namespace) -> None:
-    from engine.model import Model
     from export.writing import export_part
 
     model = Model.open(find_model(options.model), prediction_type=None)
@@ -53,6 +54,15 @@ def _model(options: argparse.Namespace) -> None:
     parts: list[Part] = [*model.text_encoders, "step", "vae_decoder", "vae_encoder"]
     for part in options.parts or parts:
         print(export_part(model, part, options.precision, folder))
+
+
+def _language_model(options: argparse.Namespace) -> None:
+    from engine.language_model import LanguageModel
+    from export.writing import export_language_model
+
+    model = LanguageModel.open(options.folder)
+    folder = _made(options.out or cache_folder() / "graphs")
+    print(export_language_model(model, options.precision, folder))
 
 
 def _graphs(options: argparse.Namespace) -> None:
@@ -79,9 +89,34 @@ def _model_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
         description="Trace a model's parts to ONNX graphs and check each against torch.",
-        epilog="also: python -m export info FILE (what a file is), python -m export graphs",
+        epilog="also: python -m export info FILE (what a file is), python -m export "
+        "language-model FOLDER, python -m export graphs",
     )
     parser.add_argument("model", metavar="MODEL", help="a model that ships, a folder or a file")
+    _add_choices(parser)
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=tuple(COMPONENTS),
+        metavar="PART",
+        help=f"some of {', '.join(COMPONENTS)} (default: all that the model has)",
+    )
+    return parser
+
+
+def _language_model_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export language-model",
+        description="Trace a GPT-2 to an ONNX graph with its cache and check it against torch.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="config.json and weights, as transformers saves"
+    )
+    _add_choices(parser)
+    return parser
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
@@ -94,14 +129,6 @@ def _model_parser() -> argparse.ArgumentParser:
         default="float32",
         help="what the graphs compute in (default: %(default)s)",
     )
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=get_args(Part),
-        metavar="PART",
-        help=f"some of {', '.join(get_args(Part))} (default: all that the model has)",
-    )
-    return parser
 
 
 def _info_parser() -> argparse.ArgumentParser:
@@ -128,8 +155,18 @@ def _graphs_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_COMMANDS = {"model": _model, "info": _info, "graphs": _graphs}
-_PARSERS = {"model": _model_parser, "info": _info_parser, "graphs": _graphs_parser}
+_COMMANDS = {
+    "model": _model,
+    "language-model": _language_model,
+    "info": _info,
+    "graphs": _graphs,
+}
+_PARSERS = {
+    "model": _model_parser,
+    "language-model": _language_model_parser,
+    "info": _info_parser,
+    "graphs": _graphs_parser,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

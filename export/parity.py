@@ -12,6 +12,7 @@ from torch import nn
 
 from engine.backends import BackendSettings, open_engine
 from engine.errors import GraphError
+from engine.gpt2 import GPT2Config
 from engine.graphs import Graph, Precision
 from engine.signature import SIGNATURES, Part
 from export.tracing import TracedPart, example_inputs, latent_multiple
@@ -57,7 +58,9 @@ def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
 
 
 def _sizes(traced: TracedPart) -> list[dict[str, int]]:
-    """One image without guidance, and several with it on another shape."""
+    """One image without guidance, and several with it on another shape; the same of texts."""
+    if isinstance(traced.config, GPT2Config):
+        return [{"B": 1, "r": 1, "n": 6, "p": 0}, {"B": 2, "r": 1, "n": 1, "p": 5}]
     side = latent_multiple(traced.config)
     tokens = getattr(traced.config, "max_position_embeddings", 7)
     return [

@@ -11,6 +11,8 @@ from export.autoencoder import Autoencoder
 from export.clip import TextEncoder
 from export.unet import UNet
 
+TINY = 1e-12  # below any spread of an output
+
 
 class TextEncode(nn.Module):
     """input_ids (B, n) int64, extra_embeddings (e, D) -> hidden states, pooled text, float32."""
@@ -30,7 +32,10 @@ class Step(nn.Module):
 
     registers: (B, r, C, h, w), the first is the latent; matrices: (B, r, r + 2) act on
     [registers; guided output; noise]; guidance: (g, B) weighs the groups of the conditioning
-    ([1 - s, s] is classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598, equation 6).
+    ([1 - s, s] is classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598, equation 6);
+    guidance_rescale: (B,), how far the guided output is brought back to the spread of the last
+    group's (Lin et al. 2023, arXiv:2305.08891, equations 15 and 16); mask: (B, 1, h, w), where it
+    is 0 the latent is what `outside`, (B, r + 2), makes of the same [registers; output; noise].
     """
 
     def __init__(self, unet: UNet) -> None:
@@ -45,7 +50,10 @@ class Step(nn.Module):
         input_scale: Tensor,
         context: Tensor,
         guidance: Tensor,
+        guidance_rescale: Tensor,
         noise: Tensor,
+        mask: Tensor,
+        outside: Tensor,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
@@ -69,8 +77,13 @@ class Step(nn.Module):
         )
         out = out.float().unflatten(0, (groups, -1))
         guided = (guidance[:, :, None, None, None] * out).sum(dim=0)
+        spread = out[-1].std(dim=(1, 2, 3)) / guided.std(dim=(1, 2, 3)).clamp_min(TINY)
+        guided = guided * (1.0 + guidance_rescale * (spread - 1.0))[:, None, None, None]
         known = torch.cat([registers, guided[:, None], noise[:, None]], dim=1)
-        return torch.bmm(matrices, known.flatten(2)).unflatten(2, registers.shape[2:])
+        rows = torch.cat([matrices, outside[:, None]], dim=1)
+        moved = torch.bmm(rows, known.flatten(2)).unflatten(2, registers.shape[2:])
+        x = mask * moved[:, 0] + (1.0 - mask) * moved[:, -1]
+        return torch.cat([x[:, None], moved[:, 1:-1]], dim=1)
 
 
 class VaeDecode(nn.Module):

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.config import LARGEST_ID, AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
+from engine.gpt2 import GPT2Config
 from engine.graphs import METADATA_KEY, Precision
 from engine.signature import Part, signature
 from export.autoencoder import Autoencoder
 from export.clip import TextEncoder
+from export.gpt2 import GPT2, LanguageModelPart
 from export.islands import computed_in, keep_float32
 from export.parts import Step, TextEncode, VaeDecode, VaeEncode
 from export.unet import UNet
@@ -44,6 +46,8 @@ def build_module(part: Part, config: Config) -> nn.Module:
         return TextEncode(TextEncoder(config)).eval()
     if isinstance(config, UNetConfig):
         return Step(UNet(config)).eval()
+    if isinstance(config, GPT2Config):
+        return LanguageModelPart(GPT2(config)).eval()
     assert isinstance(config, AutoencoderConfig)
     autoencoder = Autoencoder(config)
     return (VaeDecode(autoencoder) if part == "vae_decoder" else VaeEncode(autoencoder)).eval()
@@ -59,7 +63,9 @@ def example_inputs(
     inputs: dict[str, Tensor] = {}
     for name, tensor in signature(part, config).inputs.items():
         shape = [symbol if isinstance(symbol, int) else sizes[symbol] for symbol in tensor.shape]
-        if name == "input_ids":
+        if name == "input_ids" and isinstance(config, GPT2Config):
+            inputs[name] = torch.randint(config.vocab_size, shape, generator=generator)
+        elif name == "input_ids":
             assert isinstance(config, TextEncoderConfig)
             ids = torch.randint(config.vocab_size + sizes["e"], shape, generator=generator)
             ids[:, -1] = 0 if config.eos_token_id == LARGEST_ID else config.eos_token_id
@@ -82,7 +88,7 @@ def trace(part: Part, config: Config, precision: Precision) -> TracedPart:
     """
     described = signature(part, config)
     side = latent_multiple(config)
-    sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "e": 3, "h": 2 * side, "w": 3 * side}
+    sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "p": 3, "e": 3, "h": 2 * side, "w": 3 * side}
     real = example_inputs(part, config, sizes, torch.Generator().manual_seed(0))
     auto = torch.export.Dim.AUTO
     dynamic = {
@@ -113,6 +119,7 @@ def trace(part: Part, config: Config, precision: Precision) -> TracedPart:
         "part": part,
         "architecture": config.key(),
         "precision": precision,
+        "inputs": list(described.inputs),
         "weights": weights,
         "torch": version("torch"),
     }
@@ -175,6 +182,8 @@ def _fixed_sizes(config: Config) -> dict[str, int]:
         }
     if isinstance(config, TextEncoderConfig):
         return {"D": config.hidden_size}
+    if isinstance(config, GPT2Config):
+        return {"l": config.n_layer, "a": config.n_head, "d": config.head_width}
     return {"C": config.latent_channels} if isinstance(config, AutoencoderConfig) else {}
 
 

@@ -14,6 +14,7 @@ from engine.cache import write_atomically
 from engine.config import Config
 from engine.errors import ModelError
 from engine.graphs import COMPRESSED, Precision, graph_name
+from engine.language_model import LanguageModel
 from engine.model import Model
 from engine.signature import Part
 from export.parity import check
@@ -25,10 +26,27 @@ def export_part(model: Model, part: Part, precision: Precision, folder: Path) ->
 
     Raises ModelError when the weights do not fit, GraphError when the graph does not agree.
     """
-    config, weights = model.config(part), model.weights(part)
+    source = f"{part} of {model.path}"
+    return _export(part, model.config(part), model.weights(part), source, precision, folder)
+
+
+def export_language_model(model: LanguageModel, precision: Precision, folder: Path) -> str:
+    """Do the same as `export_part` for a language model."""
+    source = f"language model of {model.path}"
+    return _export("language_model", model.config, model.weights, source, precision, folder)
+
+
+def _export(
+    part: Part,
+    config: Config,
+    weights: Mapping[str, NDArray[Any]],
+    source: str,
+    precision: Precision,
+    folder: Path,
+) -> str:
     module = build_module(part, config)
     assert isinstance(module.model, nn.Module)
-    load_weights(module.model, weights, f"{part} of {model.path}")
+    load_weights(module.model, weights, source)
     traced = trace(part, config, precision)
     error = check(traced, module, weights)
     data = traced.model.SerializeToString()

@@ -270,7 +270,10 @@ def test_unet(files):
         "input_scale": np.ones(1, np.float32),
         "context": context[None].numpy(),
         "guidance": np.ones((1, 1), np.float32),
+        "guidance_rescale": np.zeros(1, np.float32),
         "noise": np.zeros((1, 4, 32, 24), np.float32),
+        "mask": np.ones((1, 1, 32, 24), np.float32),
+        "outside": np.zeros((1, 3), np.float32),
     }
     added = None
     if files.family == "xl":

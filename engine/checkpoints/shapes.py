@@ -1,12 +1,13 @@
 """The tensors of a part: every name and shape that its architecture has, in the graph's order.
 
 The names are those of diffusers' UNet2DConditionModel and AutoencoderKL and of transformers'
-CLIPTextModel (under `text_model.`) and CLIPTextModelWithProjection.
+CLIPTextModel (under `text_model.`), CLIPTextModelWithProjection and GPT2LMHeadModel.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 
 from engine.config import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
+from engine.gpt2 import GPT2Config
 
 __all__ = ["tensor_shapes"]
 
@@ -20,6 +21,8 @@ def tensor_shapes(config: Config) -> dict[str, Shape]:
         return dict(_unet(config))
     if isinstance(config, AutoencoderConfig):
         return dict(_autoencoder(config))
+    if isinstance(config, GPT2Config):
+        return dict(_language_model(config))
     assert isinstance(config, TextEncoderConfig)
     return dict(_text_encoder(config))
 
@@ -192,3 +195,26 @@ def _text_encoder(config: TextEncoderConfig) -> Tensors:
     yield from _weight("text_model.final_layer_norm", width)
     if config.projection_dim:
         yield "text_projection.weight", (config.projection_dim, width)
+
+
+def _language_model(config: GPT2Config) -> Tensors:
+    """GPT-2 keeps the weights of its projections as (inputs, outputs)."""
+    width = config.n_embd
+    yield "transformer.wte.weight", (config.vocab_size, width)
+    yield "transformer.wpe.weight", (config.n_positions, width)
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}"
+        yield from _weight(f"{block}.ln_1", width)
+        yield from _projection(f"{block}.attn.c_attn", width, 3 * width)
+        yield from _projection(f"{block}.attn.c_proj", width, width)
+        yield from _weight(f"{block}.ln_2", width)
+        yield from _projection(f"{block}.mlp.c_fc", width, config.inner)
+        yield from _projection(f"{block}.mlp.c_proj", config.inner, width)
+    yield from _weight("transformer.ln_f", width)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, width)
+
+
+def _projection(name: str, inputs: int, outputs: int) -> Tensors:
+    yield f"{name}.weight", (inputs, outputs)
+    yield f"{name}.bias", (outputs,)

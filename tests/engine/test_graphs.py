@@ -18,6 +18,7 @@ from engine.graphs import (
 )
 from engine.model import Model
 from engine.models import find_model
+from engine.signature import signature
 
 onnx = pytest.importorskip("onnx")
 
@@ -28,6 +29,7 @@ DESCRIBED = {
     "part": "step",
     "architecture": MODEL.unet.key(),
     "precision": "float32",
+    "inputs": list(signature("step", MODEL.unet).inputs),
     "weights": {"conv_in.weight": [8, 4, 3, 3]},
 }
 NAME = graph_name("step", MODEL.unet, "float32")
@@ -63,6 +65,7 @@ def test_read(tmp_path):
         part="step",
         architecture=MODEL.unet.key(),
         precision="float32",
+        inputs=tuple(signature("step", MODEL.unet).inputs),
         weights={"conv_in.weight": (8, 4, 3, 3)},
     )
 
@@ -168,6 +171,19 @@ def test_the_name_says_part_architecture_and_precision():
     assert graph_name("step", MODEL.unet, "float16") == f"step-{MODEL.unet.key()}-float16.onnx"
     other = replace(MODEL.unet, norm_eps=1e-6)
     assert graph_name("step", other, "float32") != graph_name("step", MODEL.unet, "float32")
+
+
+@pytest.mark.parametrize("fields", [{"inputs": ["sample", "timestep"]}, {"inputs": []}])
+def test_a_graph_of_another_version_is_passed_over(tmp_path, fields):
+    write(tmp_path / "old", DESCRIBED | fields)
+    current = write(tmp_path / "current")
+    assert find(tmp_path / "old", tmp_path / "current").path == current
+    with pytest.raises(GraphError, match=r"is of another version\); make it with `python -m exp"):
+        find(tmp_path / "old")
+    described = {name: value for name, value in DESCRIBED.items() if name != "inputs"}
+    write(tmp_path / "older", described)
+    with pytest.raises(GraphError, match="is of another version"):
+        find(tmp_path / "older")
 
 
 def test_a_missing_graph_names_the_command(tmp_path):

@@ -63,7 +63,12 @@ def test_published_graphs_are_written_compressed_and_the_same_each_time(
 
 
 def test_help_of_every_command(capsys):
-    for arguments in (["--help"], ["info", "--help"], ["graphs", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["info", "--help"],
+        ["graphs", "--help"],
+        ["language-model", "--help"],
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 0

@@ -94,7 +94,10 @@ def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
         "input_scale": np.array([1, 0.5, 0.1], np.float32),
         "context": draw(2, 3, 5, 16),
         "guidance": draw(2, 3),
+        "guidance_rescale": np.array([0, 0.7, 1], np.float32),
         "noise": draw(3, 4, 8, 8),
+        "mask": draw(3, 1, 8, 8),
+        "outside": draw(3, 4),
     }
     together = engine.run(inputs)["next_registers"]
     for i in range(3):
