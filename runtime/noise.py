@@ -1,29 +1,39 @@
-"""Gaussian noise: the numbers of ``torch.randn`` with a CPU generator, from numpy alone.
+"""Gaussian noise: the numbers of ``torch.randn`` on a CPU and on a CUDA GPU, from numpy alone.
 
-Legend
+A seed means one picture with torch's CPU generator and another with its CUDA generator, so both are
+here: `make_noise` takes "cpu" (diffusers with a CPU generator, ComfyUI) or "cuda" (diffusers with a
+CUDA generator, Automatic1111).
+
+Legend of the CPU generator
     u32     one output of the generator, the Mersenne Twister MT19937 (Matsumoto and Nishimura 1998)
     u       a uniform number in [0, 1): the low 24 bits of one u32 (float32), or the low 53 bits of
             two u32, the first one high (float64)
     z       a normal number, by Box and Muller (1958): sqrt(-2 ln(1 - u)) times cos or sin(2 pi u')
 
-Source: PyTorch, ``aten/src/ATen/native/cpu/DistributionTemplates.h`` (``normal_fill``) and
-``aten/src/ATen/core/DistributionsHelper.h`` (``normal_distribution<double>``).
+Sources: PyTorch, ``aten/src/ATen/native/cpu/DistributionTemplates.h`` (``normal_fill``),
+``aten/src/ATen/core/DistributionsHelper.h`` (``normal_distribution<double>``) and
+``aten/src/ATen/native/cuda/DistributionTemplates.h`` (``calc_execution_policy`` and the grid-stride
+kernel below it).
 """
 
 import math
 import operator
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
+from runtime.philox import curand_normal, philox4x32
 
-__all__ = ["MAX_SEED", "TorchNoise"]
+__all__ = ["MAX_SEED", "NOISES", "Noise", "PhiloxNoise", "TorchNoise", "make_noise"]
 
 MAX_SEED = 2**64 - 1
 
 _BLOCK = 16  # torch fills 16 normal numbers at a time: 8 cosines, then their 8 sines
 _TWO_PI = np.float32(2 * math.pi)
+_CHUNK = 2**13  # threads of the GPU computed at once: what they need stays in the cache
 
 
 class TorchNoise:
@@ -43,17 +53,7 @@ class TorchNoise:
 
     def __init__(self, seed: int) -> None:
         """Open the stream at its beginning."""
-        try:
-            seed = operator.index(seed)
-        except TypeError:
-            raise RequestError(
-                f"seed is {seed!r}; it must be an integer from 0 to {MAX_SEED}"
-            ) from None
-        if not 0 <= seed <= MAX_SEED:
-            raise RequestError(
-                f"seed is {seed}, outside 0 to {MAX_SEED}; choose a seed in that range"
-            )
-        self._twister = np.random.RandomState(seed & 0xFFFF_FFFF)
+        self._twister = np.random.RandomState(_checked(seed) & 0xFFFF_FFFF)
         self._spare: float | None = None  # the second number of a pair drawn by `_few`
 
     def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -98,6 +98,94 @@ class TorchNoise:
     def _uniform64(self) -> float:
         high, low = (int(word) for word in self._twister.randint(0, 2**32, 2, dtype=np.uint32))
         return ((high << 32 | low) & (2**53 - 1)) / 2**53
+
+
+class PhiloxNoise:
+    """The stream of normal numbers that torch draws on a CUDA GPU from one seed.
+
+    ``PhiloxNoise(seed).normal(shape)`` equals ``torch.randn(shape, device="cuda",
+    generator=torch.Generator("cuda").manual_seed(seed))`` within 1e-6 (a GPU's logarithm and sine
+    are approximate), and every later draw equals torch's next draw. Half precision on a GPU is
+    these numbers, rounded.
+
+    A GPU runs a limited number of threads at once, and gives a second number to the same thread
+    when there are more numbers than threads. So all GPUs agree on a draw as long as each has as
+    many threads as the draw has numbers, and differ beyond. A draw of 512 x 512 pixels has 16,384
+    numbers, of 1024 x 1024 pixels 65,536; a Tesla T4 has 40,960 threads, an RTX 3060 43,008, a 3090
+    125,952, a 4090 196,608, an A100 221,184.
+
+    Args:
+        seed: 0 to 2**64 - 1; all 64 bits choose the stream.
+        threads: of the GPU: its multiprocessors times the threads of each (128 x 1536 of an
+            RTX 4090). None is a GPU of any size, which is also what Automatic1111 computes with
+            "RNG: NV".
+
+    Raises:
+        RequestError: the seed is not an integer in that range, or threads is no multiple of 256.
+    """
+
+    def __init__(self, seed: int, threads: int | None = None) -> None:
+        """Open the stream at its beginning."""
+        if threads is not None and (type(threads) is not int or threads < 1 or threads % 256):
+            raise RequestError(
+                f"threads is {threads!r}; give a multiple of 256, such as {128 * 1536} for an "
+                "RTX 4090, or None"
+            )
+        self._key = _checked(seed)
+        self._threads = threads
+        self._calls = 0  # that each thread has made so far, the counter's lower half
+
+    def normal(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Draw independent numbers of mean 0 and variance 1.
+
+        Args:
+            shape: any shape of up to 2**29 numbers, from where torch draws them in parts
+
+        Returns:
+            (*shape), float32
+        """
+        values = np.empty(math.prod(shape), np.float32)
+        threads = min(self._threads or values.size, values.size)
+        for start in range(0, values.size, 4 * threads or 1):
+            self._fill(values[start : start + 4 * threads], threads)
+            self._calls += 1
+        return values.reshape(shape)
+
+    def _fill(self, values: NDArray[np.float32], threads: int) -> None:
+        """Fill up to four numbers for each thread: all the first ones, all the second ones, ..."""
+        low, high = np.uint64(self._calls & 0xFFFF_FFFF), np.uint64(self._calls >> 32)
+        for first in range(0, threads, _CHUNK):
+            thread = np.arange(first, min(first + _CHUNK, threads), dtype=np.uint64)
+            words = philox4x32((low, high, thread, np.uint64(0)), self._key)
+            for output, start in enumerate(range(first, values.size, threads)):
+                part = values[start : start + thread.size]
+                part[:] = curand_normal(words, output)[: part.size]
+
+
+Noise: TypeAlias = TorchNoise | PhiloxNoise
+NOISES: Mapping[str, Callable[[int], Noise]] = {"cpu": TorchNoise, "cuda": PhiloxNoise}
+
+
+def make_noise(kind: str, seed: int) -> Noise:
+    """Open the stream of one seed, of torch's generator on a "cpu" or on a "cuda" GPU.
+
+    Raises RequestError for another kind, and for a seed outside 0 to 2**64 - 1.
+    """
+    if kind not in tuple(NOISES):
+        raise RequestError(f"noise is {kind!r}; choose one of {', '.join(NOISES)}")
+    return NOISES[kind](seed)
+
+
+def _checked(seed: int) -> int:
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        raise RequestError(
+            f"seed is {seed!r}; it must be an integer from 0 to {MAX_SEED}"
+        ) from None
+    if not 0 <= seed <= MAX_SEED:
+        raise RequestError(f"seed is {seed}, outside 0 to {MAX_SEED}; choose a seed in that range")
+    return seed
 
 
 def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
