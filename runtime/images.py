@@ -12,6 +12,7 @@ from PIL import Image, PngImagePlugin
 
 from engine.cache import write_atomically
 from engine.errors import OutputError, RequestError
+from runtime.parameters import PARAMETERS_KEY, format_parameters, parse_parameters
 
 SETTINGS_KEY = "latentrt"  # the PNG text chunk that holds the settings as JSON
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -73,6 +74,7 @@ def check_output(path: Path) -> None:
 def write_image(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
     """Write a picture, whole or not at all; a PNG also holds the settings it was made with.
 
+    They are there as JSON and, where they name a prompt and a sampler, as Automatic1111 has them.
     Raises OutputError when it cannot be written; a file that was there then stays as it was.
     """
     check_output(path)
@@ -86,17 +88,23 @@ def write_image(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> 
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings that a PNG of ours was made with, or None; raises RequestError."""
+    """Return the settings that a PNG of ours or of Automatic1111 was made with, or None.
+
+    Raises RequestError when it is no picture.
+    """
     try:
         with Image.open(path) as file:
-            text = file.info.get(SETTINGS_KEY)
-        settings = json.loads(text) if isinstance(text, str) else None
-    except (OSError, ValueError, SyntaxError) as error:
+            texts = [file.info.get(key) for key in (SETTINGS_KEY, PARAMETERS_KEY)]
+        ours, others = (text if isinstance(text, str) else None for text in texts)
+        settings = json.loads(ours) if ours else parse_parameters(others or "")
+    except (OSError, ValueError, SyntaxError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read as a picture ({error})") from error
-    return settings if isinstance(settings, dict) else None
+    return settings if isinstance(settings, dict) and settings else None
 
 
 def _chunk(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False), zip=False)
+    if {"prompt", "sampler"} <= settings.keys():
+        chunk.add_text(PARAMETERS_KEY, format_parameters(settings))
     return chunk
