@@ -1,0 +1,98 @@
+"""Upscaling between two passes ("hires fix"): latents or pixels become larger, then are refined.
+
+Latents are resampled as by torch's `interpolate` with `align_corners=False`: separably, with one
+matrix for the rows and one for the columns. The cubic kernel is that of Keys (1981), equation 4,
+with a = -0.75, and a = -0.5 where torch smooths against aliasing.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.errors import RequestError
+
+__all__ = ["MODES", "PIXELS", "UPSCALERS", "upscale_latents", "upscale_pixels"]
+
+Kernel = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+MODES = {  # by Automatic1111's names
+    "latent": "bilinear",
+    "latent (antialiased)": "bilinear-antialiased",
+    "latent (bicubic)": "bicubic",
+    "latent (bicubic antialiased)": "bicubic-antialiased",
+    "latent (nearest)": "nearest",
+    "latent (nearest-exact)": "nearest-exact",
+}
+PIXELS = "lanczos"
+UPSCALERS = (PIXELS, *MODES.values())  # of hires fix; the first enlarges pixels, the rest latents
+
+
+def upscale_latents(
+    latents: NDArray[np.float32], height: int, width: int, mode: str = "bilinear"
+) -> NDArray[np.float32]:
+    """Resample latents.
+
+    Args:
+        latents: (B, C, h, w) float32.
+        height, width: of the result, in cells of the latents, not pixels.
+        mode: a value of `MODES`, or the name that it has in Automatic1111, in any case.
+
+    Returns:
+        (B, C, height, width) float32
+
+    Raises:
+        RequestError: there is no such mode.
+    """
+    chosen = MODES.get(mode.lower(), mode.lower())
+    if chosen not in MODES.values():
+        raise RequestError(
+            f"latents are not upscaled by {mode!r}; choose one of {', '.join(MODES.values())}"
+        )
+    rows = _matrix(latents.shape[2], height, chosen)
+    columns = _matrix(latents.shape[3], width, chosen)
+    resampled: NDArray[np.float32] = (rows @ latents @ columns.T).astype(np.float32)
+    return resampled
+
+
+def upscale_pixels(image: Image.Image, *, height: int, width: int) -> Image.Image:
+    """Resize a picture to (height, width) pixels with Lanczos' kernel."""
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _matrix(old: int, new: int, mode: str) -> NDArray[np.float64]:
+    """Return the weights (new, old) of the old places in each new one."""
+    if mode.startswith("nearest"):
+        return np.eye(old)[_nearest(old, new, 0.5 if mode == "nearest-exact" else 0.0)]
+    centers = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
+    smooth = mode.endswith("-antialiased")
+    cubic = partial(_cubic, a=-0.5 if smooth else -0.75)
+    kernel: Kernel = cubic if mode.startswith("bicubic") else _triangle
+    if smooth:
+        weights: NDArray[np.float64] = kernel((np.arange(old) - centers) / max(old / new, 1))
+        weights /= weights.sum(axis=1, keepdims=True)
+        return weights
+    taps = np.floor(centers) + np.arange(-1, 3)
+    matrix = np.zeros((new, old))
+    within = taps.clip(0, old - 1).astype(int)  # beyond the edge, its own value goes on
+    np.add.at(matrix, (np.arange(new)[:, None], within), kernel(taps - centers))
+    return matrix
+
+
+def _nearest(old: int, new: int, shift: float) -> NDArray[np.int64]:
+    """Return the old place of each new one, with torch's float32 scale: it decides ties."""
+    scaled = (np.arange(new) + shift) * float(np.float32(old) / np.float32(new))
+    return np.floor(scaled.astype(np.float32)).astype(np.int64).clip(0, old - 1)
+
+
+def _triangle(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (1 - abs(distance)).clip(0, None)
+
+
+def _cubic(distance: NDArray[np.float64], a: float) -> NDArray[np.float64]:
+    d = abs(distance)
+    near = ((a + 2) * d - (a + 3)) * d**2 + 1
+    far = a * (((d - 5) * d + 8) * d - 4)
+    return np.where(d < 1, near, np.where(d < 2, far, 0.0))
