@@ -1,7 +1,7 @@
 """What the UNet is told beside the latent: the texts, and in XL the pooled text and the sizes.
 
 Rows of every array are groups of conditionings, [uncond, cond], each for every picture. The texts
-are read with the syntax of `runtime.prompt`; what that changes from step to step is `changes`.
+are read with the syntax of `runtime.prompt`, by which they may change from call to call.
 """
 
 import math
@@ -17,14 +17,15 @@ from engine.errors import RequestError
 from engine.model import Model
 from engine.signature import Part, TextPart
 from runtime.chunks import Chunk, emphasize, make_chunks
+from runtime.guidance import Guidance
 from runtime.kept import Kept
 from runtime.prompt import schedule
 from runtime.tokenizer import Tokenizer, check_text, load_tokenizers
 
-__all__ = ["Conditioning", "Encoder", "Texts"]
+__all__ = ["Encoder", "Texts"]
 
 Array = NDArray[np.float32]
-Groups = tuple[tuple[str, ...], ...]  # as in Texts
+Groups = tuple[tuple[str, ...], ...]  # of texts, at one call
 
 # What the refiner is told: pictures that people liked, and for the negative prompt others.
 # (Podell et al. 2023, arXiv:2307.01952; the numbers are those of the published pipeline.)
@@ -34,34 +35,23 @@ MAX_ROWS = 256  # of one call of a text encoder, which bounds its memory
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Texts:
-    """The texts of one call, and how much of each counts.
+    """The texts of one call.
 
-    groups: for each conditioning one text for every prompt; the last is the prompts themselves
-    weights: of the groups, [1 - s, s] for classifier-free guidance
+    negatives: the groups that guidance moves away from, each with one text for every prompt
+    prompts: the groups that it moves to, one for each part of the prompts
+    parts: (groups of prompts, prompts), how much each part counts; None for one part that counts 1
     repeats: pictures of each prompt
     """
 
-    groups: Sequence[Sequence[str]]
-    weights: Sequence[float]
-    repeats: int
+    negatives: Sequence[Sequence[str]] = ()
+    prompts: Sequence[Sequence[str]]
+    parts: NDArray[np.float64] | None = None
+    repeats: int = 1
 
     @property
     def pictures(self) -> int:
         """B."""
-        return len(self.groups[0]) * self.repeats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Conditioning:
-    """Inputs of the step that are not the latent's.
-
-    inputs: context (g, B, n, D), guidance (g, B); where the model takes them text_embeds
-        (g, B, P), time_ids (g, B, T), timestep_cond (B, E). n is that of the longest prompt
-    changes: for steps, counted from 0, what is from there on in place of some of the inputs
-    """
-
-    inputs: Mapping[str, Array]
-    changes: Mapping[int, Mapping[str, Array]]
+        return len(self.prompts[0]) * self.repeats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,42 +94,54 @@ class Encoder:
         return replace(self, tokenizers=tokenizers, extra=extra, kept=Kept())
 
     def condition(
-        self,
-        texts: Texts,
-        height: int,
-        width: int,
-        guidance_scale: float,
-        *,
-        steps: int = 1,
-        clip_skip: int = 1,
-    ) -> Conditioning:
+        self, texts: Texts, guidance: Guidance, height: int, width: int, *, clip_skip: int = 1
+    ) -> list[Mapping[str, Array]]:
         """Encode the texts, and add what else the model is told; height and width in pixels.
 
-        steps: calls of the UNet, which prompts that change count by
         clip_skip: 1, or 2 for the text encoder's states before its last layer
+        Returns for each call of the UNet its inputs that are not the latent's: context
+        (g, B, n, D), guidance (g, B); where the model takes them text_embeds (g, B, P), time_ids
+        (g, B, T), timestep_cond (B, E). n is that of the longest prompt; what is the same in
+        several calls is the same array.
         Raises RequestError for a text that is none.
         """
-        versions = _versions(texts.groups, steps)
-        distinct = [text for groups in versions.values() for group in groups for text in group]
-        encoded = self._encode(list(dict.fromkeys(distinct)), clip_skip)
+        embeds_scale = bool(self.model.unet.time_cond_proj_dim)  # such a model guides itself
+        guided = [scale > 1 and not embeds_scale for scale in guidance.scales]
+        shown = _shown(texts, guided)
+        distinct = dict.fromkeys(text for groups in shown for group in groups for text in group)
+        encoded = self._encode(list(distinct), clip_skip)
         told = {
-            groups: self._lay_out(groups, texts.repeats, encoded)
-            for groups in dict.fromkeys(versions.values())
+            groups: self._lay_out(groups, len(groups) - len(texts.prompts), texts.repeats, encoded)
+            for groups in dict.fromkeys(shown)
         }
-        weights = np.array(texts.weights, np.float32)
-        inputs = dict(told[versions.pop(0)])
-        inputs["guidance"] = np.repeat(weights[:, None], texts.pictures, 1)
-        unet = self.model.unet
         if self.model.is_xl:
-            inputs["time_ids"] = self._time_ids(texts, height, width)
-        if unet.time_cond_proj_dim:
-            row = embedded_guidance(guidance_scale, unet.time_cond_proj_dim)
-            inputs["timestep_cond"] = np.repeat(row[None], texts.pictures, 0)
-        changes = {step: told[groups] for step, groups in versions.items()}
-        return Conditioning(inputs=inputs, changes=changes)
+            for groups, inputs in told.items():
+                inputs["time_ids"] = self._time_ids(texts, len(groups), height, width)
+        counts = {
+            scale: self._counts(scale, texts, guidance) for scale in dict.fromkeys(guidance.scales)
+        }
+        return [
+            {**told[groups], **counts[scale]}
+            for groups, scale in zip(shown, guidance.scales, strict=True)
+        ]
+
+    def _counts(self, scale: float, texts: Texts, guidance: Guidance) -> dict[str, Array]:
+        """Say how much the groups count, or tell the model the scale where it guides itself."""
+        parts = np.ones((1, len(texts.prompts[0]))) if texts.parts is None else texts.parts
+        channels = self.model.unet.time_cond_proj_dim
+        weights = guidance.weights(1.0 if channels else scale, parts)
+        counts = {"guidance": np.repeat(weights, texts.repeats, axis=1)}
+        if channels:
+            row = embedded_guidance(scale, channels)
+            counts["timestep_cond"] = np.repeat(row[None], texts.pictures, 0)
+        return counts
 
     def _lay_out(
-        self, groups: Groups, repeats: int, encoded: Mapping[str, tuple[Array, Array]]
+        self,
+        groups: Groups,
+        negatives: int,
+        repeats: int,
+        encoded: Mapping[str, tuple[Array, Array]],
     ) -> dict[str, Array]:
         """Put encoded texts where they belong: the context, and in XL the pooled text."""
         rows = [[text for text in group for _ in range(repeats)] for group in groups]
@@ -148,7 +150,7 @@ class Encoder:
             for part in (0, 1)
         )
         if self.model.zeros_for_empty_prompt:
-            for group, negative in enumerate(rows[:-1]):
+            for group, negative in enumerate(rows[:negatives]):
                 empty = [not text for text in negative]
                 context[group, empty], pooled[group, empty] = 0, 0
         told: dict[str, Array] = {"context": context}
@@ -223,37 +225,39 @@ class Encoder:
         normed: Array = centered / np.sqrt(variance + np.float32(epsilon)) * scale + shift
         return normed
 
-    def _time_ids(self, texts: Texts, height: int, width: int) -> Array:
+    def _time_ids(self, texts: Texts, groups: int, height: int, width: int) -> Array:
         """Return (g, B, T): the size before cropping, the corner cropped at, then the size wanted.
 
         The refiner is told a score in place of the last (arXiv:2307.01952, section 2.2).
         """
         told = [height, width, 0, 0]
-        groups = len(texts.groups)
         if self.model.unet.addition_time_ids == len(told) + 1:
-            scores = [NEGATIVE_AESTHETIC_SCORE] * (groups - 1) + [AESTHETIC_SCORE]
+            negatives, prompts = groups - len(texts.prompts), len(texts.prompts)
+            scores = [NEGATIVE_AESTHETIC_SCORE] * negatives + [AESTHETIC_SCORE] * prompts
             rows = [[*told, score] for score in scores]
         else:
             rows = [[*told, height, width]] * groups
         return np.repeat(np.array(rows, np.float32)[:, None], texts.pictures, 1)
 
 
-def _versions(groups: Sequence[Sequence[str]], steps: int) -> dict[int, Groups]:
-    """Return the texts that each step begins with that changes them; steps count from 0."""
+def _shown(texts: Texts, guided: Sequence[bool]) -> list[Groups]:
+    """Return the groups of texts at each call, as prompts that change have them there."""
+    groups = [*(texts.negatives if any(guided) else ()), *texts.prompts]
     schedules = {}
     for text in dict.fromkeys(text for group in groups for text in group):
         check_text(text)
-        schedules[text] = schedule(text, steps)
-    starts = {end for texts in schedules.values() for end, _ in texts[:-1]}
+        schedules[text] = schedule(text, len(guided))
 
-    def at(start: int) -> Groups:
-        shown = {
-            text: next(version for end, version in texts if start < end)
-            for text, texts in schedules.items()
-        }
-        return tuple(tuple(shown[text] for text in group) for group in groups)
+    def at(text: str, call: int) -> str:
+        return next(version for end, version in schedules[text] if call < end)
 
-    return {start: at(start) for start in sorted({0, *starts})}
+    return [
+        tuple(
+            tuple(at(text, call) for text in group)
+            for group in (*(texts.negatives if negated else ()), *texts.prompts)
+        )
+        for call, negated in enumerate(guided)
+    ]
 
 
 def embedded_guidance(guidance_scale: float, channels: int) -> Array:

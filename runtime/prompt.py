@@ -3,7 +3,8 @@ r"""The syntax of prompts, as Automatic1111's web UI has it.
 (cat) counts 1.1 times, (cat:1.3) 1.3 times, [cat] 1/1.1 times; they nest. \( \) \[ \] are
 the brackets themselves. BREAK starts a new chunk of tokens. [cat:dog:0.4] becomes another text
 after that part of the steps, or after that step where the number has no point; [dog:0.4] appears
-then and [cat::0.4] vanishes. [cat|dog] alternates from step to step.
+then and [cat::0.4] vanishes. [cat|dog] alternates from step to step. `cat AND dog :0.5` is two
+prompts in one picture, the second at half its weight.
 
 Any text is a prompt: brackets that fit nothing are text. All of it takes linear time, and no
 depth of nesting is too deep.
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-__all__ = ["Piece", "escape", "parse", "schedule"]
+__all__ = ["Piece", "compose", "escape", "parse", "schedule"]
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_WEIGHT = 1e4  # of either sign; what is beyond makes no picture, and more would overflow
@@ -25,7 +26,8 @@ _ATTENTION = re.compile(rf"\\.?|[(\[\])]|:\s*+({_NUMBER})\s*+\)|[^\\()\[\]:]++|:
 _BREAK = re.compile(r"\bBREAK\b")
 _SCHEDULE = re.compile(r"(?:\\.?|[^\\()\[\]:|])++|.", re.DOTALL)
 _WHEN = re.compile(rf"{_NUMBER}(?:[eE][+-]?[0-9]+)?")
-_SYNTAX = re.compile(rf"[\\()\[\]]|{_BREAK.pattern}")
+_AND = re.compile(r"\\.|\bAND\b", re.DOTALL)
+_SYNTAX = re.compile(rf"[\\()\[\]]|{_BREAK.pattern}|\bAND\b")
 _OPENING = {")": "(", "]": "["}
 
 
@@ -39,6 +41,25 @@ class Piece(NamedTuple):
 def escape(text: str) -> str:
     """Return the prompt that means this text itself, whatever syntax is in it."""
     return _SYNTAX.sub(r"\\\g<0>", text)
+
+
+def compose(text: str) -> list[Piece]:
+    """Return the prompts that AND joins, for `schedule`, each with how much it counts.
+
+    A weight is read after a colon at a part's end, where there is an AND at all.
+    """
+    cuts = [match.span() for match in _AND.finditer(text) if match[0] == "AND"]
+    if not cuts:
+        return [Piece(text, 1.0)]
+    starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
+    return [_weighed(text[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def _weighed(part: str) -> Piece:
+    words, colon, number = part.rpartition(":")
+    if colon and _WHEN.fullmatch(number.strip()):
+        return Piece(words.strip(), max(-MAX_WEIGHT, min(MAX_WEIGHT, float(number))))
+    return Piece(part.strip(), 1.0)
 
 
 def parse(text: str) -> list[list[Piece]]:

@@ -12,6 +12,7 @@ from engine.errors import RequestError
 from runtime import Pipeline
 from runtime.chunks import emphasize, make_chunks
 from runtime.conditioning import Texts
+from runtime.guidance import Guidance
 from runtime.tokenizer import Tokenizer
 from tests.tolerances import PARITY_RTOL
 
@@ -194,8 +195,10 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize("clip_skip", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_states_are_those_of_transformers(pipeline, reference, case, clip_skip):
-    texts = Texts(groups=[["blurry"], [CASES[case]]], weights=[-1.0, 2.0], repeats=1)
-    told = pipeline.encoder.condition(texts, 128, 128, 2.0, clip_skip=clip_skip).inputs["context"]
+    texts = Texts(negatives=[["blurry"]], prompts=[[CASES[case]]])
+    guidance = Guidance.over(2.0, 1)
+    (given,) = pipeline.encoder.condition(texts, guidance, 128, 128, clip_skip=clip_skip)
+    told = given["context"]
     chunks = 2 if "long" in case else 1
     for group, words in ((0, [("blurry", 1.0)]), (1, WORDS[case])):
         assert_close(told[group, 0], encode(reference, words, chunks, clip_skip))
@@ -203,10 +206,9 @@ def test_states_are_those_of_transformers(pipeline, reference, case, clip_skip):
 
 def test_text_without_syntax_is_what_the_encoder_gives(pipeline):
     encoder = pipeline.encoder
-    told = encoder.condition(
-        Texts(groups=[[""], [CASES["plain"]]], weights=[-1.0, 2.0], repeats=1), 128, 128, 2.0
-    )
+    texts = Texts(negatives=[[""]], prompts=[[CASES["plain"]]])
+    (told,) = encoder.condition(texts, Guidance.over(2.0, 1), 128, 128)
     input_ids = encoder.tokenizers["text_encoder"](["", CASES["plain"]]).input_ids
     none = np.zeros((1, pipeline.model.text_encoders["text_encoder"].hidden_size), np.float32)
     plain = pipeline.engine("text_encoder").run({"input_ids": input_ids, "extra_embeddings": none})
-    np.testing.assert_array_equal(told.inputs["context"][:, 0], plain["last_hidden_state"])
+    np.testing.assert_array_equal(told["context"][:, 0], plain["last_hidden_state"])

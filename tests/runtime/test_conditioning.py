@@ -18,6 +18,7 @@ from runtime.conditioning import (
     Texts,
     embedded_guidance,
 )
+from runtime.guidance import Guidance
 from runtime.kept import Kept
 from runtime.tokenizer import Tokenizer, check_tokenizers, load_tokenizers
 from tests import published_configs as published
@@ -69,8 +70,10 @@ def xl(**facts):
     return encoder(XL, both, **{"zeros_for_empty_prompt": True} | facts)
 
 
-def texts(*groups, weights=None, repeats=1):
-    return Texts(groups=groups, weights=weights or [1.0] * len(groups), repeats=repeats)
+def condition(ours, *groups, scale=5.0, steps=1, repeats=1, size=(HEIGHT, WIDTH), **wishes):
+    """Encode groups of texts, of which the last is the prompts."""
+    texts = Texts(negatives=groups[:-1], prompts=groups[-1:], repeats=repeats)
+    return ours.condition(texts, Guidance.over(scale, steps), *size, **wishes)
 
 
 def mark(text, name="text_encoder"):
@@ -79,20 +82,19 @@ def mark(text, name="text_encoder"):
 
 def test_one_encoder():
     ours, _ = encoder(UNetConfig.from_dict(published.UNET_SD15), {"text_encoder": CLIP_L})
-    given = ours.condition(texts(["", ""], ["a", "b"], weights=[-4.0, 5.0]), HEIGHT, WIDTH, 5.0)
-    assert set(given.inputs) == {"context", "guidance"}
-    context = given.inputs["context"]
+    (given,) = condition(ours, ["", ""], ["a", "b"])
+    assert set(given) == {"context", "guidance"}
+    context = given["context"]
     assert context.shape == (2, 2, 77, 768)
     assert context.dtype == np.float32
     expected = [[mark(""), mark("")], [mark("a"), mark("b")]]
     np.testing.assert_array_equal(context[..., 0, 0], expected)
-    assert given.inputs["guidance"].tolist() == [[-4.0, -4.0], [5.0, 5.0]]
-    assert given.changes == {}
+    assert given["guidance"].tolist() == [[-4.0, -4.0], [5.0, 5.0]]
 
 
 def test_two_encoders_are_put_side_by_side():
     ours, engines = xl()
-    given = ours.condition(texts(["no"], ["cat"], repeats=3), HEIGHT, WIDTH, 5.0).inputs
+    (given,) = condition(ours, ["no"], ["cat"], repeats=3)
     assert given["context"].shape == (2, 3, 77, 2048)
     first, second = mark("cat"), 2 * mark("cat", "text_encoder_2")
     assert first != second
@@ -106,29 +108,29 @@ def test_two_encoders_are_put_side_by_side():
 
 
 def test_the_sizes_that_xl_is_told():
-    given = xl()[0].condition(texts(["no"], ["cat"], repeats=2), HEIGHT, WIDTH, 5.0).inputs
+    (given,) = condition(xl()[0], ["no"], ["cat"], repeats=2)
     row = [HEIGHT, WIDTH, 0, 0, HEIGHT, WIDTH]
     assert given["time_ids"].tolist() == [[row, row], [row, row]]
 
 
 def test_the_scores_that_the_refiner_is_told():
     ours, _ = encoder(REFINER, {"text_encoder_2": CLIP_G})
-    given = ours.condition(texts(["no"], ["cat"]), HEIGHT, WIDTH, 5.0).inputs
+    (given,) = condition(ours, ["no"], ["cat"])
     told = [HEIGHT, WIDTH, 0, 0]
     assert given["time_ids"].tolist() == [[[*told, 2.5]], [[*told, 6.0]]]
     assert given["context"].shape == (2, 1, 77, 1280)
-    alone = ours.condition(texts(["cat"]), HEIGHT, WIDTH, 1.0).inputs
+    (alone,) = condition(ours, ["no"], ["cat"], scale=1.0)
     assert alone["time_ids"].tolist() == [[[*told, 6.0]]]
 
 
 def test_an_empty_negative_prompt_is_zeros_where_the_model_says_so():
     ours, _ = xl()
-    given = ours.condition(texts(["", "no"], ["", "b"], repeats=2), HEIGHT, WIDTH, 5.0).inputs
+    (given,) = condition(ours, ["", "no"], ["", "b"], repeats=2)
     for name in ("context", "text_embeds"):
         zeros = [[not rows.any() for rows in group] for group in given[name]]
         assert zeros == [[True, True, False, False], [False] * 4], "and no empty prompt"
-    told = xl(zeros_for_empty_prompt=False)[0].condition(texts([""], ["b"]), HEIGHT, WIDTH, 5.0)
-    assert told.inputs["context"].all()
+    (told,) = condition(xl(zeros_for_empty_prompt=False)[0], [""], ["b"])
+    assert told["context"].all()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1.5, 7.5, 8.0, 20.0])
@@ -146,14 +148,17 @@ def test_an_embedded_guidance_scale_is_that_of_diffusers(scale, channels):
 def test_a_model_that_is_told_its_guidance():
     unet = replace(UNetConfig.from_dict(published.UNET_SD15), time_cond_proj_dim=256)
     ours, _ = encoder(unet, {"text_encoder": CLIP_L})
-    given = ours.condition(texts(["a", "b"]), HEIGHT, WIDTH, 8.0).inputs
-    np.testing.assert_array_equal(given["timestep_cond"], [embedded_guidance(8.0, 256)] * 2)
+    first, last = condition(ours, ["no", "no"], ["a", "b"], scale=(8.0, 2.0), steps=2)
+    np.testing.assert_array_equal(first["timestep_cond"], [embedded_guidance(8.0, 256)] * 2)
+    np.testing.assert_array_equal(last["timestep_cond"], [embedded_guidance(2.0, 256)] * 2)
+    assert first["guidance"].tolist() == [[1, 1]], "it guides itself, in one group"
+    assert first["context"] is last["context"]
 
 
 def test_long_prompts_are_as_long_as_the_longest():
     ours, engines = xl()
     long = "1 " * 76
-    given = ours.condition(texts(["", "no"], ["cat", long]), HEIGHT, WIDTH, 5.0).inputs
+    (given,) = condition(ours, ["", "no"], ["cat", long])
     assert given["context"].shape == (2, 2, 154, 2048)
     first, second, empty = mark("1 " * 75), mark("1"), mark("")
     marks = given["context"][..., ::77, 0]
@@ -169,29 +174,25 @@ def test_long_prompts_are_as_long_as_the_longest():
 def test_many_texts_are_encoded_in_parts():
     ours, engines = encoder(UNetConfig.from_dict(published.UNET_SD15), {"text_encoder": CLIP_L})
     words = [f"{a} {b}" for a in "abcdefghijklmnopq" for b in "abcdefghijklmnopq"]
-    told = ours.condition(texts(words), 64, 64, 1.0).inputs["context"]
-    assert told[0, :, 0, 0].tolist() == [mark(text) for text in words]
+    (told,) = condition(ours, words)
+    assert told["context"][0, :, 0, 0].tolist() == [mark(text) for text in words]
     rows = [len(call["input_ids"]) for call in engines["text_encoder"].calls]
     assert rows == [256, 33]
 
 
 def test_the_pooled_text_has_no_weights():
     ours, _ = xl()
-    plain, weighted = (
-        ours.condition(texts([text]), HEIGHT, WIDTH, 5.0).inputs for text in ("cat", "(cat:2)")
-    )
+    plain, weighted = (condition(ours, [text])[0] for text in ("cat", "(cat:2)"))
     np.testing.assert_array_equal(plain["text_embeds"], weighted["text_embeds"])
     assert not np.array_equal(plain["context"], weighted["context"])
 
 
 def test_prompts_that_change():
     ours, engines = xl()
-    groups = texts(["", "[no:yes:5]"], ["[cat:dog:0.3]", "a [b|c]"])
-    given = ours.condition(groups, HEIGHT, WIDTH, 5.0, steps=10)
-    assert sorted(given.changes) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    now, seen = dict(given.inputs), []
-    for step in range(10):
-        now |= given.changes.get(step, {})
+    groups = ["", "[no:yes:5]"], ["[cat:dog:0.3]", "a [b|c]"]
+    given, seen = condition(ours, *groups, steps=10), []
+    assert len({id(now["context"]) for now in given}) == 6, "what is the same is the same array"
+    for now in given:
         marks = now["text_embeds"][..., 0] / 2
         np.testing.assert_array_equal(now["context"][..., 0, 768], 2 * marks + 0.5 * (marks > 0))
         seen.append(marks.tolist())
@@ -208,17 +209,63 @@ def test_prompts_that_change():
     assert [len(e.calls) for e in engines.values()] == [1, 1]
 
 
+def test_calls_that_are_not_guided_see_the_prompts_alone():
+    ours, _ = xl()
+    given = ours.condition(
+        Texts(negatives=[["no"]], prompts=[["cat"]]),
+        Guidance.over((5.0, 3.0), 5, (0.2, 0.8)),
+        HEIGHT,
+        WIDTH,
+    )
+    assert [now["guidance"][:, 0].tolist() for now in given] == [
+        [1],
+        [-3.5, 4.5],
+        [-3, 4],
+        [-2.5, 3.5],
+        [1],
+    ]
+    for now in given:
+        assert {len(now[name]) for name in ("context", "text_embeds", "time_ids")} == {
+            len(now["guidance"])
+        }
+    assert given[0]["context"] is given[4]["context"]
+    np.testing.assert_array_equal(given[0]["context"], given[1]["context"][1:])
+
+
+def test_negatives_that_no_call_sees_are_not_encoded():
+    ours, engines = xl()
+    condition(ours, ["no"], ["cat"], scale=1.0)
+    assert [len(engine.calls[0]["input_ids"]) for engine in engines.values()] == [1, 1]
+
+
+def test_composed_prompts_and_two_sided_guidance():
+    ours, _ = encoder(REFINER, {"text_encoder_2": CLIP_G})
+    parts = np.array([[1.0, 1.0], [0.5, 0.0]])
+    texts = Texts(
+        negatives=[["", ""], ["no", "no"]],
+        prompts=[["cat", "a"], ["dog", "a"]],
+        parts=parts,
+        repeats=2,
+    )
+    (given,) = ours.condition(texts, Guidance.over(4.0, 1, negative_scale=2.0), HEIGHT, WIDTH)
+    uncond = [1 - 4 * 1.5 + 2] * 2 + [1 - 4 + 2] * 2
+    assert given["guidance"].tolist() == [uncond, [-2] * 4, [4] * 4, [2, 2, 0, 0]]
+    assert given["context"].shape[:2] == (4, 4)
+    assert given["time_ids"][:, 0, -1].tolist() == [2.5, 2.5, 6.0, 6.0]
+    assert np.allclose(given["guidance"].sum(0), 1)
+
+
 def test_the_same_texts_are_not_encoded_again():
     ours, engines = xl()
-    told = [ours.condition(texts(["no"], ["cat"]), HEIGHT, WIDTH, 5.0).inputs for _ in range(2)]
+    told = [condition(ours, ["no"], ["cat"])[0] for _ in range(2)]
     calls = [len(engine.calls) for engine in engines.values()]
     assert calls == [1, 1]
     np.testing.assert_array_equal(told[0]["context"], told[1]["context"])
     told[0]["context"][:] = 0
-    again = ours.condition(texts(["no"], ["cat"], repeats=2), 512, 512, 3.0).inputs
+    (again,) = condition(ours, ["no"], ["cat"], repeats=2, scale=3.0, size=(512, 512))
     np.testing.assert_array_equal(again["context"][:, :1], told[1]["context"])
-    ours.condition(texts(["no"], ["dog"]), HEIGHT, WIDTH, 5.0)
-    ours.forgetful().condition(texts(["no"], ["cat"]), HEIGHT, WIDTH, 5.0)
+    condition(ours, ["no"], ["dog"])
+    condition(ours.forgetful(), ["no"], ["cat"])
     assert [len(engine.calls) for engine in engines.values()] == [3, 3]
 
 
@@ -254,14 +301,14 @@ def test_taught_words_are_rows_after_the_vocabulary(teachable, tmp_path):
     taught = ours.taught(
         [embedding("<one>", 1, tmp_path, **widths), embedding("<two>", 2, tmp_path, **widths)]
     )
-    taught.condition(texts(["<two> <one>"]), HEIGHT, WIDTH, 5.0)
+    condition(taught, ["<two> <one>"])
     for name, width in widths.items():
         call = engines[name].calls[-1]
         assert call["input_ids"][0, 1:5].tolist() == [49409, 49410, 49408, 49407]
         np.testing.assert_array_equal(call["extra_embeddings"][:, 0], [1, 2, 2])
         assert call["extra_embeddings"].shape == (3, width)
     again = taught.taught([])
-    again.condition(texts(["<two> <one>"]), HEIGHT, WIDTH, 5.0)
+    condition(again, ["<two> <one>"])
     assert engines["text_encoder"].calls[-1]["input_ids"].max() == 49407
     assert engines["text_encoder"].calls[-1]["extra_embeddings"].shape == (1, 768)
 
