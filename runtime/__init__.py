@@ -1,7 +1,8 @@
 """Text-to-image latent diffusion without torch: `Pipeline.load("pictogram")("a red apple")`."""
 
-from runtime.pipeline import Pipeline
-from runtime.plan import Plan, Progress, Result
-from runtime.request import Request
+from runtime.denoiser import Progress
+from runtime.pipeline import Pipeline, Result
+from runtime.plan import Plan
+from runtime.request import Hires, Request
 
-__all__ = ["Pipeline", "Plan", "Progress", "Request", "Result"]
+__all__ = ["Hires", "Pipeline", "Plan", "Progress", "Request", "Result"]

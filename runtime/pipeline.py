@@ -1,15 +1,14 @@
 """From a prompt to pictures: tokenise, encode, draw noise, step, decode.
 
-Image-to-image changes the starting registers and the first step, nothing else. An adapter changes
-weights before the first step, nothing else.
+Image-to-image changes the starting registers and the first step, nothing else; inpainting adds two
+registers and a mask. An adapter changes weights before the first step, nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
@@ -20,18 +19,26 @@ from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
 from engine.signature import Part, TextPart
-from runtime.conditioning import Encoder, Texts
-from runtime.images import as_rgb
-from runtime.noise import TorchNoise
-from runtime.plan import Array, Plan, Progress, Result
-from runtime.prompt import escape
+from runtime.canvas import paste_back
+from runtime.conditioning import Encoder
+from runtime.denoiser import Denoiser, Progress
+from runtime.plan import Array, Plan, make_plan
 from runtime.request import Request
-from runtime.samplers import program
 from runtime.schedule import NoiseSchedule
 from runtime.tokenizer import Tokenizer, load_tokenizers
+from runtime.upscaling import PIXELS
 
-STEPS, GUIDANCE_SCALE = 20, 5.0  # of a model that recommends none
-GRAY = 128
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """The pictures, in the order of the prompts, and what each was made with.
+
+    settings: of each picture, as `runtime.images.write_image` keeps them in a file
+    """
+
+    images: list[Image.Image]
+    seeds: list[int]
+    settings: Sequence[Mapping[str, Any]]
 
 
 class Pipeline:
@@ -50,6 +57,7 @@ class Pipeline:
         self._loaded = LoadedModel(model, open_part)
         self.encoder = Encoder(model=model, tokenizers=tokenizers, engine=self.engine)
         self.schedule = NoiseSchedule.from_config(model.scheduler)
+        self._denoiser = Denoiser(model=model, schedule=self.schedule, engine=self.engine)
 
     @classmethod
     def load(
@@ -124,181 +132,40 @@ class Pipeline:
         """Return a part's engine, opening it at the first call."""
         return self._loaded.engine(part)
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        negative_prompt: str | Sequence[str] = "",
-        num_images_per_prompt: int = 1,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: str = "ddim",
-        schedule: str | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        seed: int | None = None,
-        image: Image.Image | None = None,
-        strength: float = 0.8,
-        eta: float = 0.0,
-        prompt_syntax: bool = True,
-        clip_skip: int = 1,
-    ) -> Result:
-        """Draw pictures; the arguments are those of `Request`.
+    def __call__(self, prompt: str | Sequence[str], **wishes: Any) -> Result:
+        """Draw pictures; `wishes` are the other fields of `Request`.
 
         Raises RequestError for a wish that cannot be fulfilled, BackendError when an engine fails.
         """
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            schedule=schedule,
-            height=height,
-            width=width,
-            seed=seed,
-            image=image,
-            strength=strength,
-            eta=eta,
-            prompt_syntax=prompt_syntax,
-            clip_skip=clip_skip,
-        )
-        plan = self.plan(request)
+        plan = self.plan(Request(prompt=prompt, **wishes))
         for progress in self.denoise(plan):
             latents = progress.latents
-        return Result(images=self.decode(latents), seeds=plan.seeds, warnings=plan.warnings)
+        return Result(images=self.pictures(plan, latents), seeds=plan.seeds, settings=plan.settings)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model, compute its sampler and encode its texts.
 
         Every engine that the request needs is open then: what is damaged is found before a step.
         """
-        model, compression = self.model, self.model.vae.compression
-        height, width = request.size(model.sample_size * compression, compression)
-        num_steps = request.num_inference_steps
-        if num_steps is None:
-            num_steps = model.steps or STEPS
-        scale = request.guidance_scale
-        if scale is None:
-            scale = model.guidance_scale or GUIDANCE_SCALE
-        steps = program(
-            request.sampler,
-            self.schedule,
-            int(num_steps),
-            schedule=request.schedule,
-            strength=None if request.image is None else request.strength,
-            eta=request.eta,
-        )
-        groups, weights = [request.prompts()], [1.0]
-        if scale > 1 and not model.unet.time_cond_proj_dim:  # such a model is told the scale
-            groups, weights = [request.negative_prompts(), *groups], [1.0 - scale, scale]
-        if not request.prompt_syntax:
-            groups = [[escape(text) for text in group] for group in groups]
-        texts = Texts(groups=groups, weights=weights, repeats=request.num_images_per_prompt)
-        for part in self._parts(request):
+        plan = make_plan(request, self.model, self.schedule, self.encoder)
+        parts: list[Part] = ["step", "vae_decoder"]
+        if plan.image is not None or plan.upscaler == PIXELS or self.model.is_inpainting:
+            parts.append("vae_encoder")
+        for part in parts:
             self.engine(part)
-        conditioning = self.encoder.condition(
-            texts,
-            height,
-            width,
-            scale,
-            steps=len(steps.timesteps),
-            clip_skip=request.clip_skip,
-        )
-        return Plan(
-            program=steps,
-            conditioning=conditioning.inputs,
-            num_inference_steps=int(num_steps),
-            guidance_scale=scale,
-            seeds=request.seeds(),
-            height=height,
-            width=width,
-            image=request.image,
-            warnings=(),
-            changes=conditioning.changes,
-        )
+        return plan
 
     def denoise(self, plan: Plan) -> Iterator[Progress]:
-        """Run the sampler; yields after every step. To cancel, stop iterating."""
-        steps, batch = plan.program, len(plan.seeds)
-        noises = [TorchNoise(seed) for seed in plan.seeds]
-        shape = self._latent_shape(plan)
-        engine = self.engine("step")
-        registers = np.zeros((batch, steps.matrices.shape[1], *shape), np.float32)
-        registers[:, 0] = self._start(plan, noises, shape)
-        constant = {**plan.conditioning, **self._masked(plan, noises, shape)}
-        no_noise = np.zeros((batch, *shape), np.float32)
-        total = len(steps.timesteps)
-        for i in range(total):
-            constant |= plan.changes.get(i, {})
-            draws = steps.needs_noise[i]
-            inputs: dict[str, NDArray[Any]] = {
-                **constant,
-                "registers": registers,
-                "matrices": _rows(steps.matrices[i], batch),
-                "timestep": _rows(steps.timesteps[i], batch),
-                "input_scale": _rows(steps.input_scales[i], batch),
-                "noise": _draw(noises, shape) if draws else no_noise,
-            }
-            registers = engine.run(inputs)["next_registers"]
-            yield Progress(step=i + 1, total=total, latents=registers[:, 0])
+        """Run the sampler; yields after every call of the UNet. To cancel, stop iterating."""
+        return self._denoiser.run(plan)
 
     def decode(self, latents: Array) -> list[Image.Image]:
         """Decode latents (B, C, h, w) into pictures of 8 h by 8 w pixels."""
-        pixels = self.engine("vae_decoder").run({"latents": np.ascontiguousarray(latents)})
-        return [Image.fromarray(picture) for picture in pixels["pixels"]]
+        return [Image.fromarray(pixels) for pixels in self._denoiser.decode(latents)]
 
-    def _parts(self, request: Request) -> list[Part]:
-        """Name the engines that a request needs."""
-        parts: list[Part] = [*self.model.text_encoders, "step", "vae_decoder"]
-        if request.image is not None or self.model.is_inpainting:
-            parts.append("vae_encoder")
-        return parts
-
-    def _masked(
-        self, plan: Plan, noises: list[TorchNoise], shape: tuple[int, ...]
-    ) -> dict[str, Array]:
-        """Tell an inpainting model that everything is masked, and what is left is gray."""
-        if not self.model.is_inpainting:
-            return {}
-        gray = np.full((plan.height, plan.width, 3), GRAY, np.uint8)
-        latents = self._encode(gray, noises, shape)
-        mask = np.ones_like(latents[:, :1])
-        return {"image_conditioning": np.concatenate([mask, latents], axis=1)}
-
-    def _encode(
-        self, pixels: NDArray[np.uint8], noises: list[TorchNoise], shape: tuple[int, ...]
-    ) -> Array:
-        """Encode one picture for all, each drawing its own from the posterior."""
-        inputs = {"pixels": _rows(pixels, len(noises)), "noise": _draw(noises, shape)}
-        latents: Array = self.engine("vae_encoder").run(inputs)["latents"]
-        return latents
-
-    def _start(self, plan: Plan, noises: list[TorchNoise], shape: tuple[int, ...]) -> Array:
-        """Return the latents that the first step sees; the draws' order is that of diffusers."""
-        steps = plan.program
-        signal: Array | np.float32 = np.float32(0)
-        if plan.image is not None:
-            size = (plan.width, plan.height)
-            picture = as_rgb(plan.image).resize(size, Image.Resampling.LANCZOS)
-            latents = self._encode(np.asarray(picture), noises, shape)
-            signal = np.float32(steps.signal_scale) * latents
-        started: Array = signal + np.float32(steps.noise_scale) * _draw(noises, shape)
-        return started
-
-    def _latent_shape(self, plan: Plan) -> tuple[int, int, int]:
-        vae = self.model.vae
-        return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
-
-
-def _draw(noises: list[TorchNoise], shape: tuple[int, ...]) -> Array:
-    """Draw from each picture's own generator, as diffusers does with a list of them."""
-    return np.concatenate([noise.normal((1, *shape)) for noise in noises])
-
-
-def _rows(value: Any, batch: int) -> NDArray[Any]:
-    """Repeat one picture's value for the whole batch; float64 becomes float32."""
-    value = np.asarray(value)
-    dtype = np.float32 if value.dtype == np.float64 else value.dtype
-    return np.repeat(value.astype(dtype)[None], batch, axis=0)
+    def pictures(self, plan: Plan, latents: Array) -> list[Image.Image]:
+        """Decode a plan's finished latents; outside its mask the image's own pixels come back."""
+        pictures = self.decode(latents)
+        if plan.mask is None or plan.image is None or plan.mask_blur is None:
+            return pictures
+        return [paste_back(new, plan.image, plan.mask, plan.mask_blur) for new in pictures]

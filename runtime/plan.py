@@ -1,53 +1,208 @@
-"""What a pipeline knows before, during and after the loop: plan, progress, result."""
+"""A request becomes a plan: everything that is known before the first step.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+What the request leaves open is filled in from its preset, then from what the model's authors
+recommend, then from the defaults here.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageChops
 
-from runtime.samplers import Program
+from engine.model import Model
+from runtime.canvas import extend, latent_mask
+from runtime.conditioning import Encoder, Texts
+from runtime.guidance import Guidance
+from runtime.images import as_rgb
+from runtime.presets import preset
+from runtime.request import Request
+from runtime.samplers import Program, program
+from runtime.schedule import NoiseSchedule
+
+__all__ = ["Plan", "make_plan"]
 
 Array = NDArray[np.float32]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Progress:
-    """The state after a step, for progress and previews.
-
-    step: 1 to total; latents: (B, C, height // 8, width // 8) float32
-    """
-
-    step: int
-    total: int
-    latents: Array
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Result:
-    """The pictures, in the order of the prompts, and what they were made with.
-
-    seeds: one for each picture; warnings: sentences for the user
-    """
-
-    images: list[Image.Image]
-    seeds: list[int]
-    warnings: tuple[str, ...]
+SAMPLER, STEPS, GUIDANCE_SCALE = "ddim", 20, 5.0
+STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plan:
-    """Everything that is known of a request before the first step."""
+    """One run of the loop, and the run that follows it.
+
+    conditioning: of each call of the UNet, as `runtime.conditioning` gives it
+    noise: whose random numbers the seeds mean; height, width: in pixels
+    image: RGB of that size, what the run starts from or is shown
+    mask: white where it is painted anew; cells: (1, height // 8, width // 8), the mask of latents
+    from_noise: whether the image leaves no trace in the start
+    settings: of each picture, what makes it again
+    hires: the run over the enlarged latents; upscaler: how they are enlarged
+    """
 
     program: Program
-    conditioning: Mapping[str, Array]  # inputs of the first step, of `runtime.conditioning`
-    num_inference_steps: int
-    guidance_scale: float
+    conditioning: Sequence[Mapping[str, Array]]
+    guidance_rescale: float
     seeds: list[int]
-    height: int  # pixels
+    noise: str
+    height: int
     width: int
-    image: Image.Image | None
-    warnings: tuple[str, ...]
-    changes: Mapping[int, Mapping[str, Array]] = field(default_factory=dict)
-    """By steps, counted from 0: what takes the place of conditioning there and after."""
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    cells: Array | None = None
+    mask_blur: float | None = None
+    from_noise: bool = True
+    settings: Sequence[Mapping[str, Any]] = ()
+    hires: "Plan | None" = None
+    upscaler: str = ""
+
+    def runs(self) -> Iterator["Plan"]:
+        """Yield this run and what follows it."""
+        yield self
+        if self.hires is not None:
+            yield self.hires
+
+    @property
+    def calls(self) -> int:
+        """How often the UNet is called, all runs together."""
+        return sum(len(run.program.timesteps) for run in self.runs())
+
+
+def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: Encoder) -> Plan:
+    """Check a request against a model, compute its sampler and encode its texts.
+
+    Raises RequestError for a wish that the model cannot fulfil.
+    """
+    wanted, multiple = _filled_in(request, model), model.vae.compression
+    image, mask = _canvas(wanted, multiple)
+    height, width = wanted.size(model.sample_size * multiple, multiple, image)
+
+    def run(steps: int, strength: float | None, height: int, width: int) -> Plan:
+        return _run(wanted, steps, strength, (height, width), schedule, encoder)
+
+    steps, strength = wanted.num_inference_steps, wanted.strength
+    assert steps is not None
+    assert strength is not None
+    first = run(steps, None if image is None else strength, height, width)
+    if image is not None:
+        first = replace(
+            first,
+            image=as_rgb(image).resize((width, height), Image.Resampling.LANCZOS),
+            mask=mask,
+            cells=None if mask is None else latent_mask(mask, height, width, multiple),
+            mask_blur=wanted.mask_blur,
+            from_noise=mask is not None and strength == 1,
+        )
+    first = replace(first, settings=_settings(wanted, first))
+    if wanted.hires is None:
+        return first
+    hires = wanted.hires
+    larger = (multiple * round(side * hires.scale / multiple) for side in (height, width))
+    second = run(hires.num_inference_steps or steps, hires.strength, *larger)
+    return replace(first, hires=replace(second, from_noise=False), upscaler=hires.upscaler)
+
+
+def _filled_in(request: Request, model: Model) -> Request:
+    """Return a request that leaves nothing open but its size."""
+    chosen = asdict(preset(request.preset, model)) if request.preset else {}
+    painted = request.mask is not None or request.extend is not None
+    if request.image is not None:
+        chosen["size"] = None
+    if request.sampler is not None:
+        chosen["schedule"] = None  # it was meant for another
+
+    def choose(name: str, *others: Any) -> Any:
+        choices = (getattr(request, name), chosen.get(name), *others)
+        return next((choice for choice in choices if choice is not None), None)
+
+    return replace(
+        request,
+        num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
+        guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
+        guidance_rescale=choose("guidance_rescale", 0.0),
+        sampler=choose("sampler", SAMPLER),
+        schedule=choose("schedule"),
+        height=choose("height", chosen.get("size")),
+        width=choose("width", chosen.get("size")),
+        strength=choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
+        seed=request.seeds(),  # drawn once for all runs
+    )
+
+
+def _canvas(request: Request, multiple: int) -> tuple[Image.Image | None, Image.Image | None]:
+    """Return the picture to start from, and where it is painted anew: the mask and the margins."""
+    if request.image is None or request.extend is None:
+        return request.image, request.mask
+    left, top, right, bottom = request.extend
+    canvas, margins = extend(
+        request.image, left=left, top=top, right=right, bottom=bottom, multiple=multiple
+    )
+    if request.mask is not None:
+        mask = Image.new("L", canvas.size)
+        mask.paste(request.mask.convert("L").resize(request.image.size), (left, top))
+        margins = ImageChops.lighter(margins, mask)
+    return canvas, margins
+
+
+def _run(
+    request: Request,
+    steps: int,
+    strength: float | None,
+    size: tuple[int, int],
+    schedule: NoiseSchedule,
+    encoder: Encoder,
+) -> Plan:
+    """Plan one run of the loop; strength is None where it starts from noise."""
+    assert request.sampler is not None
+    assert request.guidance_scale is not None
+    assert request.guidance_rescale is not None
+    matrices = program(
+        request.sampler,
+        schedule,
+        int(steps),
+        schedule=request.schedule,
+        strength=strength,
+        eta=request.eta,
+    )
+    guidance = Guidance.over(
+        request.guidance_scale,
+        len(matrices.timesteps),
+        request.guidance_interval,
+        request.negative_scale,
+    )
+    prompts, parts = request.composed()
+    negatives = [request.written(request.negative_prompts())]
+    if request.negative_scale is not None:
+        negatives.insert(0, [""] * len(negatives[0]))
+    texts = Texts(
+        negatives=negatives, prompts=prompts, parts=parts, repeats=request.num_images_per_prompt
+    )
+    return Plan(
+        program=matrices,
+        conditioning=encoder.condition(texts, guidance, *size, clip_skip=request.clip_skip),
+        guidance_rescale=request.guidance_rescale,
+        seeds=request.seeds(),
+        noise=request.noise,
+        height=size[0],
+        width=size[1],
+    )
+
+
+def _settings(request: Request, plan: Plan) -> list[dict[str, Any]]:
+    """Return for every picture the fields of the request that make it again, ready for JSON."""
+    own = ("prompt", "negative_prompt", "num_images_per_prompt", "preset", "seed", "image", "mask")
+    shared = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in own}
+    if request.hires is not None:
+        shared["hires"] = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
+    if request.image is None:
+        shared = {k: v for k, v in shared.items() if k not in ("strength", "mask_blur", "extend")}
+    shared |= {"height": plan.height, "width": plan.width}
+    texts = zip(request.prompts(), request.negative_prompts(), strict=True)
+    each = [pair for pair in texts for _ in range(request.num_images_per_prompt)]
+    return [
+        {"prompt": prompt, "negative_prompt": negative, "seed": seed, **shared}
+        for (prompt, negative), seed in zip(each, plan.seeds, strict=True)
+    ]

@@ -5,31 +5,78 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.noise import MAX_SEED
+from runtime.canvas import BLUR, MAX_BLUR, MAX_SIDE
+from runtime.checks import check_choice, check_number, check_picture, texts
+from runtime.noise import MAX_SEED, NOISES
+from runtime.prompt import Piece, compose, escape
+from runtime.upscaling import UPSCALERS
 
-MAX_SIDE = 8192  # pixels; a larger side is a slip of the keyboard
 MAX_IMAGES = 256
 MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
+MAX_PARTS = 16  # of a composed prompt: each is a row of every batch
+MAX_SCALE = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hires:
+    """A second run over the finished latents, enlarged: "hires fix".
+
+    scale: of both sides, above 1 and up to 8; the sides are rounded to what the model takes
+    strength: how far the second run goes from the enlarged picture, above 0 and up to 1
+    num_inference_steps: of the second run before `strength` shortens it; None takes the first's
+    upscaler: one of `runtime.upscaling.UPSCALERS`; "lanczos" enlarges the decoded pixels, the
+        others the latents
+    """
+
+    scale: float = 2.0
+    strength: float = 0.6
+    num_inference_steps: int | None = None
+    upscaler: str = "lanczos"
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could fulfil."""
+        check_number("the scale of hires", self.scale, Real, 1, 8)
+        check_number("the strength of hires", self.strength, Real, 0, 1)
+        if self.num_inference_steps is not None:
+            check_number("the steps of hires", self.num_inference_steps, Integral, 1, 10**6)
+        check_choice("the upscaler of hires", self.upscaler, UPSCALERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One call of a pipeline; names and meanings are those of diffusers.
+    """One call of a pipeline; names and meanings are those of diffusers where it has them.
 
     prompt, negative_prompt: a text or one text for each picture
     num_images_per_prompt: pictures drawn of every prompt, with seeds that count up
+    preset: "fast", "balanced", "quality" or "creative": what stands in for each None below
     num_inference_steps: None takes what the model is made for, or 20
-    guidance_scale: s of `uncond + s · (cond − uncond)`; up to 1 nothing is guided; None takes
-        what the model is made for, or 5
-    height, width: in pixels; None takes the image's, or what the model was trained on
-    seed: of the first picture; None draws one
-    image: where image-to-image starts from
-    strength: how far from the image to go, above 0 and up to 1
-    eta: of DDIM and TCD, 0 draws no noise
+    guidance_scale: s of `uncond + s · (cond − uncond)`; up to 1 nothing is guided; several numbers
+        are a curve over the run; None takes what the model is made for, or 5
+    guidance_rescale: 0 to 1, how far the guided output is brought back to the spread of the
+        text's own, against pictures that are burnt; None takes 0
+    guidance_interval: the part of the run that is guided; the rest costs half
+    negative_scale: how far to move from the negative prompt beside moving to the prompt, from the
+        empty one between them; None lets the negative prompt take the empty one's place
+    sampler: None takes "ddim"
     schedule: the sigma schedule, such as "karras"; None for the model's own
+    height, width: in pixels; None takes the image's, or what the model was trained on
+    seed: of the first picture, or one for each; None draws one
+    noise: whose random numbers a seed means, torch's on the "cpu" or on "cuda"
+    image: where image-to-image starts from
+    mask: where it is white the image is painted anew, where it is black it stays
+    mask_blur: pixels over which the new picture fades into the old one; None hands out what the
+        model made of the old one as well
+    extend: pixels by which the canvas reaches beyond the image, left, top, right and bottom; they
+        are painted anew
+    strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
+        something is painted anew
+    hires: a second, larger run
+    eta: of DDIM and TCD, 0 draws no noise
     prompt_syntax: whether prompts are read as `runtime.prompt` says, or every character is text
     clip_skip: 1, or 2 to leave out the text encoder's last layer, as XL does anyway (its number in
         Automatic1111; in diffusers it is one less)
@@ -38,15 +85,24 @@ class Request:
     prompt: str | Sequence[str]
     negative_prompt: str | Sequence[str] = ""
     num_images_per_prompt: int = 1
+    preset: str | None = None
     num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str = "ddim"
+    guidance_scale: float | Sequence[float] | None = None
+    guidance_rescale: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    negative_scale: float | None = None
+    sampler: str | None = None
     schedule: str | None = None
     height: int | None = None
     width: int | None = None
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
+    noise: str = "cpu"
     image: Image.Image | None = None
-    strength: float = 0.8
+    mask: Image.Image | None = None
+    mask_blur: float | None = BLUR
+    extend: tuple[int, int, int, int] | None = None
+    strength: float | None = None
+    hires: Hires | None = None
     eta: float = 0.0
     prompt_syntax: bool = True
     clip_skip: int = 1
@@ -56,36 +112,78 @@ class Request:
         steps = self.num_inference_steps
         if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool)):
             raise RequestError(f"num_inference_steps is {steps!r}; give a whole number")
-        if not isinstance(self.sampler, str):
-            raise RequestError(f"sampler is {self.sampler!r}; give a name, such as 'ddim'")
-        if not isinstance(self.schedule, str | None):
-            raise RequestError(f"schedule is {self.schedule!r}; give a name, such as 'karras'")
-        _check_number("strength", self.strength, Real, 0, 1)
-        _check_number("eta", self.eta, Real, 0, 1)
-        _check_number("clip_skip", self.clip_skip, Integral, 1, MAX_CLIP_SKIP)
+        for name, example in (("preset", "fast"), ("sampler", "ddim"), ("schedule", "karras")):
+            if not isinstance(getattr(self, name), str | None):
+                raise RequestError(
+                    f"{name} is {getattr(self, name)!r}; give a name, such as {example!r}"
+                )
+        check_number("eta", self.eta, Real, 0, 1)
+        check_number("clip_skip", self.clip_skip, Integral, 1, MAX_CLIP_SKIP)
         if not isinstance(self.prompt_syntax, bool):
             raise RequestError(f"prompt_syntax is {self.prompt_syntax!r}; give True or False")
-        if self.guidance_scale is not None:
-            _check_number("guidance_scale", self.guidance_scale, Real, 0, 1000)
-        _check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)
-        if self.seed is not None:
-            _check_number("seed", self.seed, Integral, 0, MAX_SEED)
-        if self.image is not None:
-            _check_image(self.image)
+        check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)
+        check_choice("noise", self.noise, tuple(NOISES))
+        self._check_guidance()
+        self._check_image()
         if not self.prompts():
             raise RequestError("prompt is an empty list; give one text or several")
         self.negative_prompts()
+        self.seeds()
+
+    def _check_guidance(self) -> None:
+        scales = self.guidance_scale
+        if scales is not None:
+            several = isinstance(scales, Sequence) and not isinstance(scales, str) and len(scales)
+            for scale in scales if several else [scales]:  # type: ignore[union-attr]
+                check_number("guidance_scale", scale, Real, 0, MAX_SCALE)
+        if self.guidance_rescale is not None:
+            check_number("guidance_rescale", self.guidance_rescale, Real, 0, 1)
+        if self.negative_scale is not None:
+            check_number("negative_scale", self.negative_scale, Real, 0, MAX_SCALE)
+        interval = self.guidance_interval
+        if not isinstance(interval, Sequence) or len(interval) != 2:
+            raise RequestError(
+                f"guidance_interval is {interval!r}; give two parts of the run, such as (0.0, 0.8)"
+            )
+        for end in interval:
+            check_number("guidance_interval", end, Real, 0, 1)
+        if interval[0] > interval[1]:
+            raise RequestError(
+                f"guidance_interval is {interval!r}; it must not end before it begins"
+            )
+
+    def _check_image(self) -> None:
+        for name in ("image", "mask"):
+            if (picture := getattr(self, name)) is not None:
+                check_picture(name, picture)
+        for name in ("mask", "extend"):
+            if getattr(self, name) is not None and self.image is None:
+                raise RequestError(f"{name} came without image; give the picture to change")
+        if self.extend is not None and (
+            not isinstance(self.extend, Sequence) or len(self.extend) != 4
+        ):
+            raise RequestError(
+                f"extend is {self.extend!r}; give four numbers of pixels: left, top, right, bottom"
+            )
+        if self.mask_blur is not None:
+            check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
+        if self.strength is not None:
+            check_number("strength", self.strength, Real, 0, 1)
+        if self.hires is not None and not isinstance(self.hires, Hires):
+            raise RequestError(f"hires is {self.hires!r}; give Hires(scale=2.0)")
+        if self.hires is not None and (self.mask is not None or self.extend is not None):
+            raise RequestError("hires and a mask came together; enlarge first, then paint anew")
 
     def prompts(self) -> list[str]:
         """Return the prompts as a list, one for each group of pictures."""
-        return [self.prompt] if isinstance(self.prompt, str) else _texts("prompt", self.prompt)
+        return [self.prompt] if isinstance(self.prompt, str) else texts("prompt", self.prompt)
 
     def negative_prompts(self) -> list[str]:
         """Return one negative prompt for each prompt."""
         count = len(self.prompts())
         if isinstance(self.negative_prompt, str):
             return [self.negative_prompt] * count
-        negative = _texts("negative_prompt", self.negative_prompt)
+        negative = texts("negative_prompt", self.negative_prompt)
         if len(negative) != count:
             raise RequestError(
                 f"negative_prompt has {len(negative)} texts and prompt has {count}; "
@@ -93,66 +191,66 @@ class Request:
             )
         return negative
 
+    def composed(self) -> tuple[list[list[str]], NDArray[np.float64]]:
+        """Return the parts of the prompts that AND joins, (m, P) texts, and what each counts.
+
+        All prompts get as many parts as the longest has; those that a prompt lacks count 0.
+        """
+        if not self.prompt_syntax:
+            return [self.written(self.prompts())], np.ones((1, len(self.prompts())))
+        composed = [compose(text) for text in self.prompts()]
+        parts = max(len(pieces) for pieces in composed)
+        if parts > MAX_PARTS:
+            raise RequestError(
+                f"a prompt joins {parts} parts with AND; up to {MAX_PARTS} can be drawn together"
+            )
+        filled = [[*p, *[Piece(p[0].text, 0.0)] * (parts - len(p))] for p in composed]
+        groups = [[pieces[i].text for pieces in filled] for i in range(parts)]
+        return groups, np.array([[pieces[i].weight for pieces in filled] for i in range(parts)])
+
+    def written(self, texts: Sequence[str]) -> list[str]:
+        """Return texts as the encoder is to read them: with every bracket escaped, or as given."""
+        return list(texts) if self.prompt_syntax else [escape(text) for text in texts]
+
     def seeds(self) -> list[int]:
-        """Return one seed for each picture, counting up from `seed` or from a drawn one."""
-        first = secrets.randbelow(2**32) if self.seed is None else int(self.seed)
+        """Return one seed for each picture: those given, or counting up from one."""
         count = len(self.prompts()) * self.num_images_per_prompt
+        given = self.seed
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            if len(given) != count:
+                raise RequestError(
+                    f"seed has {len(given)} numbers for {count} pictures; give one number, or as "
+                    "many as there are pictures"
+                )
+            for seed in given:
+                check_number("seed", seed, Integral, 0, MAX_SEED)
+            return [int(seed) for seed in given]
+        if given is not None:
+            check_number("seed", given, Integral, 0, MAX_SEED)
+        first = secrets.randbelow(2**32) if given is None else int(given)
         return [(first + i) % (MAX_SEED + 1) for i in range(count)]
 
-    def size(self, default: int, multiple: int) -> tuple[int, int]:
+    def size(
+        self, default: int, multiple: int, canvas: Image.Image | None = None
+    ) -> tuple[int, int]:
         """Return height and width in pixels.
 
-        `default` is the model's own side; both must be multiples of `multiple`. Raises
-        RequestError otherwise.
+        `default` is the model's own side, `canvas` what the image was extended to; both sides must
+        be multiples of `multiple`. Raises RequestError otherwise.
         """
         height = width = default
-        if self.image is not None:
+        image = canvas or self.image
+        if image is not None:
             height, width = (
-                max(side - side % multiple, multiple)
-                for side in (self.image.height, self.image.width)
+                max(side - side % multiple, multiple) for side in (image.height, image.width)
             )
         height = height if self.height is None else self.height
         width = width if self.width is None else self.width
         for name, side in (("height", height), ("width", width)):
-            _check_number(name, side, Integral, multiple, MAX_SIDE)
+            check_number(name, side, Integral, multiple, MAX_SIDE)
             if side % multiple:
                 raise RequestError(
                     f"{name} is {side}; it must be a multiple of {multiple}, "
                     f"such as {max(round(side / multiple), 1) * multiple}"
                 )
         return int(height), int(width)
-
-
-def _check_image(image: object) -> None:
-    if not isinstance(image, Image.Image):
-        raise RequestError(
-            f"image came as {type(image).__name__}; give a PIL image (PIL.Image.open of a file)"
-        )
-    if not image.width or not image.height:
-        raise RequestError(
-            f"image has {image.width} x {image.height} pixels; give one with at least one"
-        )
-    try:
-        image.load()  # PIL reads files late
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RequestError(
-            f"image cannot be read ({error}); give one whose file is whole and open"
-        ) from error
-
-
-def _texts(name: str, values: object) -> list[str]:
-    if not isinstance(values, Sequence) or isinstance(values, bytes):
-        raise RequestError(
-            f"{name} came as {type(values).__name__}; give a text or a list of texts"
-        )
-    for value in values:
-        if not isinstance(value, str):
-            raise RequestError(f"{name} holds a {type(value).__name__}; every prompt is a text")
-    return list(values)
-
-
-def _check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
-    # bool counts as a number in Python, but nobody means True pixels.
-    if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
-        what = "whole number" if kind is Integral else "number"
-        raise RequestError(f"{name} is {value!r}; give a {what} from {low} to {high}")

@@ -164,6 +164,40 @@ def test_inpainting_with_everything_masked(loaded):
     assert psnr(draw(pipeline, "a house by the sea"), expected) < PICTURE_PSNR_DB
 
 
+def half():
+    mask = Image.new("L", (PIXELS, PIXELS))
+    mask.paste(255, (PIXELS // 3, PIXELS // 4, PIXELS, PIXELS))
+    return mask
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_inpainting_with_nine_channels(loaded, strength, sampler):
+    small, pipeline, _, _ = loaded("inpainting")
+    image, mask = drawing(PIXELS, PIXELS), half()
+    wishes = {"image": image, "strength": strength, "sampler": sampler}
+    ours = draw(pipeline, mask=mask, mask_blur=None, **wishes)
+    expected = reference(small.reference, mask_image=mask, **wishes)
+    assert psnr(ours, expected) >= PICTURE_PSNR_DB, "its gray is between two bytes"
+    assert psnr(draw(pipeline, mask_blur=None, **wishes), expected) < PICTURE_PSNR_DB
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+def test_inpainting_with_ordinary_models(loaded, name, strength):
+    small, pipeline, _, _ = loaded(name)
+    kind = diffusers.StableDiffusionInpaintPipeline
+    options = {"requires_safety_checker": False}
+    if name == "xl":
+        kind, options = diffusers.StableDiffusionXLInpaintPipeline, {}
+    twin = kind(**small.reference.components, **options)
+    twin.set_progress_bar_config(disable=True)
+    wishes = {"image": drawing(PIXELS, PIXELS), "strength": strength}
+    ours = draw(pipeline, mask=half(), mask_blur=None, **wishes)
+    expected = reference(twin, mask_image=half(), **wishes)
+    assert_same_picture(ours, expected, draw(pipeline, mask_blur=None, **wishes))
+
+
 def test_a_distilled_model_recommends_steps_and_guidance(loaded):
     small, pipeline, _, _ = loaded("turbo")
     size = {"height": PIXELS, "width": PIXELS}

@@ -47,7 +47,8 @@ def test_public_names():
     import runtime
     from runtime import errors
 
-    assert set(runtime.__all__) == {"Pipeline", "Plan", "Progress", "Request", "Result"}
+    names = {"Hires", "Pipeline", "Plan", "Progress", "Request", "Result"}
+    assert set(runtime.__all__) == names
     for module in (runtime, errors):
         for name in module.__all__:
             assert isinstance(getattr(module, name), type)

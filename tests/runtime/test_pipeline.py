@@ -1,15 +1,18 @@
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from engine.backends import BackendSettings
 from engine.errors import GraphError, ModelError, RequestError
 from engine.model import Model
 from engine.models import find_model
-from runtime import Pipeline, Progress, Request, Result
+from runtime import Hires, Pipeline, Progress, Request, Result
+from runtime.presets import preset
 from runtime.tokenizer import Tokenizer
 from tests.pictures import drawing, psnr
 from tests.tolerances import BATCH_PSNR_DB
@@ -78,7 +81,7 @@ def test_a_picture_has_the_models_size(pipeline):
     side = pipeline.model.sample_size * 8
     assert [(image.size, image.mode) for image in result.images] == [((side, side), "RGB")]
     assert result.seeds == [3]
-    assert result.warnings == ()
+    assert [settings["seed"] for settings in result.settings] == [3]
 
 
 def test_the_same_wish_gives_the_same_picture(pipeline):
@@ -179,9 +182,10 @@ def test_a_wish_the_models_recommendation_or_the_default(
     model = replace(recorded.draw.model, **recommended)
     draw = Pipeline(model, recorded.draw.encoder.tokenizers, recorded.open_part)
     plan = draw.plan(Request(prompt="a", **wished))
-    assert (plan.num_inference_steps, plan.guidance_scale) == (steps, scale)
-    assert len(plan.program.timesteps) == steps
-    assert len(plan.conditioning["guidance"]) == (2 if scale > 1 else 1)
+    (settings,) = plan.settings
+    assert (settings["num_inference_steps"], settings["guidance_scale"]) == (steps, scale)
+    assert len(plan.program.timesteps) == len(plan.conditioning) == steps
+    assert len(plan.conditioning[0]["guidance"]) == (2 if scale > 1 else 1)
 
 
 def test_engine_inputs_of_a_guided_batch(recorded):
@@ -202,6 +206,9 @@ def test_engine_inputs_of_a_guided_batch(recorded):
     assert call["noise"].shape == (4, 4, 8, 12)
     assert not call["noise"].any(), "this sampler draws none"
     assert call["guidance"].tolist() == [[-2.0] * 4, [3.0] * 4]
+    assert call["mask"].tolist() == np.ones((4, 1, 8, 12)).tolist(), "nothing is kept"
+    assert call["outside"].tolist() == np.zeros((4, 4)).tolist()
+    assert call["guidance_rescale"].tolist() == [0] * 4
     assert {value.dtype for value in call.values()} == {np.dtype(np.float32)}
     negative, a, b = (
         recorded.draw.encoder.tokenizers["text_encoder"]([text]).input_ids[0] for text in "cab"
@@ -254,8 +261,7 @@ def test_a_long_prompt_is_drawn_whole(pipeline):
     wishes = {"num_inference_steps": 1, "seed": 1}
     start = "1 " * (row - 2)
     plan = pipeline.plan(Request(prompt=[start, start + "red apple"], **wishes))
-    assert plan.warnings == ()
-    assert plan.conditioning["context"].shape[:3] == (2, 2, 2 * row)
+    assert plan.conditioning[0]["context"].shape[:3] == (2, 2, 2 * row)
     first, second = pipeline([start, start + "red apple"], **wishes).images
     assert pixels(first) != pixels(second)
 
@@ -276,11 +282,136 @@ def test_a_prompt_that_changes_is_one_call_a_step(recorded):
         assert told == [a[1], b[1], a[1], b[1]], "every time from the start"
 
 
+def test_outside_the_interval_the_batch_is_halved(recorded):
+    recorded.draw("a", num_inference_steps=5, guidance_scale=[5, 3], guidance_interval=(0.2, 0.8))
+    calls = recorded.engines["step"].calls
+    assert [len(call["context"]) for call in calls] == [1, 2, 2, 2, 1]
+    assert [call["guidance"][:, 0].tolist() for call in calls[1:4]] == [
+        [-3.5, 4.5],
+        [-3, 4],
+        [-2.5, 3.5],
+    ]
+
+
+def test_prompts_that_are_drawn_together(recorded):
+    recorded.draw(
+        ["a AND b :0.5", "c"],
+        negative_prompt="no",
+        negative_scale=2,
+        guidance_scale=4,
+        guidance_rescale=0.7,
+        num_inference_steps=1,
+    )
+    (call,) = recorded.engines["step"].calls
+    encode = recorded.draw.encoder.tokenizers["text_encoder"]
+    empty, no, a, b, c = (encode([text]).input_ids[0] for text in ("", "no", "a", "b", "c"))
+    np.testing.assert_array_equal(call["context"][..., 0], [[empty] * 2, [no] * 2, [a, c], [b, c]])
+    assert call["guidance"].tolist() == [[-3, -1], [-2, -2], [4, 4], [2, 0]]
+    assert call["guidance_rescale"].tolist() == np.float32([0.7, 0.7]).tolist()
+
+
+def half(height, width):
+    """Paint the right half of a mask white."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 2, 0, width, height))
+    return mask
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler_a", "heun"])
+def test_inpainting_keeps_what_is_not_masked_in_the_step(recorded, sampler):
+    wishes = {"image": drawing(64, 64), "mask": half(64, 64), "num_inference_steps": 3}
+    recorded.draw("a", sampler=sampler, seed=4, **wishes)
+    calls = recorded.engines["step"].calls
+    run = recorded.draw.plan(Request(prompt="a", sampler=sampler, **wishes)).program
+    assert len(calls) == len(run.timesteps), "one call a step"
+    assert len(recorded.engines["vae_encoder"].calls) == 2, "the picture, and what is shown of it"
+    for k, call in enumerate(calls):
+        assert call["mask"].tolist() == [[[[0] * 4 + [1] * 4] * 8]]
+        registers = call["registers"].shape[1]
+        levels = np.float32([run.signal_scales[k + 1], run.noise_scales[k + 1]])
+        np.testing.assert_array_equal(call["outside"], [[*[0] * (registers - 2), *levels, 0, 0]])
+        kept = call["matrices"][0, -2:, registers - 2 : registers]
+        assert kept.tolist() == [[1, 0], [0, 1]]
+    first = calls[0]["registers"][0]
+    np.testing.assert_array_equal(first[-2], 100)
+    start = np.float32(run.initial_noise) * first[-1]
+    np.testing.assert_array_equal(first[0], start)
+    assert run.signal_scales[-1] == 1
+    assert run.noise_scales[-1] == 0
+
+
+def test_a_canvas_that_grows(recorded):
+    result = recorded.draw(
+        "a", image=drawing(64, 64), extend=(0, 0, 32, 0), num_inference_steps=2, strength=0.9
+    )
+    assert result.images[0].size == (96, 64)
+    call = recorded.engines["step"].calls[0]
+    assert call["mask"][0, 0, 0].tolist() == [0] * 7 + [1] * 5, "and a little of the picture"
+    np.testing.assert_array_equal(
+        np.asarray(result.images[0])[:, :32], np.asarray(drawing(64, 64))[:, :32]
+    )
+
+
+def test_hires_draws_over_the_enlarged_picture(recorded):
+    hires = Hires(scale=1.5, strength=0.5, num_inference_steps=4, upscaler="bilinear")
+    plan = recorded.draw.plan(
+        Request(prompt="a", hires=hires, num_inference_steps=3, height=64, width=32)
+    )
+    seen = list(recorded.draw.denoise(plan))
+    assert [(progress.step, progress.total) for progress in seen] == [(i, 5) for i in range(1, 6)]
+    sizes = [call["registers"].shape[-2:] for call in recorded.engines["step"].calls]
+    assert sizes == [(8, 4)] * 3 + [(12, 6)] * 2
+    assert "vae_encoder" not in recorded.engines
+    recorded.draw("a", hires=Hires(num_inference_steps=1, strength=1.0), num_inference_steps=1)
+    (call,) = recorded.engines["vae_encoder"].calls
+    assert call["pixels"].shape == (1, 256, 256, 3)
+
+
+def test_seeds_of_each_picture_and_noise_of_either_kind(recorded):
+    result = recorded.draw(["a", "b"], seed=[9, 7], num_inference_steps=1)
+    again = recorded.draw("b", seed=7, num_inference_steps=1)
+    recorded.draw("b", seed=7, noise="cuda", num_inference_steps=1)
+    assert result.seeds == [9, 7]
+    first, second, other = (call["registers"] for call in recorded.engines["step"].calls)
+    np.testing.assert_array_equal(first[1:], second)
+    assert not np.array_equal(second, other)
+    assert [s["prompt"] for s in (*result.settings, *again.settings)] == ["a", "b", "b"]
+
+
+def test_a_preset_stands_in_for_what_is_not_said(recorded):
+    chosen = preset("quality", recorded.draw.model)
+    plan = recorded.draw.plan(Request(prompt="a", preset="quality"))
+    assert plan.settings[0]["sampler"] == chosen.sampler
+    assert plan.settings[0]["num_inference_steps"] == chosen.num_inference_steps
+    plan = recorded.draw.plan(
+        Request(prompt="a", preset="quality", sampler="ddim", num_inference_steps=2)
+    )
+    assert [plan.settings[0][k] for k in ("sampler", "schedule")] == ["ddim", None]
+    assert len(plan.conditioning) == 2
+
+
+def test_settings_make_the_picture_again(pipeline):
+    wishes = {
+        "negative_prompt": "blurry",
+        "sampler": "euler_a",
+        "guidance_scale": (6.0, 2.0),
+        "guidance_interval": (0.0, 0.6),
+        "hires": Hires(scale=1.5, strength=0.4),
+        "num_inference_steps": STEPS,
+    }
+    result = pipeline(["a red apple", "house"], **wishes)
+    settings = json.loads(json.dumps(result.settings[1]))
+    settings["hires"] = Hires(**settings["hires"])
+    again = pipeline(**settings)
+    assert psnr(again.images[0], result.images[1]) >= BATCH_PSNR_DB
+    assert pixels(again.images[0]) == pixels(pipeline(**settings).images[0])
+
+
 def test_prompts_without_syntax(recorded):
     text = "[a] (b:1.5) BREAK"
     plan = recorded.draw.plan(Request(prompt=text, prompt_syntax=False, guidance_scale=1))
     (ids,) = recorded.draw.encoder.tokenizers["text_encoder"]([text]).input_ids
-    np.testing.assert_array_equal(plan.conditioning["context"][0, 0, :, 0], ids)
+    np.testing.assert_array_equal(plan.conditioning[0]["context"][0, 0, :, 0], ids)
 
 
 def test_clip_skip_takes_the_layer_before_the_last(pipeline):
@@ -312,9 +443,31 @@ def test_wishes_of_the_wrong_kind(recorded):
         ({"eta": 0.5, "sampler": "euler"}, "eta"),
         ({"clip_skip": 3}, "clip_skip is 3; give a whole number from 1 to 2"),
         ({"prompt_syntax": None}, "prompt_syntax is None; give True or False"),
+        ({"preset": "best"}, "preset is 'best'; choose one of fast"),
+        ({"noise": "mps"}, "noise is 'mps'; choose one of cpu, cuda"),
+        ({"guidance_scale": "7"}, "guidance_scale is '7'; give a number from 0 to 1000"),
+        ({"guidance_scale": [7, -1]}, "guidance_scale is -1; give a number"),
+        ({"guidance_interval": (0.8, 0.2)}, "must not end before it begins"),
+        ({"guidance_interval": 0.5}, "give two parts of the run"),
+        ({"guidance_rescale": 2}, "guidance_rescale is 2; give a number from 0 to 1"),
+        ({"mask": half(64, 64)}, "mask came without image"),
+        ({"image": drawing(64, 64), "mask": "mask.png"}, "mask came as str"),
+        ({"image": drawing(64, 64), "mask": Image.new("L", (64, 64))}, "no white area"),
+        ({"image": drawing(64, 64), "extend": (0, 0, 0, 0)}, "grows on no side"),
+        ({"image": drawing(64, 64), "extend": (1, 2)}, "extend is .*; give four"),
+        ({"seed": [1, 2]}, "seed has 2 numbers for 1 picture"),
+        ({"hires": 2}, "hires is 2; give Hires"),
+        ({"prompt": "a AND " * 20}, "joins 21 parts with AND"),
     ):
         with pytest.raises(RequestError, match=said):
-            recorded.draw("a", **wishes)
+            recorded.draw(**{"prompt": "a"} | wishes)
+    for hires, said in (
+        ({"scale": 9}, "the scale of hires is 9"),
+        ({"upscaler": "esrgan"}, "choose one of lanczos"),
+        ({"strength": 0.01}, "runs no step"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            recorded.draw("a", hires=Hires(**hires))
     with pytest.raises(RequestError, match="surrogate"):
         recorded.draw("\ud800")
     step = recorded.engines.get("step")

@@ -72,8 +72,8 @@ def assert_same_pictures(actual, expected):
         assert psnr(ours, theirs) >= PICTURE_PSNR_DB
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_text_to_image(pipeline, text_to_image, sampler):
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_a_batch(pipeline, text_to_image, sampler):
     expected = reference(text_to_image, sampler, 11, prompt=PROMPTS, negative_prompt=NEGATIVE)
     result = pipeline(
         PROMPTS,
@@ -87,8 +87,8 @@ def test_text_to_image(pipeline, text_to_image, sampler):
     assert result.seeds == [11, 12, 13]
 
 
-@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_image_to_image(pipeline, image_to_image, sampler, strength):
     image = drawing(128, 128)
     prompts = PROMPTS[:2]

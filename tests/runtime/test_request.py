@@ -7,7 +7,7 @@ from PIL import Image
 
 from engine.errors import LatentrtError, RequestError
 from runtime.noise import MAX_SEED
-from runtime.request import MAX_IMAGES, MAX_SIDE, Request
+from runtime.request import MAX_IMAGES, MAX_SIDE, Hires, Request
 
 ONE = {"prompt": "a"}
 
@@ -37,7 +37,21 @@ ONE = {"prompt": "a"}
         ({"num_inference_steps": 7.5}, "num_inference_steps is 7.5"),
         ({"num_inference_steps": True}, "num_inference_steps is True"),
         ({"sampler": ["ddim"]}, r"sampler is \['ddim'\]; give a name"),
-        ({"sampler": None}, "sampler is None"),
+        ({"preset": 3}, "preset is 3; give a name, such as 'fast'"),
+        ({"guidance_scale": []}, r"guidance_scale is \[\]"),
+        ({"guidance_scale": [7, "3"]}, "guidance_scale is '3'"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5; give a number from 0 to 1"),
+        ({"guidance_interval": (0, 0.5, 1)}, "give two parts of the run"),
+        ({"guidance_interval": (0, 2)}, "guidance_interval is 2"),
+        ({"guidance_interval": (0.6, 0.5)}, "must not end before it begins"),
+        ({"negative_scale": -2}, "negative_scale is -2"),
+        ({"noise": "gpu"}, "noise is 'gpu'; choose one of cpu, cuda"),
+        ({"seed": [1, 2]}, "seed has 2 numbers for 1 pictures"),
+        ({"seed": ["1"]}, "seed is '1'"),
+        ({"mask": Image.new("L", (8, 8))}, "mask came without image"),
+        ({"extend": (0, 0, 8, 0)}, "extend came without image"),
+        ({"mask_blur": -1}, "mask_blur is -1"),
+        ({"hires": 2.0}, r"hires is 2.0; give Hires\(scale=2.0\)"),
         ({"seed": -1}, "seed is -1; give a whole number from 0"),
         ({"seed": MAX_SEED + 1}, f"seed is {MAX_SEED + 1}"),
         ({"seed": 1.0}, "seed is 1.0"),
@@ -60,6 +74,47 @@ def test_refused(wishes, said):
     assert isinstance(caught.value, LatentrtError)
     assert isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"mask": "mask.png"}, "mask came as str"),
+        ({"mask": Image.new("L", (0, 8))}, "mask has 0 x 8 pixels"),
+        ({"extend": (8, 0)}, "give four numbers of pixels: left, top, right, bottom"),
+        ({"extend": 8}, "give four numbers"),
+        ({"mask": Image.new("L", (8, 8)), "hires": Hires()}, "enlarge first, then paint anew"),
+    ],
+)
+def test_refused_beside_an_image(wishes, said):
+    with pytest.raises(RequestError, match=said):
+        Request(prompt="a", image=Image.new("RGB", (8, 8)), **wishes)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"scale": 0.5}, "the scale of hires is 0.5; give a number from 1 to 8"),
+        ({"strength": 2}, "the strength of hires is 2"),
+        ({"num_inference_steps": 2.5}, "the steps of hires is 2.5"),
+        ({"upscaler": "esrgan"}, "the upscaler of hires is 'esrgan'; choose one of lanczos"),
+    ],
+)
+def test_refused_of_hires(wishes, said):
+    with pytest.raises(RequestError, match=said):
+        Hires(**wishes)
+
+
+def test_composed_prompts():
+    request = Request(prompt=["a AND b :0.5 AND c:2", "d", r"e \AND f"])
+    groups, counts = request.composed()
+    assert groups == [["a", "d", r"e \AND f"], ["b", "d", r"e \AND f"], ["c", "d", r"e \AND f"]]
+    assert counts.tolist() == [[1, 1, 1], [0.5, 0, 0], [2, 0, 0]]
+    groups, counts = Request(prompt="a AND (b)", prompt_syntax=False).composed()
+    assert groups == [[r"a \AND \(b\)"]]
+    assert counts.tolist() == [[1]]
+    with pytest.raises(RequestError, match="joins 20 parts with AND; up to 16"):
+        Request(prompt="a" + " AND a" * 19).composed()
 
 
 def test_an_image_whose_file_ends_early():
@@ -128,3 +183,4 @@ def test_seeds_count_up():
     drawn = Request(prompt="a", num_images_per_prompt=3).seeds()
     assert drawn == [drawn[0] + i for i in range(3)]
     assert Request(prompt="a").seeds() != Request(prompt="a").seeds()
+    assert Request(prompt=["a", "b"], seed=(9, 7)).seeds() == [9, 7]

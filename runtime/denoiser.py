@@ -1,0 +1,225 @@
+"""The loop over the steps, from a plan to latents, and the way between latents and pixels.
+
+The draws of each picture's noise come in diffusers' order: the posterior of the image, the start,
+the posterior of the masked image, then the calls that draw.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.backends import Engine
+from engine.model import Model
+from engine.signature import Part
+from runtime import tiles
+from runtime.canvas import GRAY, masked_pixels
+from runtime.inpainting import blend
+from runtime.noise import NOISES, Noise
+from runtime.plan import Array, Plan
+from runtime.samplers import Program
+from runtime.samplers.program import predict
+from runtime.schedule import NoiseSchedule
+from runtime.upscaling import PIXELS, upscale_latents, upscale_pixels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Progress:
+    """The state after a call of the UNet, for progress and previews.
+
+    step: 1 to total
+    latents: (B, C, height // 8, width // 8) float32, which are signal x0 + noise eps
+    """
+
+    step: int
+    total: int
+    latents: Array
+    signal: float
+    noise: float
+    denoised: Callable[[], Array]
+    """Computes (B, C, height // 8, width // 8): the x0 that the model believed in at this call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Denoiser:
+    """A model's engines in a loop; engine: returns the engine of a part."""
+
+    model: Model
+    schedule: NoiseSchedule
+    engine: Callable[[Part], Engine]
+
+    def run(self, plan: Plan) -> Iterator[Progress]:
+        """Run a plan and what follows it; yields after every call of the UNet."""
+        done, latents = 0, None
+        for run in plan.runs():
+            noises = [NOISES[run.noise](seed) for seed in run.seeds]
+            if latents is not None:
+                latents = self._enlarged(latents, run, noises, plan.upscaler)
+            calls = self._loop(run, noises, latents)
+            for step, (latents, denoise) in enumerate(calls, start=1):
+                yield Progress(
+                    step=done + step,
+                    total=plan.calls,
+                    latents=latents,
+                    signal=float(run.program.signal_scales[step]),
+                    noise=float(run.program.noise_scales[step]),
+                    denoised=denoise,
+                )
+            done += step
+
+    def decode(self, latents: Array) -> NDArray[np.uint8]:
+        """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
+        compression = self.model.vae.compression
+        return tiles.decode(self.engine("vae_decoder").run, latents, compression)
+
+    def _loop(
+        self, plan: Plan, noises: Sequence[Noise], known: Array | None
+    ) -> Iterator[tuple[Array, Callable[[], Array]]]:
+        """Call the UNet as the program says; known: latents (B, C, h, w) to start from.
+
+        Yields the latents and what computes the x0 that the model believed in.
+        """
+        program, batch, shape = plan.program, len(noises), self._latent_shape(plan)
+        picture, start, constant = self._start(plan, noises, known)
+        matrices, outside = program.matrices, np.zeros(program.matrices.shape[::2])
+        registers = np.zeros((batch, matrices.shape[1], *shape), np.float32)
+        if picture is not None:
+            matrices, outside = blend(program)
+            registers = np.concatenate([registers, picture], axis=1)
+        registers[:, 0] = start
+        tables = {
+            name: _rows(table, batch)
+            for name, table in {
+                "matrices": matrices,
+                "outside": outside,
+                "timestep": program.timesteps,
+                "input_scale": program.input_scales,
+            }.items()
+        }
+        engine, silence = self.engine("step"), np.zeros((batch, *shape), np.float32)
+        for call, told in enumerate(plan.conditioning):
+            inputs: dict[str, NDArray[Any]] = {
+                **told,
+                **constant,
+                **{name: table[call] for name, table in tables.items()},
+                "registers": registers,
+                "noise": _draw(noises, shape) if program.needs_noise[call] else silence,
+            }
+            registers = engine.run(inputs)["next_registers"]
+            latents = registers[:, 0]
+            yield latents, partial(self._denoised, program, call, inputs, latents)
+
+    def _denoised(
+        self, program: Program, call: int, inputs: Mapping[str, NDArray[Any]], latents: Array
+    ) -> Array:
+        """Return the x0 that the model believed in at a call."""
+        levels = program.signal_scales[call], program.noise_scales[call]
+        x, out = np.eye(2)
+        x0_row, _ = predict(self.schedule, levels[1], x, out, levels[0])
+        return denoised(inputs, latents, x0_row)
+
+    def _start(
+        self, plan: Plan, noises: Sequence[Noise], known: Array | None
+    ) -> tuple[Array | None, Array, dict[str, Array]]:
+        """Return what the first call starts from, and the inputs that stay.
+
+        First what an ordinary model keeps outside the mask, (B, 2, C, h, w): the picture's latents
+        and the starting noise; None where nothing is kept.
+        """
+        program, shape, batch = plan.program, self._latent_shape(plan), len(noises)
+        keeps = plan.mask is not None and not self.model.is_inpainting
+        if plan.image is not None and (keeps or not plan.from_noise):
+            known = self._encode(np.asarray(plan.image), noises)
+        noise = _draw(noises, shape)
+        if plan.from_noise:
+            start = np.float32(program.initial_noise) * noise
+        else:
+            assert known is not None
+            start = np.float32(program.signal_scales[0]) * known
+            start += np.float32(program.noise_scales[0]) * noise
+        mask = np.ones((batch, 1, *shape[1:]), np.float32)
+        rescale = np.full(batch, plan.guidance_rescale, np.float32)
+        constant = {"guidance_rescale": rescale, "mask": mask}
+        if plan.mask is not None or self.model.is_inpainting:
+            shown, masked = self._masked(plan, noises)
+            if self.model.is_inpainting:
+                constant["image_conditioning"] = np.concatenate([shown, masked], axis=1)
+            else:
+                constant["mask"] = shown
+        if not keeps:
+            return None, start, constant
+        assert known is not None
+        return np.stack([known, noise], axis=1), start, constant
+
+    def _masked(self, plan: Plan, noises: Sequence[Noise]) -> tuple[Array, Array]:
+        """Return the mask, (B, 1, h, w), and the latents of the image without what it covers.
+
+        Without a mask all is covered.
+        """
+        if plan.cells is None or plan.mask is None or plan.image is None:
+            mask = np.ones((1, *self._latent_shape(plan)[1:]), np.float32)
+            pixels = np.full((plan.height, plan.width, 3), GRAY, np.uint8)
+        else:
+            mask, pixels = plan.cells, masked_pixels(plan.image, plan.mask)
+        # diffusers encodes these for ordinary models too: what is drawn later follows this draw
+        return np.repeat(mask[None], len(noises), axis=0), self._encode(pixels, noises)
+
+    def _enlarged(
+        self, latents: Array, plan: Plan, noises: Sequence[Noise], upscaler: str
+    ) -> Array:
+        """Enlarge finished latents to a plan's size, by way of the pixels or directly."""
+        if upscaler != PIXELS:
+            compression = self.model.vae.compression
+            sides = plan.height // compression, plan.width // compression
+            return upscale_latents(latents, *sides, upscaler)
+        pictures = [Image.fromarray(pixels) for pixels in self.decode(latents)]
+        size = {"height": plan.height, "width": plan.width}
+        larger = [np.asarray(upscale_pixels(picture, **size)) for picture in pictures]
+        return self._encode(np.stack(larger), noises)
+
+    def _encode(self, pixels: NDArray[np.uint8], noises: Sequence[Noise]) -> Array:
+        """Encode a picture for all, (H, W, 3), or one for each; each draws its own posterior."""
+        compression = self.model.vae.compression
+        height, width = (side // compression for side in pixels.shape[-3:-1])
+        noise = _draw(noises, (self.model.vae.latent_channels, height, width))
+        pixels = np.broadcast_to(pixels, (len(noises), *pixels.shape[-3:]))
+        run = self.engine("vae_encoder").run
+        return tiles.encode(run, np.ascontiguousarray(pixels), noise, compression)
+
+    def _latent_shape(self, plan: Plan) -> tuple[int, int, int]:
+        vae = self.model.vae
+        return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
+
+
+def _draw(noises: Sequence[Noise], shape: tuple[int, ...]) -> Array:
+    """Draw from each picture's own generator, as diffusers does with a list of them."""
+    return np.concatenate([noise.normal((1, *shape)) for noise in noises])
+
+
+def denoised(
+    inputs: Mapping[str, NDArray[Any]], latents: Array, x0_row: NDArray[np.float64]
+) -> Array:
+    """Return the x0 that the model believed in at a call, (B, C, h, w).
+
+    The call made the latents by row 0 of its matrix, which is solved for the model's output.
+    Outside a mask it is the picture that is kept there.
+
+    inputs: of the step; latents: (B, C, h, w) that it gave, by a row that is not 0 for the output
+    x0_row: (2,), weights of x and of the output in x0
+    """
+    registers, weights = inputs["registers"], inputs["matrices"][0, 0]
+    of_x, of_out = x0_row.astype(np.float32)
+    known = np.einsum("r,brchw->bchw", weights[:-2], registers) + weights[-1] * inputs["noise"]
+    x0: Array = of_x * registers[:, 0] + of_out / weights[-2] * (latents - known)
+    if inputs["outside"].any():
+        x0 = inputs["mask"] * x0 + (1 - inputs["mask"]) * registers[:, -2]
+    return x0
+
+
+def _rows(table: NDArray[Any], batch: int) -> Array:
+    """Repeat one picture's numbers for the whole batch, call by call: (N, …) -> (N, B, …)."""
+    return np.repeat(np.asarray(table, np.float32)[:, None], batch, axis=1)

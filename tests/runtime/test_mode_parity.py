@@ -1,0 +1,177 @@
+"""Every sampler in every mode against diffusers, on the model that ships: the same pictures."""
+
+from functools import partial
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.backends import BackendSettings
+from runtime import Hires, Pipeline
+from tests.pictures import drawing, psnr
+from tests.schedulers import CLASSES, make_scheduler
+from tests.tolerances import PICTURE_PSNR_DB
+
+# Older numpy protocols of torch, and names that diffusers will drop: neither is ours to mend.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+SAMPLERS = [name for name in CLASSES if name != "edm_euler"]  # which is for models of its own kind
+WISHES = {"num_inference_steps": 6, "guidance_scale": 4.0, "negative_prompt": "blurry"}
+PROMPT, SEED = "a red apple, fluent style", 11
+HEIGHT, WIDTH = 96, 128
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+
+
+@pytest.fixture(scope="module")
+def modes(pipeline):
+    """Load diffusers' pipelines of the same weights."""
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(
+        pipeline.model_path, safety_checker=None
+    ).to(torch.float32)
+    parts = {**loaded.components, "requires_safety_checker": False}
+    made = {
+        "text": loaded,
+        "image": diffusers.StableDiffusionImg2ImgPipeline(**parts),
+        "mask": diffusers.StableDiffusionInpaintPipeline(**parts),
+    }
+    for mode in made.values():
+        mode.set_progress_bar_config(disable=True)
+    return {**made, "config": loaded.scheduler.config}
+
+
+def reference(modes, mode, sampler, **wishes):
+    """Draw one picture with diffusers."""
+    loaded, generator = modes[mode], torch.Generator().manual_seed(SEED)
+    loaded.scheduler = scheduler = make_scheduler(sampler, modes["config"])
+    if sampler == "dpmpp_sde":  # independent noise, in place of the Brownian tree of torchsde
+        shape = (1, 4, HEIGHT // 8, WIDTH // 8)
+        draw = lambda *_: torch.randn(shape, generator=generator)  # noqa: E731
+        after(scheduler, "set_timesteps", lambda *_: setattr(scheduler, "noise_sampler", draw))
+    if sampler == "lms":  # it would weigh slopes that were never computed as if they were
+        after(scheduler, "set_begin_index", lambda first: leave_out(scheduler, first))
+    if sampler in ("dpm2", "dpmpp_sde"):
+        scheduler.add_noise = partial(noised_as_seen, scheduler)
+    given = loaded(PROMPT, generator=[generator], **WISHES, **wishes).images
+    return given if wishes.get("output_type") == "latent" else given[0]
+
+
+def after(scheduler, name, then):
+    """Let something happen after a method of a scheduler."""
+    method = getattr(scheduler, name)
+
+    def both(*arguments, **options):
+        method(*arguments, **options)
+        then(*arguments)
+
+    setattr(scheduler, name, both)
+
+
+def leave_out(scheduler, first):
+    scheduler.sigmas = scheduler.sigmas[first:]
+    scheduler._begin_index = 0
+
+
+def noised_as_seen(scheduler, latents, noise, timesteps):
+    """Noise as much as the UNet is told that there is.
+
+    At the call inside a step these two schedulers' own `add_noise` takes the sigma of its end.
+    """
+    one = torch.ones((), dtype=torch.float64)
+    before = scheduler._step_index, scheduler.begin_index
+    scale = scheduler.scale_model_input(one, timesteps[0])
+    scheduler._step_index = before[0]
+    return latents + noise * (1 / scale**2 - 1).sqrt().to(noise.dtype)
+
+
+def half(height, width):
+    mask = np.zeros((height, width), np.uint8)
+    mask[height // 4 :, width // 3 :] = 255
+    return Image.fromarray(mask)
+
+
+def drawn(pipeline, sampler, **wishes):
+    """Draw the picture as it is decoded, before the old one's pixels are put back."""
+    return pipeline(PROMPT, sampler=sampler, seed=SEED, mask_blur=None, **WISHES, **wishes).images[
+        0
+    ]
+
+
+def assert_same(actual, expected):
+    assert actual.size == expected.size
+    assert np.asarray(expected).std() > 1, "a flat picture compares nothing"
+    assert psnr(actual, expected) >= PICTURE_PSNR_DB
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_text_to_image(pipeline, modes, sampler):
+    size = {"height": HEIGHT, "width": WIDTH}
+    assert_same(drawn(pipeline, sampler, **size), reference(modes, "text", sampler, **size))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_to_image(pipeline, modes, sampler):
+    wishes = {"image": drawing(HEIGHT, WIDTH), "strength": 0.7}
+    assert_same(drawn(pipeline, sampler, **wishes), reference(modes, "image", sampler, **wishes))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting(pipeline, modes, sampler, strength):
+    wishes = {
+        "image": drawing(HEIGHT, WIDTH),
+        "mask": half(HEIGHT, WIDTH),
+        "strength": strength,
+    }
+    ours = drawn(pipeline, sampler, **wishes)
+    wishes["mask_image"] = wishes.pop("mask")
+    assert_same(ours, reference(modes, "mask", sampler, height=HEIGHT, width=WIDTH, **wishes))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m"])
+def test_hires(pipeline, modes, sampler):
+    small = {"height": HEIGHT // 2, "width": WIDTH // 2}
+    hires = Hires(strength=0.5, upscaler="bilinear")
+    latents = reference(modes, "text", sampler, output_type="latent", **small)
+    larger = torch.nn.functional.interpolate(
+        latents, size=(HEIGHT // 8, WIDTH // 8), mode="bilinear"
+    )
+    expected = reference(modes, "image", sampler, image=larger, strength=0.5)
+    assert_same(drawn(pipeline, sampler, hires=hires, **small), expected)
+
+
+def test_guidance_rescale(pipeline, modes):
+    size = {"height": HEIGHT, "width": WIDTH, "guidance_rescale": 0.7}
+    expected = reference(modes, "text", "ddim", **size)
+    assert_same(drawn(pipeline, "ddim", **size), expected)
+    size["guidance_rescale"] = 0.0
+    assert psnr(drawn(pipeline, "ddim", **size), expected) < PICTURE_PSNR_DB
+
+
+def test_guidance_that_changes(pipeline, modes):
+    scales = [6.0, 5.0, 4.0, 3.0, 2.0, 1.5]
+
+    def change(loaded, step, timestep, tensors):
+        loaded._guidance_scale = scales[min(step + 1, 5)]
+        return {}
+
+    loaded = modes["text"]
+    loaded.scheduler = make_scheduler("euler", modes["config"])
+    wishes = {**WISHES, "height": HEIGHT, "width": WIDTH}
+    given = loaded(
+        PROMPT,
+        generator=torch.Generator().manual_seed(SEED),
+        callback_on_step_end=change,
+        **{**wishes, "guidance_scale": scales[0]},
+    )
+    wishes["guidance_scale"] = scales
+    ours = pipeline(PROMPT, sampler="euler", seed=SEED, **wishes)
+    assert_same(ours.images[0], given.images[0])
