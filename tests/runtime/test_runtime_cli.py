@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import runtime.__main__ as command
 from engine.backends import BackendSettings
 from engine.models import find_model
-from runtime import Pipeline
+from runtime import Pipeline, options
 from runtime.images import read_settings
 from tests.pictures import drawing
 
@@ -123,6 +124,143 @@ def test_from_an_image(here, capsys):
     assert (settings["height"], settings["width"]) == (64, 96)
 
 
+def test_a_mask_and_a_larger_canvas(here):
+    drawing(64, 96).save("start.png")
+    mask = Image.new("L", (96, 64))
+    mask.paste(255, (48, 0, 96, 64))
+    mask.save("mask.png")
+    wishes = ("--image", "start.png", "--mask", "mask.png", "--extend", "0,16,0,0")
+    assert command.main(["a", *QUICK, *wishes, "--out", "b.png"]) == 0
+    with Image.open("b.png") as file:
+        assert file.size == (96, 80)
+        kept = np.asarray(file)[48:, :16]
+    np.testing.assert_array_equal(kept, np.asarray(drawing(64, 96))[32:, :16])
+    settings = read_settings(here / "b.png")
+    assert (settings["strength"], settings["extend"]) == (1.0, [0, 16, 0, 0])
+    assert command.main(["--again", "b.png", "--threads", "1", "--out", "c.png"]) == 0
+    with Image.open("b.png") as first, Image.open("c.png") as again:
+        np.testing.assert_array_equal(first, again)
+
+
+def test_the_same_picture_again(here, capsys):
+    wishes = ("--guidance-scale", "4:2", "--guidance-interval", "0:0.9", "--sampler", "euler a")
+    wishes += ("--hires", "1.5", "--hires-upscaler", "bilinear", "--noise", "cuda")
+    wishes += ("--plain-prompt", "--negative-prompt", "blue", "--clip-skip", "2")
+    threads = ("--threads", "1")
+    drawn = ("a (red) apple", *wishes, "--steps", "3", *threads, "--num-images", "2")
+    assert command.main([*drawn, "--out", "a.png"]) == 0
+    assert command.main(["--again", "a-2.png", *threads, "--out", "b.png"]) == 0
+    with Image.open("a-2.png") as first, Image.open("b.png") as again:
+        assert first.size == again.size == (192, 192)
+        difference = np.abs(np.asarray(first, int) - np.asarray(again, int))
+        assert difference.max() <= 1, "alone it is summed in another order than in a batch"
+        assert "Sampler: Euler a" in first.text["parameters"]
+    assert command.main(["--again", "b.png", *threads, "--out", "c.png"]) == 0
+    assert command.main(["--again", "b.png", *threads, "--seed", "5", "--out", "d.png"]) == 0
+    pictures = [np.asarray(Image.open(name)) for name in ("b.png", "c.png", "d.png")]
+    np.testing.assert_array_equal(*pictures[:2])
+    assert not np.array_equal(*pictures[1:])
+    before, after = (read_settings(here / name) for name in ("b.png", "d.png"))
+    assert after["seed"] == 5
+    assert before | {"seed": 5} == after
+
+
+def test_again_from_parameters_of_automatic1111(here):
+    text = "a house\nNegative prompt: red\nSteps: 2, Sampler: Euler, Seed: 3, Size: 64x96, RNG: GPU"
+    chunk = PngInfo()
+    chunk.add_text("parameters", text)
+    Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=chunk)
+    assert command.main(["--again", "theirs.png", "--threads", "1", "--out", "a.png"]) == 0
+    settings = read_settings(here / "a.png")
+    assert settings["prompt"] == "a house"
+    assert [settings[k] for k in ("sampler", "schedule", "noise")] == ["euler", "linspace", "cuda"]
+    with Image.open("a.png") as file:
+        assert file.size == (64, 96)
+
+
+def test_again_from_a_picture_that_does_not_say(here, capsys):
+    Image.new("RGB", (8, 8)).save("plain.png")
+    assert "does not say what it was made with" in refuse(capsys, "--again", "plain.png")
+    assert "cannot be read" in refuse(capsys, "--again", "missing.png")
+    chunk = PngInfo()
+    chunk.add_text("latentrt", json.dumps({"prompt": 3, "hires": {"scale": "x"}, "seed": {}}))
+    Image.new("RGB", (8, 8)).save("odd.png", pnginfo=chunk)
+    assert "prompt is 3, which it cannot be" in refuse(capsys, "--again", "odd.png")
+    assert files(here) == ["odd.png", "plain.png"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"model": 7},
+        {"model": ["a"]},
+        {"loras": "a"},
+        {"loras": [3]},
+        {"vae": 3},
+        {"precision": []},
+        {"embeddings": [{}]},
+        {"threads": "x"},
+        {"height": [8]},
+        {"image": 5},
+        {"image": "missing.png"},
+        {"guidance_interval": {}},
+        {"sampler": {}},
+        {"extend": ["a", 0, 0, 0]},
+        {"prompt": {}},
+        {"hires": {"scale": "x"}},
+        {"hires": 3},
+        {"noise": "x"},
+        {"preview_steps": "1", "animation": "x.webp", "again": "odd.png", "out": "y.png"},
+    ],
+    ids=str,
+)
+def test_settings_of_a_stranger_are_not_trusted(here, capsys, odd):
+    chunk = PngInfo()
+    chunk.add_text("latentrt", json.dumps({"prompt": "a", "num_inference_steps": 1} | odd))
+    Image.new("RGB", (8, 8)).save("odd.png", pnginfo=chunk)
+    status = command.main(["--again", "odd.png", "--out", "a.png"])
+    said = capsys.readouterr().err
+    assert status == 0 or (status == 2 and said.startswith("error: ") and said.count("\n") == 1)
+    assert status == 2 or odd.keys() & {"threads", "preview_steps", "hires"}, "no settings"
+    assert set(files(here)) <= {"a.png", "odd.png"}
+
+
+def test_steps_beside_each_other_and_an_animation(here, capsys):
+    wishes = ("--steps", "3", "--preview-steps", "1,3", "--animation", "a.webp")
+    assert command.main(["house", *QUICK, *wishes, "--num-images", "2", "--out", "a.png"]) == 0
+    names = ["a-1.png", "a-2.png", "a-1-steps.png", "a-1.webp", "a-2.webp"]
+    assert capsys.readouterr().out.split() == names
+    assert files(here) == sorted(names)
+    with Image.open("a-1-steps.png") as strip, Image.open("a-2.png") as second:
+        assert strip.width == 2 * 128 + 4
+        last = strip.crop((132, strip.height - 128, 260, strip.height))
+        np.testing.assert_array_equal(last, second)
+    with Image.open("a-2.webp") as animation:
+        assert animation.n_frames == 3
+        assert animation.size == (128, 128)
+
+
+def test_a_preset(here):
+    assert command.main(["a", "--preset", "fast", "--threads", "1", "--out", "a.png"]) == 0
+    settings = read_settings(here / "a.png")
+    assert (settings["sampler"], settings["num_inference_steps"]) == ("dpmpp_2m", 10)
+
+
+def test_a_longer_prompt(here, capsys, monkeypatch):
+    class Expander:
+        def __call__(self, prompt, **wishes):
+            return f"{prompt}, glowing {wishes['seed']}"
+
+    def load(folder, **_):
+        assert folder == Path("gpt2")
+        return Expander()
+
+    monkeypatch.setattr("runtime.expansion.PromptExpander.load", load)
+    assert command.main(["a", *QUICK, "--expand", "gpt2", "--out", "a.png"]) == 0
+    assert read_settings(here / "a.png")["prompt"] == "a, glowing 7"
+    assert "note: the prompt is 'a, glowing 7'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
 def test_other_formats(here, name):
     assert command.main(["a", *QUICK, "--out", name]) == 0
@@ -158,6 +296,17 @@ def test_a_long_prompt_needs_no_warning(capsys):
         (("--strength", "0.5"), "--strength came without --image"),
         (("--image", "missing.png"), "missing.png cannot be read (No such file"),
         (("--image", "."), "cannot be read (Is a directory)"),
+        (("--mask", "missing.png"), "--mask came without --image"),
+        (("--extend", "8,0,0,0"), "--extend came without --image"),
+        (("--preset", "best"), "preset is 'best'; choose one of fast"),
+        (("--hires", "20"), "the scale of hires is 20.0"),
+        (("--guidance-interval", "0.9:0.1"), "must not end before it begins"),
+        (("--seed", "1,2"), "seed has 2 numbers for 1 pictures"),
+        (("--preview-steps", "0,1"), "hold '0'"),
+        (("--preview-steps", "2"), "hold '2'"),
+        (("--animation", "a.gif"), "ends in '.gif'"),
+        (("--animation", "a.png"), "give a name in .webp"),
+        (("--expand", "missing"), "missing"),
         (("--out", "missing/a.png"), "the folder missing does not exist"),
         (("--out", "a.gif"), "ends in '.gif'; give a name in .png"),
         (("--out", "folder.png"), "is a folder"),
@@ -228,6 +377,9 @@ def test_an_architecture_without_a_graph(copied, capsys):
         (("a", "--steps", "x"), "--steps: invalid int value"),
         (("a", "--stepz", "1"), "unrecognized arguments"),
         (("a", "--precision", "int4"), "invalid choice"),
+        (("a", "--seed", "one"), "'one' is not numbers with ',' between"),
+        (("a", "--extend", "1,2"), "'1,2' is not 4 numbers with ',' between"),
+        (("a", "--noise", "mps"), "invalid choice"),
     ],
 )
 def test_what_the_parser_refuses(capsys, arguments, said):
@@ -242,7 +394,7 @@ def test_help_names_every_option(capsys):
         command.main(["--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    for action in command._parser()._actions:
+    for action in options._parser()._actions:
         assert action.help, "every option is explained"
         assert all(name in said for name in action.option_strings)
     assert "pictogram" in said

@@ -1,0 +1,308 @@
+"""The options of `python -m runtime`: what they are called, and the request they make.
+
+Options bear the names of the fields of `Request` wherever they are these, so that the settings in
+a picture's file are options too.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from engine.errors import RequestError
+from engine.graphs import Precision
+from engine.models import shipped_models
+from runtime.again import settings_of
+from runtime.images import read_image
+from runtime.noise import NOISES
+from runtime.plan import GUIDANCE_SCALE, PAINTED_STRENGTH, SAMPLER, STEPS, STRENGTH
+from runtime.presets import PRESETS, describe_presets
+from runtime.request import Hires, Request
+from runtime.samplers import SAMPLERS, SCHEDULES
+from runtime.schedule import PREDICTION_TYPES
+from runtime.upscaling import UPSCALERS
+
+__all__ = ["MODEL_OPTIONS", "parse", "request_of"]
+
+# What makes a picture again beside the request: of the model, by the options' names.
+MODEL_OPTIONS = ("model", "vae", "loras", "embeddings", "prediction_type", "precision")
+HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
+AGAIN = {*MODEL_OPTIONS, *HIRES, *(f.name for f in fields(Request))}  # and nothing else of a file
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; with `--again` what a picture was made with stands in for the rest.
+
+    Raises RequestError when that picture does not say.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.again:
+        actions = [action for action in parser._actions if action.dest in AGAIN]
+        parser.set_defaults(**settings_of(options.again, actions))
+        options = parser.parse_args(arguments)
+    if options.prompt is None:
+        parser.error("give a PROMPT, or --again with a picture")
+    return options
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """Make the request; reads the pictures. Raises RequestError."""
+    wishes = {f.name: getattr(options, f.name) for f in fields(Request)}
+    for name in ("strength", "mask", "extend"):
+        if getattr(options, name) is not None and not options.image:
+            raise RequestError(f"--{name} came without --image; give the picture to start from")
+    for name in ("image", "mask"):
+        wishes[name] = read_image(wishes[name]) if wishes[name] else None
+    if options.hires_scale is not None:
+        given = {f: getattr(options, name) for name, f in HIRES.items()}
+        wishes["hires"] = Hires(**{k: v for k, v in given.items() if v is not None})
+    return Request(**wishes)
+
+
+def _numbers(kind: type, separator: str, count: int | None = None) -> Callable[[str], Any]:
+    """Return a reader of numbers with something between them; a single one stays alone."""
+
+    def read(text: str) -> Any:
+        try:
+            values = tuple(kind(part) for part in text.split(separator))
+        except ValueError:
+            values = ()
+        if not values or (count and len(values) != count):
+            wanted = f"{count} numbers" if count else "numbers"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} with {separator!r} between")
+        return values if count or len(values) > 1 else values[0]
+
+    return read
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m runtime",
+        description="Draw a picture from a text, with a latent-diffusion model.",
+        epilog=f"presets:\n{describe_presets()}\n\n"
+        'example: python -m runtime "a red apple, fluent style" --seed 7 --out apple.png',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(hires=None)
+    add = parser.add_argument
+    add("prompt", metavar="PROMPT", nargs="?", help="what to draw")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to keep away from")
+    add(
+        "--expand",
+        type=Path,
+        metavar="FOLDER",
+        help="a GPT-2 that makes the prompt longer; see docs/expansion.md",
+    )
+    _add_model(parser.add_argument_group("the model"))
+    _add_drawing(parser.add_argument_group("how it is drawn"))
+    _add_guidance(parser.add_argument_group("the text and its guidance"))
+    _add_images(parser.add_argument_group("pictures to start from"))
+    _add_output(parser.add_argument_group("what is written"))
+    return parser
+
+
+def _add_model(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--model",
+        default="pictogram",
+        help=f"a model that ships ({', '.join(shipped_models()) or 'none'}), a folder in "
+        "diffusers' layout, or a .safetensors or .ckpt file (default: %(default)s)",
+    )
+    add(
+        "--lora",
+        dest="loras",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="an adapter (LoRA, LoCon, LoHa, LoKr) to add; may be given several times",
+    )
+    add(
+        "--embedding",
+        dest="embeddings",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a textual inversion; its word then means what it learned; may be given several times",
+    )
+    add("--vae", type=Path, metavar="FILE", help="another autoencoder, a file or a folder")
+    add(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="what the model was trained to predict, where its file does not tell",
+    )
+    add("--graphs", type=Path, metavar="FOLDER", help="graphs that `python -m export` wrote")
+    add(
+        "--precision",
+        choices=get_args(Precision),
+        default="float32",
+        help="what the engines compute in (default: %(default)s)",
+    )
+    add("--threads", type=int, metavar="N", help="processor threads (default: one for each core)")
+
+
+def _add_drawing(group: Any) -> None:
+    add = group.add_argument
+    add("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)}; see below")
+    add(
+        "--sampler",
+        metavar="NAME",
+        help=f"one of {', '.join(SAMPLERS)} (default: {SAMPLER})",
+    )
+    add(
+        "--schedule",
+        metavar="NAME",
+        help=f"one of {', '.join(SCHEDULES)} (default: the model's own)",
+    )
+    add(
+        "--steps",
+        dest="num_inference_steps",
+        type=int,
+        metavar="N",
+        help=f"denoising steps (default: {STEPS}, or what a distilled model is made for)",
+    )
+    add(
+        "--eta",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="noise that ddim and tcd add, 0 to 1 (default: %(default)s)",
+    )
+    add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
+    add(
+        "--seed",
+        type=_numbers(int, ","),
+        metavar="N",
+        help="the same seed gives the same picture; with commas one for each picture",
+    )
+    add(
+        "--noise",
+        choices=tuple(NOISES),
+        default="cpu",
+        help="whose random numbers a seed means: torch's on the processor, or on a GPU, as "
+        "Automatic1111's (default: %(default)s)",
+    )
+    add(
+        "--num-images",
+        dest="num_images_per_prompt",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures to draw, with seeds that count up (default: %(default)s)",
+    )
+
+
+def _add_guidance(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--guidance-scale",
+        type=_numbers(float, ":"),
+        metavar="S[:S]",
+        help="how closely to follow the text; 1 turns guidance off, 7:3 falls from 7 to 3 "
+        f"(default: {GUIDANCE_SCALE}, or what a distilled model is made for)",
+    )
+    add(
+        "--guidance-rescale",
+        type=float,
+        metavar="X",
+        help="0 to 1; 0.7 against burnt colours at high scales (default: 0)",
+    )
+    add(
+        "--guidance-interval",
+        type=_numbers(float, ":", 2),
+        default=(0.0, 1.0),
+        metavar="A:B",
+        help="the part of the steps that is guided, such as 0:0.8; the rest costs half",
+    )
+    add(
+        "--negative-scale",
+        type=float,
+        metavar="S",
+        help="a scale of its own for the negative prompt (default: that of the guidance)",
+    )
+    add(
+        "--plain-prompt",
+        dest="prompt_syntax",
+        action="store_false",
+        help="take brackets in prompts as text; (word:1.3) and its kin are syntax otherwise",
+    )
+    add(
+        "--clip-skip",
+        type=int,
+        default=1,
+        metavar="N",
+        help="2 leaves out the text encoder's last layer (default: %(default)s)",
+    )
+
+
+def _add_images(group: Any) -> None:
+    add = group.add_argument
+    add("--image", type=Path, metavar="FILE", help="a picture to start from (image-to-image)")
+    add(
+        "--strength",
+        type=float,
+        metavar="X",
+        help=f"how far to go from --image, above 0 and up to 1 (default: {STRENGTH}; "
+        f"{PAINTED_STRENGTH:.0f} where something is painted anew)",
+    )
+    add("--mask", type=Path, metavar="FILE", help="a picture that is white where to paint anew")
+    add(
+        "--mask-blur",
+        type=float,
+        default=4.0,
+        metavar="PIXELS",
+        help="over which the new fades into the old (default: %(default)s)",
+    )
+    add(
+        "--extend",
+        type=_numbers(int, ",", 4),
+        metavar="L,T,R,B",
+        help="pixels to paint beyond --image: left, top, right, bottom",
+    )
+    add(
+        "--hires",
+        dest="hires_scale",
+        type=float,
+        metavar="SCALE",
+        help="draw, enlarge so many times, and draw over it",
+    )
+    add("--hires-strength", type=float, metavar="X", help=f"(default: {Hires().strength})")
+    add(
+        "--hires-steps",
+        dest="hires_num_inference_steps",
+        type=int,
+        metavar="N",
+        help="(default: --steps)",
+    )
+    add(
+        "--hires-upscaler",
+        choices=UPSCALERS,
+        help=f"of the pixels (lanczos) or of the latents (default: {Hires().upscaler})",
+    )
+
+
+def _add_output(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a .png, .jpg or .webp; several pictures are numbered "
+        "(default: the prompt and the seed)",
+    )
+    add(
+        "--again",
+        type=Path,
+        metavar="PICTURE",
+        help="draw what made this PNG, of this program or of Automatic1111's; other options change "
+        "it",
+    )
+    add(
+        "--preview-steps",
+        metavar="N,N",
+        help="write the picture as it is after these steps beside each other, to OUT-steps.png",
+    )
+    add("--animation", type=Path, metavar="FILE.webp", help="write the denoising as an animation")
