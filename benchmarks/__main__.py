@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import load, prompt, report
+from benchmarks import load, overhead, prompt, report
 from engine.cache import write_atomically
 from engine.errors import LatentrtError
 
 USER_ERROR = 2
-_MEASURES = {"prompt": prompt.measure, "load": load.measure}
+_MEASURES = {"prompt": prompt.measure, "load": load.measure, "overhead": overhead.measure}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("prompt", "one prompt as a whole process, and its parts"),
         ("load", "from a checkpoint's file to the first step, and switching an adapter"),
+        ("overhead", "what the loop itself costs a step, engines excluded"),
     ):
         added = commands.add_parser(name, help=text)
         added.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")

@@ -38,6 +38,15 @@ ROWS: Mapping[str, Mapping[str, tuple[str, str]]] = {
         "lora_weight_changed_s": ("its weight changed", "{:.2f} s"),
         "lora_off_s": ("taken off", "{:.2f} s"),
     },
+    "overhead": {
+        f"{sampler}_{size}": (f"{sampler}, {text}", form)
+        for sampler in ("ddim", "euler_a", "unipc")
+        for size, text, form in (
+            ("ms", "the model that ships", "{:.3f} ms"),
+            ("large_ms", "Stable Diffusion 1.5's sizes", "{:.3f} ms"),
+            ("large_percent", "of the least that such a step takes", "{:.4f} %"),
+        )
+    },
 }
 
 
@@ -58,6 +67,8 @@ def _heading(name: str, report: Mapping[str, Any]) -> str:
         f"{machine['peak_gflops']:.0f} GFLOP/s in float32, Python {machine['python']}"
     )
     repeats = f"{request['repeats']} repeats after a warm-up"
+    if name == "overhead":
+        return f"{place}; {request['steps']} steps, {repeats}."
     if name == "prompt":
         scale = request["guidance_scale"]
         return f"{place}; {request['steps']} steps, guidance {scale}, {repeats}."

@@ -21,6 +21,13 @@ def test_the_prompt_benchmark_measures_and_writes_json(tmp_path, capsys):
             assert 0 < summary["min"] <= summary["median"] <= summary["max"]
 
 
+def test_the_overhead_benchmark_measures_every_sampler(capsys):
+    assert main(["overhead", "--repeats", "1"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert set(report.ROWS["overhead"]) == measured.keys() - {"machine", "request"}
+    assert all(measured[name]["min"] > 0 for name in report.ROWS["overhead"])
+
+
 def test_no_repeats_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["prompt", "--repeats", "0"])

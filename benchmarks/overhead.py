@@ -1,0 +1,98 @@
+"""What does the loop itself cost a step, engines excluded?
+
+On the model that ships: the time of a run less the time spent in the step's engine. At Stable
+Diffusion 1.5's sizes: a run whose engine does nothing, beside the least that its step could take on
+this machine, which is its floating-point operations at the measured peak.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import describe, summary
+from engine.config import AutoencoderConfig
+from engine.model import Model
+from engine.models import find_model
+from export.published import SD1
+from runtime import Pipeline, Plan, Request
+from runtime.denoiser import Denoiser
+from runtime.schedule import NoiseSchedule
+
+STEPS = 20
+SAMPLERS = ("ddim", "euler_a", "unipc")  # one register; fresh noise at every step; four registers
+STEP_FLOPS = 1.61e12  # of a guided UNet evaluation at 512 x 512, attention included
+SIDE, TOKENS = 64, 77
+
+
+def measure(repeats: int) -> dict[str, Any]:
+    """Time the loop of each sampler at both sizes; warm-up: one run."""
+    machine = describe()
+    floor = STEP_FLOPS / (machine["peak_gflops"] * 1e9)
+    pipeline = Pipeline.load()
+    report: dict[str, Any] = {
+        "machine": machine,
+        "request": {"steps": STEPS, "repeats": repeats, "step_floor_s": round(floor, 3)},
+    }
+    for sampler in SAMPLERS:
+        plan = pipeline.plan(
+            Request(prompt="a", sampler=sampler, seed=7, num_inference_steps=STEPS)
+        )
+        shipped = [_beside_the_engine(pipeline, plan) for _ in range(repeats + 1)][1:]
+        large = [_of_a_large_model(plan) for _ in range(repeats + 1)][1:]
+        report[f"{sampler}_ms"] = summary([1e3 * seconds for seconds in shipped])
+        report[f"{sampler}_large_ms"] = summary([1e3 * seconds for seconds in large])
+        report[f"{sampler}_large_percent"] = summary([100 * seconds / floor for seconds in large])
+    return report
+
+
+def _beside_the_engine(pipeline: Pipeline, plan: Plan) -> float:
+    """Return seconds a step of the model that ships, less those in the engine."""
+    engine, inside = pipeline.engine("step"), 0.0
+
+    class Timed:
+        def run(self, inputs: Mapping[str, Any]) -> Any:
+            nonlocal inside
+            start = time.perf_counter()
+            outputs = engine.run(inputs)
+            inside += time.perf_counter() - start
+            return outputs
+
+    denoiser = _denoiser(pipeline.model, Timed())
+    start = time.perf_counter()
+    for _ in denoiser.run(plan):
+        pass
+    return (time.perf_counter() - start - inside) / STEPS
+
+
+def _of_a_large_model(plan: Plan) -> float:
+    """Return seconds a step at Stable Diffusion 1.5's sizes, with an engine that does nothing."""
+
+    class Idle:
+        def run(self, inputs: Mapping[str, Any]) -> Any:
+            return {"next_registers": inputs["registers"]}
+
+    context = np.zeros((2, 1, TOKENS, SD1.cross_attention_dim), np.float32)
+    model = replace(
+        Model.open(find_model("pictogram")),
+        configs=MappingProxyType({"unet": SD1, "vae": AutoencoderConfig()}),
+    )
+    large = replace(
+        plan,
+        height=8 * SIDE,
+        width=8 * SIDE,
+        conditioning=[{**told, "context": context} for told in plan.conditioning],
+    )
+    denoiser = _denoiser(model, Idle())
+    start = time.perf_counter()
+    for _ in denoiser.run(large):
+        pass
+    return (time.perf_counter() - start) / STEPS
+
+
+def _denoiser(model: Model, engine: Any) -> Denoiser:
+    schedule = NoiseSchedule.from_config(model.scheduler)
+    return Denoiser(model=model, schedule=schedule, engine=lambda part: engine)
