@@ -66,3 +66,16 @@ def test_outside_a_mask_it_is_the_picture_that_stays():
     kept = first.denoised()[..., :4]
     np.testing.assert_array_equal(kept, last.latents[..., :4])
     assert not np.array_equal(first.denoised()[..., 4:], last.latents[..., 4:])
+
+
+@pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_sde", "lcm"])
+def test_noise_drawn_ahead_is_that_of_each_call(monkeypatch, sampler):
+    pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+    wishes = {"prompt": ["a", "b"], "sampler": sampler, "seed": 1, "num_inference_steps": 5}
+    drawn = []
+    for ahead in (1, 2**14, 2**24):  # one call, two calls, all at once
+        monkeypatch.setattr("runtime.denoiser.AHEAD_BYTES", ahead)
+        *_, last = pipeline.denoise(pipeline.plan(Request(**wishes)))
+        drawn.append(last.latents)
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
