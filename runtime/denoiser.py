@@ -146,29 +146,28 @@ class Denoiser:
         mask = np.ones((batch, 1, *shape[1:]), np.float32)
         rescale = np.full(batch, plan.guidance_rescale, np.float32)
         constant = {"guidance_rescale": rescale, "mask": mask}
-        if plan.mask is not None or self.model.is_inpainting:
-            shown, masked = self._masked(plan, noises)
-            if self.model.is_inpainting:
-                constant["image_conditioning"] = np.concatenate([shown, masked], axis=1)
-            else:
-                constant["mask"] = shown
+        if self.model.is_inpainting:
+            constant["image_conditioning"] = self._shown(plan, noises)
+        elif plan.cells is not None:
+            constant["mask"] = np.repeat(plan.cells[None], batch, axis=0)
+            _draw(noises, shape)  # of the masked image, which diffusers encodes here for nothing
         if not keeps:
             return None, start, constant
         assert known is not None
         return np.stack([known, noise], axis=1), start, constant
 
-    def _masked(self, plan: Plan, noises: Sequence[Noise]) -> tuple[Array, Array]:
-        """Return the mask, (B, 1, h, w), and the latents of the image without what it covers.
+    def _shown(self, plan: Plan, noises: Sequence[Noise]) -> Array:
+        """Return what a nine-channel model sees beside the latent, (B, 1 + C, h, w).
 
-        Without a mask all is covered.
+        The mask, and the latents of the image without what it covers; without a mask that is all.
         """
         if plan.cells is None or plan.mask is None or plan.image is None:
             mask = np.ones((1, *self._latent_shape(plan)[1:]), np.float32)
             pixels = np.full((plan.height, plan.width, 3), GRAY, np.uint8)
         else:
             mask, pixels = plan.cells, masked_pixels(plan.image, plan.mask)
-        # diffusers encodes these for ordinary models too: what is drawn later follows this draw
-        return np.repeat(mask[None], len(noises), axis=0), self._encode(pixels, noises)
+        masks = np.repeat(mask[None], len(noises), axis=0)
+        return np.concatenate([masks, self._encode(pixels, noises)], axis=1)
 
     def _enlarged(
         self, latents: Array, plan: Plan, noises: Sequence[Noise], upscaler: str

@@ -324,7 +324,7 @@ def test_inpainting_keeps_what_is_not_masked_in_the_step(recorded, sampler):
     calls = recorded.engines["step"].calls
     run = recorded.draw.plan(Request(prompt="a", sampler=sampler, **wishes)).program
     assert len(calls) == len(run.timesteps), "one call a step"
-    assert len(recorded.engines["vae_encoder"].calls) == 2, "the picture, and what is shown of it"
+    assert len(recorded.engines["vae_encoder"].calls) == 1
     for k, call in enumerate(calls):
         assert call["mask"].tolist() == [[[[0] * 4 + [1] * 4] * 8]]
         registers = call["registers"].shape[1]

@@ -199,7 +199,7 @@ def run(size):
 part, rng = sys.argv[1], np.random.default_rng(0)
 graph = find_graph(part, AutoencoderConfig(), "float32", graph_folders(), Path("random"))
 weights = {
-    name: np.float32(1 / max(np.prod(shape[1:]), 1)) * rng.standard_normal(shape, np.float32)
+    name: np.float32(np.prod(shape[1:]) ** -0.5) * rng.standard_normal(shape, np.float32)
     for name, shape in graph.weights.items()
 }
 engine = open_engine(graph, weights, BackendSettings(threads=1))
