@@ -1,10 +1,12 @@
 """The README's benchmark tables, made from the committed JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comparison_tables import latency_table, quality_table
 from engine.errors import OutputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,15 +78,28 @@ def _heading(name: str, report: Mapping[str, Any]) -> str:
     return f"{place}; {request['model']}, {size:.1f} GB of float16, {repeats}."
 
 
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    **{name: partial(table, name) for name in ROWS},
+    "latency": latency_table,
+    "latency-sd15": latency_table,
+    "quality": quality_table,
+}
+
+
 def insert(readme: str) -> str:
-    """Return the README with its tables replaced; raises OutputError when one has no place."""
-    for name in ROWS:
+    """Return the README with its tables replaced; raises OutputError when one has no place.
+
+    A benchmark without committed figures has no table.
+    """
+    for name, render in TABLES.items():
+        if not (RESULTS / f"{name}.json").is_file():
+            continue
         begin, end = BEGIN.format(name), END.format(name)
         if begin not in readme or end not in readme:
             raise OutputError(f"README.md has no lines {begin!r} and {end!r}; put them back")
         before, rest = readme.split(begin, 1)
         _, after = rest.split(end, 1)
-        readme = f"{before}{begin}\n{table(name, committed(name))}\n{end}{after}"
+        readme = f"{before}{begin}\n{render(committed(name))}\n{end}{after}"
     return readme
 
 

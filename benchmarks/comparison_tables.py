@@ -1,0 +1,105 @@
+"""Markdown tables of the benchmarks that compare contenders or settings."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.contenders import PEAK, REFERENCE
+from benchmarks.scenarios import PARTS, WHOLE
+
+HEADS = {
+    WHOLE: "whole request",
+    "text": "text",
+    "step": "guided UNet step",
+    "decode": "VAE decode",
+}
+GIB = 2**30
+
+
+def latency_table(report: Mapping[str, Any]) -> str:
+    """Render contenders with their medians, spreads and shares of the machine's peak."""
+    contenders = {k: v for k, v in report["contenders"].items() if k != PEAK}
+    measured = {name: found for name, found in contenders.items() if found["rounds"]}
+    heads = [*HEADS.values(), "memory", "error of a step"]
+    lines = [
+        _latency_heading(report),
+        "",
+        f"| | {' | '.join(heads)} |",
+        "|---|" + "---|" * len(heads),
+        *(_row(name, found, measured) for name, found in measured.items()),
+        "",
+        "Medians, smallest to largest; in brackets the share of that precision's peak. "
+        "A factor is the time beside that of the first row.",
+        "",
+        *(f"- {name}: {found['settings']}" for name, found in measured.items()),
+        *(
+            f"- not measured: {name} ({found['skipped']})"
+            for name, found in contenders.items()
+            if "skipped" in found
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _latency_heading(report: Mapping[str, Any]) -> str:
+    machine, request, peaks = report["machine"], report["request"], report["peak_gflops"]
+    rounds = [len(v["rounds"]) for k, v in report["contenders"].items() if k != PEAK]
+    peak = ", ".join(f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in peaks.items())
+    flops = ", ".join(f"{_flops(report['flops'][part])} {HEADS[part]}" for part in PARTS)
+    whole = f"; the whole request is the sum of its parts, {request['steps']} of them steps"
+    return (
+        f"{machine['processor']}, {request['threads']} threads, {peak}; {request['model']}, "
+        f"{request['size']} × {request['size']}, {request['steps']} steps, guidance "
+        f"{request['guidance_scale']}, {max(rounds, default=0)} rounds after {request['warm_ups']} "
+        f"warm-ups{whole if request['whole_is_a_sum'] else ''}; {flops}."
+    )
+
+
+def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+    cells = []
+    for part in HEADS:
+        times, share = found["parts"][part], found["peak_share"][part]
+        cell = f"{_seconds(times['median'])}, {_seconds(times['min'])} to {_seconds(times['max'])}"
+        if share is not None:
+            cell += f" ({share:.0%})"
+        if part == WHOLE and REFERENCE in measured:
+            first = measured[REFERENCE]["parts"][WHOLE]["median"]
+            cell += f", × {times['median'] / first:.2f}"
+        cells.append(cell)
+    cells.append(f"{found['peak_bytes'] / GIB:.2f} GiB")
+    agreement = found.get("agreement", {})
+    error = agreement.get("step_relative_error")
+    cells.append("–" if error is None else f"{error:.1g}")
+    if agreement.get("agrees") is False:
+        cells[-1] += ", **computes something else**"
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _seconds(value: float) -> str:
+    return f"{1e3 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:.2f} TFLOP" if count >= 1e11 else f"{count / 1e9:.2f} GFLOP"
+
+
+def quality_table(report: Mapping[str, Any]) -> str:
+    """Render settings with how far their pictures are from float32's."""
+    request = report["request"]
+    lines = [
+        f"{request['model']}, {request['pictures']} prompts, {request['steps']} steps, against "
+        "the pictures of ONNX Runtime in float32 of the same seeds.",
+        "",
+        "| | PSNR, median | smallest | allowed | SSIM, median | smallest | allowed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in report["settings"].items():
+        if "skipped" in found:
+            lines.append(f"| {name} | not measured: {found['skipped']} | | | | | |")
+            continue
+        decibels, similar, bound = found["psnr_db"], found["ssim"], found["bound"]
+        lines.append(
+            f"| {name} | {decibels['median']:.1f} dB | {decibels['min']:.1f} dB "
+            f"| {bound['psnr_db']:.0f} dB | {similar['median']:.4f} | {similar['min']:.4f} "
+            f"| {bound['ssim']} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,115 @@
+"""The contenders that are open, and whether they compute what the reference computes."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.contenders import MEASURED, PEAK, REFERENCE
+from benchmarks.distances import psnr, relative_error
+from benchmarks.scenarios import WHOLE, Scenario
+from benchmarks.worker import ContenderError, Worker
+
+__all__ = ["WARM_UPS", "ContenderError", "Field"]
+
+WARM_UPS = 2  # of each part; ONNX Runtime needs both. The whole request is warmed up once more.
+# Beyond these a contender computes something else: relative errors of numbers, and dB of pictures.
+ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.15}
+ALLOWED_PSNR_DB = {"float32": 40.0, "bfloat16": 15.0}
+
+
+class Field:
+    """Opens and measures contenders; parts: of a contender; folder: where outputs are compared."""
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        threads: int,
+        parts: Callable[[str], tuple[str, ...]],
+        folder: Path,
+    ) -> None:
+        self._scenario, self._threads = scenario, threads
+        self._parts, self._folder = parts, folder
+        self._workers: dict[str, Worker] = {}
+        self._measured: dict[str, list[str]] = {}
+        self._expected: dict[str, Path] = {}
+
+    def open(self, name: str, taken: dict[str, Any]) -> None:
+        """Open a contender unless it is, warm it up, compare; raises ContenderError."""
+        if name in self._workers:
+            return
+        if name not in (PEAK, REFERENCE) and not self._expected:
+            try:
+                self.open(REFERENCE, {})
+            except ContenderError:
+                self.drop(REFERENCE)
+        start, bound = time.monotonic(), self._scenario.ready_s
+        worker = self._workers[name] = Worker(name, self._scenario.name, self._threads)
+        able = worker.ready(bound)
+        self._measured[name] = [part for part in self._parts(name) if part in able]
+        outputs = {}
+        for part in self._measured[name]:
+            outputs[part] = self._folder / f"{[*MEASURED].index(name)}-{part}.npy"
+            for _ in range(1 if part == WHOLE else WARM_UPS):
+                worker.run(part, bound - (time.monotonic() - start), outputs[part])
+        taken["ready_s"] = round(time.monotonic() - start, 2)
+        if name == REFERENCE:
+            self._expected = outputs
+        elif name != PEAK:
+            taken["agreement"] = compare(outputs, self._expected, MEASURED[name].precision)
+
+    def measure(self, name: str) -> tuple[dict[str, float], int]:
+        """Run each part once; returns seconds, and the process's largest memory in bytes."""
+        seconds, peak, scenario = {}, 0, self._scenario
+        for part in self._measured[name]:
+            bound = scenario.whole_s if part == WHOLE else scenario.run_s
+            answer = self._workers[name].run(part, bound)
+            seconds[part], peak = round(answer["seconds"], 6), answer["peak_bytes"]
+        return seconds, peak
+
+    def make_room(self, name: str) -> None:
+        """Close a contender where the next would not find enough memory; it opens again."""
+        if available_bytes() < self._scenario.headroom_bytes:
+            self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """End a contender's process, if it has one."""
+        if worker := self._workers.pop(name, None):
+            worker.close()
+
+    def close(self) -> None:
+        """End all processes."""
+        for name in list(self._workers):
+            self.drop(name)
+
+
+def compare(
+    outputs: Mapping[str, Path], expected: Mapping[str, Path], precision: str
+) -> dict[str, Any]:
+    """Compare what parts gave, as .npy files; returns the distances and whether they `agree`."""
+    distances: dict[str, float | None] = {}
+    agrees = []
+    for part in [part for part in outputs if part in expected]:
+        given, reference = np.load(outputs[part]), np.load(expected[part])
+        if reference.dtype == np.uint8 and given.shape == reference.shape:
+            decibels = psnr(given, reference)
+            agrees.append(decibels >= ALLOWED_PSNR_DB[precision])
+            # Equal pictures have no finite distance, and JSON has no infinity.
+            distances[f"{part}_psnr_db"] = round(decibels, 1) if np.isfinite(decibels) else None
+        else:
+            error = relative_error(given, reference)
+            agrees.append(error <= ALLOWED_ERROR[precision])
+            distances[f"{part}_relative_error"] = float(f"{error:.2g}")
+    return {**distances, "agrees": all(agrees) if agrees else None}
+
+
+def available_bytes() -> int:
+    """Return the memory that processes could take now; a large number where nobody tells."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 2**62
