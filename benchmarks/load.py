@@ -135,7 +135,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 def _random(name: str, shape: tuple[int, ...], pool: NDArray[np.float32]) -> NDArray[np.float16]:
     """Take numbers that keep activations at the size they come in: an untrained network's."""
-    values = np.resize(pool, shape)
+    values = np.resize(pool[: math.prod(shape)], shape)
     if len(shape) == 1:
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         return (centre + 0.05 * values).astype(np.float16)
