@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import latency, load, overhead, prompt, quality, report
+from benchmarks.scenarios import SCENARIOS
 from engine.cache import write_atomically
 from engine.errors import LatentrtError
 
@@ -80,7 +81,7 @@ def _add_latency(added: argparse.ArgumentParser) -> None:
     added.add_argument(
         "--model",
         default="pictogram",
-        choices=tuple(latency.SCENARIOS),
+        choices=tuple(SCENARIOS),
         help="the model that ships, in two minutes, or random weights of Stable Diffusion 1.5's "
         "size (default: %(default)s)",
     )

@@ -69,7 +69,7 @@ SCENARIOS = {
         title="Stable Diffusion 1.5, random weights",
         size=512,
         ready_s=1500,
-        run_s=90,
+        run_s=120,
         whole_s=900,
         headroom_bytes=11 * 2**30,
     ),

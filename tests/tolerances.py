@@ -66,3 +66,9 @@ TILED_PSNR_DB = 28  # tiles against the whole picture: each has its own statisti
 TILE_EDGE = 1.5  # steps between pixels at a tile's edge / those elsewhere in a smooth picture
 TILED_LATENTS_RTOL = 0.2  # norm of the difference / norm of the reference: the same
 TILED_NOISE = 0.98  # correlation of the noise in latents of tiles and of the whole picture
+# benchmarks/flops.py
+FLOPS_RTOL = 1e-4  # of torch's count, which leaves out the sampler's product
+# benchmarks/distances.py
+SSIM = 1e-9  # absolute: float64, running sums against every window
+# benchmarks/contenders.py
+BFLOAT16_RTOL = 0.05  # norm of the difference / norm of the reference: 8 bits through a UNet
