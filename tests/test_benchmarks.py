@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import load, report
-from benchmarks.__main__ import main
+from benchmarks.__main__ import _MEASURES, main
 from engine.adapters.adapter import read_adapter
 from engine.errors import OutputError
 from engine.model import Model
@@ -35,7 +35,7 @@ def test_no_repeats_are_refused(capsys):
 
 
 def test_an_unwritable_report_is_one_sentence(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.prompt.measure", lambda repeats: {"repeats": repeats})
+    monkeypatch.setitem(_MEASURES, "prompt", lambda repeats: {"repeats": repeats})
     assert main(["prompt", "--out", str(tmp_path / "missing" / "prompt.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -1,9 +1,12 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import numpy as np
 import pytest
+import torch
+import torch._inductor.config as inductor
 from transformers import CLIPTokenizer
 
 from benchmarks import comparison_tables, field, latency, load, report
@@ -200,6 +203,20 @@ def test_a_peer_computes_the_same(name, tolerance):
         given, expected = theirs[part](), ours[part]()
         assert given.shape[-3:] == (128, 128, 3)
         assert psnr(given, expected) >= PICTURE_PSNR_DB
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of tracing, about code of diffusers
+def test_a_compiled_peer_computes_the_same(monkeypatch):
+    compiled = partial(torch.compile, backend="eager")  # traced, without the compiler's minutes
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(inductor, "freezing", False)  # and as it was after the test
+    scenario = replace(SCENARIOS["pictogram"], steps=2)
+    name = "diffusers, torch.compile float32"
+    ours, theirs = (CONTENDERS[each].open(scenario, 1) for each in (REFERENCE, name))
+    assert inductor.freezing
+    assert relative_error(theirs["step"](), ours["step"]()) <= PARITY_RTOL
+    for part in ("decode", WHOLE):
+        assert psnr(theirs[part](), ours[part]()) >= PICTURE_PSNR_DB
 
 
 def test_the_peak_is_measured_in_two_precisions(monkeypatch):
