@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from engine.checkpoints.weights import require_finite
 from engine.errors import BackendError
 from engine.float16 import widen
-from engine.graphs import Graph
+from engine.graphs import Graph, Precision
 
 Arrays = Mapping[str, NDArray[Any]]
+ComputePrecision = Literal["float32", "float16", "bfloat16"]
 
 
 class Engine(Protocol):
@@ -55,31 +56,78 @@ class BackendSettings:
             )
 
 
-def open_engine(graph: Graph, weights: Arrays, settings: BackendSettings) -> Engine:
-    """Bind weights to a graph and make it ready; raises BackendError, GraphError or ModelError."""
-    return BACKENDS[settings.backend](graph, weights, settings)
+def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> Precision:
+    """Return the precision of the graphs from which a backend computes in this one.
+
+    Raises BackendError when it cannot.
+    """
+    offered = PRECISIONS[settings.backend]
+    if precision not in offered:
+        others = [name for name in PRECISIONS if precision in PRECISIONS[name]]
+        raise BackendError(
+            f"the backend {settings.backend!r} does not compute in {precision}; choose the "
+            f"precision {' or '.join(offered)}"
+            + (f", or the backend {' or '.join(others)}" if others else "")
+        )
+    return offered[precision]
 
 
-def _open_cpu(graph: Graph, weights: Arrays, settings: BackendSettings) -> Engine:
+def open_engine(
+    graph: Graph,
+    weights: Arrays,
+    settings: BackendSettings,
+    precision: ComputePrecision | None = None,
+) -> Engine:
+    """Bind weights to a graph and make it ready.
+
+    precision: what to compute in, from a graph of `graph_precision`; None computes in the graph's
+    Raises BackendError, GraphError or ModelError.
+    """
+    precision = precision or graph.precision
+    graph_precision(settings, precision)
+    return BACKENDS[settings.backend](graph, weights, settings, precision)
+
+
+def _open_cpu(
+    graph: Graph, weights: Arrays, settings: BackendSettings, precision: ComputePrecision
+) -> Engine:
     from engine.onnxruntime_cpu import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(graph, weights, settings.threads)
 
 
-BACKENDS = {"cpu": _open_cpu}
+def _open_openvino(
+    graph: Graph, weights: Arrays, settings: BackendSettings, precision: ComputePrecision
+) -> Engine:
+    from engine.openvino_cpu import OpenVinoEngine
+
+    return OpenVinoEngine(graph, weights, settings.threads, precision)
+
+
+BACKENDS = {"cpu": _open_cpu, "openvino": _open_openvino}
+# What each computes in, and the precision of the graph that it does this from.
+PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {
+    "cpu": {"float32": "float32", "float16": "float16"},
+    "openvino": {"float32": "float32", "bfloat16": "float32"},
+}
 
 
 def bind(
-    graph: Graph, weights: Arrays, names: Collection[str] | None = None
+    graph: Graph,
+    weights: Arrays,
+    names: Collection[str] | None = None,
+    *,
+    keep_float16: bool = False,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Take a graph's weights, or those of some names, in its precision; equal dtypes are no copy.
 
+    keep_float16: leave what is float16 as it is, for a backend that widens it itself
     Raises BackendError when the checkpoint lacks one, or has it in another shape or in numbers of
     another kind, and ModelError when it holds infinities or what is no number.
     """
     chosen = [name for name in graph.weights if names is None or name in names]
     with ThreadPoolExecutor(processors()) as pool:  # numpy converts without the interpreter's lock
-        taken = pool.map(lambda name: _take(graph, weights, name), chosen)
+        taken = pool.map(lambda name: _take(graph, weights, name, keep_float16), chosen)
         yield from zip(chosen, taken, strict=True)
 
 
@@ -90,7 +138,7 @@ def processors() -> int:
     return os.cpu_count() or 1
 
 
-def _take(graph: Graph, weights: Arrays, name: str) -> NDArray[Any]:
+def _take(graph: Graph, weights: Arrays, name: str, keep_float16: bool) -> NDArray[Any]:
     if name not in weights:
         raise BackendError(
             f"the checkpoint has no tensor {name!r}, which the {graph.part} graph "
@@ -108,10 +156,11 @@ def _take(graph: Graph, weights: Arrays, name: str) -> NDArray[Any]:
             f"the checkpoint's tensor {name!r} is of {array.dtype}, which cannot be taken as "
             f"{graph.precision}; save the model in float16, bfloat16 or float32"
         )
-    if array.dtype == np.float16 and graph.precision == "float32":
+    if array.dtype == np.float16 and graph.precision == "float32" and not keep_float16:
         taken: NDArray[Any] = widen(array)
     else:
         with np.errstate(over="ignore"):  # it is refused below
-            taken = np.asarray(array, dtype=graph.precision, order="C")
+            dtype = array.dtype if keep_float16 and array.dtype == np.float16 else graph.precision
+            taken = np.asarray(array, dtype=dtype, order="C")
     require_finite("the checkpoint", name, taken)
     return taken

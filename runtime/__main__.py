@@ -47,7 +47,7 @@ def _draw(options: argparse.Namespace) -> None:
     for path, check in ((options.out, check_output), (options.animation, check_animation)):
         if path:
             check(path)
-    backend = BackendSettings(threads=options.threads)
+    backend = BackendSettings(backend=options.backend, threads=options.threads)
     if options.expand:
         options.prompt = _expanded(options, backend)
     request = request_of(options)

@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
+from engine.backends import BACKENDS, ComputePrecision
 from engine.errors import RequestError
-from engine.graphs import Precision
 from engine.models import shipped_models
 from runtime.again import settings_of
 from runtime.images import read_image
@@ -26,7 +26,7 @@ from runtime.upscaling import UPSCALERS
 __all__ = ["MODEL_OPTIONS", "parse", "request_of"]
 
 # What makes a picture again beside the request: of the model, by the options' names.
-MODEL_OPTIONS = ("model", "vae", "loras", "embeddings", "prediction_type", "precision")
+MODEL_OPTIONS = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 AGAIN = {*MODEL_OPTIONS, *HIRES, *(f.name for f in fields(Request))}  # and nothing else of a file
 
@@ -135,10 +135,16 @@ def _add_model(group: Any) -> None:
     )
     add("--graphs", type=Path, metavar="FOLDER", help="graphs that `python -m export` wrote")
     add(
+        "--backend",
+        choices=tuple(BACKENDS),
+        default="cpu",
+        help="what runs the engines: cpu is ONNX Runtime (default: %(default)s)",
+    )
+    add(
         "--precision",
-        choices=get_args(Precision),
+        choices=get_args(ComputePrecision),
         default="float32",
-        help="what the engines compute in (default: %(default)s)",
+        help="what the engines compute in; bfloat16 with --backend openvino (default: %(default)s)",
     )
     add("--threads", type=int, metavar="N", help="processor threads (default: one for each core)")
 

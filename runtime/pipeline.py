@@ -13,8 +13,15 @@ from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
 from engine.adapters.textual_inversion import read_embedding
-from engine.backends import Arrays, BackendSettings, Engine, open_engine
-from engine.graphs import Precision, find_graph, graph_folders
+from engine.backends import (
+    Arrays,
+    BackendSettings,
+    ComputePrecision,
+    Engine,
+    graph_precision,
+    open_engine,
+)
+from engine.graphs import find_graph, graph_folders
 from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
@@ -69,7 +76,7 @@ class Pipeline:
         embeddings: Sequence[Path] = (),
         prediction_type: str | None = None,
         graphs: Path | None = None,
-        precision: Precision = "float32",
+        precision: ComputePrecision = "float32",
         settings: BackendSettings | None = None,
     ) -> Self:
         """Load a model: the one that ships, by its name, a folder or a checkpoint's file.
@@ -78,15 +85,17 @@ class Pipeline:
         loras, embeddings: as `set_loras` and `set_embeddings` take them
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
+        precision: what the engines compute in, as far as the backend can
         Raises ModelError, GraphError or BackendError.
         """
-        opened = Model.open(find_model(model), prediction_type=prediction_type, vae=vae)
         chosen = settings or BackendSettings()
+        of_graphs = graph_precision(chosen, precision)
+        opened = Model.open(find_model(model), prediction_type=prediction_type, vae=vae)
 
         def open_part(part: Part, weights: Arrays) -> Engine:
             config, folders = opened.config(part), graph_folders(graphs)
-            graph = find_graph(part, config, precision, folders, opened.path)
-            return open_engine(graph, weights, chosen)
+            graph = find_graph(part, config, of_graphs, folders, opened.path)
+            return open_engine(graph, weights, chosen, precision)
 
         pipeline = cls(opened, load_tokenizers(opened), open_part)
         pipeline.set_loras(loras)

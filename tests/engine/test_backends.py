@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.backends import BackendSettings, bind, open_engine
+from engine.backends import BackendSettings, bind, graph_precision, open_engine
 from engine.errors import BackendError, GraphError, ModelError
 from engine.graphs import find_graph, graph_folders
 from engine.model import Model
 from engine.models import find_model
 from engine.onnxruntime_cpu import CONSTANT_BYTES
+from runtime import Pipeline
 
 MODEL = Model.open(find_model("pictogram"))
 SETTINGS = BackendSettings(threads=1)
@@ -154,18 +155,58 @@ def test_impossible_threads(threads):
         BackendSettings(threads=threads)
 
 
-def test_onnxruntime_is_not_installed(graph, weights, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "module", "extra"),
+    [("cpu", "onnxruntime", "cpu"), ("openvino", "openvino", "openvino")],
+)
+def test_a_library_is_not_installed(graph, weights, monkeypatch, backend, module, extra):
     load = builtins.__import__
 
     def without(name, *arguments, **keywords):
-        if name == "onnxruntime":
-            raise ImportError("No module named 'onnxruntime'")
+        if name == module:
+            raise ImportError(f"No module named {module!r}")
         return load(name, *arguments, **keywords)
 
-    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(BackendError, match=r"pip install 'latentrt\[cpu\]'"):
-        open_engine(graph, weights, SETTINGS)
+    with pytest.raises(BackendError, match=rf"pip install 'latentrt\[{extra}\]'"):
+        open_engine(graph, weights, replace(SETTINGS, backend=backend))
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "said"),
+    [
+        ("cpu", "bfloat16", "float32 or float16, or the backend openvino"),
+        ("openvino", "float16", "float32 or bfloat16, or the backend cpu"),
+        ("cpu", "int4", "float32 or float16"),
+    ],
+)
+def test_a_precision_that_a_backend_does_not_compute_in(graph, weights, backend, precision, said):
+    settings = replace(SETTINGS, backend=backend)
+    said = f"'{backend}' does not compute in {precision}; choose the precision {said}"
+    with pytest.raises(BackendError, match=f"{said}$"):
+        graph_precision(settings, precision)
+    with pytest.raises(BackendError, match=said):
+        open_engine(graph, weights, settings, precision)
+    with pytest.raises(BackendError, match=said):
+        Pipeline.load(precision=precision, settings=settings)
+
+
+def test_the_graphs_that_a_precision_is_computed_from():
+    openvino = replace(SETTINGS, backend="openvino")
+    assert (
+        graph_precision(openvino, "bfloat16") == graph_precision(openvino, "float32") == "float32"
+    )
+    assert graph_precision(SETTINGS, "float16") == "float16"
+
+
+def test_bind_can_leave_float16_as_it_is(graph):
+    half, double = np.ones(2, np.float16), np.ones(2, np.float64)
+    small = replace(graph, weights={"half": (2,), "double": (2,)})
+    taken = dict(bind(small, {"half": half, "double": double}, keep_float16=True))
+    assert np.shares_memory(taken["half"], half)
+    assert taken["half"].dtype == np.float16
+    assert taken["double"].dtype == np.float32
 
 
 def test_a_graph_that_went_away(graph, weights, tmp_path):
