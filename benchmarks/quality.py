@@ -50,8 +50,7 @@ class Setting:
 
 REFERENCE = Setting(precision="float32", backend="cpu", psnr_db=LARGEST_DB, ssim=1.0)
 # float32 elsewhere sums in another order, which 20 steps leave within a few bytes of 255.
-# bfloat16 has 8 bits of each number: half of the pictures stay within 48 dB here. At 30 dB a
-# difference begins to be seen.
+# bfloat16 has 8 bits of each number: half of the pictures stay within 48 dB here.
 SETTINGS: Mapping[str, Setting] = {
     "OpenVINO float32": Setting(precision="float32", backend="openvino", psnr_db=60.0, ssim=0.999),
     "OpenVINO bfloat16": Setting(precision="bfloat16", backend="openvino", psnr_db=40.0, ssim=0.99),
