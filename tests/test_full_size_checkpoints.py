@@ -94,6 +94,7 @@ def files(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     made = Files(folder, stem, family)
     made.prediction_type = prediction_type
+    describe_folder(made)
     yield made
     shutil.rmtree(folder)
 
@@ -201,7 +202,6 @@ def text_configs(files):
 
 @torch.no_grad()
 def test_text_encoders_and_what_the_files_are(files):
-    describe_folder(files)
     for path in files.formats().values():
         model = Model.open(path)
         assert model.scheduler["prediction_type"] == files.prediction_type
