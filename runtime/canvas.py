@@ -107,6 +107,7 @@ def extend(
     right: int = 0,
     bottom: int = 0,
     multiple: int = 8,
+    mask: Image.Image | None = None,
 ) -> tuple[Image.Image, Image.Image]:
     """Lay a picture on a larger canvas; returns the canvas and the mask of what is new on it.
 
@@ -117,6 +118,7 @@ def extend(
 
     Args:
         left, top, right, bottom: pixels to add, at least one of them above 0.
+        mask: of the picture; its white is painted anew as well.
 
     Returns:
         An RGB picture and its mask of mode L, both as large as the canvas.
@@ -139,6 +141,9 @@ def extend(
         )
     rows, columns = (top, image.height, bottom), (left, image.width, right)
     new = np.maximum(_new(*rows)[:, None], _new(*columns))
+    if mask is not None:
+        inside = new[top : top + image.height, left : left + image.width]
+        inside[_white(mask, image.height, image.width)] = 255
     edges = np.pad(np.asarray(as_rgb(image)), ((top, bottom), (left, right), (0, 0)), "edge")
     canvas = _softened(Image.fromarray(edges), _away(*rows), _away(*columns))
     return canvas, Image.fromarray(new)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops
+from PIL import Image
 
 from engine.model import Model
 from runtime.canvas import extend, latent_mask
@@ -137,14 +137,15 @@ def _canvas(request: Request, multiple: int) -> tuple[Image.Image | None, Image.
     if request.image is None or request.extend is None:
         return request.image, request.mask
     left, top, right, bottom = request.extend
-    canvas, margins = extend(
-        request.image, left=left, top=top, right=right, bottom=bottom, multiple=multiple
+    return extend(
+        request.image,
+        left=left,
+        top=top,
+        right=right,
+        bottom=bottom,
+        multiple=multiple,
+        mask=request.mask,
     )
-    if request.mask is not None:
-        mask = Image.new("L", canvas.size)
-        mask.paste(request.mask.convert("L").resize(request.image.size), (left, top))
-        margins = ImageChops.lighter(margins, mask)
-    return canvas, margins
 
 
 def _run(

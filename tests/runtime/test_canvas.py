@@ -226,6 +226,19 @@ def test_new_area_is_the_smoother_the_farther():
     assert abs(canvas[:, 100:].mean() - 127.5) < 2, "brightness stays"
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_a_mask_lies_where_the_picture_lies(mode):
+    """The left margin grows from 5 to 8 pixels, and what is transparent stays."""
+    mask = Image.new(mode, (40, 24))
+    mask.paste("white", (30, 0, 40, 24))
+    if mode == "RGBA":
+        mask.paste((255, 255, 255, 0), (12, 0, 20, 24))
+    canvas, new = extend(noise(24, 40), left=5, mask=mask)
+    assert canvas.size == new.size == (48, 24)
+    painted = np.asarray(new)[12] == 255
+    assert painted.tolist() == [True] * 16 + [False] * 22 + [True] * 10
+
+
 def test_the_smallest_and_the_most_narrow_pictures():
     for image in (Image.new("RGB", (1, 1), "red"), noise(16, 1), noise(1, 1)):
         canvas, mask = extend(image, right=7, bottom=8)
