@@ -19,7 +19,7 @@ from engine.signature import Part
 from runtime import tiles
 from runtime.canvas import GRAY, masked_pixels
 from runtime.inpainting import blend
-from runtime.noise import NOISES, Noise
+from runtime.noise import Noise, make_noise
 from runtime.plan import Array, Plan
 from runtime.samplers import Program
 from runtime.samplers.program import predict
@@ -58,7 +58,7 @@ class Denoiser:
         """Run a plan and what follows it; yields after every call of the UNet."""
         done, latents = 0, None
         for run in plan.runs():
-            noises = [NOISES[run.noise](seed) for seed in run.seeds]
+            noises = [make_noise(run.noise, seed) for seed in run.seeds]
             if latents is not None:
                 latents = self._enlarged(latents, run, noises, plan.upscaler)
             calls = self._loop(run, noises, latents)

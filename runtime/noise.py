@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
+from runtime.checks import check_choice
 from runtime.philox import curand_normal, philox4x32
 
 __all__ = ["MAX_SEED", "NOISES", "Noise", "PhiloxNoise", "TorchNoise", "make_noise"]
@@ -171,8 +172,7 @@ def make_noise(kind: str, seed: int) -> Noise:
 
     Raises RequestError for another kind, and for a seed outside 0 to 2**64 - 1.
     """
-    if kind not in tuple(NOISES):
-        raise RequestError(f"noise is {kind!r}; choose one of {', '.join(NOISES)}")
+    check_choice("noise", kind, tuple(NOISES))
     return NOISES[kind](seed)
 
 

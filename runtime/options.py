@@ -14,6 +14,7 @@ from engine.backends import BACKENDS, ComputePrecision
 from engine.errors import RequestError
 from engine.models import shipped_models
 from runtime.again import settings_of
+from runtime.canvas import BLUR
 from runtime.images import read_image
 from runtime.noise import NOISES
 from runtime.plan import GUIDANCE_SCALE, PAINTED_STRENGTH, SAMPLER, STEPS, STRENGTH
@@ -258,7 +259,7 @@ def _add_images(group: Any) -> None:
     add(
         "--mask-blur",
         type=float,
-        default=4.0,
+        default=BLUR,
         metavar="PIXELS",
         help="over which the new fades into the old (default: %(default)s)",
     )

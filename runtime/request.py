@@ -14,7 +14,7 @@ from runtime.canvas import BLUR, MAX_BLUR, MAX_SIDE
 from runtime.checks import check_choice, check_number, check_picture, texts
 from runtime.noise import MAX_SEED, NOISES
 from runtime.prompt import Piece, compose, escape
-from runtime.upscaling import UPSCALERS
+from runtime.upscaling import PIXELS, UPSCALERS
 
 MAX_IMAGES = 256
 MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
@@ -36,7 +36,7 @@ class Hires:
     scale: float = 2.0
     strength: float = 0.6
     num_inference_steps: int | None = None
-    upscaler: str = "lanczos"
+    upscaler: str = PIXELS
 
     def __post_init__(self) -> None:
         """Refuse what no model could fulfil."""
