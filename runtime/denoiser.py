@@ -34,14 +34,12 @@ class Progress:
     """The state after a call of the UNet, for progress and previews.
 
     step: 1 to total
-    latents: (B, C, height // 8, width // 8) float32, which are signal x0 + noise eps
+    latents: (B, C, height // 8, width // 8) float32, at the noise level of the next call
     """
 
     step: int
     total: int
     latents: Array
-    signal: float
-    noise: float
     denoised: Callable[[], Array]
     """Computes (B, C, height // 8, width // 8): the x0 that the model believed in at this call."""
 
@@ -67,8 +65,6 @@ class Denoiser:
                     step=done + step,
                     total=plan.calls,
                     latents=latents,
-                    signal=float(run.program.signal_scales[step]),
-                    noise=float(run.program.noise_scales[step]),
                     denoised=denoise,
                 )
             done += step
