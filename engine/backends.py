@@ -15,7 +15,9 @@ from engine.float16 import widen
 from engine.graphs import Graph, Precision
 
 Arrays = Mapping[str, NDArray[Any]]
-ComputePrecision = Literal["float32", "float16", "bfloat16"]
+Ranges = Mapping[str, tuple[float, float]]
+"""By the name of a layer's weight: the least and the greatest input that were seen."""
+ComputePrecision = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 class Engine(Protocol):
@@ -28,6 +30,7 @@ class Engine(Protocol):
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
         """Take the weights of these names anew, as when an adapter is put on or taken off.
 
+        weights: all that the graph needs; those of other names are what they were
         One after the other, so that never two of all are in memory. Raises BackendError or
         ModelError, and then some are new: the former weights must be bound again.
         """
@@ -77,19 +80,25 @@ def open_engine(
     weights: Arrays,
     settings: BackendSettings,
     precision: ComputePrecision | None = None,
+    ranges: Ranges | None = None,
 ) -> Engine:
     """Bind weights to a graph and make it ready.
 
     precision: what to compute in, from a graph of `graph_precision`; None computes in the graph's
+    ranges: of the inputs of those layers that compute in int8, when that is the precision
     Raises BackendError, GraphError or ModelError.
     """
     precision = precision or graph.precision
     graph_precision(settings, precision)
-    return BACKENDS[settings.backend](graph, weights, settings, precision)
+    return BACKENDS[settings.backend](graph, weights, settings, precision, ranges)
 
 
 def _open_cpu(
-    graph: Graph, weights: Arrays, settings: BackendSettings, precision: ComputePrecision
+    graph: Graph,
+    weights: Arrays,
+    settings: BackendSettings,
+    precision: ComputePrecision,
+    ranges: Ranges | None,
 ) -> Engine:
     from engine.onnxruntime_cpu import OnnxRuntimeEngine
 
@@ -97,18 +106,22 @@ def _open_cpu(
 
 
 def _open_openvino(
-    graph: Graph, weights: Arrays, settings: BackendSettings, precision: ComputePrecision
+    graph: Graph,
+    weights: Arrays,
+    settings: BackendSettings,
+    precision: ComputePrecision,
+    ranges: Ranges | None,
 ) -> Engine:
     from engine.openvino_cpu import OpenVinoEngine
 
-    return OpenVinoEngine(graph, weights, settings.threads, precision)
+    return OpenVinoEngine(graph, weights, settings.threads, precision, ranges)
 
 
 BACKENDS = {"cpu": _open_cpu, "openvino": _open_openvino}
 # What each computes in, and the precision of the graph that it does this from.
 PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {
     "cpu": {"float32": "float32", "float16": "float16"},
-    "openvino": {"float32": "float32", "bfloat16": "float32"},
+    "openvino": {"float32": "float32", "bfloat16": "float32", "int8": "float32"},
 }
 
 

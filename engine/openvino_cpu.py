@@ -1,20 +1,27 @@
-"""OpenVINO on the CPU, in float32 or bfloat16: both from the float32 graph."""
+"""OpenVINO on the CPU, in float32, bfloat16 or int8: all from the float32 graph."""
 
+import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import Arrays, ComputePrecision, bind, processors
-from engine.errors import BackendError, GraphError
+from engine.backends import Arrays, ComputePrecision, Ranges, bind, processors
+from engine.checkpoints.weights import release
+from engine.errors import BackendError, GraphError, LatentrtError
 from engine.graphs import Graph
 from engine.onnx_file import weights_as_inputs
+from engine.openvino_layers import put_weight, round_inputs
+from engine.quantization import QuantizedWeight, is_quantized, quantize
 
-HINTS: Mapping[ComputePrecision, str] = {"float32": "f32", "bfloat16": "bf16"}
+PORTION = 2**26  # numbers of weights that are read before their memory is given back
 CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class OpenVinoEngine:
@@ -22,37 +29,47 @@ class OpenVinoEngine:
 
     float16 weights stay where they are, in the checkpoint's mapped file, and the library widens
     each as it rearranges it: no float32 copy of all of them is made. bfloat16 is what convolutions
-    and matrix products take and give; they sum in float32, as norms do.
+    and matrix products take and give; they sum in float32, as norms do. In int8 the layers whose
+    `ranges` are known take whole numbers, and all else is bfloat16 where the processor has it.
+
+    The shapes of the first run are compiled in: then the library lets go of the weights as they
+    came, a Stable Diffusion 1.5 UNet needs 0.3 GiB less and in int8 is 4 % faster. When other
+    shapes come, it is compiled once more, for any.
     """
 
     def __init__(
-        self, graph: Graph, weights: Arrays, threads: int | None, precision: ComputePrecision
+        self,
+        graph: Graph,
+        weights: Arrays,
+        threads: int | None,
+        precision: ComputePrecision,
+        ranges: Ranges | None = None,
     ) -> None:
         self._library = _import()
         self._graph = graph
         self._core = self._library.Core()
-        self._settings = {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],
-            "INFERENCE_NUM_THREADS": threads or processors(),
-            "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,  # threads of two processes would share one core
-        }
-        if precision == "bfloat16" and "BF16" not in self._core.get_property(
-            "CPU", "OPTIMIZATION_CAPABILITIES"
-        ):
+        able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if precision == "bfloat16" and not able:
             raise BackendError(
                 "this processor has no bfloat16 arithmetic (AVX-512 BF16 or AMX); use the "
                 "precision float32"
             )
+        self._settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if able and precision != "float32" else "f32",
+            "INFERENCE_NUM_THREADS": threads or processors(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # threads of two processes would share one core
+        }
+        self._ranges = ranges or {}
         self._lock = Lock()
-        self._weights: dict[str, NDArray[Any]] = {}
         self._compiled: Any = None
+        self._shapes: Shapes | None = None  # of the inputs, compiled in; None takes any
         self.rebind(weights, graph.weights)
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once; raises BackendError for inputs that do not fit, or when the library fails."""
-        compiled = self._ready()
-        self._check(compiled, inputs)
+        self._check(inputs)
+        compiled = self._ready({name: array.shape for name, array in inputs.items()})
         try:
             # A request of its own for each run: a request's buffers are not for two threads.
             results = compiled.create_infer_request().infer(dict(inputs), share_inputs=True)
@@ -64,57 +81,87 @@ class OpenVinoEngine:
         return {output.get_any_name(): results[output] for output in compiled.outputs}
 
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
-        """Take the weights of these names anew, and compile; see `engine.backends.Engine`."""
+        """Take the weights anew; see `engine.backends.Engine`."""
+        if not any(name in self._graph.weights for name in names):
+            return
         with self._lock:
-            for name, array in bind(self._graph, weights, names, keep_float16=True):
-                self._weights[name] = array
-                self._compiled = None  # its memory goes before that of the next one comes
-        self._ready()
+            self._compiled = self._model = None  # their memory goes before that of the next comes
+            self._shapes = None
+            self._weights = weights
+            self._model = self._assembled()
+            self._ports = {
+                given.get_friendly_name(): (
+                    given.get_element_type().to_dtype(),
+                    given.get_partial_shape(),
+                )
+                for given in self._model.get_parameters()
+            }
 
-    def _ready(self) -> Any:
+    def _ready(self, shapes: Shapes) -> Any:
+        """Return the model compiled for these shapes, or for any."""
         with self._lock:
             if self._compiled is None:
-                self._compiled = self._compile()
+                self._shapes = shapes
+            elif self._shapes not in (None, shapes):
+                self._shapes = self._compiled = None
+            if self._compiled is None:
+                model, self._model = self._model or self._assembled(), None
+                with self._graph_errors():
+                    if self._shapes is not None:
+                        model.reshape({name: [*shape] for name, shape in self._shapes.items()})
+                    self._compiled = self._core.compile_model(model, "CPU", self._settings)
+                release(self._weights)
             return self._compiled
 
-    def _compile(self) -> Any:
-        try:
+    def _assembled(self) -> Any:
+        """Return the model with its weights in it, for any shapes of its inputs."""
+        with self._graph_errors():
             model = self._core.read_model(weights_as_inputs(self._graph.data()))
-            for given in model.get_parameters():
-                if given.get_friendly_name() in self._weights:
-                    self._make_constant(given)
-                    model.remove_parameter(given)
-            return self._core.compile_model(model, "CPU", self._settings)
-        except Exception as error:  # the library's exceptions and Python's own
-            raise GraphError(
-                f"OpenVINO cannot open {self._graph.path} ({_reason(error)}); make it anew with "
-                "`python -m export MODEL`"
-            ) from error
+            self._prepare(model)
+            parameters = {given.get_friendly_name(): given for given in model.get_parameters()}
+        rounded = {*self._rounded()}
 
-    def _make_constant(self, parameter: Any) -> None:
-        """Put a weight in the place of the model's parameter, which is float32, without a copy."""
-        name, wanted = parameter.get_friendly_name(), parameter.get_partial_shape()
-        array = _writable(self._weights[name])
-        if not wanted.compatible(self._library.PartialShape(array.shape)):
-            raise ValueError(f"{name!r} is {wanted} in it, and {array.shape} in its description")
-        value = self._library.op.Constant(array, shared_memory=True)
-        value.set_friendly_name(name)
-        if array.dtype == np.float16:
-            value = self._library.opset13.convert(value, "f32")
-            value.get_rt_info()["decompression_0"] = ""  # or all are widened when compiling
-        parameter.output(0).replace(value.output(0))
+        def taken(named: tuple[str, NDArray[Any]]) -> tuple[str, NDArray[Any] | QuantizedWeight]:
+            name, array = named
+            return name, quantize(array) if name in rounded else array
 
-    def _check(self, compiled: Any, inputs: Arrays) -> None:
+        with ThreadPoolExecutor(processors()) as pool:
+            for names in self._portions():
+                bound = bind(self._graph, self._weights, names, keep_float16=True)
+                for name, weight in pool.map(taken, bound):
+                    with self._graph_errors():
+                        if name in parameters:
+                            put_weight(self._library, model, parameters[name], weight)
+                release(self._weights)
+        return model
+
+    def _prepare(self, model: Any) -> None:
+        """Change a model whose weights are still parameters."""
+        round_inputs(self._library, model, {n: self._ranges[n] for n in self._rounded()})
+
+    def _rounded(self) -> list[str]:
+        return [name for name in self._ranges if is_quantized(name) and name in self._graph.weights]
+
+    def _portions(self) -> Iterator[list[str]]:
+        """Cut the list of weights where each piece has grown beyond `PORTION`."""
+        names, numbers = [], 0
+        for name, shape in self._graph.weights.items():
+            names.append(name)
+            numbers += math.prod(shape)
+            if numbers > PORTION:
+                yield names
+                names, numbers = [], 0
+        yield names
+
+    def _check(self, inputs: Arrays) -> None:
         """Refuse what the library would fill with zeros, cast or broadcast."""
-        ports = {port.get_any_name(): port for port in compiled.inputs}
-        if ports.keys() != inputs.keys():
+        if self._ports.keys() != inputs.keys():
             raise BackendError(
-                f"the {self._graph.part} graph takes the inputs {', '.join(sorted(ports))}, and "
-                f"{', '.join(sorted(inputs)) or 'none'} came"
+                f"the {self._graph.part} graph takes the inputs {', '.join(sorted(self._ports))}, "
+                f"and {', '.join(sorted(inputs)) or 'none'} came"
             )
-        for name, port in ports.items():
-            array, dtype = inputs[name], port.get_element_type().to_dtype()
-            shape = port.get_partial_shape()
+        for name, (dtype, shape) in self._ports.items():
+            array = inputs[name]
             if array.dtype != dtype or not shape.compatible(
                 self._library.PartialShape(array.shape)
             ):
@@ -123,21 +170,17 @@ class OpenVinoEngine:
                     f"{array.dtype} {array.shape} came"
                 )
 
-
-class _Writable:
-    """Memory that is mapped for reading, in numpy's array interface, as if it could be written.
-
-    The library takes no other arrays. It does not write to constants.
-    """
-
-    def __init__(self, array: NDArray[Any]) -> None:
-        self.array = array  # whoever holds a view of this holds the array
-        interface = array.__array_interface__
-        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
-
-
-def _writable(array: NDArray[Any]) -> NDArray[Any]:
-    return array if array.flags.writeable else np.asarray(_Writable(array))
+    @contextmanager
+    def _graph_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except LatentrtError:
+            raise
+        except Exception as error:  # the library's exceptions and Python's own
+            raise GraphError(
+                f"OpenVINO cannot open {self._graph.path} ({_reason(error)}); make it anew with "
+                "`python -m export MODEL`"
+            ) from error
 
 
 def _import() -> Any:

@@ -25,6 +25,7 @@ from engine.graphs import find_graph, graph_folders
 from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
+from engine.quantization import find_ranges, ranges_name
 from engine.signature import Part, TextPart
 from runtime.canvas import paste_back
 from runtime.conditioning import Encoder
@@ -95,7 +96,11 @@ class Pipeline:
         def open_part(part: Part, weights: Arrays) -> Engine:
             config, folders = opened.config(part), graph_folders(graphs)
             graph = find_graph(part, config, of_graphs, folders, opened.path)
-            return open_engine(graph, weights, chosen, precision)
+            ranges = None
+            if precision == "int8" and part == "step":
+                name = ranges_name(config.key(), opened.find("unet"))
+                ranges = find_ranges(name, folders, opened.path)
+            return open_engine(graph, weights, chosen, precision, ranges)
 
         pipeline = cls(opened, load_tokenizers(opened), open_part)
         pipeline.set_loras(loras)

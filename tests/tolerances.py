@@ -70,10 +70,8 @@ TILED_NOISE = 0.98  # correlation of the noise in latents of tiles and of the wh
 FLOPS_RTOL = 1e-4  # of torch's count, which leaves out the sampler's product
 # benchmarks/distances.py
 SSIM = 1e-9  # absolute: float64, running sums against every window
-# benchmarks/contenders.py
-BFLOAT16_RTOL = 0.05  # norm of the difference / norm of the reference: 8 bits through a UNet
 # engine/openvino_cpu.py: against ONNX Runtime in float32, of the model that ships
 OPENVINO_RTOL = 1e-4  # norm of the difference / norm of the reference: other kernels and orders
 OPENVINO_PSNR_DB = 60  # a picture; 86 to 88 dB measured
-BFLOAT16_RTOL = 0.04  # as OPENVINO_RTOL, of 8 bits: 0.005 to 0.02 measured
+BFLOAT16_RTOL = 0.08  # random inputs, which guidance then multiplies; 0.056 at most
 BFLOAT16_PSNR_DB = 35  # a picture of 20 steps: 46 to 49 dB measured

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.adapters.lora import Change, Factor, decompose
+from engine.checkpoints.weights import release
 from engine.errors import ModelError
 from engine.float16 import add_into
 
@@ -78,6 +79,10 @@ class Adapted(Mapping[str, NDArray[Any]]):
             total += update.delta(base, weight)
         add_into(total, base)
         return total
+
+    def release(self) -> None:
+        """Give back the memory of what was read of the base, where it is a file's."""
+        release(self.base)
 
     def __iter__(self) -> Iterator[str]:
         """Go through the base's names in its order."""

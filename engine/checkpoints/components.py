@@ -57,6 +57,10 @@ class Component(Mapping[str, NDArray[Any]]):
         """Hash by identity, as `==` compares."""
         return id(self)
 
+    def release(self) -> None:
+        """Give back the memory of what was read, of whichever dtype; it is read again."""
+        self.weights.release(used_in_place=())
+
     def used(self) -> set[str]:
         """Return the names of the stored tensors that are taken."""
         return {source.name for source in self.sources.values()}

@@ -7,7 +7,7 @@ nothing. A large model is cut into shards, several files with an index,
 
 import hashlib
 import mmap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from engine.checkpoints.safetensors import MAX_HEADER, parse_object
 from engine.checkpoints.tensors import StoredTensor, damaged, map_file, short
 from engine.errors import ModelError
 
-__all__ = ["StoredTensor", "Weights", "open_weights", "require_finite"]
+__all__ = ["StoredTensor", "Weights", "open_weights", "release", "require_finite"]
 
 # Where diffusers and transformers put a part's weights, in the order of preference.
 FILES = tuple(
@@ -83,12 +83,12 @@ class Weights(Mapping[str, NDArray[Any]]):
         """Name the files; thousands of tensors help nobody."""
         return f"Weights({', '.join(map(str, self.files))}: {len(self)} tensors)"
 
-    def release(self) -> None:
+    def release(self, *, used_in_place: Collection[str] = ("F32",)) -> None:
         """Give back the memory of what was read; the files stay mapped, and are read again.
 
-        Files of float32 are left alone: their tensors are used where they are.
+        used_in_place: dtypes whose files are left alone, as their tensors are read all the time
         """
-        used = {id(tensor.file) for tensor in self.tensors.values() if tensor.dtype == "F32"}
+        used = {id(t.file) for t in self.tensors.values() if t.dtype in used_in_place}
         for file in self.files.values():
             if id(file) not in used and hasattr(mmap, "MADV_DONTNEED"):
                 file.madvise(mmap.MADV_DONTNEED)
@@ -124,6 +124,12 @@ def open_weights(path: Path) -> Weights:
             f"{error.filename or path} cannot be read ({error.strerror or error}); "
             "check the path and its permissions"
         ) from error
+
+
+def release(weights: Mapping[str, NDArray[Any]]) -> None:
+    """Give back the memory of weights that were read from a file, whichever way they come."""
+    if give_back := getattr(weights, "release", None):
+        give_back()
 
 
 def require_finite(source: Path | str, name: str, array: NDArray[Any]) -> None:

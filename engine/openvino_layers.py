@@ -1,0 +1,96 @@
+"""The layers of an OpenVINO model that have weights: how these are put in, whole numbers included.
+
+The library turns a rounding of a layer's input (FakeQuantize) and a weight of whole numbers with
+its scale into one operation on whole numbers.
+"""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends import Ranges
+from engine.quantization import LEVELS, QuantizedWeight, input_range, is_quantized
+
+CONVOLUTION = "Convolution"
+LAYERS = (CONVOLUTION, "MatMul")
+REARRANGED = ("Transpose", "Reshape")  # what may stand between a weight and its layer
+LEAST, GREATEST = "least input of ", "greatest input of "
+
+
+def put_weight(
+    library: Any, model: Any, parameter: Any, weight: NDArray[Any] | QuantizedWeight
+) -> None:
+    """Put a weight in the place of a model's parameter, which is float32, without a copy."""
+    name, wanted, ops = (
+        parameter.get_friendly_name(),
+        parameter.get_partial_shape(),
+        library.opset13,
+    )
+    array = weight.values if isinstance(weight, QuantizedWeight) else _writable(weight)
+    if not wanted.compatible(library.PartialShape(array.shape)):
+        raise ValueError(f"{name!r} is {wanted} in it, and {array.shape} in its description")
+    value = library.op.Constant(array, shared_memory=True)
+    value.set_friendly_name(name)
+    if isinstance(weight, QuantizedWeight):
+        value = ops.multiply(ops.convert(value, "f32"), weight.scales)
+    elif array.dtype == np.float16:
+        value = ops.convert(value, "f32")
+        value.get_rt_info()["decompression_0"] = ""  # or all are widened when compiling
+    parameter.output(0).replace(value.output(0))
+    model.remove_parameter(parameter)
+
+
+def round_inputs(library: Any, model: Any, ranges: Ranges) -> None:
+    """Round the input of every layer whose range is known; inputs that several share once."""
+    rounded: dict[tuple[Any, ...], Any] = {}
+    for name, layer in _layers(model, ranges):
+        given = layer.input_value(0)
+        low, high = input_range(*ranges[name], shifted=layer.get_type_name() == CONVOLUTION)
+        key = given.get_node().get_friendly_name(), given.get_index(), low, high
+        if key not in rounded:
+            ends = np.float32(low), np.float32(high)
+            rounded[key] = library.opset13.fake_quantize(given, *ends, *ends, levels=LEVELS)
+        layer.input(0).replace_source_output(rounded[key].output(0))
+
+
+def add_observers(library: Any, model: Any, weights: Collection[str]) -> None:
+    """Make the least and the greatest input of every layer outputs of a model."""
+    ops, added = library.opset13, []
+    for name, layer in _layers(model, weights):
+        given = layer.input_value(0)
+        axes = np.arange(len(given.get_partial_shape()))
+        for title, reduce in ((LEAST, ops.reduce_min), (GREATEST, ops.reduce_max)):
+            value = reduce(given, axes, keep_dims=False)
+            value.output(0).get_tensor().set_names({title + name})
+            added.append(ops.result(value))
+    model.add_results(added)
+
+
+def _layers(model: Any, weights: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the layers that int8 can compute, each with the name of its weight."""
+    for operation in model.get_ordered_ops():
+        if operation.get_type_name() in LAYERS:
+            source = operation.input_value(1).get_node()
+            while source.get_type_name() in REARRANGED:
+                source = source.input_value(0).get_node()
+            name = source.get_friendly_name()
+            if name in weights and is_quantized(name):
+                yield name, operation
+
+
+class _Writable:
+    """Memory that is mapped for reading, in numpy's array interface, as if it could be written.
+
+    The library takes no other arrays. It does not write to constants.
+    """
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.array = array  # whoever holds a view of this holds the array
+        interface = array.__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+
+
+def _writable(array: NDArray[Any]) -> NDArray[Any]:
+    return array if array.flags.writeable else np.asarray(_Writable(array))
