@@ -9,7 +9,7 @@ import torch
 import torch._inductor.config as inductor
 from transformers import CLIPTokenizer
 
-from benchmarks import comparison_tables, field, latency, load, report
+from benchmarks import comparison_tables, field, latency, ledger, load, report
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, MEASURED, PEAK, REFERENCE
 from benchmarks.diffusers_folder import write_folder
@@ -48,7 +48,7 @@ class FakeWorker:
     def ready(self, bound_s):
         if "OpenVINO" in self.contender:
             raise ContenderError("opening: no such backend")
-        return [*PARTS, WHOLE, "float32", "bfloat16"]
+        return {"parts": [*PARTS, WHOLE, *choice().parts(PEAK)]}
 
     def run(self, part, bound_s, save=None):
         if save:
@@ -57,7 +57,7 @@ class FakeWorker:
             np.save(save, array.astype(np.uint8 if part in ("decode", WHOLE) else np.float32))
         else:
             self.log.append(f"{self.contender} {part}")
-        return {"seconds": 1.0, "peak_bytes": 2**30}
+        return {"seconds": 1.0, "memory": {"resident_bytes": 2**29, "peak_bytes": 2**30}}
 
     def close(self):
         self.log.append(f"close {self.contender}")
@@ -69,7 +69,7 @@ def log(monkeypatch):
     monkeypatch.setattr(field, "Worker", FakeWorker)
     monkeypatch.setattr(latency, "_flops", lambda scenario: dict.fromkeys((*PARTS, WHOLE), 16e9))
     monkeypatch.setattr(
-        latency, "describe", lambda: {"processor": "P", "cores": 1, "peak_gflops": 1.0}
+        ledger, "describe", lambda: {"processor": "P", "cores": 1, "peak_gflops": 1.0}
     )
     return FakeWorker.log
 
@@ -87,7 +87,7 @@ def test_contenders_take_turns(log):
     taken = measured["contenders"]
     assert taken[EAGER]["parts"]["step"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert taken[EAGER]["parts"][WHOLE]["median"] == 22, "a sum: text, twenty steps, decode"
-    assert measured["peak_gflops"] == {"float32": 16.0, "bfloat16": 16.0}
+    assert measured["peak_gflops"] == {"float32": 16.0, "bfloat16": 16.0, "int8": 16.0}
     assert taken[EAGER]["peak_share"]["step"] == 1.0
     assert taken[EAGER]["agreement"]["agrees"] is True
     assert taken[EAGER]["agreement"]["decode_psnr_db"] is None, "equal"
@@ -152,7 +152,8 @@ def test_what_is_run_without_a_choice():
     quick = choice(model="pictogram").contenders()
     assert REFERENCE in quick
     assert not any("torch.compile" in name for name in quick), "compiling takes minutes"
-    assert choice().contenders() == [*MEASURED]
+    assert choice().contenders() == [name for name in MEASURED if "cpp" not in name], "no parts"
+    assert choice(whole=True).contenders() == [*MEASURED]
     assert choice(model="pictogram", only=("torch.compile",)).contenders()[0] == PEAK
     with pytest.raises(RequestError, match="no contender is called TensorFlow; there are"):
         choice(only=("TensorFlow",)).contenders()
