@@ -91,7 +91,7 @@ def cpp_parts(scenario: Scenario, threads: int) -> Parts:
             sample_steps=scenario.steps,
             seed=SEED,
         )
-        return np.asarray(drawn[0])
+        return np.asarray(drawn[0].convert("RGB"))
 
     return {WHOLE: whole}
 

@@ -74,13 +74,14 @@ REFERENCE = Setting(precision="float32", backend="cpu", psnr_db=LARGEST_DB, ssim
 REFERENCE_NAME = "ONNX Runtime float32"
 # float32 elsewhere sums in another order, which 20 steps leave within a few bytes of 255.
 # bfloat16 has 8 bits of each number: half of the pictures stay within 48 dB here.
-# A step outside the guidance interval costs half; the guidance of the last steps is missed least.
+# A step outside the guidance interval costs half; missing in the last fifth leaves 29 dB, in the
+# last half 22 dB.
 SETTINGS: Mapping[str, Setting] = {
     "OpenVINO float32": Setting(
         precision="float32", backend="openvino", psnr_db=60.0, ssim=0.999, features=1e-3
     ),
     "OpenVINO bfloat16": Setting(
-        precision="bfloat16", backend="openvino", psnr_db=40.0, ssim=0.99, features=0.02
+        precision="bfloat16", backend="openvino", psnr_db=40.0, ssim=0.99, features=0.005
     ),
     **{
         f"ONNX Runtime float32, guided in {start:.0%} to {stop:.0%} of the steps": Setting(
@@ -92,8 +93,8 @@ SETTINGS: Mapping[str, Setting] = {
             wishes={"guidance_interval": (start, stop)},
         )
         for start, stop, psnr_db, similar, features in (
-            (0.0, 0.8, 30.0, 0.9, 0.5),
-            (0.0, 0.5, 20.0, 0.8, 1.0),
+            (0.0, 0.8, 27.0, 0.93, 0.1),
+            (0.0, 0.5, 20.0, 0.83, 0.4),
         )
     },
 }
