@@ -110,7 +110,10 @@ def time_by_part(report: Mapping[str, Any]) -> Any:
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
     size, threads = report["request"]["size"], report["request"]["threads"]
-    _title(figure, f"{report['request']['model']}: {size} × {size}, {threads} threads")
+    _title(
+        figure,
+        f"{report['request']['model']}: parts of a request, {size} × {size}, {threads} threads",
+    )
     return figure
 
 
@@ -165,13 +168,13 @@ def scaling(report: Mapping[str, Any]) -> Any:
         axes.plot(places, medians, "o-", color=COLOURS["UNet"])
         for place, median in zip(places, medians, strict=True):
             axes.annotate(
-                _seconds(median), (place, median), xytext=(0, 7), textcoords="offset points",
-                ha="center", fontsize=8,
+                _seconds(median), (place, median), xytext=(4, 7), textcoords="offset points",
+                ha="right", fontsize=8,
             )  # fmt: skip
         axes.set_xticks(list(places), [str(value) for value in found])
         axes.set_xlabel(AXES[axis])
         axes.set_ylim(0, 1.2 * max(t["max"] for t in times))
-        axes.set_xlim(-0.5, len(found) - 0.5)
+        axes.set_xlim(-0.7, len(found) - 0.6)
         axes.yaxis.set_visible(False)
         axes.spines["left"].set_visible(False)
     request = report["request"]

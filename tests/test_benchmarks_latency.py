@@ -1,12 +1,15 @@
 import json
+import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 import torch._inductor.config as inductor
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from benchmarks import comparison_tables, field, latency, ledger, load, report
@@ -251,3 +254,34 @@ def test_peers_load_a_file_as_a_folder(tmp_path, monkeypatch):
     texts = ["", scenario.prompt]
     theirs = tokenizer(texts, padding="max_length", max_length=77).input_ids
     np.testing.assert_array_equal(theirs, load_tokenizers(model)["text_encoder"](texts).input_ids)
+
+
+def test_a_peer_that_shows_no_parts_is_asked_for_whole_requests(log, monkeypatch):
+    name = "stable-diffusion.cpp float32"
+    asked = []
+
+    class StableDiffusion:
+        def __init__(self, **settings):
+            asked.append(settings)
+
+        def generate_image(self, **wishes):
+            asked.append(wishes)
+            return [Image.new("RGBA", (wishes["width"], wishes["height"]))]
+
+    library = SimpleNamespace(StableDiffusion=StableDiffusion)
+    monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", library)
+    monkeypatch.setattr("benchmarks.scenarios.Scenario.model", lambda self: "file")
+    parts = CONTENDERS[name].open(SCENARIOS["sd15"], 1)
+    assert parts.keys() == {WHOLE}
+    assert parts[WHOLE]().shape == (512, 512, 3)
+    assert asked[0]["model_path"] == "file"
+    assert (asked[0]["n_threads"], asked[1]["sample_steps"], asked[1]["cfg_scale"]) == (1, 20, 5.0)
+    monkeypatch.setattr(FakeWorker, "ready", lambda self, bound_s: {"parts": [WHOLE]})
+    measured = latency.measure(choice(only=("cpp",), whole=True))
+    found = measured["contenders"][name]
+    assert found["parts"].keys() == {WHOLE}
+    assert "agreement" not in found
+    assert f"| {name} | 1.00 s, 1.00 s to 1.00 s (100%) | – | – | – | 1.00 GiB | – |" in (
+        comparison_tables.latency_table(measured)
+    )
+    assert choice(only=("cpp",)).contenders() == [PEAK], "its parts cannot be timed"
