@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import plots, report
+from benchmarks.__main__ import main
 from benchmarks.scale import base, chosen_points
 from benchmarks.scenarios import Scenario
 from engine.errors import BackendError
@@ -117,3 +118,12 @@ def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BackendError, match="install the extra 'bench'"):
         plots.draw(tmp_path)
+
+
+def test_the_report_writes_the_readme_and_the_plots(monkeypatch, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(plots, "draw", lambda: [tmp_path / "time-by-part.svg"])
+    assert main(["report"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "time-by-part.svg")]
