@@ -3,17 +3,35 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from benchmarks import latency, load, overhead, prompt, quality, report
+from benchmarks import (
+    build,
+    latency,
+    load,
+    memory,
+    overhead,
+    plots,
+    prompt,
+    quality,
+    report,
+    scale,
+)
 from benchmarks.scenarios import SCENARIOS
+from engine.backends import PRECISIONS, ComputePrecision
 from engine.cache import write_atomically
 from engine.errors import LatentrtError
 
 EXCEEDED, USER_ERROR = 1, 2
 _MEASURES = {"prompt": prompt.measure, "load": load.measure, "overhead": overhead.measure}
+_COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "memory": memory.measure,
+    "build": build.measure,
+    "scale": scale.measure,
+    "quality": quality.measure,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.benchmark == "report":
             _write(report.README, report.insert(report.README.read_text(encoding="utf-8")))
+            for path in plots.draw():
+                print(path)
             return 0
         for name in ("repeats", "threads"):
             if (number := getattr(options, name, None)) is not None and number < 1:
@@ -51,9 +71,13 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             whole=options.whole,
         )
         return latency.measure(choice, options.out)
+    measure = _COMPARED.get(options.benchmark)
+    if measure is None:
+        return _MEASURES[options.benchmark](options.repeats)
+    given = {name: value for name, value in vars(options).items() if name != "benchmark"}
     if options.benchmark == "quality":
-        return quality.measure(options.pictures, options.steps, options.threads)
-    return _MEASURES[options.benchmark](options.repeats)
+        del given["out"]  # is written when all is measured
+    return measure(**given)
 
 
 def _write(path: Path, text: str) -> None:
@@ -71,48 +95,95 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text)
         added.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
         added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
-    _add_latency(commands.add_parser("latency", help="a request and its parts, beside others'"))
-    _add_quality(commands.add_parser("quality", help="pictures beside those of float32"))
-    commands.add_parser("report", help="make the README's table of benchmarks/results")
+    for name, add, text in (
+        ("latency", _add_latency, "a request and its parts, beside others'"),
+        ("memory", _add_memory, "the memory of a request by stage, beside others'"),
+        ("build", _add_build, "tracing graphs and opening engines"),
+        ("scale", _add_scale, "time against batch, size, steps and threads"),
+        ("quality", _add_quality, "pictures beside those of float32"),
+    ):
+        add(commands.add_parser(name, help=text))
+    commands.add_parser("report", help="make the README's tables and the plots of the figures")
     return parser
 
 
-def _add_latency(added: argparse.ArgumentParser) -> None:
-    added.add_argument(
-        "--model",
-        default="pictogram",
-        choices=tuple(SCENARIOS),
-        help="the model that ships, in two minutes, or random weights of Stable Diffusion 1.5's "
-        "size (default: %(default)s)",
-    )
-    added.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
-    added.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="contenders whose name holds this, and no others; may be given several times",
-    )
-    added.add_argument(
-        "--whole", action="store_true", help="run whole requests of sd15 instead of adding up parts"
-    )
-    _add_threads(added)
+def _add_compared(added: argparse.ArgumentParser, repeats: int) -> None:
+    """Add the options of a benchmark of several things, whose figures are added to a file."""
+    added.add_argument("--repeats", type=int, default=repeats, help="rounds (default: %(default)s)")
+    added.add_argument("--threads", type=int, help="at most (default: one for each processor core)")
     added.add_argument(
         "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
     )
 
 
+def _add_model(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--model",
+        default="pictogram",
+        choices=tuple(SCENARIOS),
+        help="the model that ships, or random weights of Stable Diffusion 1.5's size "
+        "(default: %(default)s)",
+    )
+
+
+def _add_only(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="those whose name holds this, and no others; may be given several times",
+    )
+
+
+def _add_latency(added: argparse.ArgumentParser) -> None:
+    _add_model(added)
+    _add_only(added)
+    added.add_argument(
+        "--whole", action="store_true", help="run whole requests of sd15 instead of adding up parts"
+    )
+    _add_compared(added, repeats=5)
+
+
+def _add_memory(added: argparse.ArgumentParser) -> None:
+    _add_model(added)
+    _add_only(added)
+    _add_compared(added, repeats=2)
+
+
+def _add_build(added: argparse.ArgumentParser) -> None:
+    _add_only(added)
+    _add_compared(added, repeats=3)
+
+
+def _add_scale(added: argparse.ArgumentParser) -> None:
+    _add_model(added)
+    for name, names, default in (
+        ("backend", tuple(PRECISIONS), "cpu"),
+        ("precision", get_args(ComputePrecision), "float32"),
+    ):
+        added.add_argument(
+            f"--{name}", choices=names, default=default, help="(default: %(default)s)"
+        )
+    _add_compared(added, repeats=3)
+
+
 def _add_quality(added: argparse.ArgumentParser) -> None:
     added.add_argument("--pictures", type=int, default=20, help="(default: %(default)s)")
     added.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    _add_threads(added)
-    added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
-
-
-def _add_threads(added: argparse.ArgumentParser) -> None:
     added.add_argument(
-        "--threads", type=int, help="of a contender (default: one for each processor core)"
+        "--match",
+        type=Path,
+        nargs="?",
+        const=Path("work/data.npz"),
+        metavar="DATA",
+        help="also the share of held-out pairs that are recognised, of the data set that "
+        "`python -m training data` makes (default: %(const)s)",
     )
+    added.add_argument(
+        "--threads", type=int, help="of a setting (default: one for each processor core)"
+    )
+    added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
 
 
 if __name__ == "__main__":

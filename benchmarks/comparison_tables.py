@@ -12,6 +12,11 @@ HEADS = {
     "step": "guided UNet step",
     "decode": "VAE decode",
 }
+QUALITY_HEADS = {
+    "features": "distance of features, median",
+    "times_faster": "faster, median",
+    "match": "held-out match",
+}
 GIB = 2**30
 
 
@@ -57,6 +62,9 @@ def _latency_heading(report: Mapping[str, Any]) -> str:
 def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     cells = []
     for part in HEADS:
+        if part not in found["parts"]:
+            cells.append("–")
+            continue
         times, share = found["parts"][part], found["peak_share"][part]
         cell = f"{_seconds(times['median'])}, {_seconds(times['min'])} to {_seconds(times['max'])}"
         if share is not None:
@@ -84,22 +92,49 @@ def _flops(count: float) -> str:
 
 def quality_table(report: Mapping[str, Any]) -> str:
     """Render settings with how far their pictures are from float32's."""
-    request = report["request"]
+    request, settings = report["request"], report["settings"]
+    heads = ["PSNR, median", "smallest", "allowed", "SSIM, median", "smallest", "allowed"]
+    extra = {
+        key: head
+        for key, head in QUALITY_HEADS.items()
+        if any(key in found for found in settings.values())
+    }
+    heads += extra.values()
     lines = [
         f"{request['model']}, {request['pictures']} prompts, {request['steps']} steps, against "
         "the pictures of ONNX Runtime in float32 of the same seeds.",
         "",
-        "| | PSNR, median | smallest | allowed | SSIM, median | smallest | allowed |",
-        "|---|---|---|---|---|---|---|",
+        f"| | {' | '.join(heads)} |",
+        "|---|" + "---|" * len(heads),
     ]
-    for name, found in report["settings"].items():
+    for name, found in settings.items():
         if "skipped" in found:
-            lines.append(f"| {name} | not measured: {found['skipped']} | | | | | |")
+            lines.append(f"| {name} | not measured: {found['skipped']} |" + " |" * (len(heads) - 1))
             continue
         decibels, similar, bound = found["psnr_db"], found["ssim"], found["bound"]
         lines.append(
             f"| {name} | {decibels['median']:.1f} dB | {decibels['min']:.1f} dB "
             f"| {bound['psnr_db']:.0f} dB | {similar['median']:.4f} | {similar['min']:.4f} "
-            f"| {bound['ssim']} |"
+            f"| {bound['ssim']} |" + "".join(f" {_extra(key, found)} |" for key in extra)
         )
+    if matched := report.get("reference", {}).get("match"):
+        lines += ["", f"The reference's own pictures match in {_match(matched)}."]
+    if str(request.get("features", "")).startswith("no "):
+        lines += ["", f"Distances of features are left out: {request['features']}."]
     return "\n".join(lines)
+
+
+def _extra(key: str, found: Mapping[str, Any]) -> str:
+    if key not in found:
+        return "–"
+    if key == "match":
+        return _match(found[key])
+    median = found[key]["median"]
+    if key == "times_faster":
+        return f"{median:.2f} times, beside {found['beside']}"
+    allowed = found["bound"].get(key)
+    return f"{median:.4f}" + ("" if allowed is None else f", up to {allowed}")
+
+
+def _match(match: Mapping[str, float]) -> str:
+    return f"{match['top_1']:.1%}, in five {match['top_5']:.1%} of {match['pictures']}"

@@ -42,14 +42,27 @@ def peak_bytes() -> int:
     Where the system tells of this program alone: getrusage also counts the process that started
     it, before it became this program.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    if told := _status("VmHWM"):
+        return told
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory() -> dict[str, int]:
+    """Return what of this process is resident now, and the most that ever was, in bytes."""
+    peak = peak_bytes()
+    return {"resident_bytes": _status("VmRSS") or peak, "peak_bytes": peak}
+
+
+def _status(name: str) -> int | None:
+    """Return bytes that Linux tells of this process, or None elsewhere."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

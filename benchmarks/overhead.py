@@ -8,14 +8,17 @@ this machine, which is its floating-point operations at the measured peak.
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from benchmarks.flops import count
 from benchmarks.machine import describe, summary
 from benchmarks.prompt import Timed
 from engine.config import AutoencoderConfig
+from engine.graphs import find_graph, graph_folders
 from engine.model import Model
 from engine.models import find_model
 from export.published import SD1
@@ -25,29 +28,50 @@ from runtime.schedule import NoiseSchedule
 
 STEPS = 20
 SAMPLERS = ("ddim", "euler_a", "unipc")  # one register; fresh noise at every step; four registers
-STEP_FLOPS = 1.61e12  # of a guided UNet evaluation at 512 x 512, attention included
 SIDE, TOKENS = 64, 77
 
 
 def measure(repeats: int) -> dict[str, Any]:
     """Time the loop of each sampler at both sizes; warm-up: one run."""
     machine = describe()
-    floor = STEP_FLOPS / (machine["peak_gflops"] * 1e9)
     pipeline = Pipeline.load()
+    floor = _step_flops(pipeline) / (machine["peak_gflops"] * 1e9)
     report: dict[str, Any] = {
         "machine": machine,
         "request": {"steps": STEPS, "repeats": repeats, "step_floor_s": round(floor, 3)},
     }
     for sampler in SAMPLERS:
-        plan = pipeline.plan(
-            Request(prompt="a", sampler=sampler, seed=7, num_inference_steps=STEPS)
-        )
+        plan = _plan(pipeline, sampler)
         shipped = [_beside_the_engine(pipeline, plan) for _ in range(repeats + 1)][1:]
-        large = [_of_a_large_model(plan) for _ in range(repeats + 1)][1:]
+        large = [_of_a_large_model(plan, Idle()) for _ in range(repeats + 1)][1:]
         report[f"{sampler}_ms"] = summary([1e3 * seconds for seconds in shipped])
         report[f"{sampler}_large_ms"] = summary([1e3 * seconds for seconds in large])
         report[f"{sampler}_large_percent"] = summary([100 * seconds / floor for seconds in large])
     return report
+
+
+class Idle:
+    """An engine that does nothing, and remembers the shapes of what it was given."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def run(self, inputs: Mapping[str, Any]) -> Any:
+        """Return the registers as they came."""
+        self.shapes = {name: array.shape for name, array in inputs.items()}
+        return {"next_registers": inputs["registers"]}
+
+
+def _plan(pipeline: Pipeline, sampler: str) -> Plan:
+    return pipeline.plan(Request(prompt="a", sampler=sampler, seed=7, num_inference_steps=STEPS))
+
+
+def _step_flops(pipeline: Pipeline) -> int:
+    """Count the operations of a guided step at Stable Diffusion 1.5's sizes."""
+    engine = Idle()
+    _of_a_large_model(_plan(pipeline, SAMPLERS[0]), engine)
+    graph = find_graph("step", SD1, "float32", graph_folders(), Path("Stable Diffusion 1.5"))
+    return count(graph.data(), engine.shapes)
 
 
 def _beside_the_engine(pipeline: Pipeline, plan: Plan) -> float:
@@ -62,12 +86,8 @@ def _beside_the_engine(pipeline: Pipeline, plan: Plan) -> float:
     return seconds / STEPS
 
 
-def _of_a_large_model(plan: Plan) -> float:
+def _of_a_large_model(plan: Plan, engine: Idle) -> float:
     """Return seconds a step at Stable Diffusion 1.5's sizes, with an engine that does nothing."""
-
-    class Idle:
-        def run(self, inputs: Mapping[str, Any]) -> Any:
-            return {"next_registers": inputs["registers"]}
 
     context = np.zeros((2, 1, TOKENS, SD1.cross_attention_dim), np.float32)
     model = replace(
@@ -80,7 +100,7 @@ def _of_a_large_model(plan: Plan) -> float:
         width=8 * SIDE,
         conditioning=[{**told, "context": context} for told in plan.conditioning],
     )
-    schedule, engine = NoiseSchedule.from_config(model.scheduler), Idle()
+    schedule = NoiseSchedule.from_config(model.scheduler)
     denoiser = Denoiser(model=model, schedule=schedule, engine=lambda part: engine)  # type: ignore[arg-type, return-value]
     start = time.perf_counter()
     for _ in denoiser.run(large):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison_tables import latency_table, quality_table
+from benchmarks.resource_tables import build_table, memory_table, scale_table
 from engine.errors import OutputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -83,6 +84,11 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "latency": latency_table,
     "latency-sd15": latency_table,
     "quality": quality_table,
+    "memory": memory_table,
+    "memory-sd15": memory_table,
+    "build": build_table,
+    "scale": scale_table,
+    "scale-sd15": scale_table,
 }
 
 

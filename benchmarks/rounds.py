@@ -8,7 +8,7 @@ from benchmarks.machine import summary
 from benchmarks.scenarios import PARTS, WHOLE
 
 # What of the peak's rounds a precision is measured against: the best of these.
-PEAKS = {"float32": ("float32", "float32 of torch"), "bfloat16": ("bfloat16",)}
+PEAKS = {"float32": ("float32", "float32 of torch"), "bfloat16": ("bfloat16",), "int8": ("int8",)}
 Rounds = Sequence[Mapping[str, float]]
 
 

@@ -1,5 +1,6 @@
 """What contenders are given to compute: a model, a request, and each part's inputs."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from benchmarks.diffusers_folder import write_folder
 from benchmarks.load import write_checkpoint
 from engine.cache import cache_folder
+from engine.errors import RequestError
 from engine.model import Model
 from engine.models import find_model
 from engine.signature import Part
@@ -18,6 +20,8 @@ from runtime.tokenizer import load_tokenizers
 SEED, TIMESTEP = 7, 500
 PARTS = ("text", "step", "decode")  # of a request, which is the fourth thing measured
 WHOLE = "whole"
+ENGINES: Mapping[str, Part] = {"text": "text_encoder", "step": "step", "decode": "vae_decoder"}
+Parts = Mapping[str, Callable[[], NDArray[Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +44,33 @@ class Scenario:
     steps: int = 20
     guidance_scale: float = 5.0
 
+    @classmethod
+    def of(cls, name: str) -> "Scenario":
+        """Return the scenario of a model's name; raises RequestError when there is none."""
+        if name not in SCENARIOS:
+            raise RequestError(f"the model {name!r} is not known; choose {', '.join(SCENARIOS)}")
+        return SCENARIOS[name]
+
+    def wishes(self) -> dict[str, Any]:
+        """Return the request as a pipeline's arguments, here and in diffusers."""
+        return {
+            "height": self.size,
+            "width": self.size,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
+
     def model(self) -> Path:
         """Return the file or folder that the project's own pipelines load."""
-        if self.name in MADE:
+        if self.is_made():
             folder = cache_folder() / "benchmarks"
             folder.mkdir(parents=True, exist_ok=True)
             return write_checkpoint(folder)
         return find_model(self.name)
+
+    def is_made(self) -> bool:
+        """Tell whether the model is made by this benchmark, of random numbers."""
+        return self.name in MADE
 
     def folder(self) -> Path:
         """Return the same model as a folder in diffusers' layout, for the peers."""
@@ -74,7 +98,7 @@ SCENARIOS = {
         headroom_bytes=11 * 2**30,
     ),
 }
-MADE = ("sd15",)  # by this benchmark, of random numbers
+MADE = ("sd15",)
 
 
 def arrays(scenario: Scenario, model: Model) -> dict[str, NDArray[Any]]:

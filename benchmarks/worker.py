@@ -1,5 +1,6 @@
 """A contender in a process of its own, asked for one run at a time, each bounded in time."""
 
+import importlib
 import json
 import os
 import select
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.machine import peak_bytes
+from benchmarks.machine import memory
 from engine.cache import cache_folder
 
 SHORT_S = 0.3  # a part is repeated for so long: others' turns have emptied the caches before it
@@ -33,28 +34,25 @@ class Worker:
     def __init__(self, contender: str, scenario: str, threads: int) -> None:
         code = "import sys; from benchmarks.worker import serve; serve(*sys.argv[1:])"
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        # Without a limit of its own, a library takes every processor, whatever it is told later.
-        environment = {
-            "OMP_NUM_THREADS": str(threads),
-            "OPENBLAS_NUM_THREADS": str(threads),
-            "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "benchmarks" / "inductor"),
-        }
         self._process = subprocess.Popen(
             [sys.executable, "-c", code, contender, scenario, str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, **environment},
+            env=_environment(threads),
         )
         self._unread = b""
 
-    def ready(self, bound_s: float) -> list[str]:
-        """Wait until the contender is open; returns its parts; raises ContenderError."""
-        parts: list[str] = self._answer(bound_s, "opening")["parts"]
-        return parts
+    def ready(self, bound_s: float) -> dict[str, Any]:
+        """Wait until the contender is open; raises ContenderError.
+
+        Returns its `parts`, and the process's memory when its libraries were `imported` and when
+        it was `opened`, as `benchmarks.machine.memory` gives it.
+        """
+        return self._answer(bound_s, "opening")
 
     def run(self, part: str, bound_s: float, save: Path | None = None) -> dict[str, Any]:
-        """Run a part once; returns `seconds` and `peak_bytes` of the process so far.
+        """Run a part once; returns `seconds`, and the process's `memory` as above.
 
         save: where the output goes as an .npy file. Raises ContenderError.
         """
@@ -96,8 +94,7 @@ class Worker:
     def _last_words(self) -> str:
         self._process.wait(10)
         self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f" ({lines[-1][:REASON_LENGTH]})" if lines else ""
+        return _last_line(self._errors.read())
 
 
 def serve(contender: str, scenario: str, threads: str) -> None:
@@ -112,20 +109,77 @@ def serve(contender: str, scenario: str, threads: str) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     try:
-        parts = MEASURED[contender].open(SCENARIOS[scenario], int(threads))
-        answer(parts=list(parts))
+        chosen = MEASURED[contender]
+        for module in chosen.modules:
+            importlib.import_module(module)
+        imported = memory()
+        parts = chosen.open(SCENARIOS[scenario], int(threads))
+        answer(parts=list(parts), imported=imported, opened=memory())
         for line in sys.stdin:
             asked = json.loads(line)
-            output, seconds = _timed(parts[asked["part"]])
+            output, seconds = timed(parts[asked["part"]])
             if asked["save"]:
                 np.save(asked["save"], output)
-            answer(seconds=seconds, peak_bytes=peak_bytes())
+            answer(seconds=seconds, memory=memory())
     except Exception as error:  # libraries raise all kinds, and all are reasons
-        text = " ".join(str(error).split())[:REASON_LENGTH]
-        answer(failed=f"{type(error).__name__}: {text}")
+        answer(failed=_reason(error))
 
 
-def _timed(run: Callable[[], NDArray[Any]]) -> tuple[NDArray[Any], float]:
+def once(
+    module: str, function: str, *arguments: Any, threads: int, bound_s: float
+) -> dict[str, Any]:
+    """Call a function in a process of its own and return what it returns, through JSON.
+
+    Raises ContenderError when it fails or takes longer than its bound.
+    """
+    code = "import sys; from benchmarks.worker import call; call(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, module, function, json.dumps(arguments)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=bound_s, env=_environment(threads)
+        )
+    except subprocess.TimeoutExpired:
+        raise ContenderError(f"it took longer than its bound of {bound_s:.0f} s") from None
+    if done.returncode:
+        raise ContenderError(f"the process ended{_last_line(done.stderr)}")
+    answer: dict[str, Any] = json.loads(done.stdout)
+    if "failed" in answer:
+        raise ContenderError(answer["failed"])
+    return answer
+
+
+def call(module: str, function: str, arguments: str) -> None:
+    """Call a function in this process and print what it returns."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    try:
+        found = getattr(importlib.import_module(module), function)(*json.loads(arguments))
+    except Exception as error:  # libraries raise all kinds, and all are reasons
+        found = {"failed": _reason(error)}
+    print(json.dumps(found), file=answers, flush=True)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:REASON_LENGTH]
+    return f"{type(error).__name__}: {text}"
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Limit libraries that take every processor otherwise, whatever they are told later."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_folder() / "benchmarks" / "inductor"),
+    }
+
+
+def _last_line(errors: bytes) -> str:
+    lines = errors.decode(errors="replace").strip().splitlines()
+    return f" ({lines[-1][:REASON_LENGTH]})" if lines else ""
+
+
+def timed(run: Callable[[], NDArray[Any]]) -> tuple[NDArray[Any], float]:
     """Return what a part gives and its seconds, of a short part the median of further runs."""
     laps = [time.perf_counter()]
     output = run()

@@ -1,15 +1,18 @@
 import json
+import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 import torch._inductor.config as inductor
+from PIL import Image
 from transformers import CLIPTokenizer
 
-from benchmarks import comparison_tables, field, latency, load, report
+from benchmarks import comparison_tables, field, latency, ledger, load, report
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, MEASURED, PEAK, REFERENCE
 from benchmarks.diffusers_folder import write_folder
@@ -48,7 +51,7 @@ class FakeWorker:
     def ready(self, bound_s):
         if "OpenVINO" in self.contender:
             raise ContenderError("opening: no such backend")
-        return [*PARTS, WHOLE, "float32", "bfloat16"]
+        return {"parts": [*PARTS, WHOLE, *choice().parts(PEAK)]}
 
     def run(self, part, bound_s, save=None):
         if save:
@@ -57,7 +60,7 @@ class FakeWorker:
             np.save(save, array.astype(np.uint8 if part in ("decode", WHOLE) else np.float32))
         else:
             self.log.append(f"{self.contender} {part}")
-        return {"seconds": 1.0, "peak_bytes": 2**30}
+        return {"seconds": 1.0, "memory": {"resident_bytes": 2**29, "peak_bytes": 2**30}}
 
     def close(self):
         self.log.append(f"close {self.contender}")
@@ -69,7 +72,7 @@ def log(monkeypatch):
     monkeypatch.setattr(field, "Worker", FakeWorker)
     monkeypatch.setattr(latency, "_flops", lambda scenario: dict.fromkeys((*PARTS, WHOLE), 16e9))
     monkeypatch.setattr(
-        latency, "describe", lambda: {"processor": "P", "cores": 1, "peak_gflops": 1.0}
+        ledger, "describe", lambda: {"processor": "P", "cores": 1, "peak_gflops": 1.0}
     )
     return FakeWorker.log
 
@@ -87,7 +90,7 @@ def test_contenders_take_turns(log):
     taken = measured["contenders"]
     assert taken[EAGER]["parts"]["step"] == {"median": 1.0, "min": 1.0, "max": 1.0}
     assert taken[EAGER]["parts"][WHOLE]["median"] == 22, "a sum: text, twenty steps, decode"
-    assert measured["peak_gflops"] == {"float32": 16.0, "bfloat16": 16.0}
+    assert measured["peak_gflops"] == {"float32": 16.0, "bfloat16": 16.0, "int8": 16.0}
     assert taken[EAGER]["peak_share"]["step"] == 1.0
     assert taken[EAGER]["agreement"]["agrees"] is True
     assert taken[EAGER]["agreement"]["decode_psnr_db"] is None, "equal"
@@ -152,7 +155,8 @@ def test_what_is_run_without_a_choice():
     quick = choice(model="pictogram").contenders()
     assert REFERENCE in quick
     assert not any("torch.compile" in name for name in quick), "compiling takes minutes"
-    assert choice().contenders() == [*MEASURED]
+    assert choice().contenders() == [name for name in MEASURED if "cpp" not in name], "no parts"
+    assert choice(whole=True).contenders() == [*MEASURED]
     assert choice(model="pictogram", only=("torch.compile",)).contenders()[0] == PEAK
     with pytest.raises(RequestError, match="no contender is called TensorFlow; there are"):
         choice(only=("TensorFlow",)).contenders()
@@ -250,3 +254,34 @@ def test_peers_load_a_file_as_a_folder(tmp_path, monkeypatch):
     texts = ["", scenario.prompt]
     theirs = tokenizer(texts, padding="max_length", max_length=77).input_ids
     np.testing.assert_array_equal(theirs, load_tokenizers(model)["text_encoder"](texts).input_ids)
+
+
+def test_a_peer_that_shows_no_parts_is_asked_for_whole_requests(log, monkeypatch):
+    name = "stable-diffusion.cpp float32"
+    asked = []
+
+    class StableDiffusion:
+        def __init__(self, **settings):
+            asked.append(settings)
+
+        def generate_image(self, **wishes):
+            asked.append(wishes)
+            return [Image.new("RGBA", (wishes["width"], wishes["height"]))]
+
+    library = SimpleNamespace(StableDiffusion=StableDiffusion)
+    monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", library)
+    monkeypatch.setattr("benchmarks.scenarios.Scenario.model", lambda self: "file")
+    parts = CONTENDERS[name].open(SCENARIOS["sd15"], 1)
+    assert parts.keys() == {WHOLE}
+    assert parts[WHOLE]().shape == (512, 512, 3)
+    assert asked[0]["model_path"] == "file"
+    assert (asked[0]["n_threads"], asked[1]["sample_steps"], asked[1]["cfg_scale"]) == (1, 20, 5.0)
+    monkeypatch.setattr(FakeWorker, "ready", lambda self, bound_s: {"parts": [WHOLE]})
+    measured = latency.measure(choice(only=("cpp",), whole=True))
+    found = measured["contenders"][name]
+    assert found["parts"].keys() == {WHOLE}
+    assert "agreement" not in found
+    assert f"| {name} | 1.00 s, 1.00 s to 1.00 s | – | – | – | 1.00 GiB | – |" in (
+        comparison_tables.latency_table(measured)
+    )
+    assert choice(only=("cpp",)).contenders() == [PEAK], "its parts cannot be timed"

@@ -1,0 +1,137 @@
+"""How others run a model: each function opens a library's pipeline and gives its parts.
+
+They take a scenario and a number of threads last, and raise whatever their library raises.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.scenarios import SEED, TIMESTEP, WHOLE, Parts, Scenario, arrays
+from engine.model import Model
+
+
+def diffusers_parts(precision: str, compiled: bool, scenario: Scenario, threads: int) -> Parts:
+    """Open diffusers' own pipeline, eager or compiled."""
+    import diffusers
+    import torch
+
+    torch.set_num_threads(threads)
+    dtype = getattr(torch, precision)
+    library: Any = diffusers  # it has no types
+    pipe = library.StableDiffusionPipeline.from_pretrained(
+        scenario.folder(), torch_dtype=dtype, safety_checker=None
+    ).to(dtype)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+    if compiled:
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+        pipe.unet = torch.compile(pipe.unet, fullgraph=True)
+        pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)
+    return _parts(pipe, dtype, scenario)
+
+
+def optimum_parts(kind: str, precision: str, scenario: Scenario, threads: int) -> Parts:
+    """Open optimum's pipeline on OpenVINO or on ONNX Runtime."""
+    import torch
+
+    pipe: Any
+    if kind == "openvino":
+        from optimum.intel import OVStableDiffusionPipeline
+
+        hints = {"float32": "f32", "bfloat16": "bf16"}
+        config = {
+            "INFERENCE_PRECISION_HINT": hints[precision],
+            "INFERENCE_NUM_THREADS": str(threads),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        pipe = OVStableDiffusionPipeline.from_pretrained(
+            scenario.folder(), export=True, compile=False, ov_config=config
+        )
+        pipe.reshape(
+            batch_size=1, height=scenario.size, width=scenario.size, num_images_per_prompt=1
+        )
+        pipe.compile()
+    else:
+        import onnxruntime
+        from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        pipe = ORTStableDiffusionPipeline.from_pretrained(
+            scenario.folder(), export=True, session_options=options
+        )
+    return _parts(pipe, torch.float32, scenario)
+
+
+def cpp_parts(scenario: Scenario, threads: int) -> Parts:
+    """Open stable-diffusion.cpp, which draws whole requests and shows no part of one."""
+    from stable_diffusion_cpp import StableDiffusion
+
+    library = StableDiffusion(
+        model_path=str(scenario.model()),
+        n_threads=threads,
+        wtype="f32",
+        rng_type="cpu",
+        diffusion_flash_attn=True,
+        vae_decode_only=True,
+        verbose=False,
+    )
+
+    def whole() -> NDArray[Any]:
+        drawn = library.generate_image(
+            prompt=scenario.prompt,
+            width=scenario.size,
+            height=scenario.size,
+            cfg_scale=scenario.guidance_scale,
+            sample_method="ddim_trailing",
+            sample_steps=scenario.steps,
+            seed=SEED,
+        )
+        return np.asarray(drawn[0].convert("RGB"))
+
+    return {WHOLE: whole}
+
+
+def _parts(pipe: Any, dtype: Any, scenario: Scenario) -> Parts:
+    """Return the parts of a pipeline of diffusers, or of one that looks like it."""
+    import torch
+
+    pipe.set_progress_bar_config(disable=True)
+    given: dict[str, Any] = {
+        name: torch.from_numpy(array)
+        for name, array in arrays(scenario, Model.open(scenario.model())).items()
+    }
+    x, context = given["latents"].to(dtype), given["context"].to(dtype)
+    timestep, scale = torch.tensor(TIMESTEP), scenario.guidance_scale
+
+    def text() -> NDArray[Any]:
+        rows = [pipe.text_encoder(row)[0] for row in given["input_ids"].split(1)]  # as it does
+        return _numpy(torch.cat(rows))
+
+    def step() -> NDArray[Any]:
+        out = pipe.unet(
+            torch.cat([x, x]), timestep, encoder_hidden_states=context, return_dict=False
+        )[0]
+        uncond, cond = out.chunk(2)
+        return _numpy(uncond + scale * (cond - uncond))
+
+    def decode() -> NDArray[Any]:
+        image = pipe.vae.decode(x / pipe.vae.config.scaling_factor, return_dict=False)[0]
+        pictures = pipe.image_processor.postprocess(image, output_type="pil")
+        return np.stack([np.asarray(picture) for picture in pictures])
+
+    def whole() -> NDArray[Any]:
+        noise = torch.Generator().manual_seed(SEED)
+        return np.asarray(pipe(scenario.prompt, generator=noise, **scenario.wishes()).images[0])
+
+    parts = {"text": text, "step": step, "decode": decode, WHOLE: whole}
+    return {name: torch.inference_mode()(function) for name, function in parts.items()}
+
+
+def _numpy(tensor: Any) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.float().numpy()
+    return array

@@ -1,0 +1,216 @@
+"""Plots of the committed figures, as SVG files that say which figures they were made of."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report as reports
+from benchmarks.contenders import PEAK, REFERENCE
+from benchmarks.quality import LARGEST_DB, REFERENCE_NAME
+from benchmarks.scale import AXES, along
+from benchmarks.scenarios import WHOLE
+from engine.errors import BackendError
+
+PLOTS = Path(__file__).parent.parent / "docs" / "plots"
+OURS = "latentrt, "
+WIDTH_IN = 8.0  # 800 pixels at the 100 dots an inch that it is shown at
+COLOURS = {"text encoder": "#8aa6b5", "UNet": "#2a78b5", "decoder": "#f0a043"}
+INK, PALE = "#333333", "#dddddd"
+STYLE = {
+    "svg.hashsalt": "latentrt",  # otherwise names inside the file are drawn by chance
+    "svg.fonttype": "path",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": PALE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """A drawing of one report or several, which it takes in their order."""
+
+    reports: tuple[str, ...]
+    draw: Callable[..., Any]
+
+    def figures(self) -> str | None:
+        """Name the figures by their files' SHA-256; None where there are none yet."""
+        files = [reports.RESULTS / f"{name}.json" for name in self.reports]
+        if not all(file.is_file() for file in files):
+            return None
+        return "; ".join(
+            f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}" for file in files
+        )
+
+
+def draw(folder: Path = PLOTS) -> list[Path]:
+    """Draw all plots whose figures are there; raises BackendError without matplotlib."""
+    try:
+        import matplotlib as mpl
+        import matplotlib.figure
+    except ImportError:
+        raise BackendError(
+            "the plots need matplotlib; install the extra 'bench': pip install 'latentrt[bench]'"
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for title, plot in DRAWN.items():
+        if figures := plot.figures():
+            path = folder / f"{title}.svg"
+            with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
+                figure = plot.draw(*(reports.committed(name) for name in plot.reports))
+                about = {"Description": figures, "Date": None, "Creator": None}
+                figure.savefig(path, metadata=about, bbox_inches="tight")
+            written.append(path)
+    return written
+
+
+def outdated(folder: Path = PLOTS) -> list[str]:
+    """Return the plots that are missing, or were made of other figures than the committed."""
+    return [
+        name
+        for name, plot in DRAWN.items()
+        if (figures := plot.figures())
+        and not (
+            (path := folder / f"{name}.svg").is_file()
+            and figures in path.read_text(encoding="utf-8")
+        )
+    ]
+
+
+def time_by_part(report: Mapping[str, Any]) -> Any:
+    """Draw a bar for each contender, the fastest first, of its parts' medians."""
+    steps = report["request"]["steps"]
+    bars = {}
+    for name, found in report["contenders"].items():
+        parts = found.get("parts", {})
+        if name != PEAK and "step" in parts:
+            text, step, decode = (parts[part]["median"] for part in ("text", "step", "decode"))
+            bars[name] = (text, steps * step, decode)
+    order = sorted(bars, key=lambda name: -sum(bars[name]))
+    figure, (axes,) = _figure(0.42 * len(bars) + 1.2)
+    left = [0.0] * len(bars)
+    for i, (part, colour) in enumerate(COLOURS.items()):
+        widths = [bars[name][i] for name in order]
+        title = f"{part}, {steps} steps" if part == "UNet" else part
+        axes.barh(order, widths, left=left, color=colour, height=0.62, label=title)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    for row, total in enumerate(left):
+        axes.text(total + 0.01 * max(left), row, _seconds(total), va="center")
+    _name_rows(axes, order)
+    axes.set_xlim(0, 1.1 * max(left))
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.2)
+    size, threads = report["request"]["size"], report["request"]["threads"]
+    _title(
+        figure,
+        f"{report['request']['model']}: parts of a request, {size} × {size}, {threads} threads",
+    )
+    return figure
+
+
+def speed_against_quality(latency: Mapping[str, Any], quality: Mapping[str, Any]) -> Any:
+    """Draw each setting's time of a request against how near its pictures are to float32's."""
+    times = {
+        name.removeprefix(OURS): found["parts"][WHOLE]["median"]
+        for name, found in latency["contenders"].items()
+        if name.startswith(OURS) and "parts" in found
+    }
+    points = {REFERENCE_NAME: (times[REFERENCE.removeprefix(OURS)], LARGEST_DB)}
+    for name, found in quality["settings"].items():
+        beside = found.get("beside")
+        if "psnr_db" in found and name in times:
+            points[name] = (times[name], found["psnr_db"]["median"])
+        elif "psnr_db" in found and beside in times:
+            seconds = times[beside] / found["times_faster"]["median"]
+            points[name] = (seconds, found["psnr_db"]["median"])
+    figure, (axes,) = _figure(3.6)
+    largest = max(seconds for seconds, _ in points.values())
+    for name, (seconds, decibels) in points.items():
+        axes.plot(seconds, decibels, "o", color=COLOURS["UNet"], markersize=8)
+        right = seconds > 0.6 * largest
+        axes.annotate(
+            f"{name.replace(', ', chr(10), 1)}\n{_seconds(seconds)}",
+            (seconds, decibels),
+            xytext=(-9 if right else 9, 0),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="center",
+        )
+    axes.set_xlim(0, 1.1 * largest)
+    axes.set_ylim(0, 1.08 * LARGEST_DB)
+    axes.set_xlabel("seconds a picture")
+    axes.set_ylabel("PSNR against float32, median, dB")
+    axes.grid(color=PALE, linewidth=0.6)
+    _title(figure, f"{quality['request']['model']}: speed against quality (upper left is better)")
+    return figure
+
+
+def scaling(report: Mapping[str, Any]) -> Any:
+    """Draw the time along each axis, from the smallest of the rounds to the largest."""
+    lines = {axis: found for axis in AXES if len(found := along(report, axis)) > 1}
+    figure, all_axes = _figure(2.6, columns=max(len(lines), 1))
+    for axes, (axis, found) in zip(all_axes, lines.items(), strict=False):
+        places = range(len(found))
+        times = [taken["seconds"] for taken in found.values()]
+        medians = [each["median"] for each in times]
+        axes.fill_between(
+            places, [t["min"] for t in times], [t["max"] for t in times], color=PALE, linewidth=0
+        )
+        axes.plot(places, medians, "o-", color=COLOURS["UNet"])
+        for place, median in zip(places, medians, strict=True):
+            axes.annotate(
+                _seconds(median), (place, median), xytext=(4, 7), textcoords="offset points",
+                ha="right", fontsize=8,
+            )  # fmt: skip
+        axes.set_xticks(list(places), [str(value) for value in found])
+        axes.set_xlabel(AXES[axis])
+        axes.set_ylim(0, 1.2 * max(t["max"] for t in times))
+        axes.set_xlim(-0.7, len(found) - 0.6)
+        axes.yaxis.set_visible(False)
+        axes.spines["left"].set_visible(False)
+    request = report["request"]
+    _title(
+        figure,
+        f"{request['model']}, {request['backend']} in {request['precision']}: "
+        f"seconds for {request['timed']}",
+    )
+    return figure
+
+
+def _figure(height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _title(figure: Any, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
+def _name_rows(axes: Any, names: list[str]) -> None:
+    """Label bars, the project's own in bold."""
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name.startswith(OURS) else "normal")
+
+
+def _seconds(value: float) -> str:
+    return f"{1e3 * value:.0f} ms" if value < 1 else f"{value:.{2 if value < 10 else 0}f} s"
+
+
+DRAWN: Mapping[str, Plot] = {
+    "time-by-part": Plot(reports=("latency",), draw=time_by_part),
+    "time-by-part-sd15": Plot(reports=("latency-sd15",), draw=time_by_part),
+    "speed-and-quality": Plot(reports=("latency", "quality"), draw=speed_against_quality),
+    "scaling": Plot(reports=("scale",), draw=scaling),
+    "scaling-sd15": Plot(reports=("scale-sd15",), draw=scaling),
+}
