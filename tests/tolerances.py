@@ -77,3 +77,6 @@ OPENVINO_RTOL = 1e-4  # norm of the difference / norm of the reference: other ke
 OPENVINO_PSNR_DB = 60  # a picture; 86 to 88 dB measured
 BFLOAT16_RTOL = 0.04  # as OPENVINO_RTOL, of 8 bits: 0.005 to 0.02 measured
 BFLOAT16_PSNR_DB = 35  # a picture of 20 steps: 46 to 49 dB measured
+# step_shallow: deep features kept between steps
+SHALLOW_RTOL = 1e-5  # of the registers: around its own deep features it does the same sums
+CACHED_LATENTS_RTOL = 1e-4  # of a whole loop: against diffusers' UNet with the features kept
