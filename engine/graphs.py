@@ -16,7 +16,7 @@ from typing import Literal, Self, get_args
 from engine.cache import cache_folder
 from engine.config import Config
 from engine.errors import GraphError
-from engine.onnx_file import metadata
+from engine.onnx_file import metadata, outputs
 from engine.signature import Part, signature
 
 Precision = Literal["float32", "float16"]
@@ -29,7 +29,8 @@ SHIPPED = Path(__file__).parent / "shipped_graphs"
 class Graph:
     """An ONNX file and what it says of itself.
 
-    inputs: their names, in the order of `engine.signature`; graphs of other versions have others
+    inputs, outputs: their names, in the order of `engine.signature`; graphs of other versions have
+        others
     weights: the checkpoint's tensors that it wants, by name, with their shapes
     """
 
@@ -38,19 +39,22 @@ class Graph:
     architecture: str
     precision: Precision
     inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     weights: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read a graph's description; raises GraphError when the file is none of ours."""
         try:
-            described = json.loads(metadata(_read(path))[METADATA_KEY])
+            data = _read(path)
+            described = json.loads(metadata(data)[METADATA_KEY])
             return cls(
                 path=path,
                 part=described["part"],
                 architecture=described["architecture"],
                 precision=described["precision"],
                 inputs=tuple(described.get("inputs", ())),
+                outputs=outputs(data),
                 weights={name: tuple(shape) for name, shape in described["weights"].items()},
             )
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -97,7 +101,7 @@ def find_graph(
         raise GraphError(
             f"the precision {precision!r} is not known; choose {' or '.join(get_args(Precision))}"
         )
-    name, inputs = graph_name(part, config, precision), tuple(signature(part, config).inputs)
+    name, wanted = graph_name(part, config, precision), signature(part, config)
     stale = ""
     for path in (folder / f"{name}{suffix}" for folder in folders for suffix in ("", COMPRESSED)):
         if path.is_file():
@@ -106,7 +110,7 @@ def find_graph(
                 graph.architecture != config.key()
             ):
                 raise GraphError(f"{path} holds another graph than its name says; delete it")
-            if graph.inputs == inputs:
+            if (graph.inputs, graph.outputs) == (tuple(wanted.inputs), tuple(wanted.outputs)):
                 return graph
             stale = f" ({path.name} there is of another version)"
     command = "export language-model" if part == "language_model" else "export"

@@ -31,6 +31,7 @@ COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
         "text_encoder": "text_encoder",
         "text_encoder_2": "text_encoder_2",
         "step": "unet",
+        "step_shallow": "unet",
         "vae_decoder": "vae",
         "vae_encoder": "vae",
     }

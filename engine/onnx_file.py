@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 # Fields of ModelProto, GraphProto, TensorProto, ValueInfoProto, TypeProto and its tensor's type.
 MODEL_GRAPH, MODEL_METADATA = 7, 14
-GRAPH_INITIALIZER, GRAPH_INPUT = 5, 11
+GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 5, 11, 12
 TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_LOCATION = 1, 2, 8, 14
 VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TYPE_DTYPE, TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = (
     1,
@@ -29,6 +29,17 @@ def metadata(data: bytes) -> dict[str, str]:
     """Read `metadata_props` of a serialised ModelProto, without parsing the graph."""
     entries = [dict(fields(_bytes(v))) for field, v in fields(data) if field == MODEL_METADATA]
     return {_bytes(entry[1]).decode(): _bytes(entry[2]).decode() for entry in entries}
+
+
+def outputs(data: bytes) -> tuple[str, ...]:
+    """Read the names of a serialised ModelProto's outputs."""
+    graphs = [_bytes(value) for field, value in fields(data) if field == MODEL_GRAPH]
+    return tuple(
+        _bytes(dict(fields(_bytes(value)))[VALUE_NAME]).decode()
+        for graph in graphs
+        for field, value in fields(graph)
+        if field == GRAPH_OUTPUT
+    )
 
 
 def weights_as_inputs(data: bytes) -> bytes:

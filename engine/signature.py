@@ -3,8 +3,8 @@
 Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
 C latent channels, h and w the latent's size, n tokens, D the width of the context, P that of the
 pooled text, T the sizes that XL is told, e tokens of textual inversion, X channels that an
-inpainting UNet sees beside the latent, H = 8 h and W = 8 w pixels (or whatever the autoencoder's
-compression is).
+inpainting UNet sees beside the latent, F channels of the UNet's first level, H = 8 h and W = 8 w
+pixels (or whatever the autoencoder's compression is).
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,13 @@ from typing import Literal
 from engine.config import Config, UNetConfig
 
 Part = Literal[
-    "text_encoder", "text_encoder_2", "step", "vae_decoder", "vae_encoder", "language_model"
+    "text_encoder",
+    "text_encoder_2",
+    "step",
+    "step_shallow",
+    "vae_decoder",
+    "vae_encoder",
+    "language_model",
 ]
 TextPart = Literal["text_encoder", "text_encoder_2"]
 Symbol = str | int
@@ -55,24 +61,31 @@ _TEXT_ENCODER = Signature(
     },
 )
 
+_STEP_INPUTS = {
+    "registers": _tensor("float32", "B", "r", "C", "h", "w"),
+    "matrices": _tensor("float32", "B", "r", "r + 2"),
+    "timestep": _tensor("float32", "B"),
+    "input_scale": _tensor("float32", "B"),
+    "context": _tensor("float32", "g", "B", "n", "D"),
+    "guidance": _tensor("float32", "g", "B"),
+    "guidance_rescale": _tensor("float32", "B"),
+    "noise": _tensor("float32", "B", "C", "h", "w"),
+    "mask": _tensor("float32", "B", 1, "h", "w"),
+    "outside": _tensor("float32", "B", "r + 2"),
+}
+_NEXT_REGISTERS = _tensor("float32", "B", "r", "C", "h", "w")
+# What enters the last residual block of the UNet: a step gives it, a shallow step begins there.
+_DEEP = _tensor("float32", "g", "B", "F", "h", "w")
+
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
         "text_encoder": _TEXT_ENCODER,
         "text_encoder_2": _TEXT_ENCODER,
         "step": Signature(
-            inputs={
-                "registers": _tensor("float32", "B", "r", "C", "h", "w"),
-                "matrices": _tensor("float32", "B", "r", "r + 2"),
-                "timestep": _tensor("float32", "B"),
-                "input_scale": _tensor("float32", "B"),
-                "context": _tensor("float32", "g", "B", "n", "D"),
-                "guidance": _tensor("float32", "g", "B"),
-                "guidance_rescale": _tensor("float32", "B"),
-                "noise": _tensor("float32", "B", "C", "h", "w"),
-                "mask": _tensor("float32", "B", 1, "h", "w"),
-                "outside": _tensor("float32", "B", "r + 2"),
-            },
-            outputs={"next_registers": _tensor("float32", "B", "r", "C", "h", "w")},
+            inputs=_STEP_INPUTS, outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP}
+        ),
+        "step_shallow": Signature(
+            inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
         ),
         "vae_decoder": Signature(
             inputs={"latents": _tensor("float32", "B", "C", "h", "w")},

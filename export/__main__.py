@@ -18,7 +18,6 @@ from engine.errors import LatentrtError, OutputError
 from engine.graphs import SHIPPED, Precision
 from engine.model import COMPONENTS, Model
 from engine.models import find_model
-from engine.signature import Part
 from export.info import as_table, describe
 
 USER_ERROR = 2
@@ -51,7 +50,7 @@ def _model(options: argparse.Namespace) -> None:
 
     model = Model.open(find_model(options.model), prediction_type=None)
     folder = _made(options.out or cache_folder() / "graphs")
-    parts: list[Part] = [*model.text_encoders, "step", "vae_decoder", "vae_encoder"]
+    parts = [part for part, name in COMPONENTS.items() if name in model.configs]
     for part in options.parts or parts:
         print(export_part(model, part, options.precision, folder))
 
@@ -70,7 +69,8 @@ def _graphs(options: argparse.Namespace) -> None:
     from export.writing import write_published
 
     folder = _made(options.out)
-    for part, config in published_parts():
+    parts = options.parts or COMPONENTS
+    for part, config in (found for found in published_parts() if found[0] in parts):
         for precision in get_args(Precision):
             print(write_published(part, config, precision, folder), flush=True)
 
@@ -94,13 +94,7 @@ def _model_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="a model that ships, a folder or a file")
     _add_choices(parser)
-    parser.add_argument(
-        "--parts",
-        nargs="+",
-        choices=tuple(COMPONENTS),
-        metavar="PART",
-        help=f"some of {', '.join(COMPONENTS)} (default: all that the model has)",
-    )
+    _add_parts(parser, "all that the model has")
     return parser
 
 
@@ -131,6 +125,16 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_parts(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=tuple(COMPONENTS),
+        metavar="PART",
+        help=f"some of {', '.join(COMPONENTS)} (default: {default})",
+    )
+
+
 def _info_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export info",
@@ -152,6 +156,7 @@ def _graphs_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=SHIPPED, metavar="FOLDER", help="(default: %(default)s)"
     )
+    _add_parts(parser, "all that ship")
     return parser
 
 

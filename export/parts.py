@@ -36,6 +36,8 @@ class Step(nn.Module):
     guidance_rescale: (B,), how far the guided output is brought back to the spread of the last
     group's (Lin et al. 2023, arXiv:2305.08891, equations 15 and 16); mask: (B, 1, h, w), where it
     is 0 the latent is what `outside`, (B, r + 2), makes of the same [registers; output; noise].
+    deep: (g, B, F, h, w), the UNet's deep features of an earlier step, which makes it the part
+    `step_shallow`.
     """
 
     def __init__(self, unet: UNet) -> None:
@@ -58,17 +60,19 @@ class Step(nn.Module):
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         image_conditioning: Tensor | None = None,
-    ) -> Tensor:
-        """Return the next registers, (B, r, C, h, w) float32."""
+        deep: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the next registers, (B, r, C, h, w) float32, and deep features if none came."""
         dtype = self.model.conv_in.weight.dtype
         groups = context.shape[0]
         x = registers[:, 0] * input_scale[:, None, None, None]
         if image_conditioning is not None:
             x = torch.cat([x, image_conditioning], dim=1)
-        out = self.model(
+        out, features = self.model.with_deep(
             _for_groups(x, groups).to(dtype),
             _for_groups(timestep, groups),
             context.flatten(0, 1).to(dtype),
+            deep=None if deep is None else deep.flatten(0, 1).to(dtype),
             text_embeds=None if text_embeds is None else text_embeds.flatten(0, 1).to(dtype),
             time_ids=None if time_ids is None else time_ids.flatten(0, 1),
             timestep_cond=(
@@ -83,7 +87,10 @@ class Step(nn.Module):
         rows = torch.cat([matrices, outside[:, None]], dim=1)
         moved = torch.bmm(rows, known.flatten(2)).unflatten(2, registers.shape[2:])
         x = mask * moved[:, 0] + (1.0 - mask) * moved[:, -1]
-        return torch.cat([x[:, None], moved[:, 1:-1]], dim=1)
+        registers = torch.cat([x[:, None], moved[:, 1:-1]], dim=1)
+        if deep is not None:
+            return registers
+        return registers, features.float().unflatten(0, (groups, -1))
 
 
 class VaeDecode(nn.Module):

@@ -92,4 +92,6 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
     for config in AUTOENCODERS:
         yield "vae_decoder", config
         yield "vae_encoder", config
-    yield from (("step", config) for config in UNETS)
+    for unet in UNETS:
+        yield "step", unet
+        yield "step_shallow", unet

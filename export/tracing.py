@@ -179,6 +179,7 @@ def _fixed_sizes(config: Config) -> dict[str, int]:
             "T": config.addition_time_ids,
             "E": config.time_cond_proj_dim,
             "X": config.in_channels - config.out_channels,
+            "F": config.block_out_channels[0],
         }
     if isinstance(config, TextEncoderConfig):
         return {"D": config.hidden_size}

@@ -176,15 +176,28 @@ class UpBlock(Block):
     def forward(
         self, hidden_states: Tensor, skips: list[Tensor], time_embedding: Tensor, context: Tensor
     ) -> Tensor:
-        """Consume the last skips; return (B, C, h, w) at the size of the next level."""
-        for i, resnet in enumerate(self.resnets):
-            hidden_states = torch.cat([hidden_states, skips.pop()], dim=1)
-            hidden_states = resnet(hidden_states, time_embedding)
-            if self.has_attention:
-                hidden_states = self.attentions[i](hidden_states, context)
+        """Consume the last skips; return (B, C, h, w) at the size of the next level.
+
+        Runs no more residual blocks than there are skips.
+        """
+        for i in range(min(len(self.resnets), len(skips))):
+            hidden_states = self.layer(i, hidden_states, skips.pop(), time_embedding, context)
         if hasattr(self, "upsamplers"):
             hidden_states = self.upsamplers[0](hidden_states, tuple(skips[-1].shape[2:]))
         return hidden_states
+
+    def layer(
+        self,
+        i: int,
+        hidden_states: Tensor,
+        skip: Tensor,
+        time_embedding: Tensor,
+        context: Tensor,
+    ) -> Tensor:
+        """Run one residual block, and its transformer where it has one."""
+        hidden_states = torch.cat([hidden_states, skip], dim=1)
+        hidden_states = self.resnets[i](hidden_states, time_embedding)
+        return self.attentions[i](hidden_states, context) if self.has_attention else hidden_states
 
 
 class UNet(nn.Module):
@@ -216,33 +229,51 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(
+        self, sample: Tensor, timestep: Tensor, context: Tensor, **told: Tensor | None
+    ) -> Tensor:
+        """Return (B, out_channels, h, w); the arguments are those of `with_deep`."""
+        return self.with_deep(sample, timestep, context, **told)[0]
+
+    def with_deep(
         self,
         sample: Tensor,
         timestep: Tensor,
         context: Tensor,
         *,
+        deep: Tensor | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
-    ) -> Tensor:
-        """Return (B, out_channels, h, w).
+    ) -> tuple[Tensor, Tensor]:
+        """Return (B, out_channels, h, w), and the deep features that it was made from.
 
         sample: (B, in_channels, h, w); timestep: (B,); context: (B, m, cross_attention_dim).
         text_embeds (B, p) and time_ids (B, 6) are XL's pooled text and sizes in pixels;
         timestep_cond: (B, time_cond_proj_dim) is the embedded guidance scale of LCM.
+        deep: (B, block_out_channels[0], h, w), what the last residual block takes beside the first
+        skip. Given those of an earlier call, only what lies around them is computed (Ma et al.
+        2024, DeepCache, arXiv:2312.00858, section 3.3, with the uppermost skip).
         """
         time_embedding = self._embed_time(timestep, sample, text_embeds, time_ids, timestep_cond)
         if self.config.addition_embed_type == "text":
             time_embedding = time_embedding + self.add_embedding(context)
-        hidden_states = self.conv_in(sample)
-        skips = [hidden_states]
+        first = self.conv_in(sample)
+        if deep is None:
+            deep = self._deep(first, time_embedding, context)
+        top = self.up_blocks[-1]
+        hidden_states = top.layer(len(top.resnets) - 1, deep, first, time_embedding, context)
+        return self.conv_out(F.silu(self.conv_norm_out(hidden_states))), deep
+
+    def _deep(self, first: Tensor, time_embedding: Tensor, context: Tensor) -> Tensor:
+        """Run all but the last residual block, which alone sees the first skip."""
+        hidden_states, skips = first, []
         for block in self.down_blocks:
             hidden_states, more = block(hidden_states, time_embedding, context)
             skips += more
         hidden_states = self.mid_block(hidden_states, time_embedding, context)
         for block in self.up_blocks:
             hidden_states = block(hidden_states, skips, time_embedding, context)
-        return self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
+        return hidden_states
 
     def _embed_time(
         self,

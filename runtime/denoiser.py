@@ -98,8 +98,9 @@ class Denoiser:
                 "input_scale": program.input_scales,
             }.items()
         }
-        engine, fresh = self.engine("step"), _fresh(noises, shape, program.needs_noise)
-        for call, (told, noise) in enumerate(zip(plan.conditioning, fresh, strict=True)):
+        fresh, deep = _fresh(noises, shape, program.needs_noise), None
+        calls = zip(plan.conditioning, plan.whole, fresh, strict=True)
+        for call, (told, whole, noise) in enumerate(calls):
             inputs: dict[str, NDArray[Any]] = {
                 **told,
                 **constant,
@@ -107,7 +108,13 @@ class Denoiser:
                 "registers": registers,
                 "noise": noise,
             }
-            registers = engine.run(inputs)["next_registers"]
+            if whole:
+                outputs = self.engine("step").run(inputs)
+                deep = outputs["deep"] if plan.cache_interval > 1 else None
+            else:
+                assert deep is not None
+                outputs = self.engine("step_shallow").run({**inputs, "deep": deep})
+            registers = outputs["next_registers"]
             latents = registers[:, 0]
             yield latents, partial(self._denoised, program, call, inputs, latents)
 

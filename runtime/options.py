@@ -171,6 +171,14 @@ def _add_drawing(group: Any) -> None:
         help=f"denoising steps (default: {STEPS}, or what a distilled model is made for)",
     )
     add(
+        "--cache-interval",
+        type=int,
+        default=1,
+        metavar="N",
+        help="compute the whole UNet at every Nth call only: faster, less exact "
+        "(default: %(default)s)",
+    )
+    add(
         "--eta",
         type=float,
         default=0.0,

@@ -163,6 +163,8 @@ class Pipeline:
         """
         plan = make_plan(request, self.model, self.schedule, self.encoder)
         parts: list[Part] = ["step", "vae_decoder"]
+        if not all(whole for run in plan.runs() for whole in run.whole):
+            parts.append("step_shallow")
         if plan.image is not None or plan.upscaler == PIXELS or self.model.is_inpainting:
             parts.append("vae_encoder")
         for part in parts:

@@ -6,6 +6,7 @@ recommend, then from the defaults here.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from engine.model import Model
 from runtime.canvas import extend, latent_mask
+from runtime.checks import check_number
 from runtime.conditioning import Encoder, Texts
 from runtime.guidance import Guidance
 from runtime.images import as_rgb
@@ -35,6 +37,7 @@ class Plan:
     """One run of the loop, and the run that follows it.
 
     conditioning: of each call of the UNet, as `runtime.conditioning` gives it
+    cache_interval: at every so many calls at least, the UNet runs whole
     noise: whose random numbers the seeds mean; height, width: in pixels
     image: RGB of that size, what the run starts from or is shown
     mask: white where it is painted anew; cells: (1, height // 8, width // 8), the mask of latents
@@ -46,6 +49,7 @@ class Plan:
     program: Program
     conditioning: Sequence[Mapping[str, Array]]
     guidance_rescale: float
+    cache_interval: int
     seeds: list[int]
     noise: str
     height: int
@@ -64,6 +68,20 @@ class Plan:
         yield self
         if self.hires is not None:
             yield self.hires
+
+    @property
+    def whole(self) -> list[bool]:
+        """Say of each call whether the UNet runs whole, or around deep features of a call before.
+
+        Those are of the same texts in the same rows: at the first call with others it runs whole.
+        """
+        whole: list[bool] = []
+        context, age = None, 0
+        for told in self.conditioning:
+            age = age + 1 if told["context"] is context else self.cache_interval
+            context, age = told["context"], age % self.cache_interval
+            whole.append(age == 0)
+        return whole
 
     @property
     def calls(self) -> int:
@@ -85,6 +103,7 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
 
     steps, strength = wanted.num_inference_steps, wanted.strength
     assert steps is not None
+    check_number("cache_interval", wanted.cache_interval, Integral, 1, max(int(steps), 1))
     assert strength is not None
     first = run(steps, None if image is None else strength, height, width)
     if image is not None:
@@ -185,6 +204,7 @@ def _run(
         program=matrices,
         conditioning=encoder.condition(texts, guidance, *size, clip_skip=request.clip_skip),
         guidance_rescale=request.guidance_rescale,
+        cache_interval=request.cache_interval,
         seeds=request.seeds(),
         noise=request.noise,
         height=size[0],

@@ -20,6 +20,7 @@ MAX_IMAGES = 256
 MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
 MAX_PARTS = 16  # of a composed prompt: each is a row of every batch
 MAX_SCALE = 1000
+MAX_STEPS = 10**6  # the model's schedule knows how many there may be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Hires:
         check_number("the scale of hires", self.scale, Real, 1, 8)
         check_number("the strength of hires", self.strength, Real, 0, 1)
         if self.num_inference_steps is not None:
-            check_number("the steps of hires", self.num_inference_steps, Integral, 1, 10**6)
+            check_number("the steps of hires", self.num_inference_steps, Integral, 1, MAX_STEPS)
         check_choice("the upscaler of hires", self.upscaler, UPSCALERS)
 
 
@@ -76,6 +77,9 @@ class Request:
     strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
         something is painted anew
     hires: a second, larger run
+    cache_interval: the UNet runs whole at every so many calls and around the deep features of the
+        last of these in between (DeepCache): from 3 on twice as fast or more, and less exact; 1
+        always runs it whole
     eta: of DDIM and TCD, 0 draws no noise
     prompt_syntax: whether prompts are read as `runtime.prompt` says, or every character is text
     clip_skip: 1, or 2 to leave out the text encoder's last layer, as XL does anyway (its number in
@@ -103,6 +107,7 @@ class Request:
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
     hires: Hires | None = None
+    cache_interval: int = 1
     eta: float = 0.0
     prompt_syntax: bool = True
     clip_skip: int = 1
@@ -117,6 +122,7 @@ class Request:
                 raise RequestError(
                     f"{name} is {getattr(self, name)!r}; give a name, such as {example!r}"
                 )
+        check_number("cache_interval", self.cache_interval, Integral, 1, MAX_STEPS)
         check_number("eta", self.eta, Real, 0, 1)
         check_number("clip_skip", self.clip_skip, Integral, 1, MAX_CLIP_SKIP)
         if not isinstance(self.prompt_syntax, bool):

@@ -6,7 +6,7 @@ keep to what `engine/checkpoints/architecture.py` reads off shapes, and the voca
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -323,10 +323,10 @@ def make_tokenizer(pad_token: str) -> CLIPTokenizer:
     )
 
 
-def trace_graphs(model: Model, folder: Path) -> None:
+def trace_graphs(model: Model, folder: Path, parts: Sequence[Part] = ()) -> None:
     """Trace a model's parts into a folder, less those that are there."""
-    parts: list[Part] = [*model.text_encoders, "step", "vae_decoder", "vae_encoder"]
-    for part in parts:
+    usual: list[Part] = [*model.text_encoders, "step", "vae_decoder", "vae_encoder"]
+    for part in parts or usual:
         config = model.config(part)
         name = graph_name(part, config, "float32")
         if not (folder / f"{name}{COMPRESSED}").exists():

@@ -45,6 +45,8 @@ PARTS = {
     "text_encoder": ("text_encoder", TEXT),
     "step": ("step", UNET),
     "step-xl": ("step", XL),
+    "step_shallow": ("step_shallow", UNET),
+    "step_shallow-xl": ("step_shallow", XL),
     "vae_decoder": ("vae_decoder", VAE),
     "vae_encoder": ("vae_encoder", VAE),
 }
@@ -56,6 +58,7 @@ HALF = {
     "text_encoder": ("text_encoder", TEXT),
     "text_encoder_2": ("text_encoder_2", PROJECTED),
     "step": ("step", INPAINTING),
+    "step_shallow": ("step_shallow", INPAINTING),
     "vae_decoder": ("vae_decoder", VAE),
     "vae_encoder": ("vae_encoder", VAE),
 }

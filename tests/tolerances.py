@@ -77,3 +77,6 @@ BFLOAT16_RTOL = 0.08  # random inputs, which guidance then multiplies; 0.056 at 
 BFLOAT16_PSNR_DB = 35  # a picture of 20 steps: 46 to 49 dB measured
 # benchmarks/features.py
 FEATURES_RTOL = 1e-4  # of float32 activations, against diffusers' encoder and cosines
+# step_shallow: deep features kept between steps
+SHALLOW_RTOL = 1e-5  # of the registers: around its own deep features it does the same sums
+CACHED_LATENTS_RTOL = 1e-4  # of a whole loop: against diffusers' UNet with the features kept

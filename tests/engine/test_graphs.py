@@ -22,7 +22,7 @@ from engine.signature import signature
 
 onnx = pytest.importorskip("onnx")
 
-PARTS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
+PARTS = ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder")
 MODEL = Model.open(find_model("pictogram"))
 MODEL_PATH = Path("some") / "model"
 DESCRIBED = {
@@ -35,12 +35,14 @@ DESCRIBED = {
 NAME = graph_name("step", MODEL.unet, "float32")
 
 
-def serialised(described, key=METADATA_KEY):
+def serialised(described, key=METADATA_KEY, outputs=("next_registers", "deep")):
     """Make a small ONNX file with our description among other metadata."""
-    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-    node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [out]))
+    value, *outs = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1])
+        for name in ("x", *outputs)
+    )
+    nodes = [onnx.helper.make_node("Identity", ["x"], [name]) for name in outputs]
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [value], outs))
     text = described if isinstance(described, str) else json.dumps(described)
     onnx.helper.set_model_props(model, {"author": "someone", key: text})
     return model.SerializeToString()
@@ -66,6 +68,7 @@ def test_read(tmp_path):
         architecture=MODEL.unet.key(),
         precision="float32",
         inputs=tuple(signature("step", MODEL.unet).inputs),
+        outputs=("next_registers", "deep"),
         weights={"conv_in.weight": (8, 4, 3, 3)},
     )
 
@@ -180,6 +183,8 @@ def test_a_graph_of_another_version_is_passed_over(tmp_path, fields):
     assert find(tmp_path / "old", tmp_path / "current").path == current
     with pytest.raises(GraphError, match=r"is of another version\); make it with `python -m exp"):
         find(tmp_path / "old")
+    (tmp_path / "old" / NAME).write_bytes(serialised(DESCRIBED, outputs=["next_registers"]))
+    assert find(tmp_path / "old", tmp_path / "current").path == current
     described = {name: value for name, value in DESCRIBED.items() if name != "inputs"}
     write(tmp_path / "older", described)
     with pytest.raises(GraphError, match="is of another version"):

@@ -9,7 +9,7 @@ from engine.model import Model
 from engine.models import find_model, shipped_models
 from runtime import Pipeline
 
-PARTS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
+PARTS = ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder")
 
 
 @pytest.fixture
@@ -37,7 +37,11 @@ def test_the_model_that_ships():
     encoder = model.text_encoders["text_encoder"]
     assert list(model.text_encoders) == ["text_encoder"]
     assert model.unet.cross_attention_dim == encoder.hidden_size
-    assert [model.config(part) for part in PARTS] == [encoder, model.unet, model.vae, model.vae]
+    assert [model.config(part) for part in PARTS] == [
+        encoder,
+        *[model.unet] * 2,
+        *[model.vae] * 2,
+    ]
     assert model.context == "last_hidden_state"
     assert not any((model.is_xl, model.is_inpainting, model.zeros_for_empty_prompt))
     assert (model.steps, model.guidance_scale, model.notes) == (None, None, ())

@@ -176,7 +176,13 @@ def damaged():
 def test_damage_is_a_graph_error_wherever_it_is(tmp_path):
     path = tmp_path / "graph.onnx"
     graph = Graph(
-        path=path, part="step", architecture="0", precision="float32", inputs=(), weights={}
+        path=path,
+        part="step",
+        architecture="0",
+        precision="float32",
+        inputs=(),
+        outputs=(),
+        weights={},
     )
     for data in list(damaged())[::7]:
         path.write_bytes(data)

@@ -57,6 +57,8 @@ def test_published_graphs_are_written_compressed_and_the_same_each_time(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert all("kB" in line and "nodes" in line for line in lines)
+    assert main(["graphs", "--out", str(tmp_path / "none"), "--parts", "step", "vae_decoder"]) == 0
+    assert not list((tmp_path / "none").iterdir())
     for precision in ("float32", "float16"):
         graph = find_graph("text_encoder", TEXT, precision, [tmp_path / "first"], tmp_path)
         assert dict(graph.weights) == tensor_shapes(TEXT)

@@ -29,7 +29,7 @@ def keys(part):
 
 def test_the_architectures_are_those_of_the_published_configurations():
     expected = {UNetConfig.from_dict(values).key() for values in UNETS}
-    assert sorted(keys("step")) == sorted(expected)
+    assert sorted(keys("step")) == sorted(keys("step_shallow")) == sorted(expected)
     expected = {TextEncoderConfig.from_dict(values).key() for values in TEXTS}
     assert sorted(keys("text_encoder")) == sorted(expected)
     vaes = (published.VAE_SD15, published.VAE_XL)
@@ -68,6 +68,9 @@ def test_the_graph_ships_and_wants_the_weights_of_its_architecture(part, config,
     if part == "vae_decoder":
         other = find_graph("vae_encoder", config, precision, [SHIPPED], "the published model")
         assert {**graph.weights, **other.weights} == expected
+    elif part == "step_shallow":
+        shared = find_graph("step", config, precision, [SHIPPED], "the published model").weights
+        assert graph.weights.items() < shared.items()
     elif part != "vae_encoder":
         assert dict(graph.weights) == expected
 

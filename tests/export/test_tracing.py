@@ -14,9 +14,21 @@ from engine.model import Model
 from engine.models import find_model
 from engine.signature import signature
 from export.parity import TOLERANCES, check, relative_error
-from export.tracing import trace
+from export.tracing import example_inputs, trace
 from export.writing import export_part, load_weights
-from tests.small_parts import HALF, PARTS, TEXT, UNET, VAE, build, trace_once, weights_of
+from tests.small_parts import (
+    HALF,
+    INPAINTING,
+    PARTS,
+    TEXT,
+    UNET,
+    VAE,
+    XL,
+    build,
+    trace_once,
+    weights_of,
+)
+from tests.tolerances import SHALLOW_RTOL
 
 
 @pytest.fixture(scope="module", params=PARTS)
@@ -106,6 +118,33 @@ def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
             for name, value in inputs.items()
         }
         assert relative_error(engine.run(alone)["next_registers"], together[i : i + 1]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [(UNET, "float32"), (XL, "float32"), (INPAINTING, "float16")],
+    ids=["sd1", "xl-lcm", "inpainting-float16"],
+)
+def test_a_shallow_step_around_its_own_deep_features_is_the_step(tmp_path, config, precision):
+    engines, weights = {}, weights_of(build("step", config))
+    for part in ("step", "step_shallow"):
+        path = tmp_path / part
+        path.write_bytes(trace_once(part, config, precision).model.SerializeToString())
+        graph = Graph.read(path)
+        engines[part] = open_engine(graph, weights, BackendSettings(threads=1))
+    assert len(graph.weights) < len(weights) / 2, "it wants no weights that it does not need"
+    sizes = {"B": 3, "g": 2, "r": 2, "n": 5, "h": 8, "w": 12}
+    generator = torch.Generator().manual_seed(0)
+    inputs = example_inputs("step", config, sizes, generator)
+    inputs = {name: value.numpy() for name, value in inputs.items()}
+    whole = engines["step"].run(inputs)
+    deep, width = whole["deep"], config.block_out_channels[0]
+    assert (deep.shape, deep.dtype) == ((2, 3, width, 8, 12), np.float32)
+    for features, close in ((deep, True), (deep[:, ::-1].copy(), False)):
+        shallow = engines["step_shallow"].run({**inputs, "deep": features})
+        assert list(shallow) == ["next_registers"]
+        error = relative_error(shallow["next_registers"], whole["next_registers"])
+        assert (error < SHALLOW_RTOL) == close
 
 
 @pytest.mark.parametrize(("part", "config"), HALF.values(), ids=HALF)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor
 
 from engine.config import UNetConfig
 from export.unet import UNet, sinusoids
+from tests.deep_features import keeping_deep_features
 from tests.parity import randomised, relative_error, shrunk
 from tests.tolerances import PARITY_RTOL
 
@@ -94,27 +96,59 @@ def error(
     if small:
         shrunk(reference)
         shrunk(module)
-    config = module.config
-    sample = torch.randn(batch, config.in_channels, height, width)
-    timestep = torch.tensor([3, 999, 500])[:batch]
-    context = torch.randn(batch, 7, TEXT_WIDTH)
-    added = {}
+    given = inputs(module.config, batch, height, width)
+    expected, actual = run_reference(reference, **given), module(**given)
+    assert actual.shape == (batch, module.config.out_channels, height, width)
+    return relative_error(actual, expected)
+
+
+def inputs(config: UNetConfig, batch: int, height: int, width: int) -> dict[str, Tensor]:
+    given = {
+        "sample": torch.randn(batch, config.in_channels, height, width),
+        "timestep": torch.tensor([3, 999, 500])[:batch],
+        "context": torch.randn(batch, 7, TEXT_WIDTH),
+    }
     if config.addition_embed_type == "text_time":
         sizes = (config.projection_class_embeddings_input_dim - POOLED_WIDTH) // SIZE_WIDTH
-        added["text_embeds"] = torch.randn(batch, POOLED_WIDTH)
-        added["time_ids"] = torch.randint(0, 1024, (batch, sizes))
-    condition = torch.randn(batch, GUIDANCE_WIDTH) if config.time_cond_proj_dim else None
-    expected = reference(
-        sample, timestep, context, timestep_cond=condition, added_cond_kwargs=added
+        given["text_embeds"] = torch.randn(batch, POOLED_WIDTH)
+        given["time_ids"] = torch.randint(0, 1024, (batch, sizes))
+    if config.time_cond_proj_dim:
+        given["timestep_cond"] = torch.randn(batch, GUIDANCE_WIDTH)
+    return given
+
+
+def run_reference(
+    reference: UNet2DConditionModel,
+    sample: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    timestep_cond: Tensor | None = None,
+    **added: Tensor,
+) -> Tensor:
+    return reference(
+        sample, timestep, context, timestep_cond=timestep_cond, added_cond_kwargs=added
     ).sample
-    actual = module(sample, timestep, context, timestep_cond=condition, **added)
-    assert actual.shape == (batch, config.out_channels, height, width)
-    return relative_error(actual, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_agrees_with_diffusers(kind):
     assert error(kind, 2, 16, 24) < PARITY_RTOL
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_deep_features_of_another_call_agree_with_diffusers(kind):
+    reference, module = pair(kind)
+    first, second = (inputs(module.config, 2, 16, 24) for _ in range(2))
+    with keeping_deep_features(reference, 2):
+        expected = [run_reference(reference, **given) for given in (first, second)]
+    whole, deep = module.with_deep(**first)
+    assert deep.shape == (2, module.config.block_out_channels[0], 16, 24)
+    assert relative_error(whole, expected[0]) < PARITY_RTOL
+    shallow, same = module.with_deep(**second, deep=deep)
+    assert same is deep
+    assert relative_error(shallow, expected[1]) < PARITY_RTOL
+    assert relative_error(module(**second), expected[1]) > 10 * PARITY_RTOL
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 32), (9, 7), (13, 10), (10, 12)])

@@ -26,6 +26,7 @@ from runtime.__main__ import main
 from runtime.request import Request
 from tests import original_layout as original
 from tests.adapters import ATTENTION, TEXT, modules_of, write_kohya
+from tests.deep_features import keeping_deep_features
 from tests.pictures import drawing, psnr
 from tests.schedulers import SCHEDULERS
 from tests.small_models import SIDE, SMALL, trace_graphs, trained
@@ -117,6 +118,17 @@ def test_text_to_image(loaded, name, sampler):
     assert_same_picture(ours, reference(small.reference, sampler=sampler), other)
 
 
+@pytest.mark.parametrize("name", ["sd2 base", "xl", "lcm"])
+def test_deep_features_are_kept_between_calls(loaded, name):
+    small, pipeline, _, graphs = loaded(name)
+    trace_graphs(pipeline.model, graphs, ["step_shallow"])
+    ours = draw(pipeline, cache_interval=3)
+    with keeping_deep_features(small.reference.unet, 3) as whole:
+        expected = reference(small.reference)
+    assert whole == [True, False, False, True]
+    assert_same_picture(ours, expected, draw(pipeline))
+
+
 @pytest.mark.parametrize("name", ["sd1", "xl"])
 def test_a_negative_prompt_may_be_empty(loaded, name):
     """XL then attends to nothing."""
@@ -168,6 +180,18 @@ def half():
     mask = Image.new("L", (PIXELS, PIXELS))
     mask.paste(255, (PIXELS // 3, PIXELS // 4, PIXELS, PIXELS))
     return mask
+
+
+def test_deep_features_of_nine_channels_are_kept(loaded):
+    small, pipeline, _, graphs = loaded("inpainting")
+    trace_graphs(pipeline.model, graphs, ["step_shallow"])
+    image, mask = drawing(PIXELS, PIXELS), half()
+    ours = draw(pipeline, image=image, mask=mask, mask_blur=None, cache_interval=2)
+    with keeping_deep_features(small.reference.unet, 2):
+        expected = reference(small.reference, image=image, mask_image=mask, strength=1.0)
+    assert psnr(ours, expected) >= PICTURE_PSNR_DB, "its gray is between two bytes"
+    exact = draw(pipeline, image=image, mask=mask, mask_blur=None)
+    assert psnr(exact, expected) < PICTURE_PSNR_DB
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])

@@ -48,8 +48,11 @@ class FakeEngine:
                 "penultimate_hidden_state": hidden + 0.5,
                 "pooled": hidden[:, 0],
             }
-        if self.part == "step":
-            return {"next_registers": inputs["registers"] + 1}
+        if self.part in ("step", "step_shallow"):
+            rows, size = inputs["context"].shape[:2], inputs["registers"].shape[-2:]
+            deep = {"deep": np.full((*rows, 1, *size), len(self.calls), np.float32)}
+            given = deep if self.part == "step" else {}
+            return {"next_registers": inputs["registers"] + 1, **given}
         if self.part == "vae_encoder":
             return {"latents": inputs["noise"] * 0 + 100}
         batch, _, height, width = inputs["latents"].shape
@@ -352,6 +355,103 @@ def test_a_canvas_that_grows(recorded):
     )
 
 
+def counted(recorded):
+    """Return which deep features each call of a shallow step got, and the calls of whole steps."""
+    whole, shallow = (recorded.engines[part].calls for part in ("step", "step_shallow"))
+    return [int(call["deep"].flat[0]) for call in shallow], len(whole)
+
+
+def test_every_fourth_call_is_whole(recorded):
+    recorded.draw("a", num_inference_steps=20, cache_interval=4)
+    got, whole = counted(recorded)
+    assert (len(got), whole) == (15, 5)
+    assert got == [call for call in range(1, 6) for _ in range(3)], "those of the last whole call"
+    first, second = (recorded.engines[part].calls[0] for part in ("step", "step_shallow"))
+    assert [*second] == [*first, "deep"]
+    assert np.array_equal(second["registers"], first["registers"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "calls"), [("ddim", 5, 5), ("heun", 5, 9), ("dpm2", 5, 9), ("lcm", 5, 5)]
+)
+def test_an_interval_counts_calls(recorded, sampler, steps, calls):
+    recorded.draw("a", num_inference_steps=steps, cache_interval=3, sampler=sampler)
+    got, whole = counted(recorded)
+    assert (len(got) + whole, whole) == (calls, -(-calls // 3))
+
+
+def test_other_rows_or_texts_make_a_call_whole(recorded):
+    def whole(prompt, **wishes):
+        wishes = {"num_inference_steps": 10, "cache_interval": 4} | wishes
+        return recorded.draw.plan(Request(prompt=prompt, **wishes)).whole
+
+    def calls(*numbers):
+        return [call in numbers for call in range(10)]
+
+    assert whole("a") == calls(0, 4, 8)
+    assert whole("a", guidance_interval=(0.0, 0.6)) == calls(0, 4, 6)
+    assert whole("a", guidance_interval=(0.1, 0.6)) == calls(0, 1, 5, 6)
+    assert whole("[a:b:0.5]") == calls(0, 4, 5, 9)
+    assert whole("a", guidance_scale=[7, 3]) == calls(0, 4, 8), "a curve changes no row"
+    assert whole("a", cache_interval=1) == [True] * 10
+    assert whole("a", cache_interval=10) == calls(0)
+    recorded.draw("a", num_inference_steps=10, cache_interval=4, guidance_interval=(0.1, 0.6))
+    rows = [call["deep"].shape[0] for call in recorded.engines["step_shallow"].calls]
+    assert rows == [2] * 3 + [1] * 3, "those of call 1 and 6"
+    assert all(
+        len(call["deep"]) == len(call["context"]) for call in recorded.engines["step_shallow"].calls
+    )
+
+
+def test_the_second_run_of_hires_begins_whole(recorded):
+    hires = Hires(scale=1.5, strength=1.0, num_inference_steps=3, upscaler="bilinear")
+    wishes = {"hires": hires, "num_inference_steps": 4, "height": 64, "width": 32}
+    recorded.draw("a", cache_interval=3, **wishes)
+    got, whole = counted(recorded)
+    assert (got, whole) == ([1, 1, 3, 3], 3)
+
+
+def test_the_shallow_step_is_opened_only_if_it_is_called(recorded):
+    recorded.draw.plan(Request(prompt="a"))
+    recorded.draw.plan(Request(prompt="a", cache_interval=1, num_inference_steps=1))
+    recorded.draw.plan(Request(prompt="[a|b]", cache_interval=2, num_inference_steps=4))
+    assert "step_shallow" not in recorded.engines
+    recorded.draw.plan(Request(prompt="a", cache_interval=2, num_inference_steps=2))
+    assert not recorded.engines["step_shallow"].calls
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (0, "cache_interval is 0; give a whole number from 1 to 1000000"),
+        (-2, "cache_interval is -2; give a whole number from 1"),
+        (1.5, "cache_interval is 1.5; give a whole number from 1"),
+        (True, "cache_interval is True; give a whole number from 1"),
+        ("2", "cache_interval is '2'; give a whole number from 1"),
+        (None, "cache_interval is None; give a whole number from 1"),
+        (5, "cache_interval is 5; give a whole number from 1 to 4"),
+    ],
+)
+def test_an_interval_is_a_number_of_steps(recorded, given, said):
+    with pytest.raises(RequestError, match=f"^{said}"):
+        recorded.draw("a", num_inference_steps=4, cache_interval=given)
+    assert "step" not in recorded.engines
+
+
+def test_an_interval_is_kept_in_the_pictures_settings(recorded):
+    (settings,) = recorded.draw("a", cache_interval=2, num_inference_steps=2).settings
+    assert settings["cache_interval"] == 2
+
+
+def test_kept_features_save_work_and_change_the_picture_a_little(pipeline):
+    wishes = {"seed": 1, "num_inference_steps": 8}
+    exact = pipeline("a red apple", **wishes).images[0]
+    cached = pipeline("a red apple", cache_interval=2, **wishes).images[0]
+    other = pipeline("house", **wishes).images[0]
+    assert psnr(exact, other) < psnr(exact, cached) < BATCH_PSNR_DB
+    assert pixels(pipeline("a red apple", cache_interval=1, **wishes).images[0]) == pixels(exact)
+
+
 def test_hires_draws_over_the_enlarged_picture(recorded):
     hires = Hires(scale=1.5, strength=0.5, num_inference_steps=4, upscaler="bilinear")
     plan = recorded.draw.plan(
@@ -566,6 +666,48 @@ def test_an_adapter_is_in_all_engines_or_in_none(recorded, lora, part):
     counts = {name: len(engine.rebound) for name, engine in recorded.engines.items()}
     recorded.draw.set_loras([])
     assert counts == {name: len(engine.rebound) for name, engine in recorded.engines.items()}
+
+
+def test_an_adapter_is_in_both_engines_of_the_unet(recorded, lora):
+    plan = Request(prompt="a", cache_interval=2)
+    recorded.draw.plan(plan)
+    recorded.draw.set_loras([lora])
+    for part in ("step", "step_shallow"):
+        ((_, names),) = recorded.engines[part].rebound
+        assert names == {f"{CHANGED['unet']}.weight"}
+    recorded.draw.engines.clear()
+    del recorded.engines["step"], recorded.engines["step_shallow"]
+    del recorded.engines["vae_decoder"], recorded.engines["text_encoder"]
+    recorded.draw.plan(plan)
+    name = f"{CHANGED['unet']}.weight"
+    base = recorded.draw.model.find("unet")
+    for part in ("step", "step_shallow"):
+        assert not np.array_equal(recorded.engines[part].weights[name], base[name])
+
+
+def test_an_adapter_changes_what_the_shallow_step_computes(tmp_path):
+    """Of the last residual block, which is all that it runs of the UNet's way up."""
+    model, name = Model.open(find_model("pictogram")), "up_blocks.2.resnets.1.time_emb_proj"
+    rows, columns = model.find("unet")[f"{name}.weight"].shape
+    random, state = np.random.default_rng(0), {}
+    for end, shape in (("A", (2, columns)), ("B", (rows, 2))):
+        values = random.standard_normal(shape).astype(np.float32)
+        state[f"unet.{name}.lora_{end}.weight"] = values
+    save_file(state, tmp_path / "lora.safetensors")
+    pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+    plan = pipeline.plan(Request(prompt="a", seed=1, num_inference_steps=2, cache_interval=2))
+
+    def latents(*loras):
+        pipeline.set_loras(loras)
+        return [progress.latents for progress in pipeline.denoise(plan)][-1]
+
+    base, adapted = latents(), latents(tmp_path / "lora.safetensors")
+    fresh = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+    fresh.set_loras([tmp_path / "lora.safetensors"])
+    expected = [progress.latents for progress in fresh.denoise(plan)][-1]
+    assert not np.array_equal(base, adapted)
+    np.testing.assert_array_equal(adapted, expected)
+    np.testing.assert_array_equal(latents(), base)
 
 
 def test_taking_an_adapter_off_restores_the_picture(lora):

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from engine.backends import BackendSettings
-from runtime import Pipeline
+from runtime import Pipeline, Request
+from tests.deep_features import keeping_deep_features
+from tests.parity import relative_error
 from tests.pictures import drawing, psnr
 from tests.schedulers import SCHEDULERS
-from tests.tolerances import PICTURE_PSNR_DB
+from tests.tolerances import CACHED_LATENTS_RTOL, PICTURE_PSNR_DB
 
 # Older numpy protocols of torch, and names that diffusers will drop: neither is ours to mend.
 pytestmark = [
@@ -111,6 +113,23 @@ def test_twenty_steps(pipeline, text_to_image, sampler):
     expected = reference(text_to_image, sampler, 2**32 + 5, prompt=prompt, steps=20)
     result = pipeline(prompt, sampler=sampler, seed=2**32 + 5, guidance_scale=GUIDANCE)
     assert_same_pictures(result.images, expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
+def test_deep_features_are_kept_between_calls(pipeline, text_to_image, sampler):
+    """Against diffusers' UNet with the features of every third call."""
+    wishes = {"prompt": PROMPTS[0], "seed": 3, "sampler": sampler, "num_inference_steps": 10}
+    plan = pipeline.plan(Request(guidance_scale=GUIDANCE, cache_interval=3, **wishes))
+    *_, last = pipeline.denoise(plan)
+    exact = pipeline.plan(Request(guidance_scale=GUIDANCE, **wishes))
+    *_, other = pipeline.denoise(exact)
+    with keeping_deep_features(text_to_image.unet, 3) as whole:
+        expected = reference(
+            text_to_image, sampler, 3, prompt=PROMPTS[:1], steps=10, output_type="latent"
+        )
+    assert whole == plan.whole == [call in (0, 3, 6, 9) for call in range(10)]
+    assert relative_error(torch.from_numpy(last.latents), expected) < CACHED_LATENTS_RTOL
+    assert relative_error(torch.from_numpy(other.latents), expected) > 10 * CACHED_LATENTS_RTOL
 
 
 def test_several_images_of_each_prompt(pipeline, text_to_image):

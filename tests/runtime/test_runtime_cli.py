@@ -146,6 +146,7 @@ def test_the_same_picture_again(here, capsys):
     wishes = ("--guidance-scale", "4:2", "--guidance-interval", "0:0.9", "--sampler", "euler a")
     wishes += ("--hires", "1.5", "--hires-upscaler", "bilinear", "--noise", "cuda")
     wishes += ("--plain-prompt", "--negative-prompt", "blue", "--clip-skip", "2")
+    wishes += ("--cache-interval", "2")
     threads = ("--threads", "1")
     drawn = ("a (red) apple", *wishes, "--steps", "3", *threads, "--num-images", "2")
     assert command.main([*drawn, "--out", "a.png"]) == 0
@@ -161,7 +162,7 @@ def test_the_same_picture_again(here, capsys):
     np.testing.assert_array_equal(*pictures[:2])
     assert not np.array_equal(*pictures[1:])
     before, after = (read_settings(here / name) for name in ("b.png", "d.png"))
-    assert after["seed"] == 5
+    assert (after["seed"], after["cache_interval"]) == (5, 2)
     assert before | {"seed": 5} == after
 
 
@@ -300,6 +301,8 @@ def test_a_long_prompt_needs_no_warning(capsys):
         (("--extend", "8,0,0,0"), "--extend came without --image"),
         (("--preset", "best"), "preset is 'best'; choose one of fast"),
         (("--hires", "20"), "the scale of hires is 20.0"),
+        (("--cache-interval", "0"), "cache_interval is 0; give a whole number from 1"),
+        (("--cache-interval", "99"), "cache_interval is 99; give a whole number from 1 to"),
         (("--guidance-interval", "0.9:0.1"), "must not end before it begins"),
         (("--seed", "1,2"), "seed has 2 numbers for 1 pictures"),
         (("--preview-steps", "0,1"), "hold '0'"),
