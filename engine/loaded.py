@@ -42,7 +42,7 @@ class LoadedModel:
         adapters = [(read_adapter(choice.path), choice) for choice in choices]
         if not adapters and not self._adapted:
             return
-        adaptable: set[ComponentName] = {*self.model.configs} - {"vae"}
+        adaptable: set[ComponentName] = {*self.model.configs} - {"vae", "preview_decoder"}
         bases = {name: self.model.find(name) for name in adaptable}
         adapted = adapt(bases, {name: base.shapes for name, base in bases.items()}, adapters)
         self._rebind(adapted)

@@ -15,7 +15,13 @@ from typing import Literal
 from engine.config import Config, UNetConfig
 
 Part = Literal[
-    "text_encoder", "text_encoder_2", "step", "vae_decoder", "vae_encoder", "language_model"
+    "text_encoder",
+    "text_encoder_2",
+    "step",
+    "vae_decoder",
+    "vae_encoder",
+    "preview_decoder",
+    "language_model",
 ]
 TextPart = Literal["text_encoder", "text_encoder_2"]
 Symbol = str | int
@@ -84,6 +90,10 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
                 "noise": _tensor("float32", "B", "C", "h", "w"),
             },
             outputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+        ),
+        "preview_decoder": Signature(
+            inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+            outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
         ),
         # Keys and values of the p tokens so far go in, those of all p + n come out; logits follow
         # the last token. l layers, a heads of width d, V tokens in the vocabulary.

@@ -52,6 +52,8 @@ def _model(options: argparse.Namespace) -> None:
     model = Model.open(find_model(options.model), prediction_type=None)
     folder = _made(options.out or cache_folder() / "graphs")
     parts: list[Part] = [*model.text_encoders, "step", "vae_decoder", "vae_encoder"]
+    if "preview_decoder" in model.configs:
+        parts.append("preview_decoder")
     for part in options.parts or parts:
         print(export_part(model, part, options.precision, folder))
 

@@ -11,6 +11,7 @@ from engine.config import (
     UNetConfig,
 )
 from engine.signature import Part
+from engine.tiny_autoencoder import TinyDecoderConfig
 
 INPAINTING_CHANNELS = 9  # the latent, the mask and the masked picture's latents
 LCM_GUIDANCE_CHANNELS = 256  # of the embedded guidance scale that an LCM's UNet is told
@@ -92,4 +93,5 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
     for config in AUTOENCODERS:
         yield "vae_decoder", config
         yield "vae_encoder", config
+    yield "preview_decoder", TinyDecoderConfig()  # TAESD
     yield from (("step", config) for config in UNETS)

@@ -77,3 +77,5 @@ OPENVINO_RTOL = 1e-4  # norm of the difference / norm of the reference: other ke
 OPENVINO_PSNR_DB = 60  # a picture; 86 to 88 dB measured
 BFLOAT16_RTOL = 0.04  # as OPENVINO_RTOL, of 8 bits: 0.005 to 0.02 measured
 BFLOAT16_PSNR_DB = 35  # a picture of 20 steps: 46 to 49 dB measured
+# engine/checkpoints/tiny.py, export/tiny_autoencoder.py: against diffusers
+TINY_PIXELS = 0.51  # of 255: rounding to bytes, and float32 in another order
