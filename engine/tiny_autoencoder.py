@@ -1,4 +1,4 @@
-"""Facts of a tiny decoder for previews, as the `config.json` of diffusers' AutoencoderTiny has them.
+"""Facts of a tiny decoder for previews, as diffusers' AutoencoderTiny names them.
 
 It is the decoder of TAESD (Bohan, "Tiny AutoEncoder for Stable Diffusion"), which takes the
 latents scaled, as they are in the sampler.

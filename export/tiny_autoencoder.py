@@ -31,7 +31,7 @@ class TinyBlock(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents (B, latent_channels, h, w), scaled as they are drawn, to pictures (B, 3, 8 h, 8 w)."""
+    """Latents (B, latent_channels, h, w), scaled as drawn, to pictures (B, 3, 8 h, 8 w)."""
 
     def __init__(self, config: TinyDecoderConfig) -> None:
         super().__init__()

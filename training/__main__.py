@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text, steps, batch, rate in (
         ("autoencoder", _autoencoder, "train the autoencoder", 30_000, 16, 2e-3),
         ("diffusion", _diffusion, "train text encoder and UNet", 100_000, 48, 3e-3),
-        ("preview", _preview, "distil a model's tiny decoder for previews", 5000, 8, 3e-3),
+        ("preview", _preview, "distil a model's tiny decoder for previews", 5000, 8, 5e-3),
     ):
         train = command(name, run, text)
         train.add_argument("--steps", type=int, default=steps, help="(default: %(default)s)")

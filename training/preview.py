@@ -79,9 +79,7 @@ def train(
     generator = torch.Generator().manual_seed(settings.seed + loop.step)
 
     def losses(step: int) -> Losses:
-        chosen = torch.randint(
-            len(decoded.latents), (settings.batch_size,), generator=generator
-        )
+        chosen = torch.randint(len(decoded.latents), (settings.batch_size,), generator=generator)
         latents = decoded.latents[chosen].to(settings.device, memory_format=LAST)
         wanted = decoded.pictures[chosen].to(settings.device).float() / 255
         return {"loss": difference(module.decoder(latents), wanted)}
@@ -90,7 +88,9 @@ def train(
         assert isinstance(ema, TinyAutoencoder)
         some = slice(None, None, max(len(decoded.latents) // 24, 1))
         drawn = draw(ema, decoded.latents[some])
-        rows = [pictures.permute(0, 2, 3, 1).numpy() for pictures in (decoded.pictures[some], drawn)]
+        rows = [
+            pictures.permute(0, 2, 3, 1).numpy() for pictures in (decoded.pictures[some], drawn)
+        ]
         save_grid(rows, folder / f"preview-{step:06d}.png")
 
     ema = loop.run(losses, sample=sample, name="preview")
@@ -118,10 +118,13 @@ def write(autoencoder: TinyAutoencoder, folder: Path) -> Path:
     The encoder that its configuration names beside the decoder is small and has no weights.
     """
     out, config = folder / "preview_decoder", autoencoder.config
-    small = {name: list(value)[::-1] for name, value in (
-        ("encoder_block_out_channels", config.decoder_block_out_channels),
-        ("num_encoder_blocks", config.num_decoder_blocks),
-    )}
+    small = {
+        name: list(value)[::-1]
+        for name, value in (
+            ("encoder_block_out_channels", config.decoder_block_out_channels),
+            ("num_encoder_blocks", config.num_decoder_blocks),
+        )
+    }
     stated = {"_class_name": "AutoencoderTiny", "_diffusers_version": DIFFUSERS}
     write_json(out / "config.json", {**stated, **asdict(config), **small})
     write_weights(autoencoder, out / WEIGHTS["vae"])

@@ -37,9 +37,7 @@ def open_tiny_decoder(path: Path) -> tuple[TinyDecoderConfig, Component]:
     return config, component
 
 
-def _config(
-    path: Path, shapes: Mapping[str, Shape], prefix: str, shift: int
-) -> TinyDecoderConfig:
+def _config(path: Path, shapes: Mapping[str, Shape], prefix: str, shift: int) -> TinyDecoderConfig:
     """Read an architecture off the shapes: between two layers are the blocks of a level."""
     layers = _numbers(shapes, rf"{re.escape(prefix)}(\d{{1,4}})\.weight")
     blocks = _numbers(shapes, rf"{re.escape(prefix)}(\d{{1,4}})\.conv\.0\.weight")

@@ -174,7 +174,7 @@ def test_another_configuration_is_refused(change, said, published, tmp_path):
 def test_one_for_other_latents_does_not_fit_the_model(tmp_path):
     module = AutoencoderTiny(latent_channels=16)
     path = saved("original", module, tmp_path)
-    with pytest.raises(ModelError, match="latents of 16 channels to 8 pixels .* have 4 and 8"):
+    with pytest.raises(ModelError, match=r"latents of 16 channels to 8 pixels .* have 4 and 8"):
         Pipeline.load("pictogram", preview_decoder=path)
 
 
