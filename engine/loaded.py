@@ -28,6 +28,7 @@ class LoadedModel:
         """
         if part not in self.engines:
             name = COMPONENTS[part]
+            self.model.config(part)  # says what to give where the model has no such part
             found = self.model.find(name)
             with self._naming_the_model():
                 self.engines[part] = self._open_part(part, self._adapted.get(name) or found)
