@@ -28,6 +28,7 @@ class LoadedModel:
         """
         if part not in self.engines:
             name = COMPONENTS[part]
+            self.model.config(part)  # says what to give where the model has no such part
             found = self.model.find(name)
             with self._naming_the_model():
                 self.engines[part] = self._open_part(part, self._adapted.get(name) or found)
@@ -42,7 +43,7 @@ class LoadedModel:
         adapters = [(read_adapter(choice.path), choice) for choice in choices]
         if not adapters and not self._adapted:
             return
-        adaptable: set[ComponentName] = {*self.model.configs} - {"vae"}
+        adaptable: set[ComponentName] = {*self.model.configs} - {"vae", "preview_decoder"}
         bases = {name: self.model.find(name) for name in adaptable}
         adapted = adapt(bases, {name: base.shapes for name, base in bases.items()}, adapters)
         self._rebind(adapted)

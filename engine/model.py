@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from engine.checkpoints.checkpoint import Checkpoint, open_vae
 from engine.checkpoints.components import Component, ComponentName, diffusers_component
 from engine.checkpoints.families import EMBEDDED_GUIDANCE, Context
+from engine.checkpoints.tiny import open_tiny_decoder
 from engine.checkpoints.weights import open_weights
 from engine.config import (
     XL_SCALING_FACTOR,
@@ -24,6 +25,7 @@ from engine.config import (
 )
 from engine.errors import ModelError
 from engine.signature import Part, TextPart
+from engine.tiny_autoencoder import TinyDecoderConfig
 
 # The component of a model that holds a part's architecture and weights.
 COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
@@ -34,6 +36,7 @@ COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
         "step_shallow": "unet",
         "vae_decoder": "vae",
         "vae_encoder": "vae",
+        "preview_decoder": "preview_decoder",
     }
 )
 TEXT_ENCODERS: tuple[TextPart, ...] = ("text_encoder", "text_encoder_2")
@@ -41,6 +44,9 @@ PIPELINES = tuple(
     f"{family}{task}Pipeline"
     for family in ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
     for task in ("", "Img2Img", "Inpaint")
+)
+ADVICE: Mapping[ComponentName, str] = MappingProxyType(
+    {"vae": "give one with --vae", "preview_decoder": "give one with --preview-decoder FILE"}
 )
 C = TypeVar("C", bound=Config)
 
@@ -70,12 +76,18 @@ class Model:
 
     @classmethod
     def open(
-        cls, path: Path, *, prediction_type: str | None = None, vae: Path | None = None
+        cls,
+        path: Path,
+        *,
+        prediction_type: str | None = None,
+        vae: Path | None = None,
+        preview_decoder: Path | None = None,
     ) -> Self:
         """Read a model's folder or file; raises ModelError when it is not one that can be run.
 
         prediction_type: instead of what the model says or is taken to be
         vae: a file or folder of another autoencoder, instead of the model's own
+        preview_decoder: one of a tiny decoder such as TAESD's, instead of the model's own if any
         """
         if path.is_dir():
             model = cls._from_folder(path, needs_vae=vae is None)
@@ -86,6 +98,8 @@ class Model:
             model = cls._from_file(path, prediction_type)
         if vae is not None:
             model = model._with_vae(vae)
+        if preview_decoder is not None:
+            model = model._with_preview_decoder(preview_decoder)
         model._check_widths()
         return model
 
@@ -112,8 +126,12 @@ class Model:
                 configs[name] = TextEncoderConfig.load(path / name)
         if needs_vae or (path / "vae").is_dir():
             configs["vae"] = AutoencoderConfig.load(path / "vae")
+        if (path / "preview_decoder").is_dir():
+            configs["preview_decoder"] = TinyDecoderConfig.load(path / "preview_decoder")
 
         def find(name: ComponentName) -> Component:
+            if name == "preview_decoder":
+                return open_tiny_decoder(path / name)[1]
             return diffusers_component(path / name, open_weights(path / name), configs[name])
 
         return cls(
@@ -152,6 +170,22 @@ class Model:
             configs=MappingProxyType({**self.configs, "vae": config}),
             find=lambda name: component if name == "vae" else own(name),
             notes=(*self.notes, f"the autoencoder is that of {path}"),
+        )
+
+    def _with_preview_decoder(self, path: Path) -> Self:
+        config, component = open_tiny_decoder(path)
+        latent = self.vae.latent_channels, self.vae.compression
+        if (config.latent_channels, config.compression) != latent:
+            raise ModelError(
+                f"{path} decodes latents of {config.latent_channels} channels to "
+                f"{config.compression} pixels along each side, and those of {self.path} have "
+                f"{latent[0]} and {latent[1]}; give a tiny decoder of this model's family"
+            )
+        own = self.find
+        return replace(
+            self,
+            configs=MappingProxyType({**self.configs, "preview_decoder": config}),
+            find=lambda name: component if name == "preview_decoder" else own(name),
         )
 
     @property
@@ -198,7 +232,7 @@ class Model:
 
     def _config(self, name: ComponentName, kind: type[C]) -> C:
         if name not in self.configs:
-            advice = "give one with --vae" if name == "vae" else "use a file of the whole model"
+            advice = ADVICE.get(name, "use a file of the whole model")
             raise ModelError(f"{self.path} holds no {name}; {advice}")
         config = self.configs[name]
         assert isinstance(config, kind)

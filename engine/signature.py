@@ -21,6 +21,7 @@ Part = Literal[
     "step_shallow",
     "vae_decoder",
     "vae_encoder",
+    "preview_decoder",
     "language_model",
 ]
 TextPart = Literal["text_encoder", "text_encoder_2"]
@@ -97,6 +98,10 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
                 "noise": _tensor("float32", "B", "C", "h", "w"),
             },
             outputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+        ),
+        "preview_decoder": Signature(
+            inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+            outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
         ),
         # Keys and values of the p tokens so far go in, those of all p + n come out; logits follow
         # the last token. l layers, a heads of width d, V tokens in the vocabulary.

@@ -11,6 +11,7 @@ from engine.config import (
     UNetConfig,
 )
 from engine.signature import Part
+from engine.tiny_autoencoder import TinyDecoderConfig
 
 INPAINTING_CHANNELS = 9  # the latent, the mask and the masked picture's latents
 LCM_GUIDANCE_CHANNELS = 256  # of the embedded guidance scale that an LCM's UNet is told
@@ -92,6 +93,7 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
     for config in AUTOENCODERS:
         yield "vae_decoder", config
         yield "vae_encoder", config
+    yield "preview_decoder", TinyDecoderConfig()  # TAESD
     for unet in UNETS:
         yield "step", unet
         yield "step_shallow", unet

@@ -19,11 +19,13 @@ from engine.config import LARGEST_ID, AutoencoderConfig, Config, TextEncoderConf
 from engine.gpt2 import GPT2Config
 from engine.graphs import METADATA_KEY, Precision
 from engine.signature import Part, signature
+from engine.tiny_autoencoder import TinyDecoderConfig
 from export.autoencoder import Autoencoder
 from export.clip import TextEncoder
 from export.gpt2 import GPT2, LanguageModelPart
 from export.islands import computed_in, keep_float32
 from export.parts import Step, TextEncode, VaeDecode, VaeEncode
+from export.tiny_autoencoder import PreviewDecode, TinyAutoencoder
 from export.unet import UNet
 
 OPSET = 23  # the first with an Attention operator; GroupNormalization came with 21
@@ -48,6 +50,8 @@ def build_module(part: Part, config: Config) -> nn.Module:
         return Step(UNet(config)).eval()
     if isinstance(config, GPT2Config):
         return LanguageModelPart(GPT2(config)).eval()
+    if isinstance(config, TinyDecoderConfig):
+        return PreviewDecode(TinyAutoencoder(config)).eval()
     assert isinstance(config, AutoencoderConfig)
     autoencoder = Autoencoder(config)
     return (VaeDecode(autoencoder) if part == "vae_decoder" else VaeEncode(autoencoder)).eval()
@@ -58,7 +62,7 @@ def example_inputs(
 ) -> dict[str, Tensor]:
     """Draw random inputs of a part; `sizes` gives the signature's symbols a number."""
     sizes = {**_fixed_sizes(config), **sizes, "r + 2": sizes["r"] + 2}
-    if isinstance(config, AutoencoderConfig):
+    if isinstance(config, AutoencoderConfig | TinyDecoderConfig):
         sizes |= {"H": config.compression * sizes["h"], "W": config.compression * sizes["w"]}
     inputs: dict[str, Tensor] = {}
     for name, tensor in signature(part, config).inputs.items():
@@ -185,7 +189,9 @@ def _fixed_sizes(config: Config) -> dict[str, int]:
         return {"D": config.hidden_size}
     if isinstance(config, GPT2Config):
         return {"l": config.n_layer, "a": config.n_head, "d": config.head_width}
-    return {"C": config.latent_channels} if isinstance(config, AutoencoderConfig) else {}
+    if isinstance(config, AutoencoderConfig | TinyDecoderConfig):
+        return {"C": config.latent_channels}
+    return {}
 
 
 def _is_free(symbol: str | int, config: Config) -> bool:

@@ -12,9 +12,8 @@ from PIL import Image
 
 from engine.backends import BackendSettings
 from engine.errors import LatentrtError
-from runtime.denoiser import Progress
 from runtime.images import check_output, write_image
-from runtime.options import MODEL_OPTIONS, parse, request_of
+from runtime.options import MODEL_OPTIONS, OWN, parse, request_of
 from runtime.pipeline import Pipeline
 from runtime.plan import Array
 from runtime.previews import (
@@ -51,9 +50,11 @@ def _draw(options: argparse.Namespace) -> None:
     if options.expand:
         options.prompt = _expanded(options, backend)
     request = request_of(options)
+    tiny = options.preview_decoder
     pipeline = Pipeline.load(
         options.model,
         vae=options.vae,
+        preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
         loras=options.loras,
         embeddings=options.embeddings,
         prediction_type=options.prediction_type,
@@ -64,6 +65,8 @@ def _draw(options: argparse.Namespace) -> None:
     for note in pipeline.model.notes:
         print(f"note: {note}", file=sys.stderr)
     plan = pipeline.plan(request)
+    if tiny:
+        pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
     paths = _paths(options, plan.seeds)
     shown = parse_steps(options.preview_steps, plan.calls) if options.preview_steps else ()
     watched: dict[int, Array] = {}
@@ -76,7 +79,12 @@ def _draw(options: argparse.Namespace) -> None:
         write_image(picture, path, {**settings, **_of_the_model(options)})
         print(path)
     if watched:
-        _write_watched(options, watched, shown, progress, pictures, paths[0])
+        draw = pipeline.previews if tiny else Preview.fit(progress.latents, pictures).draw
+        size = pictures[0].size
+        frames = {step: [f.resize(size) for f in draw(seen)] for step, seen in watched.items()}
+        if plan.calls in frames:
+            frames[plan.calls] = pictures
+        _write_watched(options, frames, shown, paths[0])
 
 
 def _expanded(options: argparse.Namespace, backend: BackendSettings) -> str:
@@ -92,27 +100,19 @@ def _expanded(options: argparse.Namespace, backend: BackendSettings) -> str:
 
 def _write_watched(
     options: argparse.Namespace,
-    watched: Mapping[int, Array],
+    frames: Mapping[int, Sequence[Image.Image]],
     shown: Sequence[int],
-    last: Progress,
-    pictures: Sequence[Image.Image],
     first: Path,
 ) -> None:
-    """Write the strip of steps and the animations; the last frames are the pictures themselves."""
-    preview, size = Preview.fit(last.latents, pictures), pictures[0].size
-    frames = {
-        step: list(pictures)
-        if step == last.step
-        else [frame.resize(size) for frame in preview.draw(seen)]
-        for step, seen in watched.items()
-    }
+    """Write the strip of steps and the animations; frames: by step, one for each picture."""
+    count = len(next(iter(frames.values())))
     if shown:
         strip = first.with_name(f"{first.stem}-steps.png")
-        rows = [[frames[step][i] for step in shown] for i in range(len(pictures))]
+        rows = [[frames[step][i] for step in shown] for i in range(count)]
         write_image(side_by_side(rows, [f"step {step}" for step in shown]), strip, {})
         print(strip)
     if options.animation:
-        for i, path in enumerate(_numbered(options.animation, len(pictures))):
+        for i, path in enumerate(_numbered(options.animation, count)):
             write_animation(path, [frames[step][i] for step in sorted(frames)])
             print(path)
 

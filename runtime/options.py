@@ -24,10 +24,11 @@ from runtime.samplers import SAMPLERS, SCHEDULES
 from runtime.schedule import PREDICTION_TYPES
 from runtime.upscaling import UPSCALERS
 
-__all__ = ["MODEL_OPTIONS", "parse", "request_of"]
+__all__ = ["MODEL_OPTIONS", "OWN", "parse", "request_of"]
 
 # What makes a picture again beside the request: of the model, by the options' names.
 MODEL_OPTIONS = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
+OWN = "own"  # as a preview decoder: the one that comes with the model
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 AGAIN = {*MODEL_OPTIONS, *HIRES, *(f.name for f in fields(Request))}  # and nothing else of a file
 
@@ -35,7 +36,7 @@ AGAIN = {*MODEL_OPTIONS, *HIRES, *(f.name for f in fields(Request))}  # and noth
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; with `--again` what a picture was made with stands in for the rest.
 
-    Raises RequestError when that picture does not say.
+    Raises RequestError when that picture does not say, and for an option without what it is for.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -45,6 +46,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options = parser.parse_args(arguments)
     if options.prompt is None:
         parser.error("give a PROMPT, or --again with a picture")
+    if options.preview_decoder and not (options.preview_steps or options.animation):
+        raise RequestError(
+            "--preview-decoder came without a preview to draw; give --preview-steps or --animation"
+        )
     return options
 
 
@@ -319,5 +324,11 @@ def _add_output(group: Any) -> None:
         "--preview-steps",
         metavar="N,N",
         help="write the picture as it is after these steps beside each other, to OUT-steps.png",
+    )
+    add(
+        "--preview-decoder",
+        metavar="FILE",
+        help="draw both with a tiny decoder, such as TAESD's: its file or folder, or "
+        f"{OWN} for the model's own (default: linear, coarse and quick)",
     )
     add("--animation", type=Path, metavar="FILE.webp", help="write the denoising as an animation")

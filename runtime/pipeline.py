@@ -27,10 +27,12 @@ from engine.model import Model
 from engine.models import find_model
 from engine.quantization import find_ranges, ranges_name
 from engine.signature import Part, TextPart
+from runtime import tiles
 from runtime.canvas import paste_back
 from runtime.conditioning import Encoder
 from runtime.denoiser import Denoiser, Progress
 from runtime.plan import Array, Plan, make_plan
+from runtime.previews import finite
 from runtime.request import Request
 from runtime.schedule import NoiseSchedule
 from runtime.tokenizer import Tokenizer, load_tokenizers
@@ -47,6 +49,9 @@ class Result:
     images: list[Image.Image]
     seeds: list[int]
     settings: Sequence[Mapping[str, Any]]
+
+
+QUANTIZED = ("step", "step_shallow")  # the parts whose layers compute in int8
 
 
 class Pipeline:
@@ -73,6 +78,7 @@ class Pipeline:
         model: str | Path = "pictogram",
         *,
         vae: Path | None = None,
+        preview_decoder: Path | None = None,
         loras: Sequence[str | Path | AdapterChoice] = (),
         embeddings: Sequence[Path] = (),
         prediction_type: str | None = None,
@@ -83,6 +89,8 @@ class Pipeline:
         """Load a model: the one that ships, by its name, a folder or a checkpoint's file.
 
         vae: a file or folder of another autoencoder, instead of the model's own
+        preview_decoder: a file or folder of a tiny decoder such as TAESD's, for `previews`; instead
+            of the model's own, if it has one
         loras, embeddings: as `set_loras` and `set_embeddings` take them
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
@@ -91,13 +99,18 @@ class Pipeline:
         """
         chosen = settings or BackendSettings()
         of_graphs = graph_precision(chosen, precision)
-        opened = Model.open(find_model(model), prediction_type=prediction_type, vae=vae)
+        opened = Model.open(
+            find_model(model),
+            prediction_type=prediction_type,
+            vae=vae,
+            preview_decoder=preview_decoder,
+        )
 
         def open_part(part: Part, weights: Arrays) -> Engine:
             config, folders = opened.config(part), graph_folders(graphs)
             graph = find_graph(part, config, of_graphs, folders, opened.path)
             ranges = None
-            if precision == "int8" and part == "step":
+            if precision == "int8" and part in QUANTIZED:
                 name = ranges_name(config.key(), opened.find("unet"))
                 ranges = find_ranges(name, folders, opened.path)
             return open_engine(graph, weights, chosen, precision, ranges)
@@ -178,6 +191,14 @@ class Pipeline:
     def decode(self, latents: Array) -> list[Image.Image]:
         """Decode latents (B, C, h, w) into pictures of 8 h by 8 w pixels."""
         return [Image.fromarray(pixels) for pixels in self._denoiser.decode(latents)]
+
+    def previews(self, latents: Array) -> list[Image.Image]:
+        """Draw what latents (B, C, h, w) are about to become, by the tiny decoder.
+
+        They are best `Progress.denoised()`. Raises ModelError when there is no tiny decoder.
+        """
+        run, compression = self.engine("preview_decoder").run, self.model.vae.compression
+        return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
     def pictures(self, plan: Plan, latents: Array) -> list[Image.Image]:
         """Decode a plan's finished latents; outside its mask the image's own pixels come back."""

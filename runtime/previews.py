@@ -3,7 +3,8 @@
 A preview is linear: each latent gives one pixel, a sum of its channels for red, green and blue. The
 sums are fitted to the autoencoder at hand by least squares, so no model needs a table. The best
 pictures to fit to are the finished ones, which are decoded anyway; before there are any, `probe`
-gives latents that serve all pictures nearly as well as their own would.
+gives latents that serve all pictures nearly as well as their own would. Sharper ones, at a higher
+price, are a tiny decoder's: `Pipeline.previews`.
 """
 
 import re
@@ -66,10 +67,14 @@ class Preview:
 
 
 def _points(latents: Array) -> Array:
-    """Return (B, h w, C); a number that is none becomes 0, as it must not stop what follows."""
+    """Return (B, h w, C)."""
     batch, channels = latents.shape[:2]
-    finite = np.nan_to_num(latents, nan=0, posinf=0, neginf=0).astype(np.float32)
-    return finite.reshape(batch, channels, -1).swapaxes(1, 2)
+    return finite(latents).reshape(batch, channels, -1).swapaxes(1, 2)
+
+
+def finite(latents: Array) -> Array:
+    """Put 0 for numbers that are none, which must not stop a preview; the shape stays."""
+    return np.nan_to_num(latents, nan=0, posinf=0, neginf=0).astype(np.float32)
 
 
 def probe(channels: int) -> Array:

@@ -1,6 +1,7 @@
 """`python -m training`: make the model that ships, or one from your own captioned pictures.
 
-data, autoencoder, diffusion and ship are run in this order over one working folder.
+data, autoencoder, diffusion and ship are run in this order over one working folder; preview adds
+a tiny decoder to a model.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from engine.errors import LatentrtError, RequestError
 from engine.models import find_model
 from export.autoencoder import Autoencoder
 from runtime.tokenizer import Tokenizer
-from training import autoencoder, card, diffusion, pictograms, quality, ship
+from training import autoencoder, card, diffusion, pictograms, preview, quality, ship
 from training.captions import read_coco, read_flickr30k
 from training.dataset import PictogramTrainingSet, TrainingSet, load_training_set
 from training.loop import LoopSettings
@@ -92,6 +93,19 @@ def _diffusion(options: argparse.Namespace) -> None:
     )
     torch.save(denoiser.state_dict(), options.work / "diffusion-final.pt")
     _record(options, "diffusion")
+
+
+def _preview(options: argparse.Namespace) -> None:
+    data, folder = _training_set(options), find_model(options.model)
+    denoiser_state, autoencoder_state = ship.read_model(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    denoiser = diffusion.Denoiser(tokenizer.vocab_size).eval()
+    denoiser.load_state_dict(denoiser_state)
+    trained = Autoencoder(autoencoder.CONFIG).eval()
+    trained.load_state_dict(autoencoder_state)
+    settings = _settings(options)
+    decoded = preview.examples(data, denoiser, trained, tokenizer, settings.seed)
+    print(preview.write(preview.train(decoded, settings, options.work), options.out))
 
 
 def _ship(options: argparse.Namespace) -> None:
@@ -198,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text, steps, batch, rate in (
         ("autoencoder", _autoencoder, "train the autoencoder", 30_000, 16, 2e-3),
         ("diffusion", _diffusion, "train text encoder and UNet", 100_000, 48, 3e-3),
+        ("preview", _preview, "distil a model's tiny decoder for previews", 5000, 8, 5e-3),
     ):
         train = command(name, run, text)
         train.add_argument("--steps", type=int, default=steps, help="(default: %(default)s)")
@@ -210,6 +225,11 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
         train.add_argument("--threads", type=int, help="processor threads")
         train.add_argument("--seed", type=int, default=0)
+        if name == "preview":
+            train.add_argument("--model", default="pictogram", help="(default: %(default)s)")
+            train.add_argument(
+                "--out", type=Path, required=True, help="the folder to put preview_decoder/ into"
+            )
         if name == "diffusion":
             train.add_argument(
                 "--start", metavar="MODEL", help="train on from this model, with its autoencoder"

@@ -39,7 +39,7 @@ def write_model(out: Path, denoiser: Denoiser, autoencoder: Autoencoder, tokeniz
         ("unet", denoiser.unet),
         ("vae", autoencoder),
     ):
-        _write_weights(module, out / name / WEIGHTS[name])
+        write_weights(module, out / name / WEIGHTS[name])
     shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
 
 
@@ -65,7 +65,8 @@ def read_model(folder: Path) -> tuple[State, State]:
     return denoiser, parts["vae"]
 
 
-def _write_weights(module: nn.Module, path: Path) -> None:
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's state in float16, whole or not at all."""
     state = {
         name: value.to(torch.float16).contiguous() for name, value in module.state_dict().items()
     }

@@ -16,7 +16,7 @@ from engine.errors import ModelError
 
 __all__ = ["Component", "ComponentName", "assemble", "diffusers_component", "refuse_left_over"]
 
-ComponentName = Literal["text_encoder", "text_encoder_2", "unet", "vae"]
+ComponentName = Literal["text_encoder", "text_encoder_2", "unet", "vae", "preview_decoder"]
 FLOATS = ("F16", "BF16", "F32", "F64")
 
 

@@ -1,6 +1,7 @@
 """The tensors of a part: every name and shape that its architecture has, in the graph's order.
 
-The names are those of diffusers' UNet2DConditionModel and AutoencoderKL and of transformers'
+The names are those of diffusers' UNet2DConditionModel, AutoencoderKL and AutoencoderTiny and of
+transformers'
 CLIPTextModel (under `text_model.`), CLIPTextModelWithProjection and GPT2LMHeadModel.
 """
 
@@ -8,6 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 
 from engine.config import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
 from engine.gpt2 import GPT2Config
+from engine.tiny_autoencoder import TinyDecoderConfig
 
 __all__ = ["tensor_shapes"]
 
@@ -23,6 +25,8 @@ def tensor_shapes(config: Config) -> dict[str, Shape]:
         return dict(_autoencoder(config))
     if isinstance(config, GPT2Config):
         return dict(_language_model(config))
+    if isinstance(config, TinyDecoderConfig):
+        return dict(_tiny_decoder(config))
     assert isinstance(config, TextEncoderConfig)
     return dict(_text_encoder(config))
 
@@ -177,6 +181,22 @@ def _middle(name: str, width: int, config: AutoencoderConfig) -> Tensors:
         yield from _weight(f"{name}.attentions.0.group_norm", width)
         yield from _attention(f"{name}.attentions.0", width, width, bias=True)
     yield from _resnet(f"{name}.resnets.1", width, width)
+
+
+def _tiny_decoder(config: TinyDecoderConfig) -> Tensors:
+    """Layers are numbered through all levels, and those without weights count too."""
+    width, number = config.decoder_block_out_channels[0], 2  # an activation comes second
+    yield from _weight("decoder.layers.0", width, config.latent_channels, 3, 3)
+    for level, blocks in enumerate(config.num_decoder_blocks, 1):
+        for _ in range(blocks):
+            for conv in (0, 2, 4):
+                yield from _weight(f"decoder.layers.{number}.conv.{conv}", width, width, 3, 3)
+            number += 1
+        if level < len(config.num_decoder_blocks):
+            number += 1  # the enlarging
+            yield from _weight(f"decoder.layers.{number}", width, width, 3, 3, bias=False)
+            number += 1
+    yield from _weight(f"decoder.layers.{number}", 3, width, 3, 3)
 
 
 def _text_encoder(config: TextEncoderConfig) -> Tensors:

@@ -39,6 +39,7 @@ def shipped(coco, tmp_path_factory):
             ["autoencoder", *STEPS],
             ["diffusion", *STEPS, "--vocab-size", "516", "--seed", "3"],
             ["ship", "--out", str(out)],
+            ["preview", *STEPS, "--model", str(out), "--out", str(out)],
         ):
             assert main([*arguments, "--work", str(work)]) == 0
     return work, out
@@ -71,6 +72,7 @@ def test_the_working_folder_holds_what_is_named(shipped):
         "diffusion-final.pt",
         "diffusion.json",
         "diffusion.pt",
+        "preview.pt",
         "tokenizer",
     }
 
@@ -98,6 +100,7 @@ def test_another_evaluation_than_of_pictograms_is_refused(shipped, capsys):
         (["autoencoder"], "python -m training data"),
         (["diffusion"], "python -m training data"),
         (["ship", "--out", "model"], "python -m training diffusion"),
+        (["preview", "--out", "model"], "python -m training data"),
         (["data", "--coco", "captions.json"], "give --images"),
         (["autoencoder", "--steps", "0"], "python -m training data"),
     ],
