@@ -41,15 +41,17 @@ class Engine(Protocol):
 class BackendSettings:
     """Choices of how engines run.
 
+    backend: "cpu" is ONNX Runtime, "openvino"; None lets `engine.opening` choose for a model,
+        and is "cpu" for an engine alone
     threads: of one engine's computation; None takes one for each processor core.
     """
 
-    backend: str = "cpu"
+    backend: str | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse unknown backends and impossible thread counts."""
-        if self.backend not in tuple(BACKENDS):
+        if self.backend not in (None, *BACKENDS):
             raise BackendError(
                 f"the backend {self.backend!r} is not known; choose {', '.join(BACKENDS)}"
             )
@@ -64,11 +66,12 @@ def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> P
 
     Raises BackendError when it cannot.
     """
-    offered = PRECISIONS[settings.backend]
+    backend = settings.backend or DEFAULT
+    offered = PRECISIONS[backend]
     if precision not in offered:
         others = [name for name in PRECISIONS if precision in PRECISIONS[name]]
         raise BackendError(
-            f"the backend {settings.backend!r} does not compute in {precision}; choose the "
+            f"the backend {backend!r} does not compute in {precision}; choose the "
             f"precision {' or '.join(offered)}"
             + (f", or the backend {' or '.join(others)}" if others else "")
         )
@@ -90,7 +93,7 @@ def open_engine(
     """
     precision = precision or graph.precision
     graph_precision(settings, precision)
-    return BACKENDS[settings.backend](graph, weights, settings, precision, ranges)
+    return BACKENDS[settings.backend or DEFAULT](graph, weights, settings, precision, ranges)
 
 
 def _open_cpu(
@@ -117,6 +120,7 @@ def _open_openvino(
     return OpenVinoEngine(graph, weights, settings.threads, precision, ranges)
 
 
+DEFAULT = "cpu"
 BACKENDS = {"cpu": _open_cpu, "openvino": _open_openvino}
 # What each computes in, and the precision of the graph that it does this from.
 PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -17,9 +18,11 @@ from engine.graphs import Graph
 from engine.onnx_file import weights_as_inputs
 from engine.openvino_layers import put_weight, round_inputs
 from engine.quantization import QuantizedWeight, is_quantized, quantize
+from engine.scratch import Scratch
 
 PORTION = 2**26  # numbers of weights that are read before their memory is given back
 CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
+CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,7 +51,7 @@ class OpenVinoEngine:
         self._library = _import()
         self._graph = graph
         self._core = self._library.Core()
-        able = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = "BF16" in self._core.get_property("CPU", CAPABILITIES)
         if precision == "bfloat16" and not able:
             raise BackendError(
                 "this processor has no bfloat16 arithmetic (AVX-512 BF16 or AMX); use the "
@@ -111,6 +114,8 @@ class OpenVinoEngine:
                         model.reshape({name: [*shape] for name, shape in self._shapes.items()})
                     self._compiled = self._core.compile_model(model, "CPU", self._settings)
                 release(self._weights)
+                if self._scratch:
+                    self._scratch.release()
             return self._compiled
 
     def _assembled(self) -> Any:
@@ -120,6 +125,8 @@ class OpenVinoEngine:
             self._prepare(model)
             parameters = {given.get_friendly_name(): given for given in model.get_parameters()}
         rounded = {*self._rounded()}
+        size = sum(math.prod(self._graph.weights[name]) for name in rounded)
+        scratch = Scratch(size) if size else None
 
         def taken(named: tuple[str, NDArray[Any]]) -> tuple[str, NDArray[Any] | QuantizedWeight]:
             name, array = named
@@ -129,10 +136,13 @@ class OpenVinoEngine:
             for names in self._portions():
                 bound = bind(self._graph, self._weights, names, keep_float16=True)
                 for name, weight in pool.map(taken, bound):
+                    if scratch and isinstance(weight, QuantizedWeight):  # the library copies it
+                        weight = replace(weight, values=scratch.put(weight.values))
                     with self._graph_errors():
                         if name in parameters:
                             put_weight(self._library, model, parameters[name], weight)
                 release(self._weights)
+        self._scratch = scratch
         return model
 
     def _prepare(self, model: Any) -> None:
@@ -181,6 +191,11 @@ class OpenVinoEngine:
                 f"OpenVINO cannot open {self._graph.path} ({_reason(error)}); make it anew with "
                 "`python -m export MODEL`"
             ) from error
+
+
+def capabilities() -> frozenset[str]:
+    """Return what the library can compute in on this processor, such as "BF16" and "INT8"."""
+    return frozenset(_import().Core().get_property("CPU", CAPABILITIES))
 
 
 def _import() -> Any:

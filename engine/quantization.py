@@ -81,15 +81,12 @@ def ranges_name(architecture: str, weights: Arrays) -> str:
     return f"ranges-{architecture}-{digest.hexdigest()[:16]}.json"
 
 
-def find_ranges(name: str, folders: Sequence[Path], model: Path) -> Ranges:
-    """Read a checkpoint's ranges; raises BackendError when no folder has them."""
+def find_ranges(name: str, folders: Sequence[Path]) -> Ranges | None:
+    """Read a checkpoint's ranges, if a folder has them; raises BackendError for a damaged file."""
     for path in (folder / name for folder in folders):
         if path.is_file():
             return _read(path)
-    raise BackendError(
-        f"int8 must know how large the inputs of the layers of {model} become, and nobody has "
-        f"looked yet; run `python -m runtime.calibration {model}` once, or choose another precision"
-    )
+    return None
 
 
 def write_ranges(path: Path, ranges: Ranges) -> None:

@@ -61,7 +61,11 @@ def _draw(options: argparse.Namespace) -> None:
         graphs=options.graphs,
         precision=options.precision,
         settings=backend,
+        soon=True,
     )
+    if pipeline.opener:  # what was chosen makes the same picture again
+        chosen = pipeline.opener
+        options.backend, options.precision = chosen.settings.backend, chosen.precision
     for note in pipeline.model.notes:
         print(f"note: {note}", file=sys.stderr)
     plan = pipeline.plan(request)

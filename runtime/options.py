@@ -143,14 +143,13 @@ def _add_model(group: Any) -> None:
     add(
         "--backend",
         choices=tuple(BACKENDS),
-        default="cpu",
-        help="what runs the engines: cpu is ONNX Runtime (default: %(default)s)",
+        help="what runs the engines: cpu is ONNX Runtime (default: what is fastest here)",
     )
     add(
         "--precision",
         choices=get_args(ComputePrecision),
-        default="float32",
-        help="what the engines compute in; bfloat16 with --backend openvino (default: %(default)s)",
+        help="what the engines compute in; int8 wants `python -m runtime.calibration MODEL` first "
+        "(default: what is fastest here)",
     )
     add("--threads", type=int, metavar="N", help="processor threads (default: one for each core)")
 

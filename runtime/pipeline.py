@@ -13,19 +13,11 @@ from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
 from engine.adapters.textual_inversion import read_embedding
-from engine.backends import (
-    Arrays,
-    BackendSettings,
-    ComputePrecision,
-    Engine,
-    graph_precision,
-    open_engine,
-)
-from engine.graphs import find_graph, graph_folders
+from engine.backends import Arrays, BackendSettings, ComputePrecision, Engine
 from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
-from engine.quantization import find_ranges, ranges_name
+from engine.opening import Opener
 from engine.signature import Part, TextPart
 from runtime import tiles
 from runtime.canvas import paste_back
@@ -51,9 +43,6 @@ class Result:
     settings: Sequence[Mapping[str, Any]]
 
 
-QUANTIZED = ("step", "step_shallow")  # the parts whose layers compute in int8
-
-
 class Pipeline:
     """A model with its engines; `load` makes one, a call draws pictures.
 
@@ -67,6 +56,7 @@ class Pipeline:
         tokenizers: Mapping[TextPart, Tokenizer],
         open_part: Callable[[Part, Arrays], Engine],
     ) -> None:
+        self.opener: Opener | None = None  # what `load` chose
         self._loaded = LoadedModel(model, open_part)
         self.encoder = Encoder(model=model, tokenizers=tokenizers, engine=self.engine)
         self.schedule = NoiseSchedule.from_config(model.scheduler)
@@ -83,8 +73,9 @@ class Pipeline:
         embeddings: Sequence[Path] = (),
         prediction_type: str | None = None,
         graphs: Path | None = None,
-        precision: ComputePrecision = "float32",
+        precision: ComputePrecision | None = None,
         settings: BackendSettings | None = None,
+        soon: bool = False,
     ) -> Self:
         """Load a model: the one that ships, by its name, a folder or a checkpoint's file.
 
@@ -94,28 +85,22 @@ class Pipeline:
         loras, embeddings: as `set_loras` and `set_embeddings` take them
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
-        precision: what the engines compute in, as far as the backend can
+        precision: what the engines compute in: "float32", "bfloat16" or "int8"
+        settings: how engines run; what it and the precision leave open is chosen by the processor
+        soon: whether a small model's engines should rather open soon than draw many pictures fast
         Raises ModelError, GraphError or BackendError.
         """
-        chosen = settings or BackendSettings()
-        of_graphs = graph_precision(chosen, precision)
         opened = Model.open(
             find_model(model),
             prediction_type=prediction_type,
             vae=vae,
             preview_decoder=preview_decoder,
         )
-
-        def open_part(part: Part, weights: Arrays) -> Engine:
-            config, folders = opened.config(part), graph_folders(graphs)
-            graph = find_graph(part, config, of_graphs, folders, opened.path)
-            ranges = None
-            if precision == "int8" and part in QUANTIZED:
-                name = ranges_name(config.key(), opened.find("unet"))
-                ranges = find_ranges(name, folders, opened.path)
-            return open_engine(graph, weights, chosen, precision, ranges)
-
-        pipeline = cls(opened, load_tokenizers(opened), open_part)
+        opener = Opener.choose(
+            opened, graphs=graphs, settings=settings, precision=precision, soon=soon
+        )
+        pipeline = cls(opened, load_tokenizers(opened), opener)
+        pipeline.opener = opener
         pipeline.set_loras(loras)
         pipeline.set_embeddings(embeddings)
         return pipeline

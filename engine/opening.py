@@ -1,0 +1,111 @@
+"""How a model's engines are opened: on which backend, in which precision, from which graphs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Self
+
+from engine.backends import (
+    PRECISIONS,
+    Arrays,
+    BackendSettings,
+    ComputePrecision,
+    Engine,
+    Ranges,
+    graph_precision,
+    open_engine,
+)
+from engine.checkpoints.shapes import tensor_shapes
+from engine.errors import BackendError
+from engine.graphs import find_graph, graph_folders
+from engine.model import Model
+from engine.quantization import find_ranges, ranges_name
+from engine.signature import Part
+
+SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a picture takes
+QUANTIZED: Sequence[Part] = ("step", "step_shallow")  # the parts whose layers compute in int8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Opener:
+    """Opens the parts of a model; ranges: of the UNet's inputs, in int8."""
+
+    model: Model
+    folders: Sequence[Path]
+    settings: BackendSettings
+    precision: ComputePrecision
+    ranges: Ranges | None
+
+    @classmethod
+    def choose(
+        cls,
+        model: Model,
+        *,
+        graphs: Path | None = None,
+        settings: BackendSettings | None = None,
+        precision: ComputePrecision | None = None,
+        soon: bool = False,
+    ) -> Self:
+        """Choose what is left open: the backend of the settings, and the precision, where None.
+
+        The order is that of `python -m benchmarks latency`: int8 where somebody has calibrated
+        it, bfloat16 where the processor computes in it, float32. By `python -m benchmarks quality`
+        half of bfloat16's pictures are within 48 dB of float32's, and half of int8's within 35.
+
+        soon: whether it matters more that engines open soon, as ONNX Runtime's do; only for a
+            small model, whose pictures take no longer than that
+        Raises BackendError.
+        """
+        settings, folders = settings or BackendSettings(), graph_folders(graphs)
+        if settings.backend is None and precision is not None:
+            offering = (name for name, offered in PRECISIONS.items() if precision in offered)
+            settings = replace(settings, backend=next(offering, None))
+        if settings.backend is None:
+            fast = "BF16" in capabilities() and not (soon and _is_small(model))
+            settings = replace(settings, backend="openvino" if fast else "cpu")
+        ranges = None
+        if settings.backend == "openvino" and precision in (None, "int8"):
+            name = ranges_name(model.unet.key(), model.find("unet"))
+            ranges = find_ranges(name, folders)
+            if ranges is None and precision is not None:
+                raise BackendError(
+                    f"int8 must know how large the inputs of the layers of {model.path} become, "
+                    f"and nobody has looked yet; run `python -m runtime.calibration {model.path}` "
+                    "once, or choose another precision"
+                )
+        if precision is None:
+            precision = "float32"
+            if settings.backend == "openvino" and "BF16" in capabilities():
+                precision = "bfloat16" if ranges is None else "int8"
+        graph_precision(settings, precision)
+        return cls(
+            model=model,
+            folders=folders,
+            settings=settings,
+            precision=precision,
+            ranges=ranges if precision == "int8" else None,
+        )
+
+    def __call__(self, part: Part, weights: Arrays) -> Engine:
+        """Open a part with its weights; raises GraphError, ModelError or BackendError."""
+        precision = graph_precision(self.settings, self.precision)
+        graph = find_graph(part, self.model.config(part), precision, self.folders, self.model.path)
+        ranges = self.ranges if part in QUANTIZED else None
+        return open_engine(graph, weights, self.settings, self.precision, ranges)
+
+
+@cache
+def capabilities() -> frozenset[str]:
+    """Return what OpenVINO can compute in on this processor; nothing when it is not installed."""
+    if find_spec("openvino") is None:
+        return frozenset()
+    from engine.openvino_cpu import capabilities
+
+    return capabilities()
+
+
+def _is_small(model: Model) -> bool:
+    return sum(math.prod(shape) for shape in tensor_shapes(model.unet).values()) < SMALL
