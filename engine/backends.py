@@ -72,7 +72,7 @@ def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> P
         others = [name for name in PRECISIONS if precision in PRECISIONS[name]]
         raise BackendError(
             f"the backend {backend!r} does not compute in {precision}; choose the "
-            f"precision {' or '.join(offered)}"
+            f"precision {', '.join(offered)}"
             + (f", or the backend {' or '.join(others)}" if others else "")
         )
     return offered[precision]
