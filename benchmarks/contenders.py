@@ -4,6 +4,8 @@ A part's function takes nothing, computes what `benchmarks.scenarios` says on th
 and returns float32 numbers or the bytes of a picture. Libraries are imported where one is opened.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.peers import cpp_parts, diffusers_parts, optimum_parts
-from benchmarks.scenarios import ENGINES, SEED, WHOLE, Parts, Scenario, engine_inputs
+from benchmarks.scenarios import ENGINES, MADE, SEED, WHOLE, Parts, Scenario, engine_inputs
 from engine.backends import PRECISIONS, BackendSettings
 from engine.errors import RequestError
+from engine.graphs import graph_folders
+from engine.model import Model
+from engine.quantization import find_ranges, ranges_name
 from engine.signature import Part
 
 PEAK_SIDE = 2000  # of the square matrices whose product is the machine's peak
@@ -32,6 +37,7 @@ class Contender:
     modules: what it imports, so that their memory is told from the model's
     whole_only: it draws requests of Stable Diffusion, with a sampler of its own, and no parts; its
         pictures are compared with nobody's
+    saves: it leaves out some of the request's work, at a price; only whole requests tell of that
     """
 
     open: Callable[[Scenario, int], Parts]
@@ -40,11 +46,16 @@ class Contender:
     quick: bool = True
     modules: tuple[str, ...] = ()
     whole_only: bool = False
+    saves: bool = False
 
 
-def _ours(precision: str, backend: str, scenario: Scenario, threads: int) -> Parts:
+def _ours(
+    precision: str, backend: str, wishes: Mapping[str, Any], scenario: Scenario, threads: int
+) -> Parts:
     from runtime import Pipeline
 
+    if precision == "int8":
+        _calibrate(scenario)
     pipeline = Pipeline.load(
         scenario.model(),
         precision=precision,  # type: ignore[arg-type]
@@ -54,7 +65,7 @@ def _ours(precision: str, backend: str, scenario: Scenario, threads: int) -> Par
 
     def whole() -> NDArray[Any]:
         pipeline.encoder = pipeline.encoder.forgetful()  # the text is encoded each time
-        drawn = pipeline(scenario.prompt, sampler="ddim", **scenario.wishes(), seed=SEED)
+        drawn = pipeline(scenario.prompt, sampler="ddim", seed=SEED, **scenario.wishes(), **wishes)
         return np.asarray(drawn.images[0])
 
     def opened(part: Part) -> NDArray[Any]:
@@ -70,6 +81,18 @@ def _ours(precision: str, backend: str, scenario: Scenario, threads: int) -> Par
         "decode": lambda: pipeline.engine("vae_decoder").run(inputs["vae_decoder"])["pixels"],
         WHOLE: whole,
     }
+
+
+def _calibrate(scenario: Scenario) -> None:
+    """Find the ranges that int8 needs, unless they are known, in a process of its own."""
+    model = Model.open(scenario.model())
+    if find_ranges(ranges_name(model.unet.key(), model.find("unet")), graph_folders()) is None:
+        command = [sys.executable, "-m", "runtime.calibration", str(scenario.model())]
+        # Random weights are as random at each step and for each prompt.
+        few = ["--precision", "bfloat16", "--steps", "2", "--prompt", scenario.prompt]
+        subprocess.run(
+            [*command, *(few if scenario.name in MADE else ())], check=True, stdout=sys.stderr
+        )
 
 
 def _peak(scenario: Scenario, threads: int) -> Parts:
@@ -93,7 +116,8 @@ def _peak(scenario: Scenario, threads: int) -> Parts:
 
 _EAGER = "channels_last, torch.inference_mode, attention by scaled_dot_product_attention"
 _COMPILED = f"{_EAGER}, UNet and decoder by torch.compile(fullgraph=True), inductor's freezing"
-_OPENVINO = "INFERENCE_PRECISION_HINT={}, PERFORMANCE_HINT=LATENCY, static shapes"
+_OPENVINO = "INFERENCE_PRECISION_HINT={}, PERFORMANCE_HINT=LATENCY, static shapes{}"
+_HYBRID = ', OVWeightQuantizationConfig(bits=8, quant_method="hybrid")'
 _CPP = "wtype f32, flash attention; a sampler of its own, so its pictures are not compared"
 _DIFFUSERS = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion"
 _LIBRARIES = {"cpu": ("ONNX Runtime", "onnxruntime"), "openvino": ("OpenVINO", "openvino")}
@@ -106,7 +130,7 @@ def _own(backend: str, precision: str) -> tuple[str, Contender]:
     plain = (backend, precision) == ("cpu", "float32")
     choice = "" if plain else f'precision="{precision}", '
     return f"latentrt, {title} {precision}", Contender(
-        open=partial(_ours, precision, backend),
+        open=partial(_ours, precision, backend, {}),
         precision=precision,
         settings=f'{choice}BackendSettings(backend="{backend}")',
         modules=("runtime", library),
@@ -120,6 +144,18 @@ CONTENDERS: Mapping[str, Contender] = {
         for precision in offered
         if (backend, precision) not in EMULATED
     ),
+    **{
+        f"latentrt, OpenVINO {precision}, cache_interval={interval}": Contender(
+            open=partial(_ours, precision, "openvino", {"cache_interval": interval}),
+            precision=precision,
+            settings=f'precision="{precision}", cache_interval={interval}: see the table of '
+            "quality for what it costs",
+            modules=("runtime", "openvino"),
+            saves=True,
+        )
+        for precision in ("bfloat16", "int8")
+        for interval in (2, 3)
+    },
     **{
         f"diffusers, {way} {precision}": Contender(
             open=partial(diffusers_parts, precision, way == "torch.compile"),
@@ -135,16 +171,22 @@ CONTENDERS: Mapping[str, Contender] = {
         f"optimum-intel, OpenVINO {precision}": Contender(
             open=partial(optimum_parts, "openvino", precision),
             precision=precision,
-            settings=_OPENVINO.format(hint),
+            settings=_OPENVINO.format(*hints),
             modules=("optimum.intel.openvino.modeling_diffusion",),
+            quick=False,
         )
-        for precision, hint in (("float32", "f32"), ("bfloat16", "bf16"))
+        for precision, hints in (
+            ("float32", ("f32", "")),
+            ("bfloat16", ("bf16", "")),
+            ("int8", ("bf16", _HYBRID)),
+        )
     },
     "optimum, ONNX Runtime float32": Contender(
         open=partial(optimum_parts, "onnxruntime", "float32"),
         precision="float32",
         settings="ORTStableDiffusionPipeline, the library's own session options",
         modules=("optimum.onnxruntime.modeling_diffusion",),
+        quick=False,
     ),
     "stable-diffusion.cpp float32": Contender(
         open=cpp_parts,

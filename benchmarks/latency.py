@@ -51,6 +51,8 @@ class Choice:
         """Return what is measured of a contender that can do it."""
         if contender == PEAK:
             return tuple(name for names in PEAKS.values() for name in names)
+        if CONTENDERS[contender].saves:
+            return (WHOLE,)
         return (*PARTS, WHOLE) if self.whole else PARTS
 
     def contenders(self) -> list[str]:

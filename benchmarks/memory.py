@@ -32,7 +32,7 @@ def measure(
 ) -> dict[str, Any]:
     """Measure until every contender has its rounds; raises OutputError, RequestError."""
     scenario, threads = Scenario.of(model), threads or processors()
-    names = contenders(scenario, only)
+    names = [name for name in contenders(scenario, only) if not CONTENDERS[name].saves]
     if scenario.name == "pictogram":
         names = [name for name in names if not CONTENDERS[name].whole_only]
     request = {

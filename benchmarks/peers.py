@@ -3,6 +3,9 @@
 They take a scenario and a number of threads last, and raise whatever their library raises.
 """
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,18 +42,16 @@ def optimum_parts(kind: str, precision: str, scenario: Scenario, threads: int) -
     import torch
 
     pipe: Any
+    folder = _exported(kind, precision, scenario)
     if kind == "openvino":
         from optimum.intel import OVStableDiffusionPipeline
 
-        hints = {"float32": "f32", "bfloat16": "bf16"}
         config = {
-            "INFERENCE_PRECISION_HINT": hints[precision],
+            "INFERENCE_PRECISION_HINT": "f32" if precision == "float32" else "bf16",
             "INFERENCE_NUM_THREADS": str(threads),
             "PERFORMANCE_HINT": "LATENCY",
         }
-        pipe = OVStableDiffusionPipeline.from_pretrained(
-            scenario.folder(), export=True, compile=False, ov_config=config
-        )
+        pipe = OVStableDiffusionPipeline.from_pretrained(folder, compile=False, ov_config=config)
         pipe.reshape(
             batch_size=1, height=scenario.size, width=scenario.size, num_images_per_prompt=1
         )
@@ -61,10 +62,53 @@ def optimum_parts(kind: str, precision: str, scenario: Scenario, threads: int) -
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        pipe = ORTStableDiffusionPipeline.from_pretrained(
-            scenario.folder(), export=True, session_options=options
-        )
+        pipe = ORTStableDiffusionPipeline.from_pretrained(folder, session_options=options)
     return _parts(pipe, torch.float32, scenario)
+
+
+def _exported(kind: str, precision: str, scenario: Scenario) -> Path:
+    """Return the model as optimum saves it, converted once, in a process of its own.
+
+    int8 is its hybrid quantization: weights of all layers, inputs of the UNet's convolutions.
+    """
+    source = scenario.folder()
+    stored = "int8" if precision == "int8" else "float32"
+    folder = source.with_name(f"{source.name}-{kind}-{stored}")
+    if not folder.is_dir():
+        temporary = folder.with_suffix(".part")
+        code = (
+            "import sys; from benchmarks.peers import export_by_optimum; "
+            "export_by_optimum(*sys.argv[1:])"
+        )
+        command = [sys.executable, "-c", code, kind, stored, scenario.prompt]
+        subprocess.run([*command, str(source), str(temporary)], check=True, stdout=sys.stderr)
+        temporary.rename(folder)
+    return folder
+
+
+def export_by_optimum(kind: str, stored: str, prompt: str, source: str, target: str) -> None:
+    """Convert a folder in diffusers' layout, as optimum's documentation says."""
+    pipe: Any
+    if kind == "openvino":
+        from optimum.intel import OVStableDiffusionPipeline, OVWeightQuantizationConfig
+
+        quantization = None
+        if stored == "int8":
+            quantization = OVWeightQuantizationConfig(
+                bits=8, quant_method="hybrid", dataset=[prompt], num_samples=4
+            )
+        pipe = OVStableDiffusionPipeline.from_pretrained(
+            source,
+            export=True,
+            compile=False,
+            load_in_8bit=False,
+            quantization_config=quantization,
+        )
+    else:
+        from optimum.onnxruntime import ORTStableDiffusionPipeline
+
+        pipe = ORTStableDiffusionPipeline.from_pretrained(source, export=True)
+    pipe.save_pretrained(target)
 
 
 def cpp_parts(scenario: Scenario, threads: int) -> Parts:

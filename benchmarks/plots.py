@@ -63,7 +63,8 @@ def draw(folder: Path = PLOTS) -> list[Path]:
     for title, plot in DRAWN.items():
         if figures := plot.figures():
             path = folder / f"{title}.svg"
-            with mpl.rc_context({**mpl.rcParamsDefault, **STYLE}):
+            style: Any = {**mpl.rcParamsDefault, **STYLE}
+            with mpl.rc_context(style):
                 figure = plot.draw(*(reports.committed(name) for name in plot.reports))
                 about = {"Description": figures, "Date": None, "Creator": None}
                 figure.savefig(path, metadata=about, bbox_inches="tight")

@@ -28,7 +28,7 @@ def summarised(report: Mapping[str, Any]) -> dict[str, Any]:
             keys = parts["step"].keys()
             sums = {key: total({p: parts[p][key] for p in PARTS}, steps) for key in keys}
             parts[WHOLE] = {key: round(value, 5) for key, value in sums.items()}
-        peak = peaks.get(contender.precision)
+        peak = None if contender.saves else peaks.get(contender.precision)
         shown[name] |= {
             "precision": contender.precision,
             "settings": contender.settings,

@@ -71,7 +71,7 @@ class PreviewDecode(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Decode, round to bytes."""
-        dtype = self.model.decoder.layers[0].weight.dtype
+        dtype = next(self.model.parameters()).dtype
         pixels = self.model.decoder(latents.to(dtype)).float()
         pixels = (pixels * 255.0).clamp(0.0, 255.0).round()
         return pixels.permute(0, 2, 3, 1).to(torch.uint8)

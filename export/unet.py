@@ -261,7 +261,8 @@ class UNet(nn.Module):
         if deep is None:
             deep = self._deep(first, time_embedding, context)
         top = self.up_blocks[-1]
-        hidden_states = top.layer(len(top.resnets) - 1, deep, first, time_embedding, context)
+        assert isinstance(top, UpBlock)
+        hidden_states = top.layer(-1, deep, first, time_embedding, context)
         return self.conv_out(F.silu(self.conv_norm_out(hidden_states))), deep
 
     def _deep(self, first: Tensor, time_embedding: Tensor, context: Tensor) -> Tensor:
