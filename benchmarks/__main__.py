@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measure, print, write JSON; make the README's table of it."""
+"""`python -m benchmarks`: measure, print, write JSON; make tables and plots of it."""
 
 import argparse
 import json
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.benchmark == "report":
-            _write(report.README, report.insert(report.README.read_text(encoding="utf-8")))
+            for page, text in report.pages().items():
+                _write(page, text)
             for path in plots.draw():
                 print(path)
             return 0
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         ("quality", _add_quality, "pictures beside those of float32"),
     ):
         add(commands.add_parser(name, help=text))
-    commands.add_parser("report", help="make the README's tables and the plots of the figures")
+    commands.add_parser("report", help="make the tables and plots of the committed figures")
     return parser
 
 

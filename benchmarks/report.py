@@ -1,7 +1,7 @@
-"""The README's benchmark tables, made from the committed JSON."""
+"""The tables of benchmarks in the README and the documentation, made from the committed JSON."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,21 @@ from engine.errors import OutputError
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+# The pages, and which benchmarks' tables are in each.
+PAGES: Mapping[Path, Sequence[str]] = {
+    README: ("prompt", "latency-sd15"),
+    README.parent / "docs" / "benchmarks.md": (
+        "latency",
+        "quality",
+        "memory",
+        "memory-sd15",
+        "load",
+        "overhead",
+        "build",
+        "scale",
+        "scale-sd15",
+    ),
+}
 BEGIN, END = "<!-- begin: python -m benchmarks report: {} -->", "<!-- end: {} -->"
 # Rows of each benchmark: what a figure is called, and how it is shown.
 ROWS: Mapping[str, Mapping[str, tuple[str, str]]] = {
@@ -92,21 +107,29 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def insert(readme: str) -> str:
-    """Return the README with its tables replaced; raises OutputError when one has no place.
+def pages() -> dict[Path, str]:
+    """Return the pages with their tables made anew; raises OutputError when one has no place.
 
     A benchmark without committed figures has no table.
     """
-    for name, render in TABLES.items():
-        if not (RESULTS / f"{name}.json").is_file():
-            continue
-        begin, end = BEGIN.format(name), END.format(name)
-        if begin not in readme or end not in readme:
-            raise OutputError(f"README.md has no lines {begin!r} and {end!r}; put them back")
-        before, rest = readme.split(begin, 1)
-        _, after = rest.split(end, 1)
-        readme = f"{before}{begin}\n{render(committed(name))}\n{end}{after}"
-    return readme
+    made = {}
+    for page, names in PAGES.items():
+        text = page.read_text(encoding="utf-8")
+        for name in names:
+            if (RESULTS / f"{name}.json").is_file():
+                text = inserted(text, name, page.name)
+        made[page] = text
+    return made
+
+
+def inserted(text: str, name: str, page: str) -> str:
+    """Put a benchmark's table between its two lines; raises OutputError when they are missing."""
+    begin, end = BEGIN.format(name), END.format(name)
+    if begin not in text or end not in text:
+        raise OutputError(f"{page} has no lines {begin!r} and {end!r}; put them back")
+    before, rest = text.split(begin, 1)
+    _, after = rest.split(end, 1)
+    return f"{before}{begin}\n{TABLES[name](committed(name))}\n{end}{after}"
 
 
 def committed(name: str) -> dict[str, Any]:

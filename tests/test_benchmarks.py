@@ -42,14 +42,20 @@ def test_an_unwritable_report_is_one_sentence(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_readmes_tables_are_those_of_the_committed_figures():
-    readme = report.README.read_text(encoding="utf-8")
-    assert report.insert(readme) == readme
+def test_the_tables_are_those_of_the_committed_figures():
+    for page, text in report.pages().items():
+        assert page.read_text(encoding="utf-8") == text, "run `python -m benchmarks report`"
 
 
-def test_a_readme_without_a_place_for_the_tables_is_refused():
+def test_every_benchmark_with_figures_has_a_page():
+    placed = [name for names in report.PAGES.values() for name in names]
+    assert sorted(placed) == sorted(report.TABLES)
+    assert {file.stem for file in report.RESULTS.glob("*.json")} <= {*placed}
+
+
+def test_a_page_without_a_place_for_the_table_is_refused():
     with pytest.raises(OutputError, match="put them back"):
-        report.insert("# Latentrt")
+        report.inserted("# Latentrt", "prompt", "README.md")
 
 
 def test_the_files_of_the_load_benchmark_are_a_model_and_its_adapter(tmp_path, monkeypatch):

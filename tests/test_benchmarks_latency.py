@@ -137,7 +137,7 @@ def test_the_table_shows_who_was_measured_and_who_was_not(log, tmp_path, monkeyp
     (tmp_path / "latency.json").write_text(json.dumps(measured))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     places = "\n".join([report.BEGIN.format("latency"), report.END.format("latency")])
-    assert table in report.insert(places)
+    assert table in report.inserted(places, "latency", "README.md")
 
 
 def test_a_table_of_nothing():

@@ -123,7 +123,7 @@ def test_without_matplotlib_one_sentence_says_what_to_install(monkeypatch, tmp_p
 def test_the_report_writes_the_readme_and_the_plots(monkeypatch, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(report.README.read_text(encoding="utf-8"), encoding="utf-8")
-    monkeypatch.setattr(report, "README", readme)
+    monkeypatch.setattr(report, "PAGES", {readme: report.PAGES[report.README]})
     monkeypatch.setattr(plots, "draw", lambda: [tmp_path / "time-by-part.svg"])
     assert main(["report"]) == 0
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "time-by-part.svg")]
