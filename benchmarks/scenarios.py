@@ -95,7 +95,7 @@ SCENARIOS = {
         ready_s=1500,
         run_s=120,
         whole_s=900,
-        headroom_bytes=11 * 2**30,
+        headroom_bytes=8 * 2**30,
     ),
 }
 MADE = ("sd15",)
