@@ -148,7 +148,7 @@ CONTENDERS: Mapping[str, Contender] = {
         f"latentrt, OpenVINO {precision}, cache_interval=3": Contender(
             open=partial(_ours, precision, "openvino", {"cache_interval": 3}),
             precision=precision,
-            settings=f'precision="{precision}", cache_interval={interval}: see the table of '
+            settings=f'precision="{precision}", cache_interval=3: see the table of '
             "quality for what it costs",
             modules=("runtime", "openvino"),
             saves=True,
