@@ -16,9 +16,11 @@ from benchmarks import (
     plots,
     prompt,
     quality,
+    repeated,
     report,
     scale,
 )
+from benchmarks.ledger import read_report
 from benchmarks.scenarios import SCENARIOS
 from engine.backends import PRECISIONS, ComputePrecision
 from engine.cache import write_atomically
@@ -72,6 +74,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             whole=options.whole,
         )
         return latency.measure(choice, options.out)
+    if options.benchmark == "agree":
+        return repeated.compared(read_report(options.first), read_report(options.second))
     measure = _COMPARED.get(options.benchmark)
     if measure is None:
         return _MEASURES[options.benchmark](options.repeats)
@@ -104,6 +108,10 @@ def _parser() -> argparse.ArgumentParser:
         ("quality", _add_quality, "pictures beside those of float32"),
     ):
         add(commands.add_parser(name, help=text))
+    agree = commands.add_parser("agree", help="whether two runs of latency say the same")
+    agree.add_argument("first", type=Path, metavar="JSON")
+    agree.add_argument("second", type=Path, metavar="JSON")
+    agree.add_argument("--out", type=Path, metavar="JSON", help="also write the ratios here")
     commands.add_parser("report", help="make the tables and plots of the committed figures")
     return parser
 

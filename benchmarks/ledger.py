@@ -39,7 +39,7 @@ def begin(
     """
     machine = describe()
     if out is not None and out.is_file():
-        former = _read(out)
+        former = read_report(out)
         same = all(former["machine"][key] == machine[key] for key in ("processor", "cores"))
         if former["request"] != request or not same:
             raise OutputError(
@@ -96,11 +96,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a report; raises OutputError when the file is none."""
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         report["machine"]["processor"], report["machine"]["cores"], report["request"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise OutputError(
             f"{path} is no benchmark's report ({type(error).__name__}: {error}); give another "
             "file, or delete it"

@@ -1,7 +1,7 @@
 """`python -m runtime.calibration MODEL`: look how large numbers become, as int8 must know.
 
-Some prompts are drawn in float32, at steps from the noisiest to the last; the least and the
-greatest input of every layer go into a small file in the cache, under the checkpoint's name.
+Some prompts are drawn, in bfloat16 where the processor has it; the least and the greatest input of
+every layer go into a small file in the cache, under a name that tells the checkpoint.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from engine.errors import LatentrtError
 from engine.graphs import find_graph, graph_folders
 from engine.model import Model
 from engine.models import find_model
+from engine.opening import capabilities
 from engine.quantization import ranges_name, write_ranges
 from engine.signature import Part
 from runtime.pipeline import Pipeline
@@ -36,17 +37,19 @@ def calibrate(
     prompts: Sequence[str] = PROMPTS,
     steps: int = STEPS,
     folder: Path | None = None,
-    precision: ComputePrecision = "float32",
+    precision: ComputePrecision | None = None,
     threads: int | None = None,
 ) -> Path:
     """Draw pictures with a model and write the ranges that its UNet's layers need for int8.
 
     folder: where graphs and ranges are; None writes into the cache
-    precision: to draw in; bfloat16 is faster, and a large model then needs half of the memory
+    precision: to draw in, "float32" or "bfloat16"; None takes the faster one
     Returns the file. Raises ModelError, GraphError, BackendError or OutputError.
     """
     from engine.openvino_observer import ObservingEngine
 
+    if precision is None:
+        precision = "bfloat16" if "BF16" in capabilities() else "float32"
     opened = Model.open(find_model(model))
     settings = BackendSettings(backend="openvino", threads=threads)
     folders = graph_folders(folder)
@@ -80,8 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),
-        default="float32",
-        help="to draw in (default: %(default)s)",
+        help="to draw in (default: bfloat16 where the processor has it)",
     )
     parser.add_argument(
         "--graphs", type=Path, metavar="FOLDER", help="where to write, and look for graphs"

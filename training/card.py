@@ -31,13 +31,19 @@ def write_card(out: Path, work: Path) -> None:
 
 def _readme(out: Path, work: Path, held_out: np.ndarray | None) -> str:
     weights = sum(path.stat().st_size for path in out.glob("*/*.safetensors")) / 1e6
+    previews = ""
+    if (out / "preview_decoder").is_dir():
+        previews = (
+            "\n\n`preview_decoder/` draws pictures on the way; it was distilled from the decoder "
+            "with `python -m training preview --out FOLDER`."
+        )
     sections = (
         f"# {out.name}\n\n"
         f"A small latent-diffusion model: prompt to {SIZE} × {SIZE} pixels, "
         f"{weights:.0f} MB of float16 weights in diffusers' folder layout "
         "(diffusers runs them on a processor with `torch_dtype=torch.float32`).",
         f"## Data\n\n{_data(held_out)}",
-        f"## Training\n\n{_training(work)}",
+        f"## Training\n\n{_training(work)}{previews}",
         f"## Quality\n\n{_quality(work, pictograms=held_out is not None)}",
         f"## Limits\n\n{_limits(pictograms=held_out is not None)}",
         "## Licence\n\nApache-2.0, as the project. NOTICE names the licences of the data.",
