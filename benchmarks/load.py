@@ -11,6 +11,7 @@ import math
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def _bound(pipeline: Any) -> dict[str, NDArray[Any]]:
 
 def write_checkpoint(folder: Path) -> Path:
     """Write the model, unless it is there; returns its path."""
-    path = folder / "sd15-random-float16.safetensors"
+    path = folder / "sd15-unlike-float16.safetensors"
     if path.is_file():
         return path
     rng = np.random.default_rng(0)
@@ -134,8 +135,12 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def _random(name: str, shape: tuple[int, ...], pool: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Take numbers that keep activations at the size they come in: an untrained network's."""
-    values = np.resize(pool[: math.prod(shape)], shape)
+    """Take numbers that keep activations at the size they come in: an untrained network's.
+
+    No two tensors have the same: libraries find equal weights and keep them once.
+    """
+    start = zlib.crc32(name.encode()) % (len(pool) // 2)
+    values = np.resize(pool[start : start + math.prod(shape)], shape)
     if len(shape) == 1:
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
         return (centre + 0.05 * values).astype(np.float16)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from threading import Lock
+from threading import Event, Lock, Thread
 from typing import Any
 
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from engine.quantization import QuantizedWeight, is_quantized, quantize
 from engine.scratch import Scratch
 
 PORTION = 2**26  # numbers of weights that are read before their memory is given back
+RELEASE_S = 0.1  # between two times that this is done
 CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
 CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 
@@ -112,11 +113,32 @@ class OpenVinoEngine:
                 with self._graph_errors():
                     if self._shapes is not None:
                         model.reshape({name: [*shape] for name, shape in self._shapes.items()})
-                    self._compiled = self._core.compile_model(model, "CPU", self._settings)
-                release(self._weights)
-                if self._scratch:
-                    self._scratch.release()
+                    with self._releasing():
+                        self._compiled = self._core.compile_model(model, "CPU", self._settings)
             return self._compiled
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """Give back the memory of weights again and again, as the library packs them one by one."""
+        done = Event()
+
+        def work() -> None:
+            while not done.wait(RELEASE_S):
+                self._release()
+
+        worker = Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            worker.join()
+            self._release()
+
+    def _release(self) -> None:
+        release(self._weights)
+        if self._scratch:
+            self._scratch.release()
 
     def _assembled(self) -> Any:
         """Return the model with its weights in it, for any shapes of its inputs."""
