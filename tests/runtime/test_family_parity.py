@@ -580,7 +580,7 @@ from pathlib import Path
 from engine.backends import BackendSettings
 from runtime import Pipeline
 model, lora, graphs, wishes = json.loads(sys.argv[1])
-settings = BackendSettings(threads=1)
+settings = BackendSettings(backend="cpu", threads=1)
 pipeline = Pipeline.load(model, loras=[lora], graphs=Path(graphs), settings=settings)
 pipeline(**wishes).images[0].save(sys.stdout.buffer, "PNG")
 assert not {"torch", "diffusers", "transformers", "safetensors", "onnx"} & sys.modules.keys()

@@ -13,7 +13,7 @@ LATE = {"onnxruntime", "tokenizers"}
 DRAW = """
 from engine.backends import BackendSettings
 from runtime import Pipeline
-pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
+pipeline = Pipeline.load("pictogram", settings=BackendSettings(backend="cpu", threads=1))
 image = pipeline("a", num_inference_steps=1).images[0]
 pipeline("a", image=image, num_inference_steps=2)
 """
