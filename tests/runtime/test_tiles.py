@@ -61,7 +61,7 @@ def noisy_picture(*shape):
 def engines():
     """The autoencoder of the model that ships."""
     model = Model.open(find_model("pictogram"))
-    settings = BackendSettings(threads=1)
+    settings = BackendSettings(backend="cpu", threads=1)
     return {
         part: open_engine(
             find_graph(part, model.config(part), "float32", graph_folders(), model.path),
