@@ -145,15 +145,15 @@ CONTENDERS: Mapping[str, Contender] = {
         if (backend, precision) not in EMULATED
     ),
     **{
-        f"latentrt, OpenVINO {precision}, cache_interval=3": Contender(
-            open=partial(_ours, precision, "openvino", {"cache_interval": 3}),
+        f"latentrt, OpenVINO {precision}, cache_interval={interval}": Contender(
+            open=partial(_ours, precision, "openvino", {"cache_interval": interval}),
             precision=precision,
-            settings=f'precision="{precision}", cache_interval=3: see the table of '
+            settings=f'precision="{precision}", cache_interval={interval}: see the table of '
             "quality for what it costs",
             modules=("runtime", "openvino"),
             saves=True,
         )
-        for precision in ("bfloat16", "int8")
+        for precision, interval in (("bfloat16", 3), ("int8", 3), ("int8", 4))
     },
     **{
         f"diffusers, {way} {precision}": Contender(
