@@ -55,7 +55,7 @@ def _ours(
     from runtime import Pipeline
 
     if precision == "int8":
-        _calibrate(scenario)
+        calibrate(scenario)
     pipeline = Pipeline.load(
         scenario.model(),
         precision=precision,  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def _ours(
     }
 
 
-def _calibrate(scenario: Scenario) -> None:
+def calibrate(scenario: Scenario) -> None:
     """Find the ranges that int8 needs, unless they are known, in a process of its own."""
     model = Model.open(scenario.model())
     if find_ranges(ranges_name(model.unet.key(), model.find("unet")), graph_folders()) is None:

@@ -34,7 +34,7 @@ SIDE, TOKENS = 64, 77
 def measure(repeats: int) -> dict[str, Any]:
     """Time the loop of each sampler at both sizes; warm-up: one run."""
     machine = describe()
-    pipeline = Pipeline.load()
+    pipeline = Pipeline.load(soon=True)
     floor = _step_flops(pipeline) / (machine["peak_gflops"] * 1e9)
     report: dict[str, Any] = {
         "machine": machine,

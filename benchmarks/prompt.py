@@ -67,7 +67,7 @@ def _take_apart() -> dict[str, Any]:
     from runtime.images import write_image
 
     imported = time.perf_counter()
-    pipeline = Pipeline.load()
+    pipeline = Pipeline.load(soon=True)
     engines = [Timed(pipeline, part) for part in ("text_encoder", "step", "vae_decoder")]
     opened = time.perf_counter()
 

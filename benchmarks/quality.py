@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.contenders import calibrate
 from benchmarks.distances import psnr, ssim
 from benchmarks.features import Distance, feature_distance
 from benchmarks.machine import describe, summary
 from benchmarks.match import held_out_match, read_pictograms
+from benchmarks.scenarios import SCENARIOS
 from engine.backends import BackendSettings
 from engine.errors import LatentrtError, RequestError
 from runtime import Pipeline
@@ -179,6 +181,8 @@ def opened(
     failed: dict[tuple[str, str], str] = {}
     for backend, precision in dict.fromkeys(each.engines() for each in settings.values()):
         try:
+            if precision == "int8":
+                calibrate(SCENARIOS["pictogram"])
             pipeline = Pipeline.load(
                 precision=precision,  # type: ignore[arg-type]
                 settings=BackendSettings(backend=backend, threads=threads),

@@ -79,7 +79,8 @@ def test_bars_are_sorted_and_add_up(results):
     (axes,) = plots.time_by_part(latency).axes
     ends = [float(text.get_position()[0]) for text in axes.texts]
     assert ends == sorted(ends, reverse=True), "from the bottom up"
-    measured = [found for found in latency["contenders"].values() if "parts" in found]
+    contenders = latency["contenders"].values()
+    measured = [found for found in contenders if "step" in found.get("parts", {})]
     assert len(ends) == len(measured)
     widths = sum(patch.get_width() for patch in axes.patches)
     totals = [
