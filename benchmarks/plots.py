@@ -135,17 +135,15 @@ def speed_against_quality(latency: Mapping[str, Any], quality: Mapping[str, Any]
             points[name] = (seconds, found["psnr_db"]["median"])
     figure, (axes,) = _figure(3.6)
     largest = max(seconds for seconds, _ in points.values())
-    for name, (seconds, decibels) in points.items():
-        axes.plot(seconds, decibels, "o", color=COLOURS["UNet"], markersize=8)
-        right = seconds > 0.6 * largest
+    order = sorted(points, key=lambda name: points[name])
+    for number, name in enumerate(order, start=1):
+        axes.plot(*points[name], "o", color=COLOURS["UNet"], markersize=13)
         axes.annotate(
-            f"{name.replace(', ', chr(10), 1)}\n{_seconds(seconds)}",
-            (seconds, decibels),
-            xytext=(-9 if right else 9, 0),
-            textcoords="offset points",
-            ha="right" if right else "left",
-            va="center",
+            str(number), points[name], color="white", fontsize=8, ha="center", va="center_baseline"
         )
+        row = f"{number}  {name}, {_seconds(points[name][0])}"
+        place = (1.02, 1 - 0.09 * number)
+        axes.text(*place, row, transform=axes.transAxes, fontsize=8, va="center")
     axes.set_xlim(0, 1.1 * largest)
     axes.set_ylim(0, 1.08 * LARGEST_DB)
     axes.set_xlabel("seconds a picture")
