@@ -36,13 +36,18 @@ def latency_table(report: Mapping[str, Any]) -> str:
         "A factor is the time beside that of the first row.",
         "",
         *(f"- {name}: {found['settings']}" for name, found in measured.items()),
-        *(
-            f"- not measured: {name} ({found['skipped']})"
-            for name, found in contenders.items()
-            if "skipped" in found
-        ),
+        *not_measured(contenders),
     ]
     return "\n".join(lines)
+
+
+def not_measured(taken: Mapping[str, Any]) -> list[str]:
+    """Say of each that was left out why."""
+    return [
+        f"- not measured: {name} ({found['skipped']})"
+        for name, found in taken.items()
+        if "skipped" in found
+    ]
 
 
 def _latency_heading(report: Mapping[str, Any]) -> str:
@@ -66,7 +71,7 @@ def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -> st
             cells.append("–")
             continue
         times, share = found["parts"][part], found["peak_share"][part]
-        cell = f"{_seconds(times['median'])}, {_seconds(times['min'])} to {_seconds(times['max'])}"
+        cell = shown_spread(times)
         if share is not None:
             cell += f" ({share:.0%})"
         if part == WHOLE and REFERENCE in measured:
@@ -82,7 +87,14 @@ def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -> st
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def _seconds(value: float) -> str:
+def shown_spread(times: Mapping[str, float]) -> str:
+    """Write a median, and the smallest and the largest beside it."""
+    median, low, high = (shown_seconds(times[key]) for key in ("median", "min", "max"))
+    return f"{median}, {low} to {high}"
+
+
+def shown_seconds(value: float) -> str:
+    """Write a time as it is read best."""
     return f"{1e3 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
 
 

@@ -90,32 +90,32 @@ SETTINGS: Mapping[str, Setting] = {
         precision="int8", backend="openvino", psnr_db=32.0, ssim=0.95, features=0.1
     ),
     **{
-        f"ONNX Runtime float32, cache_interval={interval}": Setting(
+        f"ONNX Runtime float32, {saving}": Setting(
             precision="float32",
             backend="cpu",
             psnr_db=psnr_db,
             ssim=similar,
             features=features,
-            wishes={"cache_interval": interval},
+            wishes=wishes,
         )
-        for interval, psnr_db, similar, features in (
-            (2, 33.0, 0.95, 0.1),
-            (3, 27.0, 0.9, 0.2),
-            (4, 22.0, 0.8, 0.4),
-        )
-    },
-    **{
-        f"ONNX Runtime float32, guided in {start:.0%} to {stop:.0%} of the steps": Setting(
-            precision="float32",
-            backend="cpu",
-            psnr_db=psnr_db,
-            ssim=similar,
-            features=features,
-            wishes={"guidance_interval": (start, stop)},
-        )
-        for start, stop, psnr_db, similar, features in (
-            (0.0, 0.8, 27.0, 0.93, 0.1),
-            (0.0, 0.5, 20.0, 0.83, 0.4),
+        for saving, wishes, psnr_db, similar, features in (
+            ("cache_interval=2", {"cache_interval": 2}, 33.0, 0.95, 0.1),
+            ("cache_interval=3", {"cache_interval": 3}, 27.0, 0.9, 0.2),
+            ("cache_interval=4", {"cache_interval": 4}, 22.0, 0.8, 0.4),
+            (
+                "guided in 0% to 80% of the steps",
+                {"guidance_interval": (0.0, 0.8)},
+                27.0,
+                0.93,
+                0.1,
+            ),
+            (
+                "guided in 0% to 50% of the steps",
+                {"guidance_interval": (0.0, 0.5)},
+                20.0,
+                0.83,
+                0.4,
+            ),
         )
     },
 }

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.contenders import PEAK, REFERENCE
-from benchmarks.scenarios import PARTS, WHOLE
+from benchmarks.rounds import total
+from benchmarks.scenarios import WHOLE
 from engine.errors import RequestError
 
 TIE = 0.05  # differences below this share are noise on machines that others use too
@@ -44,10 +45,7 @@ def _ratios(report: Mapping[str, Any], name: str) -> list[float]:
 
 
 def _request(seconds: Mapping[str, float], steps: int) -> float:
-    if WHOLE in seconds:
-        return seconds[WHOLE]
-    text, step, decode = (seconds[part] for part in PARTS)
-    return text + steps * step + decode
+    return float(seconds[WHOLE] if WHOLE in seconds else total(seconds, steps))
 
 
 def _meet(a: Mapping[str, float], b: Mapping[str, float]) -> bool:

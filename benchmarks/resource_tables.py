@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.comparison_tables import not_measured, shown_seconds, shown_spread
 from benchmarks.scale import AXES, along
 from benchmarks.scenarios import WHOLE
 
@@ -37,11 +38,7 @@ def memory_table(report: Mapping[str, Any]) -> str:
         *(_memory_row(name, found, numbers) for name, found in measured.items()),
         "",
         "In the last column the peak beside the weights' size in the contender's own precision.",
-        *(
-            f"- not measured: {name} ({found['skipped']})"
-            for name, found in report["contenders"].items()
-            if "skipped" in found
-        ),
+        *not_measured(report["contenders"]),
     ]
     return "\n".join(lines)
 
@@ -77,7 +74,7 @@ def build_table(report: Mapping[str, Any]) -> str:
             figures = found["figures"]
             graph, packed = (figures[key]["median"] for key in ("bytes", "compressed_bytes"))
             lines.append(
-                f"| {name.removeprefix('trace ')} | {_spread(figures['seconds'])} "
+                f"| {name.removeprefix('trace ')} | {shown_spread(figures['seconds'])} "
                 f"| {_bytes(figures['peak_bytes']['max'])} | {figures['nodes']['median']:.0f} "
                 f"| {graph / 1e3:.0f} kB | {packed / 1e3:.0f} kB |"
             )
@@ -92,11 +89,10 @@ def build_table(report: Mapping[str, Any]) -> str:
             figures = found["figures"]
             parts = " | ".join(f"{figures[f'{part}_s']['median']:.2f} s" for part in heads)
             lines.append(
-                f"| {name.removeprefix('open ')} | {_spread(figures['seconds'])} | {parts} "
+                f"| {name.removeprefix('open ')} | {shown_spread(figures['seconds'])} | {parts} "
                 f"| {_bytes(figures['peak_bytes']['max'])} |"
             )
-    skipped = {k: v["skipped"] for k, v in report["tasks"].items() if "skipped" in v}
-    lines += ["", *(f"- not measured: {name} ({reason})" for name, reason in skipped.items())]
+    lines += ["", *not_measured(report["tasks"])]
     return "\n".join(lines).rstrip()
 
 
@@ -117,22 +113,11 @@ def scale_table(report: Mapping[str, Any]) -> str:
         for value, taken in found.items() if len(found) > 1 else ():
             picture = taken["seconds"]["median"] / taken["point"]["batch"]
             lines.append(
-                f"| {title} | {value} | {_spread(taken['seconds'])} | {_seconds(picture)} "
-                f"| {_bytes(taken['peak_bytes']['max'])} |"
+                f"| {title} | {value} | {shown_spread(taken['seconds'])} "
+                f"| {shown_seconds(picture)} | {_bytes(taken['peak_bytes']['max'])} |"
             )
-    skipped = {k: v["skipped"] for k, v in report["points"].items() if "skipped" in v}
-    lines += ["", *(f"- not measured: {name} ({reason})" for name, reason in skipped.items())]
+    lines += ["", *not_measured(report["points"])]
     return "\n".join(lines).rstrip()
-
-
-def _spread(times: Mapping[str, float]) -> str:
-    return " ".join(
-        [f"{_seconds(times['median'])},", _seconds(times["min"]), "to", _seconds(times["max"])]
-    )
-
-
-def _seconds(value: float) -> str:
-    return f"{1e3 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
 
 
 def _bytes(value: float) -> str:

@@ -66,27 +66,26 @@ class Opener:
         if settings.backend is None:
             fast = "BF16" in capabilities() and not (soon and _is_small(model))
             settings = replace(settings, backend="openvino" if fast else "cpu")
-        ranges = None
-        if settings.backend == "openvino" and precision in (None, "int8"):
-            name = ranges_name(model.unet.key(), model.find("unet"))
-            ranges = find_ranges(name, folders)
-            if ranges is None and precision is not None:
+        if precision is None:
+            fast = settings.backend == "openvino" and "BF16" in capabilities()
+            precision = "bfloat16" if fast else "float32"
+            ranges = _ranges(model, folders) if fast else None
+            precision = precision if ranges is None else "int8"
+        else:
+            graph_precision(settings, precision)
+            ranges = _ranges(model, folders) if precision == "int8" else None
+            if ranges is None and precision == "int8":
                 raise BackendError(
                     f"int8 must know how large the inputs of the layers of {model.path} become, "
                     f"and nobody has looked yet; run `python -m runtime.calibration {model.path}` "
                     "once, or choose another precision"
                 )
-        if precision is None:
-            precision = "float32"
-            if settings.backend == "openvino" and "BF16" in capabilities():
-                precision = "bfloat16" if ranges is None else "int8"
-        graph_precision(settings, precision)
         return cls(
             model=model,
             folders=folders,
             settings=settings,
             precision=precision,
-            ranges=ranges if precision == "int8" else None,
+            ranges=ranges,
         )
 
     def __call__(self, part: Part, weights: Arrays) -> Engine:
@@ -105,6 +104,10 @@ def capabilities() -> frozenset[str]:
     from engine.openvino_cpu import capabilities
 
     return capabilities()
+
+
+def _ranges(model: Model, folders: Sequence[Path]) -> Ranges | None:
+    return find_ranges(ranges_name(model.unet.key(), model.find("unet")), folders)
 
 
 def _is_small(model: Model) -> bool:
