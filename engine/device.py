@@ -1,0 +1,124 @@
+"""A device beside the processor: its memory, its queue of work, and the engines that live there.
+
+Work is queued on one stream and done in order, while the processor goes on. Only `download` and
+`wait` wait for it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends import Engine
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeviceArray:
+    """An array in a device's memory, its numbers side by side.
+
+    address: of its first byte; memory: what it lies in, which it keeps from being freed
+    """
+
+    address: int
+    shape: Shape
+    dtype: np.dtype[Any]
+    memory: object
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, index: int) -> "DeviceArray":
+        """Return one row of the first axis, in the same memory."""
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(f"row {index} of {self.shape[0]}")
+        shape = self.shape[1:]
+        return DeviceArray(
+            address=self.address + index * prod(shape) * self.dtype.itemsize,
+            shape=shape,
+            dtype=self.dtype,
+            memory=self.memory,
+        )
+
+
+class Device(Protocol):
+    """A device and the stream on which all work for it is queued.
+
+    Every method raises BackendError when the device fails; for want of memory, with how much was
+    missing.
+    """
+
+    @property
+    def stream(self) -> int:
+        """The stream's handle, a `CUstream`."""
+        ...
+
+    def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
+        """Allocate memory, which is freed when its last array goes."""
+        ...
+
+    def scratch(self, nbytes: int) -> DeviceArray:
+        """Return at least so many bytes that every engine may use while it runs, and none keeps.
+
+        It is one piece for all engines of the device, and grows: an address of it is good until a
+        larger piece is asked for.
+        """
+        ...
+
+    def upload(self, array: NDArray[Any], to: DeviceArray) -> None:
+        """Queue a copy into the device's memory; the array may change as soon as this returns."""
+        ...
+
+    def copy(self, source: DeviceArray, to: DeviceArray) -> None:
+        """Queue a copy within the device's memory."""
+        ...
+
+    def download(self, array: DeviceArray) -> NDArray[Any]:
+        """Wait for all work, and return what the array holds then."""
+        ...
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record the work that is queued meanwhile as one graph, and return what queues it again.
+
+        Nothing of it is done yet. All memory that it touches must be allocated before, and be kept.
+        """
+        ...
+
+    def wait(self) -> None:
+        """Wait for all work."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes that are free, and all that there are."""
+        ...
+
+
+class DeviceEngine(Engine, Protocol):
+    """An engine whose inputs and outputs may stay on its device.
+
+    `run` also takes arrays of the device as inputs; what it returns is the processor's.
+    """
+
+    @property
+    def device(self) -> Device:
+        """Where it runs."""
+        ...
+
+    def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
+        """Get ready for inputs of these shapes; return outputs of the shapes that they make.
+
+        The outputs are newly allocated. Raises BackendError when these shapes cannot be run.
+        """
+        ...
+
+    def enqueue(
+        self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
+    ) -> None:
+        """Queue a run; the last `prepare` was for these shapes. Allocates and waits for nothing."""
+        ...
