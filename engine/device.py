@@ -5,9 +5,9 @@ Work is queued on one stream and done in order, while the processor goes on. Onl
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,12 +22,14 @@ class DeviceArray:
     """An array in a device's memory, its numbers side by side.
 
     address: of its first byte; memory: what it lies in, which it keeps from being freed
+    device: whose memory it is
     """
 
     address: int
     shape: Shape
     dtype: np.dtype[Any]
     memory: object
+    device: "Device"
 
     @property
     def nbytes(self) -> int:
@@ -39,12 +41,17 @@ class DeviceArray:
         if not 0 <= index < self.shape[0]:
             raise IndexError(f"row {index} of {self.shape[0]}")
         shape = self.shape[1:]
-        return DeviceArray(
-            address=self.address + index * prod(shape) * self.dtype.itemsize,
-            shape=shape,
-            dtype=self.dtype,
-            memory=self.memory,
-        )
+        offset = index * prod(shape) * self.dtype.itemsize
+        return replace(self, address=self.address + offset, shape=shape)
+
+    def head(self, shape: Shape) -> "DeviceArray":
+        """Return its first numbers as an array of this shape, in the same memory."""
+        if prod(shape) > prod(self.shape):
+            raise ValueError(f"{shape} of {self.shape}")
+        return replace(self, shape=shape)
+
+
+Held = NDArray[Any] | DeviceArray
 
 
 class Device(Protocol):
@@ -122,3 +129,13 @@ class DeviceEngine(Engine, Protocol):
     ) -> None:
         """Queue a run; the last `prepare` was for these shapes. Allocates and waits for nothing."""
         ...
+
+
+def is_on_device(engine: Engine) -> TypeGuard[DeviceEngine]:
+    """Tell whether an engine's arrays may stay on a device."""
+    return hasattr(engine, "device")
+
+
+def on_host(array: Held) -> NDArray[Any]:
+    """Return an array that the processor can read; waits for a device's."""
+    return array.device.download(array) if isinstance(array, DeviceArray) else array

@@ -5,7 +5,7 @@ the posterior of the masked image, then the calls that draw.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends import Engine
+from engine.device import DeviceEngine, Held, is_on_device, on_host
 from engine.model import Model
 from engine.signature import Part
 from runtime import tiles
+from runtime.calls import Calls, run_calls
 from runtime.canvas import GRAY, masked_pixels
+from runtime.device_loop import DeviceLoop
 from runtime.inpainting import blend
-from runtime.noise import Noise, make_noise
+from runtime.noise import Noise, draw, make_noise
 from runtime.plan import Array, Plan
 from runtime.samplers import Program
 from runtime.samplers.program import predict
 from runtime.schedule import NoiseSchedule
 from runtime.upscaling import PIXELS, upscale_latents, upscale_pixels
-
-AHEAD_BYTES = 2**24  # of noise that is drawn before it is needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,14 +35,21 @@ class Progress:
     """The state after a call of the UNet, for progress and previews.
 
     step: 1 to total
-    latents: (B, C, height // 8, width // 8) float32, at the noise level of the next call
     """
 
     step: int
     total: int
-    latents: Array
     denoised: Callable[[], Array]
     """Computes (B, C, height // 8, width // 8): the x0 that the model believed in at this call."""
+    registers: Held
+
+    @property
+    def latents(self) -> Array:
+        """(B, C, height // 8, width // 8) float32, at the noise level of the next call.
+
+        On a device, waits for them.
+        """
+        return on_host(self.registers)[:, 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,36 +59,62 @@ class Denoiser:
     model: Model
     schedule: NoiseSchedule
     engine: Callable[[Part], Engine]
+    device_loop: DeviceLoop = field(default_factory=DeviceLoop)
 
     def run(self, plan: Plan) -> Iterator[Progress]:
         """Run a plan and what follows it; yields after every call of the UNet."""
-        done, latents = 0, None
+        done = 0
+        progress: Progress | None = None
         for run in plan.runs():
-            noises = [make_noise(run.noise, seed) for seed in run.seeds]
-            if latents is not None:
-                latents = self._enlarged(latents, run, noises, plan.upscaler)
-            calls = self._loop(run, noises, latents)
-            for step, (latents, denoise) in enumerate(calls, start=1):
-                yield Progress(
+            known = None if progress is None else progress.latents
+            calls = self._calls(run, plan.upscaler, known)
+            for step, (inputs, registers) in enumerate(self._steps(calls), start=1):
+                progress = Progress(
                     step=done + step,
                     total=plan.calls,
-                    latents=latents,
-                    denoised=denoise,
+                    denoised=partial(self._denoised, run.program, step - 1, inputs, registers),
+                    registers=registers,
                 )
+                yield progress
             done += step
 
-    def decode(self, latents: Array) -> NDArray[np.uint8]:
+    def finish(self, plan: Plan) -> Held:
+        """Run a plan and what follows it; returns the latents (B, C, h, w), where they are.
+
+        On a device the processor waits for nothing of the last run.
+        """
+        latents: Held | None = None
+        for run in plan.runs():
+            known = None if latents is None else on_host(latents)
+            calls = self._calls(run, plan.upscaler, known)
+            if is_on_device(self.engine("step")):
+                latents = self.device_loop.finish(calls, self._device_engine)
+            else:
+                *_, (_, registers) = run_calls(calls, self.engine)
+                latents = registers[:, 0]
+        assert latents is not None
+        return latents
+
+    def decode(self, latents: Held) -> NDArray[np.uint8]:
         """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
         compression = self.model.vae.compression
         return tiles.decode(self.engine("vae_decoder").run, latents, compression)
 
-    def _loop(
-        self, plan: Plan, noises: Sequence[Noise], known: Array | None
-    ) -> Iterator[tuple[Array, Callable[[], Array]]]:
-        """Call the UNet as the program says; known: latents (B, C, h, w) to start from.
+    def _steps(self, calls: Calls) -> Iterator[tuple[Mapping[str, Any], Held]]:
+        if is_on_device(self.engine("step")):
+            return self.device_loop.steps(calls, self._device_engine)
+        return run_calls(calls, self.engine)
 
-        Yields the latents and what computes the x0 that the model believed in.
-        """
+    def _device_engine(self, part: Part) -> DeviceEngine:
+        engine = self.engine(part)
+        assert is_on_device(engine)
+        return engine
+
+    def _calls(self, plan: Plan, upscaler: str, known: Array | None) -> Calls:
+        """Collect what the calls are told; known: latents (B, C, h, w), smaller, to start from."""
+        noises = [make_noise(plan.noise, seed) for seed in plan.seeds]
+        if known is not None:
+            known = self._enlarged(known, plan, noises, upscaler)
         program, batch, shape = plan.program, len(noises), self._latent_shape(plan)
         picture, start, constant = self._start(plan, noises, known)
         matrices, outside = program.matrices, np.zeros(program.matrices.shape[::2])
@@ -90,42 +124,30 @@ class Denoiser:
             registers = np.concatenate([registers, picture], axis=1)
         registers[:, 0] = start
         tables = {
-            name: _rows(table, batch)
-            for name, table in {
-                "matrices": matrices,
-                "outside": outside,
-                "timestep": program.timesteps,
-                "input_scale": program.input_scales,
-            }.items()
+            "matrices": matrices,
+            "outside": outside,
+            "timestep": program.timesteps,
+            "input_scale": program.input_scales,
         }
-        fresh, deep = _fresh(noises, shape, program.needs_noise), None
-        calls = zip(plan.conditioning, plan.whole, fresh, strict=True)
-        for call, (told, whole, noise) in enumerate(calls):
-            inputs: dict[str, NDArray[Any]] = {
-                **told,
-                **constant,
-                **{name: table[call] for name, table in tables.items()},
-                "registers": registers,
-                "noise": noise,
-            }
-            if whole:
-                outputs = self.engine("step").run(inputs)
-                deep = outputs["deep"] if plan.cache_interval > 1 else None
-            else:
-                assert deep is not None
-                outputs = self.engine("step_shallow").run({**inputs, "deep": deep})
-            registers = outputs["next_registers"]
-            latents = registers[:, 0]
-            yield latents, partial(self._denoised, program, call, inputs, latents)
+        return Calls(
+            registers=registers,
+            told=plan.conditioning,
+            constant=constant,
+            tables={name: _rows(table, batch) for name, table in tables.items()},
+            noises=noises,
+            needs_noise=program.needs_noise,
+            whole=plan.whole,
+        )
 
     def _denoised(
-        self, program: Program, call: int, inputs: Mapping[str, NDArray[Any]], latents: Array
+        self, program: Program, call: int, inputs: Mapping[str, Any], registers: Held
     ) -> Array:
         """Return the x0 that the model believed in at a call."""
         levels = program.signal_scales[call], program.noise_scales[call]
         x, out = np.eye(2)
         x0_row, _ = predict(self.schedule, levels[1], x, out, levels[0])
-        return denoised(inputs, latents, x0_row)
+        known = {**inputs, "registers": on_host(inputs["registers"])}
+        return denoised(known, on_host(registers)[:, 0], x0_row)
 
     def _start(
         self, plan: Plan, noises: Sequence[Noise], known: Array | None
@@ -139,7 +161,7 @@ class Denoiser:
         keeps = plan.mask is not None and not self.model.is_inpainting
         if plan.image is not None and (keeps or not plan.from_noise):
             known = self._encode(np.asarray(plan.image), noises)
-        noise = _draw(noises, shape)
+        noise = draw(noises, shape)
         if plan.from_noise:
             start = np.float32(program.initial_noise) * noise
         else:
@@ -153,7 +175,7 @@ class Denoiser:
             constant["image_conditioning"] = self._shown(plan, noises)
         elif plan.cells is not None:
             constant["mask"] = np.repeat(plan.cells[None], batch, axis=0)
-            _draw(noises, shape)  # of the masked image, which diffusers encodes here for nothing
+            draw(noises, shape)  # of the masked image, which diffusers encodes here for nothing
         if not keeps:
             return None, start, constant
         assert known is not None
@@ -189,7 +211,7 @@ class Denoiser:
         """Encode a picture for all, (H, W, 3), or one for each; each draws its own posterior."""
         compression = self.model.vae.compression
         height, width = (side // compression for side in pixels.shape[-3:-1])
-        noise = _draw(noises, (self.model.vae.latent_channels, height, width))
+        noise = draw(noises, (self.model.vae.latent_channels, height, width))
         pixels = np.broadcast_to(pixels, (len(noises), *pixels.shape[-3:]))
         run = self.engine("vae_encoder").run
         return tiles.encode(run, np.ascontiguousarray(pixels), noise, compression)
@@ -197,11 +219,6 @@ class Denoiser:
     def _latent_shape(self, plan: Plan) -> tuple[int, int, int]:
         vae = self.model.vae
         return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
-
-
-def _draw(noises: Sequence[Noise], shape: tuple[int, ...]) -> Array:
-    """Draw from each picture's own generator, as diffusers does with a list of them."""
-    return np.concatenate([noise.normal((1, *shape)) for noise in noises])
 
 
 def denoised(
@@ -222,24 +239,6 @@ def denoised(
     if inputs["outside"].any():
         x0 = inputs["mask"] * x0 + (1 - inputs["mask"]) * registers[:, -2]
     return x0
-
-
-def _fresh(
-    noises: Sequence[Noise], shape: tuple[int, ...], needs_noise: NDArray[np.bool_]
-) -> Iterator[Array]:
-    """Yield the noise of each call, (B, C, h, w), drawn some calls ahead.
-
-    A draw between two calls takes ten times as long as draws in a row: the engine has emptied the
-    processor's caches.
-    """
-    silence = np.zeros((len(noises), *shape), np.float32)
-    ahead = max(1, AHEAD_BYTES // silence.nbytes)
-    waiting: list[Array] = []
-    for call, draws in enumerate(needs_noise):
-        if draws and not waiting:
-            left = int(needs_noise[call:].sum())
-            waiting = [_draw(noises, shape) for _ in range(min(ahead, left))]
-        yield waiting.pop(0) if draws else silence
 
 
 def _rows(table: NDArray[Any], batch: int) -> Array:

@@ -18,7 +18,7 @@ kernel below it).
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -174,6 +174,11 @@ def make_noise(kind: str, seed: int) -> Noise:
     """
     check_choice("noise", kind, tuple(NOISES))
     return NOISES[kind](seed)
+
+
+def draw(noises: Sequence[Noise], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Draw (B, *shape) from each picture's own generator, as diffusers does with a list of them."""
+    return np.concatenate([noise.normal((1, *shape)) for noise in noises])
 
 
 def _checked(seed: int) -> int:

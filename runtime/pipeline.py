@@ -14,6 +14,7 @@ from PIL import Image
 from engine.adapters.adapter import AdapterChoice
 from engine.adapters.textual_inversion import read_embedding
 from engine.backends import Arrays, BackendSettings, ComputePrecision, Engine
+from engine.device import Held
 from engine.loaded import LoadedModel
 from engine.model import Model
 from engine.models import find_model
@@ -113,6 +114,7 @@ class Pipeline:
         anew, so what an adapter leaves behind is the base bit for bit.
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
+        self._denoiser.device_loop.forget()
         self._loaded.set_loras(loras)
         self.encoder = self.encoder.forgetful()
 
@@ -150,9 +152,8 @@ class Pipeline:
         Raises RequestError for a wish that cannot be fulfilled, BackendError when an engine fails.
         """
         plan = self.plan(Request(prompt=prompt, **wishes))
-        for progress in self.denoise(plan):
-            latents = progress.latents
-        return Result(images=self.pictures(plan, latents), seeds=plan.seeds, settings=plan.settings)
+        pictures = self.pictures(plan, self._denoiser.finish(plan))
+        return Result(images=pictures, seeds=plan.seeds, settings=plan.settings)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model, compute its sampler and encode its texts.
@@ -173,7 +174,7 @@ class Pipeline:
         """Run the sampler; yields after every call of the UNet. To cancel, stop iterating."""
         return self._denoiser.run(plan)
 
-    def decode(self, latents: Array) -> list[Image.Image]:
+    def decode(self, latents: Held) -> list[Image.Image]:
         """Decode latents (B, C, h, w) into pictures of 8 h by 8 w pixels."""
         return [Image.fromarray(pixels) for pixels in self._denoiser.decode(latents)]
 
@@ -185,7 +186,7 @@ class Pipeline:
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
-    def pictures(self, plan: Plan, latents: Array) -> list[Image.Image]:
+    def pictures(self, plan: Plan, latents: Held) -> list[Image.Image]:
         """Decode a plan's finished latents; outside its mask the image's own pixels come back."""
         pictures = self.decode(latents)
         if plan.mask is None or plan.image is None or plan.mask_blur is None:

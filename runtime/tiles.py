@@ -17,14 +17,14 @@ Sizes are those of latents, unless a name says pixels; one latent is `compressio
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import Arrays
+from engine.device import DeviceArray, Held, on_host
 from engine.errors import RequestError
 
 # Up to this area a picture is computed whole: 1024 × 1024 pixels, which is what XL is trained on.
@@ -35,23 +35,25 @@ WHOLE = 128 * 128
 TILE = 56
 SMALLEST_TILE = 8
 
-Run = Callable[[Arrays], dict[str, NDArray[Any]]]
+Run = Callable[[Mapping[str, Any]], dict[str, NDArray[Any]]]
 Array = NDArray[Any]
 Cut = tuple[slice, slice]  # rows and columns
 
 
 def decode(
-    run: Run, latents: NDArray[np.float32], compression: int, *, tile: int | None = None
+    run: Run, latents: Held, compression: int, *, tile: int | None = None
 ) -> NDArray[np.uint8]:
     """Decode latents (B, C, h, w) into pixels (B, H, W, 3), uint8, in tiles where it must be.
 
-    run: `vae_decoder`'s engine; compression: pixels along one side of a latent
+    run: `vae_decoder`'s engine, where the latents are; compression: pixels along one side of one
     tile: the side of a tile, to have all larger pictures cut; None cuts only the largest
     Raises RequestError for a tile that is too small, BackendError when the engine fails.
     """
     side = _side(latents.shape[2:], tile)
     if side is None:
-        whole: Array = run({"latents": np.ascontiguousarray(latents)})["pixels"]
+        if not isinstance(latents, DeviceArray):
+            latents = np.ascontiguousarray(latents)
+        whole: Array = run({"latents": latents})["pixels"]
         return whole
 
     def decode_tile(picture: Array) -> Array:
@@ -59,7 +61,8 @@ def decode(
         return decoded
 
     pictures = (
-        _tiled(decode_tile, [np.moveaxis(picture, 0, -1)], side, compression) for picture in latents
+        _tiled(decode_tile, [np.moveaxis(picture, 0, -1)], side, compression)
+        for picture in on_host(latents)
     )
     return np.stack([_as_bytes(picture) for picture in pictures])
 
