@@ -1,0 +1,197 @@
+"""A device without a GPU: its memory is the processor's, and its work waits until it is waited for.
+
+`FakeDevice` is an `engine.device.Device`; `FakeEngine` lets any engine of the processor stand for
+one that lives there. What would be a bug beside a GPU is an error here: an address that is no
+longer allocated, allocating or waiting while a graph is recorded, and, because memory starts as
+0xA5 in every byte and nothing is done before it is waited for, reading what was not written yet.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from math import prod
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends import Arrays, Engine
+from engine.device import Device, DeviceArray, Shape
+from engine.errors import BackendError
+
+Work = Callable[[], None]
+ALIGNMENT = 256  # bytes, as the driver gives memory
+
+
+class Memory:
+    """A piece of the device's memory; it is free when the last array in it goes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.bytes = np.full(nbytes + ALIGNMENT, 0xA5, np.uint8)
+        self.address = -(-self.bytes.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self.nbytes = nbytes
+
+    def view(self, address: int, shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Look at an array that lies in it."""
+        start = address - self.bytes.ctypes.data
+        return self.bytes[start : start + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+class FakeDevice:
+    """A device over the processor's memory; total: its size in bytes.
+
+    counts: how often each of its methods was called, "replay" for graphs that were queued again and
+        "run" for the runs of engines that were done
+    """
+
+    def __init__(self, total: int = 2**30) -> None:
+        self.stream = 0x57
+        self.counts: Counter[str] = Counter()
+        self.peak = 0
+        self._total = total
+        self._live: WeakValueDictionary[int, Memory] = WeakValueDictionary()
+        self._queue: list[tuple[Work, list[Memory]]] = []
+        self._recorded: list[Work] | None = None
+        self._scratch: DeviceArray | None = None
+
+    @property
+    def allocated(self) -> int:
+        """The bytes that are allocated now."""
+        return sum(memory.nbytes for memory in self._live.values())
+
+    def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
+        assert self._recorded is None, "memory is allocated while a graph is recorded"
+        self.counts["empty"] += 1
+        dtype = np.dtype(dtype)
+        nbytes = prod(shape) * dtype.itemsize
+        free = self._total - self.allocated
+        if nbytes > free:
+            raise BackendError(f"{nbytes} bytes were asked for, {free} are free")
+        memory = Memory(nbytes)
+        self._live[memory.address] = memory
+        self.peak = max(self.peak, self.allocated)
+        return DeviceArray(address=memory.address, shape=shape, dtype=dtype, memory=memory)
+
+    def scratch(self, nbytes: int) -> DeviceArray:
+        if self._scratch is None or self._scratch.nbytes < nbytes:
+            self._scratch = None
+            self._scratch = self.empty((nbytes,), np.dtype(np.uint8))
+        return self._scratch
+
+    def upload(self, array: NDArray[Any], to: DeviceArray) -> None:
+        assert self._recorded is None, "the processor's memory is read while a graph is recorded"
+        assert (array.shape, array.dtype) == (to.shape, to.dtype), "another array is uploaded"
+        self.counts["upload"] += 1
+        taken = array.copy()
+        self.queue(lambda: np.copyto(self.at(to.address, to.shape, to.dtype), taken))
+
+    def copy(self, source: DeviceArray, to: DeviceArray) -> None:
+        assert (source.shape, source.dtype) == (to.shape, to.dtype), "another array is copied"
+        self.counts["copy"] += 1
+        places = [(array.address, array.shape, array.dtype) for array in (to, source)]
+        self.queue(lambda: np.copyto(self.at(*places[0]), self.at(*places[1])))
+
+    def download(self, array: DeviceArray) -> NDArray[Any]:
+        self.counts["download"] += 1
+        self._drain()
+        return self.at(array.address, array.shape, array.dtype).copy()
+
+    def record(self, work: Work) -> Work:
+        assert self._recorded is None, "a graph is recorded while another is"
+        self.counts["record"] += 1
+        recorded = self._recorded = []
+        try:
+            work()
+        finally:
+            self._recorded = None
+
+        def replay() -> None:
+            self.counts["replay"] += 1
+            for piece in recorded:
+                self.queue(piece)
+
+        return replay
+
+    def wait(self) -> None:
+        self.counts["wait"] += 1
+        self._drain()
+
+    def memory(self) -> tuple[int, int]:
+        return self._total - self.allocated, self._total
+
+    def queue(self, work: Work) -> None:
+        """Queue what engines do; it finds its arrays with `at` when its turn comes."""
+        if self._recorded is not None:
+            self._recorded.append(work)
+        else:  # what is freed meanwhile is freed behind it, as the driver does
+            self._queue.append((work, list(self._live.values())))
+
+    def at(self, address: int, shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Look at allocated memory; an AssertionError where an array reaches beyond it."""
+        end = address + prod(shape) * dtype.itemsize
+        for memory in self._live.values():
+            if memory.address <= address and end <= memory.address + memory.nbytes:
+                return memory.view(address, shape, dtype)
+        raise AssertionError(f"{end - address} bytes at {address:#x} are not allocated")
+
+    def _drain(self) -> None:
+        assert self._recorded is None, "the device is waited for while a graph is recorded"
+        queue, self._queue = self._queue, []
+        for work, _ in queue:
+            work()
+
+
+class FakeEngine:
+    """A `DeviceEngine` that runs another engine, on arrays of a `FakeDevice`."""
+
+    def __init__(self, engine: Engine, device: FakeDevice) -> None:
+        self.device: Device = device
+        self._engine = engine
+        self._fake = device
+        self._prepared: dict[str, Shape] = {}
+
+    def run(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, NDArray[Any]]:
+        placed = {}
+        for name, array in inputs.items():
+            if not isinstance(array, DeviceArray):
+                placed[name] = self.device.empty(array.shape, array.dtype)
+                self.device.upload(array, placed[name])
+            else:
+                placed[name] = array
+        outputs = self.prepare({name: array.shape for name, array in placed.items()})
+        self.enqueue(placed, outputs)
+        return {name: self.device.download(array) for name, array in outputs.items()}
+
+    def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
+        self._prepared = dict(inputs)
+        zeros = {
+            name: np.zeros(shape, np.int64 if name == "input_ids" else np.float32)
+            for name, shape in inputs.items()
+        }
+        if inputs.get("pixels"):
+            zeros["pixels"] = zeros["pixels"].astype(np.uint8)
+        made = self._engine.run(zeros)
+        return {name: self.device.empty(array.shape, array.dtype) for name, array in made.items()}
+
+    def enqueue(
+        self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
+    ) -> None:
+        shapes = {name: array.shape for name, array in inputs.items()}
+        assert shapes == self._prepared, "the engine is prepared for other shapes"
+        taken, given = (
+            {name: (array.address, array.shape, array.dtype) for name, array in arrays.items()}
+            for arrays in (inputs, outputs)
+        )
+
+        def work() -> None:
+            self._fake.counts["run"] += 1
+            made = self._engine.run(
+                {name: self._fake.at(*place).copy() for name, place in taken.items()}
+            )
+            for name, place in given.items():
+                np.copyto(self._fake.at(*place), made[name])
+
+        self._fake.queue(work)
+
+    def rebind(self, weights: Arrays, names: Collection[str]) -> None:
+        self._engine.rebind(weights, names)
