@@ -127,7 +127,7 @@ class DeviceEngine(Engine, Protocol):
     def enqueue(
         self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> None:
-        """Queue a run; the last `prepare` was for these shapes. Allocates and waits for nothing."""
+        """Queue a run of shapes that `prepare` has once taken; allocates and waits for nothing."""
         ...
 
 

@@ -5,7 +5,7 @@ run that nobody watches sends its registers to and fro between two buffers; when
 form, the buffers are filled anew and all calls are launched as one recorded graph.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -160,22 +160,22 @@ def _recording(calls: Calls, contents: Contents, engine: Engines) -> Recording:
     uploaded = contents.empty(device)
     first = uploaded[0]
     buffers = [device.empty(first.shape, first.dtype) for _ in range(2)]
+    prepared: dict[Hashable, Mapping[str, DeviceArray]] = {}
     deep: Placed = {}
     queued: list[tuple[Part, Placed, Placed]] = []
     registers = first
     for call, whole in enumerate(calls.whole):
+        part: Part = "step" if whole else "step_shallow"
         given = {**contents.inputs(call, uploaded), "registers": registers}
+        given |= {} if whole else deep
+        shapes = {name: array.shape for name, array in given.items()}
+        form = (part, tuple(sorted(shapes.items())))
+        if form not in prepared:
+            prepared[form] = engine(part).prepare(shapes)
         if whole:
-            part: Part = "step"
-            if "deep" not in deep or deep["deep"].shape[0] != given["context"].shape[0]:
-                shapes = {name: array.shape for name, array in given.items()}
-                deep = {"deep": engine(part).prepare(shapes)["deep"]}
-            outputs = {"next_registers": buffers[call % 2], **deep}
-        else:
-            part, given = "step_shallow", {**given, **deep}
-            outputs = {"next_registers": buffers[call % 2]}
-        queued.append((part, given, outputs))
+            deep = {"deep": prepared[form]["deep"]}
         registers = buffers[call % 2]
+        queued.append((part, given, {"next_registers": registers, **(deep if whole else {})}))
     batch, _, *latent = first.shape
     latents = device.empty((batch, *latent), FLOAT32)
 
