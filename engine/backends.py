@@ -41,13 +41,16 @@ class Engine(Protocol):
 class BackendSettings:
     """Choices of how engines run.
 
-    backend: "cpu" is ONNX Runtime, "openvino"; None lets `engine.opening` choose for a model,
-        and is "cpu" for an engine alone
+    backend: "cpu" is ONNX Runtime, "openvino"; on an NVIDIA GPU "tensorrt", "tensorrt_rtx" or
+        "cuda", which is ONNX Runtime there; None lets `engine.opening` choose for a model, and is
+        "cpu" for an engine alone
     threads: of one engine's computation; None takes one for each processor core.
+    build_missing: whether engines of TensorRT that the cache lacks are built when they are needed
     """
 
     backend: str | None = None
     threads: int | None = None
+    build_missing: bool = False
 
     def __post_init__(self) -> None:
         """Refuse unknown backends and impossible thread counts."""
@@ -120,12 +123,47 @@ def _open_openvino(
     return OpenVinoEngine(graph, weights, settings.threads, precision, ranges)
 
 
+def _open_cuda(
+    graph: Graph,
+    weights: Arrays,
+    settings: BackendSettings,
+    precision: ComputePrecision,
+    ranges: Ranges | None,
+) -> Engine:
+    from engine.cuda import find_device
+    from engine.onnxruntime_cuda import OnnxRuntimeCudaEngine
+
+    return OnnxRuntimeCudaEngine(graph, weights, find_device())
+
+
+def _refuse_tensorrt(
+    graph: Graph,
+    weights: Arrays,
+    settings: BackendSettings,
+    precision: ComputePrecision,
+    ranges: Ranges | None,
+) -> Engine:
+    raise BackendError(
+        f"the backend {settings.backend!r} opens the parts of a model, and {graph.path.name} came "
+        "alone; open the model with `runtime.Pipeline.load`"
+    )
+
+
 DEFAULT = "cpu"
-BACKENDS = {"cpu": _open_cpu, "openvino": _open_openvino}
-# What each computes in, and the precision of the graph that it does this from.
+BACKENDS = {
+    "cpu": _open_cpu,
+    "openvino": _open_openvino,
+    "cuda": _open_cuda,
+    "tensorrt": _refuse_tensorrt,  # `engine.opening` has what these need to know of the model
+    "tensorrt_rtx": _refuse_tensorrt,
+}
+# What each computes in, its default first, and the precision of the graph that it does this from.
 PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {
     "cpu": {"float32": "float32", "float16": "float16"},
     "openvino": {"float32": "float32", "bfloat16": "float32", "int8": "float32"},
+    "cuda": {"float16": "float16", "float32": "float32"},
+    "tensorrt": {"float16": "float16", "float32": "float32"},
+    "tensorrt_rtx": {"float16": "float16"},  # its builder dies of attention in float32
 }
 
 

@@ -1,12 +1,12 @@
 """A model with its engines: opened when they are first needed, with adapters on or off."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.adapters.adapter import Adapted, AdapterChoice, adapt, parse_adapter, read_adapter
 from engine.backends import Arrays, Engine
-from engine.checkpoints.components import ComponentName
+from engine.checkpoints.components import Component, ComponentName
 from engine.errors import BackendError, ModelError
 from engine.model import COMPONENTS, Model
 from engine.signature import Part
@@ -37,16 +37,10 @@ class LoadedModel:
 
     def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
         """Put these adapters on in place of those that are on; see `runtime.Pipeline`."""
-        choices = [
-            lora if isinstance(lora, AdapterChoice) else parse_adapter(str(lora)) for lora in loras
-        ]
-        adapters = [(read_adapter(choice.path), choice) for choice in choices]
-        if not adapters and not self._adapted:
+        if not loras and not self._adapted:
             return
-        adaptable: set[ComponentName] = {*self.model.configs} - {"vae", "preview_decoder"}
-        bases = {name: self.model.find(name) for name in adaptable}
-        adapted = adapt(bases, {name: base.shapes for name, base in bases.items()}, adapters)
-        self._rebind(adapted)
+        bases = {name: self.model.find(name) for name in _adaptable(self.model)}
+        self._rebind(_adapt(bases, loras))
         for base in bases.values():
             base.weights.release()
 
@@ -74,3 +68,27 @@ class LoadedModel:
             yield
         except (BackendError, ModelError) as error:
             raise type(error)(f"{self.model.path}: {error}") from error
+
+
+def adapted_weights(
+    model: Model, loras: Sequence[str | Path | AdapterChoice]
+) -> dict[ComponentName, Adapted]:
+    """Return the weights of the components that adapters may change, with these on.
+
+    Raises ModelError when one does not fit.
+    """
+    return _adapt({name: model.find(name) for name in _adaptable(model)}, loras)
+
+
+def _adaptable(model: Model) -> set[ComponentName]:
+    return {*model.configs} - {"vae", "preview_decoder"}
+
+
+def _adapt(
+    bases: Mapping[ComponentName, Component], loras: Sequence[str | Path | AdapterChoice]
+) -> dict[ComponentName, Adapted]:
+    choices = [
+        lora if isinstance(lora, AdapterChoice) else parse_adapter(str(lora)) for lora in loras
+    ]
+    adapters = [(read_adapter(choice.path), choice) for choice in choices]
+    return adapt(bases, {name: base.shapes for name, base in bases.items()}, adapters)

@@ -5,7 +5,7 @@ code. Neither is converted: the parts' weights are found under their graphs' nam
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
@@ -62,6 +62,7 @@ class Model:
     zeros_for_empty_prompt: whether an empty negative prompt stands for a text of zeros, as in XL
     steps, guidance_scale: what the authors of a distilled model recommend
     notes: what was concluded of a file from more than its weights, a sentence each
+    given: what `open` was given beside the path, from which another process opens the same
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Model:
     steps: int | None = None
     guidance_scale: float | None = None
     notes: tuple[str, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -101,7 +103,8 @@ class Model:
         if preview_decoder is not None:
             model = model._with_preview_decoder(preview_decoder)
         model._check_widths()
-        return model
+        given = {"prediction_type": prediction_type, "vae": vae, "preview_decoder": preview_decoder}
+        return replace(model, given=MappingProxyType(given))
 
     @classmethod
     def _from_folder(cls, path: Path, *, needs_vae: bool) -> Self:

@@ -24,6 +24,7 @@ from engine.graphs import find_graph, graph_folders
 from engine.model import Model
 from engine.quantization import find_ranges, ranges_name
 from engine.signature import Part
+from engine.tensorrt_library import LIBRARIES
 
 SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a picture takes
 QUANTIZED: Sequence[Part] = ("step", "step_shallow")  # the parts whose layers compute in int8
@@ -68,7 +69,7 @@ class Opener:
             settings = replace(settings, backend="openvino" if fast else "cpu")
         if precision is None:
             fast = settings.backend == "openvino" and "BF16" in capabilities()
-            precision = "bfloat16" if fast else "float32"
+            precision = "bfloat16" if fast else next(iter(PRECISIONS[settings.backend]))
             ranges = _ranges(model, folders) if fast else None
             precision = precision if ranges is None else "int8"
         else:
@@ -92,6 +93,10 @@ class Opener:
         """Open a part with its weights; raises GraphError, ModelError or BackendError."""
         precision = graph_precision(self.settings, self.precision)
         graph = find_graph(part, self.model.config(part), precision, self.folders, self.model.path)
+        if self.settings.backend in LIBRARIES:
+            from engine.tensorrt_ladder import open_ladder
+
+            return open_ladder(self.model, part, graph, weights, self.settings)
         ranges = self.ranges if part in QUANTIZED else None
         return open_engine(graph, weights, self.settings, self.precision, ranges)
 

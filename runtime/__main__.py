@@ -46,7 +46,9 @@ def _draw(options: argparse.Namespace) -> None:
     for path, check in ((options.out, check_output), (options.animation, check_animation)):
         if path:
             check(path)
-    backend = BackendSettings(backend=options.backend, threads=options.threads)
+    backend = BackendSettings(
+        backend=options.backend, threads=options.threads, build_missing=options.build_missing
+    )
     if options.expand:
         options.prompt = _expanded(options, backend)
     request = request_of(options)

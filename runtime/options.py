@@ -143,7 +143,13 @@ def _add_model(group: Any) -> None:
     add(
         "--backend",
         choices=tuple(BACKENDS),
-        help="what runs the engines: cpu is ONNX Runtime (default: what is fastest here)",
+        help="what runs the engines: cpu is ONNX Runtime; on an NVIDIA GPU tensorrt, tensorrt_rtx, "
+        "or cuda, which is ONNX Runtime there (default: what is fastest on the processor)",
+    )
+    add(
+        "--build-missing",
+        action="store_true",
+        help="build the engines of tensorrt or tensorrt_rtx that the cache lacks",
     )
     add(
         "--precision",

@@ -1,0 +1,66 @@
+"""What an engine of TensorRT or TensorRT-RTX is made of: its facts, and the request to build it."""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from engine.cuda import CudaDevice, find_device
+from engine.engine_store import EngineFacts
+from engine.graphs import Graph
+from engine.model import Model
+from engine.signature import Part
+from engine.tensorrt_build import BuildRequest, BuildSettings, timings_path
+from engine.tensorrt_library import LIBRARIES, library, version
+
+
+def engine_facts(
+    name: str,
+    graph: Graph,
+    settings: BuildSettings,
+    weights: Callable[[], str],
+    device: CudaDevice | None = None,
+) -> EngineFacts:
+    """Return the facts of an engine; raises BackendError when the library is missing.
+
+    name: "tensorrt" or "tensorrt_rtx"
+    weights: hashes those that are built in, if any are
+    device: the GPU, unless the settings name a target
+    """
+    portable = bool(LIBRARIES[name].targets)
+    sm = settings.target or (device or find_device()).facts.sm
+    return EngineFacts(
+        library=name,
+        version=version(library(name)),
+        part=graph.part,
+        architecture=graph.architecture,
+        graph=hashlib.sha256(graph.data()).hexdigest(),
+        weights=None if settings.refit else weights(),
+        precision=graph.precision,
+        profiles=tuple(profile.to_dict() for profile in settings.profiles),
+        sm=sm,
+        device=None if portable else (device or find_device()).facts.name,
+        driver=None if portable else (device or find_device()).facts.driver,
+        refit=settings.refit,
+        optimization_level=settings.optimization_level,
+        workspace_bytes=settings.workspace_bytes,
+    )
+
+
+def build_request(
+    name: str, model: Model, part: Part, graph: Graph, settings: BuildSettings, **more: Any
+) -> BuildRequest:
+    """Return what is to be built of a model's part; more: `loras`."""
+    timings = None
+    if LIBRARIES[name].keeps_timings:
+        device = find_device()
+        timings = timings_path(name, version(library(name)), device.facts.name)
+    return BuildRequest(
+        library=name,
+        part=part,
+        graph=graph.path,
+        model=model.path,
+        settings=settings,
+        timings=timings,
+        **model.given,
+        **more,
+    )

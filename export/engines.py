@@ -1,0 +1,97 @@
+"""Engines of TensorRT and TensorRT-RTX, built into the cache where the runtime finds them."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.backends import Arrays
+from engine.engine_store import EngineStore, weights_hash
+from engine.graphs import Graph, Precision, find_graph, graph_folders
+from engine.loaded import adapted_weights
+from engine.model import COMPONENTS, Model
+from engine.signature import Part
+from engine.tensorrt_build import BuildProgress, BuildSettings, Built, build
+from engine.tensorrt_facts import build_request, engine_facts
+
+BAR_WIDTH = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """What to build of a model.
+
+    library: "tensorrt" or "tensorrt_rtx"
+    targets: the GPUs, such as "sm89"; None is the one at hand
+    loras: adapters that are built in
+    """
+
+    library: str
+    precision: Precision
+    settings: BuildSettings
+    targets: Sequence[str | None] = (None,)
+    loras: tuple[str, ...] = ()
+
+
+def build_engines(model: Model, parts: Sequence[Part], choices: Choices) -> Iterator[str]:
+    """Build what the cache lacks; yields a line on each engine when it is there.
+
+    Raises GraphError, ModelError, BackendError or OutputError.
+    """
+    store = EngineStore()
+    for part in parts:
+        config = model.config(part)
+        graph = find_graph(part, config, choices.precision, graph_folders(), model.path)
+        for target in choices.targets:
+            settings = replace(choices.settings, target=target)
+            yield _build_part(store, model, part, graph, settings, choices)
+
+
+def _build_part(
+    store: EngineStore,
+    model: Model,
+    part: Part,
+    graph: Graph,
+    settings: BuildSettings,
+    choices: Choices,
+) -> str:
+    facts = engine_facts(
+        choices.library, graph, settings, lambda: _hash(model, part, graph, choices.loras)
+    )
+    request = build_request(
+        choices.library, model, part, graph, settings, loras=choices.loras
+    )
+    made: list[Built] = []
+
+    def make(path: Path) -> None:
+        label = f"{part} for {facts.sm}"
+        made.append(build(request, path, lambda progress: _show(label, progress)))
+
+    path = store.get_or_build(facts, make)
+    line = f"{part}  {facts.sm}  {path.stat().st_size / 1e6:.1f} MB"
+    if not made:
+        return f"{line}  was there"
+    peak = made[0].peak_bytes
+    took = f"{line}  {made[0].seconds:.1f} s"
+    return took if peak is None else f"{took}  {peak / 2**30:.1f} GiB at most"
+
+
+def _hash(model: Model, part: Part, graph: Graph, loras: Sequence[str]) -> str:
+    """Hash the weights of a part as the runtime will hash those that it binds."""
+    name = COMPONENTS[part]
+    adapted = adapted_weights(model, loras) if loras else {}
+    weights: Arrays = adapted.get(name) or model.weights(part)
+    return weights_hash({name: weights[name] for name in graph.weights})
+
+
+def _show(label: str, progress: BuildProgress) -> None:
+    """Draw a bar on a terminal; in a pipe stay quiet."""
+    if not sys.stderr.isatty():
+        return
+    done = round(BAR_WIDTH * progress.fraction)
+    bar = "█" * done + "░" * (BAR_WIDTH - done)
+    end = "\n" if progress.fraction >= 1 else ""
+    print(f"\r{bar} {label}: {progress.phase[:40]:40}", end=end, file=sys.stderr, flush=True)
+
+
+__all__ = ["Choices", "build_engines"]
