@@ -4,11 +4,13 @@ An ONNX file is one protobuf message (https://protobuf.dev/programming-guides/en
 ModelProto, whose fields are numbered in onnx.proto.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-# Fields of ModelProto, GraphProto, TensorProto, ValueInfoProto, TypeProto and its tensor's type.
+# Fields of ModelProto, GraphProto, NodeProto and AttributeProto, TensorProto, ValueInfoProto,
+# TypeProto and its tensor's type.
 MODEL_GRAPH, MODEL_METADATA = 7, 14
-GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 5, 11, 12
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
+NODE_OPERATOR, NODE_ATTRIBUTE, ATTRIBUTE_NAME = 4, 5, 1
 TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_LOCATION = 1, 2, 8, 14
 VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TYPE_DTYPE, TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = (
     1,
@@ -44,17 +46,39 @@ def outputs(data: bytes) -> tuple[str, ...]:
 
 def weights_as_inputs(data: bytes) -> bytes:
     """Turn the external initializers of a serialised ModelProto into inputs of the graph."""
+    return _mapped(data, MODEL_GRAPH, _graph_with_inputs)
+
+
+def without_attribute(data: bytes, operator: str, attribute: str) -> bytes:
+    """Leave an attribute out of all nodes of an operator, for a library that does not take it."""
+
+    # Not all of an attribute: further on are floats, which `fields` does not read.
+    named = (ATTRIBUTE_NAME, attribute.encode())
+
+    def node(content: bytes) -> bytes:
+        found = list(fields(content))
+        if (NODE_OPERATOR, operator.encode()) not in found:
+            return content
+        return b"".join(
+            _encode(field, value)
+            for field, value in found
+            if field != NODE_ATTRIBUTE or next(fields(_bytes(value)), None) != named
+        )
+
+    return _mapped(data, MODEL_GRAPH, lambda graph: _mapped(graph, GRAPH_NODE, node))
+
+
+def _mapped(data: bytes, chosen: int, change: Callable[[bytes], bytes]) -> bytes:
+    """Change the messages of one field."""
     return b"".join(
-        _message(field, _graph_with_inputs(value))
-        if field == MODEL_GRAPH
-        else _encode(field, value)
+        _encode(field, change(_bytes(value)) if field == chosen else value)
         for field, value in fields(data)
     )
 
 
-def _graph_with_inputs(graph: bytes | int) -> bytes:
+def _graph_with_inputs(graph: bytes) -> bytes:
     kept = []
-    for field, value in fields(_bytes(graph)):
+    for field, value in fields(graph):
         if field == GRAPH_INITIALIZER and isinstance(value, bytes):
             tensor = list(fields(value))
             if (TENSOR_LOCATION, EXTERNAL) in tensor:

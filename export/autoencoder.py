@@ -181,7 +181,9 @@ class Autoencoder(nn.Module):
         moments = self.encoder(pixels)
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
-        mean, log_variance = moments.chunk(2, dim=1)
+        channels = self.config.latent_channels
+        # Not `chunk`, whose ONNX has sequences, which TensorRT does not take.
+        mean, log_variance = moments[:, :channels], moments[:, channels:]
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class VaeEncode(nn.Module):
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
         """Encode, draw from the posterior with the noise, scale."""
         config = self.model.config
-        scaled = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        # Floats first: TensorRT takes bytes and moves none.
+        scaled = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0
         mean, std = self.model.encode(scaled.to(self.model.encoder.conv_in.weight.dtype))
         return (mean.float() + std.float() * noise - config.shift_factor) * config.scaling_factor
 
