@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import LatentrtError, OutputError
+from engine.file_lock import locked
 
-__all__ = ["Cache", "cache_folder", "write_atomically"]
+__all__ = ["Cache", "cache_folder", "is_intact", "write_atomically"]
 
 
 def cache_folder() -> Path:
@@ -67,10 +67,10 @@ class Cache:
     def get(self, key: str) -> Path | None:
         """Find an entry, or None; what is damaged is removed and never returned."""
         entries = self._entries(key)
-        intact = next((entry for entry in entries if _is_intact(entry, key)), None)
+        intact = next((entry for entry in entries if is_intact(entry, key)), None)
         if entries and not intact:
-            with suppress(OutputError), self._lock(key):  # unless the folder may only be read
-                return self._take(key)
+            with suppress(OutputError), self.lock(key):  # unless the folder may only be read
+                return self.take(key)
         return intact
 
     def put(self, key: str, write: Callable[[Path], object], suffix: str = "") -> Path:
@@ -79,25 +79,22 @@ class Cache:
         write: makes the file at the path it is given, whose name ends with `suffix`.
         Raises OutputError when that cannot be done, and what `write` raises except OSError.
         """
-        with self._lock(key):
-            return self._take(key) or self._make(key, write, suffix)
+        with self.lock(key):
+            return self.take(key) or self.make(key, write, suffix)
 
     def get_or_build(self, key: str, write: Callable[[Path], object], suffix: str = "") -> Path:
         """Find an entry, or make it as `put` does."""
         return self.get(key) or self.put(key, write, suffix)
 
-    def _entries(self, key: str) -> list[Path]:
-        return sorted(self.folder.glob(f"{key}.*"))
-
-    def _take(self, key: str) -> Path | None:
+    def take(self, key: str) -> Path | None:
         """Find an intact entry and remove the others; only with the key's lock."""
         for entry in self._entries(key):
-            if _is_intact(entry, key):
+            if is_intact(entry, key):
                 return entry
             _remove(entry)
         return None
 
-    def _make(self, key: str, write: Callable[[Path], object], suffix: str) -> Path:
+    def make(self, key: str, write: Callable[[Path], object], suffix: str) -> Path:
         """Write beside, to the disk, then rename; only with the key's lock."""
         for leftover in self.folder.glob(f".{key}.*"):
             _remove(leftover)
@@ -112,13 +109,19 @@ class Cache:
             _remove(temporary)
 
     @contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
+    def lock(self, key: str) -> Iterator[None]:
         """Hold a key's lock, and say of any OSError meanwhile what can be done about it."""
         with _output_errors(f"the cache folder {self.folder}", "set LATENTRT_CACHE"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f".lock-{key}").open("ab") as file:
-                _lock_file(file.fileno())  # until it is closed
+            with locked(self.lock_path(key)):
                 yield
+
+    def lock_path(self, key: str) -> Path:
+        """Name the file that a key is locked with."""
+        return self.folder / f".lock-{key}"
+
+    def _entries(self, key: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{key}.*"))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -173,27 +176,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_intact(entry: Path, key: str) -> bool:
-    """Tell whether a file has the SHA-256 that its name states."""
+def is_intact(entry: Path, key: str) -> bool:
+    """Tell whether an entry has the SHA-256 that its name states."""
     with suppress(OSError), entry.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return entry.name[len(key) + 1 :].startswith(digest)
     return False
-
-
-# The system releases these locks when a process ends, however it ends: none is ever stale.
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock_file(descriptor: int) -> None:
-        while True:
-            try:
-                return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            except PermissionError:  # another process holds it
-                time.sleep(0.05)
-
-else:
-    import fcntl
-
-    def _lock_file(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -3,6 +3,7 @@
 python -m export MODEL                   trace a model's architecture, check it against torch
 python -m export language-model FOLDER   the same for a GPT-2, which makes prompts longer
 python -m export info FILE               say what a checkpoint or an adapter is
+python -m export cache                   list, verify and prune what the cache holds
 python -m export graphs                  trace the architectures that ship
 """
 
@@ -15,9 +16,11 @@ from typing import get_args
 
 from engine.cache import cache_folder
 from engine.errors import LatentrtError, OutputError
+from engine.eviction import cache_limit, parse_size
 from engine.graphs import SHIPPED, Precision
 from engine.model import COMPONENTS, Model
 from engine.models import find_model
+from export.cache import as_json, as_text, list_cache, prune_cache
 from export.info import as_table, describe
 
 USER_ERROR = 2
@@ -27,7 +30,7 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = given[0] if given[:1] in (["info"], ["graphs"], ["language-model"]) else "model"
+    command = given[0] if given and given[0] in _COMMANDS else "model"
     options = _PARSERS[command]().parse_args(given if command == "model" else given[1:])
     try:
         _COMMANDS[command](options)
@@ -43,6 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _info(options: argparse.Namespace) -> None:
     facts = describe(options.file)
     print(json.dumps(facts, indent=2) if options.json else as_table(facts))
+
+
+def _cache(options: argparse.Namespace) -> None:
+    folder, limit = cache_folder(), cache_limit()
+    if options.prune is None:
+        listing = list_cache(folder, limit, verify=options.verify)
+    else:
+        listing = prune_cache(folder, limit, parse_size(options.prune))
+    print(json.dumps(as_json(listing), indent=2) if options.json else as_text(listing))
 
 
 def _model(options: argparse.Namespace) -> None:
@@ -89,8 +101,8 @@ def _model_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
         description="Trace a model's parts to ONNX graphs and check each against torch.",
-        epilog="also: python -m export info FILE (what a file is), python -m export "
-        "language-model FOLDER, python -m export graphs",
+        epilog="also: python -m export info FILE (what a file is), python -m export cache, "
+        "python -m export language-model FOLDER, python -m export graphs",
     )
     parser.add_argument("model", metavar="MODEL", help="a model that ships, a folder or a file")
     _add_choices(parser)
@@ -148,6 +160,26 @@ def _info_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _cache_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export cache",
+        description="List what the cache holds: what it is, its size and when it was last used.",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every byte, and say what is damaged"
+    )
+    parser.add_argument(
+        "--prune",
+        nargs="?",
+        const="none",
+        metavar="SIZE",
+        help="verify, and remove what is damaged or left over; with a size such as 10GB, also the "
+        "engines used longest ago until the others fit",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
 def _graphs_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export graphs",
@@ -164,12 +196,14 @@ _COMMANDS = {
     "model": _model,
     "language-model": _language_model,
     "info": _info,
+    "cache": _cache,
     "graphs": _graphs,
 }
 _PARSERS = {
     "model": _model_parser,
     "language-model": _language_model_parser,
     "info": _info_parser,
+    "cache": _cache_parser,
     "graphs": _graphs_parser,
 }
 
