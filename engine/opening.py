@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from engine.backends import (
+    DEFAULT,
     PRECISIONS,
     Arrays,
     BackendSettings,
@@ -69,9 +70,10 @@ class Opener:
             settings = replace(settings, backend="openvino" if fast else "cpu")
         if precision is None:
             fast = settings.backend == "openvino" and "BF16" in capabilities()
-            precision = "bfloat16" if fast else next(iter(PRECISIONS[settings.backend]))
             ranges = _ranges(model, folders) if fast else None
-            precision = precision if ranges is None else "int8"
+            precision = next(iter(PRECISIONS[settings.backend or DEFAULT]))
+            if fast:
+                precision = "bfloat16" if ranges is None else "int8"
         else:
             graph_precision(settings, precision)
             ranges = _ranges(model, folders) if precision == "int8" else None

@@ -6,7 +6,7 @@ guidance on or off, the words of textual inversion) is always a range.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -61,6 +61,9 @@ def parse_range(text: str) -> Range:
     return Range(sizes[0], sizes[len(sizes) // 2 if len(sizes) == 3 else 0], sizes[-1])
 
 
+ONE, TOKENS, GROUPS, ROWS = Range(1, 1, 1), Range(77, 77, 77), Range(1, 2, 2), Range(1, 2, 32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """The sizes of requests that an engine serves.
@@ -74,10 +77,10 @@ class Profile:
 
     height: Range
     width: Range
-    batch: Range = Range(1, 1, 1)
-    tokens: Range = Range(77, 77, 77)
-    groups: Range = Range(1, 2, 2)
-    rows: Range = Range(1, 2, 32)
+    batch: Range = ONE
+    tokens: Range = TOKENS
+    groups: Range = GROUPS
+    rows: Range = ROWS
 
     def __post_init__(self) -> None:
         """Refuse sizes of nothing."""
@@ -111,6 +114,20 @@ class Profile:
             raise BackendError(
                 f"{values!r} is no shape profile ({error}); build the engine anew"
             ) from error
+
+
+ANY_SIZE = Range(64, 64, 64)  # of pictures, for a part that sees none
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def relevant(part: Part, profile: Profile) -> Profile:
+    """Return a profile without what a part does not see, so that others may share its engine."""
+    if part in TEXT_ENCODERS:
+        unseen = {"height": ANY_SIZE, "width": ANY_SIZE, "batch": ONE, "tokens": TOKENS}
+        return replace(profile, groups=GROUPS, **unseen)
+    if part in ("step", "step_shallow"):
+        return replace(profile, rows=ROWS)
+    return replace(profile, groups=GROUPS, tokens=TOKENS, rows=ROWS)
 
 
 # The same for every model, so that one engine serves every sampler and every prompt.

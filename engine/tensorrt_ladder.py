@@ -18,7 +18,7 @@ from engine.engine_store import EngineFacts, EngineStore, weights_hash
 from engine.errors import BackendError
 from engine.graphs import Graph
 from engine.model import Model
-from engine.profiles import Profile, Range, input_shapes
+from engine.profiles import GROUPS, Profile, Range, input_shapes, relevant
 from engine.signature import Part, signature
 from engine.tensorrt_build import BuildSettings, build
 from engine.tensorrt_engine import TensorRTEngine
@@ -193,18 +193,17 @@ class Ladder:
             "height": sizes.get("h", side) * compression,
             "width": sizes.get("w", side) * compression,
         }
-        if self.part not in ("text_encoder", "text_encoder_2"):
-            chosen |= {"batch": sizes.get("B", 1)}
-        if "n" in sizes:
-            chosen |= {"tokens": sizes["n"]}
+        symbols = {"batch": "B", "tokens": "n"}
+        chosen |= {name: sizes[symbol] for name, symbol in symbols.items() if symbol in sizes}
         ranges = {name: Range(size, size, size) for name, size in chosen.items()}
-        if sizes.get("g", 0) > Profile(**ranges).groups.most:
+        if sizes.get("g", 0) > GROUPS.most:
             ranges["groups"] = Range(1, 2, sizes["g"])
-        return Profile(**ranges)
+        return relevant(self.part, Profile(**ranges))
 
     def _command(self, profile: Profile | None = None) -> str:
         command = f"python -m export {self.model.path} --backend {self.name}"
         if profile is None:
             return command
         sizes = f"--height {profile.height.most} --width {profile.width.most}"
-        return f"{command} {sizes} --batch {profile.batch.most} --tokens {profile.tokens.most}"
+        sizes += f" --batch {profile.batch.most} --tokens {profile.tokens.most}"
+        return f"{command} {sizes} --groups {profile.groups.most}"

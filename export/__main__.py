@@ -1,6 +1,7 @@
 """`python -m export`: trace graphs of models, and say what a file is.
 
 python -m export MODEL                   trace a model's architecture, check it against torch
+python -m export MODEL --backend NAME    build engines of TensorRT or TensorRT-RTX into the cache
 python -m export language-model FOLDER   the same for a GPT-2, which makes prompts longer
 python -m export info FILE               say what a checkpoint or an adapter is
 python -m export cache                   list, verify and prune what the cache holds
@@ -21,6 +22,8 @@ from engine.graphs import SHIPPED, Precision
 from engine.model import COMPONENTS, Model
 from engine.models import find_model
 from export.cache import as_json, as_text, list_cache, prune_cache
+from export.engine_options import add_engine_options, engine_choices
+from export.engines import build_engines
 from export.info import as_table, describe
 
 USER_ERROR = 2
@@ -60,11 +63,20 @@ def _cache(options: argparse.Namespace) -> None:
 def _model(options: argparse.Namespace) -> None:
     from export.writing import export_part
 
-    model = Model.open(find_model(options.model), prediction_type=None)
+    model = Model.open(
+        find_model(options.model),
+        vae=options.vae,
+        preview_decoder=options.preview_decoder,
+        prediction_type=options.prediction_type,
+    )
+    parts = options.parts or [p for p, name in COMPONENTS.items() if name in model.configs]
+    if options.backend:
+        for line in build_engines(model, parts, engine_choices(model, options)):
+            print(line, flush=True)
+        return
     folder = _made(options.out or cache_folder() / "graphs")
-    parts = [part for part, name in COMPONENTS.items() if name in model.configs]
-    for part in options.parts or parts:
-        print(export_part(model, part, options.precision, folder))
+    for part in parts:
+        print(export_part(model, part, options.precision or "float32", folder))
 
 
 def _language_model(options: argparse.Namespace) -> None:
@@ -73,7 +85,7 @@ def _language_model(options: argparse.Namespace) -> None:
 
     model = LanguageModel.open(options.folder)
     folder = _made(options.out or cache_folder() / "graphs")
-    print(export_language_model(model, options.precision, folder))
+    print(export_language_model(model, options.precision or "float32", folder))
 
 
 def _graphs(options: argparse.Namespace) -> None:
@@ -100,13 +112,18 @@ def _made(folder: Path) -> Path:
 def _model_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export",
-        description="Trace a model's parts to ONNX graphs and check each against torch.",
+        description="Trace a model's parts to ONNX graphs and check each against torch, or build "
+        "engines of them.",
         epilog="also: python -m export info FILE (what a file is), python -m export cache, "
         "python -m export language-model FOLDER, python -m export graphs",
     )
     parser.add_argument("model", metavar="MODEL", help="a model that ships, a folder or a file")
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="another autoencoder")
+    parser.add_argument("--preview-decoder", type=Path, metavar="FILE", help="such as TAESD's")
+    parser.add_argument("--prediction-type", help="where the model does not tell")
     _add_choices(parser)
     _add_parts(parser, "all that the model has")
+    add_engine_options(parser)
     return parser
 
 
@@ -132,8 +149,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
-        default="float32",
-        help="what the graphs compute in (default: %(default)s)",
+        help="what the graphs compute in (default: float32; of engines float16)",
     )
 
 

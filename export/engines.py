@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.backends import Arrays
+from engine.cache import cache_folder
 from engine.engine_store import EngineStore, weights_hash
+from engine.errors import GraphError
 from engine.graphs import Graph, Precision, find_graph, graph_folders
 from engine.loaded import adapted_weights
 from engine.model import COMPONENTS, Model
+from engine.profiles import relevant
 from engine.signature import Part
 from engine.tensorrt_build import BuildProgress, BuildSettings, Built, build
 from engine.tensorrt_facts import build_request, engine_facts
@@ -40,11 +43,25 @@ def build_engines(model: Model, parts: Sequence[Part], choices: Choices) -> Iter
     """
     store = EngineStore()
     for part in parts:
-        config = model.config(part)
-        graph = find_graph(part, config, choices.precision, graph_folders(), model.path)
+        graph = _graph(model, part, choices.precision)
+        profiles = dict.fromkeys(relevant(part, each) for each in choices.settings.profiles)
         for target in choices.targets:
-            settings = replace(choices.settings, target=target)
+            settings = replace(choices.settings, profiles=tuple(profiles), target=target)
             yield _build_part(store, model, part, graph, settings, choices)
+
+
+def _graph(model: Model, part: Part, precision: Precision) -> Graph:
+    """Find a part's graph, and trace it where there is none yet."""
+    wanted = (part, model.config(part), precision, graph_folders(), model.path)
+    try:
+        return find_graph(*wanted)
+    except GraphError:
+        from export.writing import export_part
+
+        folder = cache_folder() / "graphs"
+        folder.mkdir(parents=True, exist_ok=True)
+        export_part(model, part, precision, folder)
+        return find_graph(*wanted)
 
 
 def _build_part(
@@ -58,9 +75,7 @@ def _build_part(
     facts = engine_facts(
         choices.library, graph, settings, lambda: _hash(model, part, graph, choices.loras)
     )
-    request = build_request(
-        choices.library, model, part, graph, settings, loras=choices.loras
-    )
+    request = build_request(choices.library, model, part, graph, settings, loras=choices.loras)
     made: list[Built] = []
 
     def make(path: Path) -> None:
