@@ -8,6 +8,7 @@ longer allocated, allocating or waiting while a graph is recorded, and, because 
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from math import prod
 from threading import Lock
 from typing import Any
@@ -18,9 +19,12 @@ from numpy.typing import NDArray
 
 from engine.backends import Arrays, Engine
 from engine.device import Device, DeviceArray, Shape
-from engine.errors import BackendError
+from engine.host_arrays import Given, run_from_host
+from engine.out_of_memory import out_of_memory
 
 Work = Callable[[], None]
+Place = tuple[int, Shape, np.dtype[Any]]
+"""An array's address, shape and dtype."""
 ALIGNMENT = 256  # bytes, as the driver gives memory
 
 
@@ -68,7 +72,7 @@ class FakeDevice:
         nbytes = prod(shape) * dtype.itemsize
         free = self._total - self.allocated
         if nbytes > free:
-            raise BackendError(f"{nbytes} bytes were asked for, {free} are free")
+            raise out_of_memory(nbytes, free, self._total)
         memory = Memory(nbytes)
         self._live[memory.address] = memory
         self.peak = max(self.peak, self.allocated)
@@ -109,12 +113,12 @@ class FakeDevice:
         finally:
             self._recorded = None
 
-        def replay() -> None:
-            self.counts["replay"] += 1
-            for piece in recorded:
-                self.queue(piece)
+        return partial(self._replay, recorded, (self._scratch, work))
 
-        return replay
+    def _replay(self, recorded: list[Work], kept: object) -> None:
+        self.counts["replay"] += 1
+        for piece in recorded:
+            self.queue(piece)
 
     def wait(self) -> None:
         self.counts["wait"] += 1
@@ -129,6 +133,19 @@ class FakeDevice:
             self._recorded.append(work)
         else:  # what is freed meanwhile is freed behind it, as the driver does
             self._queue.append((work, list(self._live.values())))
+
+    def queue_run(
+        self, engine: Engine, inputs: Mapping[str, Place], outputs: Mapping[str, Place]
+    ) -> None:
+        """Queue a run of an engine of the processor from and to the device's memory."""
+
+        def work() -> None:
+            self.counts["run"] += 1
+            made = engine.run({name: self.at(*place).copy() for name, place in inputs.items()})
+            for name, place in outputs.items():
+                np.copyto(self.at(*place), made[name])
+
+        self.queue(work)
 
     def at(self, address: int, shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Look at allocated memory; an AssertionError where an array reaches beyond it."""
@@ -155,48 +172,37 @@ class FakeEngine:
         self._fake = device
         self._prepared: list[dict[str, Shape]] = []
 
-    def run(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, NDArray[Any]]:
-        placed = {}
-        for name, array in inputs.items():
-            if not isinstance(array, DeviceArray):
-                placed[name] = self.device.empty(array.shape, array.dtype)
-                self.device.upload(array, placed[name])
-            else:
-                placed[name] = array
-        outputs = self.prepare({name: array.shape for name, array in placed.items()})
-        self.enqueue(placed, outputs)
-        return {name: self.device.download(array) for name, array in outputs.items()}
+    def run(self, inputs: Given) -> dict[str, NDArray[Any]]:
+        return run_from_host(self, inputs)
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
         self._prepared.append(dict(inputs))
-        zeros = {
-            name: np.zeros(shape, np.int64 if name == "input_ids" else np.float32)
-            for name, shape in inputs.items()
-        }
-        if inputs.get("pixels"):
-            zeros["pixels"] = zeros["pixels"].astype(np.uint8)
-        made = self._engine.run(zeros)
-        return {name: self.device.empty(array.shape, array.dtype) for name, array in made.items()}
+        made = output_shapes(self._engine, inputs)
+        return {name: self.device.empty(shape, dtype) for name, (shape, dtype) in made.items()}
 
     def enqueue(
         self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> None:
         shapes = {name: array.shape for name, array in inputs.items()}
         assert shapes in self._prepared, "the engine is not prepared for these shapes"
-        taken, given = (
-            {name: (array.address, array.shape, array.dtype) for name, array in arrays.items()}
-            for arrays in (inputs, outputs)
+        self._fake.queue_run(
+            self._engine,
+            {name: (array.address, array.shape, array.dtype) for name, array in inputs.items()},
+            {name: (array.address, array.shape, array.dtype) for name, array in outputs.items()},
         )
-
-        def work() -> None:
-            self._fake.counts["run"] += 1
-            made = self._engine.run(
-                {name: self._fake.at(*place).copy() for name, place in taken.items()}
-            )
-            for name, place in given.items():
-                np.copyto(self._fake.at(*place), made[name])
-
-        self._fake.queue(work)
 
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
         self._engine.rebind(weights, names)
+
+
+def output_shapes(
+    engine: Engine, inputs: Mapping[str, Shape]
+) -> dict[str, tuple[Shape, np.dtype[Any]]]:
+    """Find the outputs' shapes and dtypes by running an engine on zeros."""
+    zeros = {name: np.zeros(shape, input_dtype(name)) for name, shape in inputs.items()}
+    return {name: (array.shape, array.dtype) for name, array in engine.run(zeros).items()}
+
+
+def input_dtype(name: str) -> np.dtype[Any]:
+    """Return the dtype that `engine.signature` gives an input of this name."""
+    return np.dtype({"input_ids": np.int64, "pixels": np.uint8}.get(name, np.float32))
