@@ -71,9 +71,9 @@ class Opener:
         if precision is None:
             fast = settings.backend == "openvino" and "BF16" in capabilities()
             ranges = _ranges(model, folders) if fast else None
-            precision = next(iter(PRECISIONS[settings.backend or DEFAULT]))
-            if fast:
-                precision = "bfloat16" if ranges is None else "int8"
+            own: ComputePrecision = next(iter(PRECISIONS[settings.backend or DEFAULT]))
+            quick: ComputePrecision = "bfloat16" if ranges is None else "int8"
+            precision = quick if fast else own
         else:
             graph_precision(settings, precision)
             ranges = _ranges(model, folders) if precision == "int8" else None

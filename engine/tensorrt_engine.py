@@ -44,6 +44,11 @@ class TensorRTEngine:
         self._new_kernels = False
         self._open(load_shared(library, plan, device))
 
+    @property
+    def refittable(self) -> bool:
+        """Whether its weights can be changed."""
+        return bool(self._loaded.engine.refittable)
+
     def run(self, inputs: Given) -> dict[str, NDArray[Any]]:
         """Run once; see `engine.device.DeviceEngine`."""
         outputs = run_from_host(self, inputs)
@@ -83,7 +88,7 @@ class TensorRTEngine:
         What was recorded before must be recorded again. Raises BackendError where the engine was
         built with constant weights.
         """
-        if not self._loaded.engine.refittable:
+        if not self.refittable:
             raise BackendError(
                 f"the weights of the engine {self._loaded.path.name} are constants, so no adapter "
                 "can be put on or taken off; build it again with `--refit`, which costs some speed"
