@@ -125,7 +125,10 @@ def _files(folder: Path, verify: bool) -> Iterator[Item]:
     for path in sorted(folder.rglob("[!.]*")):
         if path in known or path.name.startswith("facts-") or not path.is_file():
             continue
-        told = path.stat()
+        try:
+            told = path.stat()
+        except OSError:  # gone meanwhile
+            continue
         is_graph = path.name.removesuffix(COMPRESSED).endswith(".onnx")
         yield Item(
             file=str(path.relative_to(folder)),

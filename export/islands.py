@@ -4,11 +4,15 @@ float16 ends at 65504 and has 11 bits. What is kept in float32, and why:
 
 - Group and layer normalisation: a sum of squares passes 65504 at once. ONNX's operators compute
   their statistics in float32 whatever they are given (`stash_type` 1, their default).
-- Softmax: a sum of 4096 exponentials. `softmax_precision` of ONNX's Attention asks for float32.
+- Softmax: a sum of exponentials, of as many as there are keys where they are alike: 65,536 in a
+  picture of 2048 × 2048. `softmax_precision` of ONNX's Attention asks for float32.
 - The products of queries and keys, which pass 65504 in Stable Diffusion 2.1: ONNX's Attention
   multiplies both by the square root of its scale first, and the products of those stay far below.
 - The whole of XL's autoencoder, whose convolutions pass 65504. Its weights stay float16.
-- What moves between steps (registers, matrices, guidance, timesteps): `export.parts`.
+- What moves between steps (registers, matrices, guidance, timesteps): `export.parts`. The spread
+  that guidance is rescaled to is a mean over XL's latent at 1024 × 1024, of 65,536 numbers, and
+  timesteps would lose their fractions. Registers would stay in range (18,400 at zero terminal SNR)
+  but be rounded more than what the UNet gives.
 """
 
 import onnx
