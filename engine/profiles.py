@@ -132,7 +132,7 @@ def relevant(part: Part, profile: Profile) -> Profile:
 
 # The same for every model, so that one engine serves every sampler and every prompt.
 REGISTERS = Range(1, 2, 6)  # UniPC and PLMS keep four, and inpainting two more
-TAUGHT_ROWS = Range(1, 1, 256)  # of textual inversion: 32 words of 8 vectors; one of zeros is none
+TAUGHT_ROWS = Range(1, 1, 256)  # of textual inversion, 32 words of 8 vectors; zeros are none
 
 
 def input_shapes(part: Part, config: Config, profile: Profile, *, compression: int = 8) -> Shapes:

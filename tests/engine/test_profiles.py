@@ -91,7 +91,7 @@ def test_the_shapes_of_a_step():
 def test_a_text_encoder_reads_whole_rows():
     shapes = input_shapes("text_encoder", MODEL.config("text_encoder"), PROFILE)
     assert shapes["input_ids"] == ((1, 32), (2, 32), (32, 32))
-    assert shapes["extra_embeddings"] == ((0, 192), (0, 192), (256, 192))
+    assert shapes["extra_embeddings"] == ((1, 192), (1, 192), (256, 192))
 
 
 def test_the_shapes_of_pixels_are_those_of_the_latents():
