@@ -9,7 +9,7 @@ out again. Its statistics are float32.
 from collections import Counter
 from collections.abc import Iterator
 
-from engine.onnx_file import MODEL_GRAPH, fields
+from engine.onnx_file import GRAPH_OUTPUT, MODEL_GRAPH, VALUE_NAME, fields
 from engine.onnx_file import _encode as encode
 
 # Fields of ModelProto, GraphProto, NodeProto, AttributeProto and OperatorSetIdProto.
@@ -45,6 +45,11 @@ def _fused(graph: bytes | int) -> bytes:
     }
     kinds = {i: _text(node, OP_TYPE) for i, node in nodes.items()}
     readers = Counter(name for node in nodes.values() for name in _names(node, INPUT))
+    readers.update(
+        _names(list(fields(value)), VALUE_NAME)[0]
+        for field, value in fields(graph)
+        if field == GRAPH_OUTPUT and isinstance(value, bytes)
+    )
     multiplied = {
         frozenset(_names(node, INPUT)): i for i, node in nodes.items() if kinds[i] == b"Mul"
     }
