@@ -10,6 +10,7 @@ the activations' memory, so what was kept there is seen to be lost.
 """
 
 import json
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,10 @@ class FakeTensorRT:
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
         check_call(real.Runtime, (logger,), {}, of_class=True)
         return strict(real.Runtime, _Runtime(self, logger))
+
+    def Weights(self, a: NDArray[Any]) -> Any:  # noqa: N802
+        check_call(real.Weights, (a,), {}, of_class=True)
+        return strict(real.Weights, _Weights(a))
 
     def Refitter(self, engine: Any, logger: Any) -> Any:  # noqa: N802
         check_call(real.Refitter, (engine, logger), {}, of_class=True)
@@ -246,10 +251,22 @@ class _Context:
         return True
 
 
+class _Weights:
+    """Looks at an array, which somebody else must keep."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = weakref.ref(array)
+
+    def numpy(self) -> NDArray[Any]:
+        array = self._array()
+        assert array is not None, "weights are gone before they are read"
+        return array
+
+
 class _Refitter:
     def __init__(self, engine: _CudaEngine) -> None:
         self._engine = engine
-        self._given: dict[str, NDArray[Any]] = {}
+        self._given: dict[str, Any] = {}
 
     def get_all_weights(self) -> list[str]:
         constants = self._engine.library.constants
@@ -259,7 +276,7 @@ class _Refitter:
         shape, array = self._engine.graph.weights[name], weights.numpy()
         if name not in self.get_all_weights() or array.size != np.prod(shape):
             return False
-        self._given[name] = array  # read when the engine is refitted
+        self._given[name] = weights  # read when the engine is refitted
         return bool(array.dtype == self._engine.graph.precision)
 
     def get_missing_weights(self) -> list[str]:
@@ -271,7 +288,7 @@ class _Refitter:
         if self.get_missing_weights():
             return False
         shapes = self._engine.graph.weights
-        new = {name: array.reshape(shapes[name]).copy() for name, array in self._given.items()}
+        new = {name: w.numpy().reshape(shapes[name]).copy() for name, w in self._given.items()}
         self._engine.runner.rebind(new, new.keys())
         self._engine.library.device.counts["refit"] += 1
         return True

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tensorrt_rtx_bindings
 
 from engine.errors import BackendError
 from engine.graphs import find_graph, graph_folders
@@ -280,7 +281,8 @@ def test_weights_that_were_merged_are_handed_over_together(device, tmp_path):
     engine = open_decoder(library, write_decoder(library, tmp_path))
     inputs, weights = latents(1, 4, 8, 8), changed_bias(0.3)
 
-    engine.rebind(weights, {BIAS})
+    # In another precision, so that what is handed over is nobody else's.
+    engine.rebind(weights | {BIAS: weights[BIAS].astype(np.float64)}, {BIAS})
 
     assert_same(engine.run(inputs), expected("preview_decoder", inputs, weights))
 
@@ -399,3 +401,10 @@ def test_doubles_refuse_what_the_library_does_not_take(library, device, tmp_path
         library.Runtime("a logger")
     with pytest.raises(TypeError):
         replace(context._chosen, other=1)
+
+
+def test_the_real_library_says_why_it_cannot_load_a_file(device, tmp_path):
+    plan = tmp_path / "decoder.engine"
+    plan.write_bytes(b"no engine" * 100)
+    with pytest.raises(BackendError, match=r"TensorRT cannot load it: decoder\.engine \(.+\)"):
+        TensorRTEngine(tensorrt_rtx_bindings, plan, GRAPHS["preview_decoder"], device)
