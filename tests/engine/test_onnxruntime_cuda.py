@@ -36,8 +36,8 @@ class FakeLibrary:
         self.available = [PROVIDER, "CPUExecutionProvider"]
         self.started = [PROVIDER, "CPUExecutionProvider"]
 
-    def InferenceSession(self, data, options, providers):  # noqa: N802
-        arguments = (data, options), {"providers": providers}
+    def InferenceSession(self, data, options, providers, enable_fallback):  # noqa: N802
+        arguments = (data, options), {"providers": providers, "enable_fallback": enable_fallback}
         check_call(onnxruntime.InferenceSession, *arguments, of_class=True)
         session = _Session(self, data, options, providers)
         self.sessions.append(session)
@@ -194,8 +194,13 @@ def test_a_failing_run_is_one_error(library, device):
 
 def test_a_provider_that_does_not_start_is_an_error(library, device):
     library.started = ["CPUExecutionProvider"]
-    with pytest.raises(BackendError, match=r"CUDA 13 and cuDNN 9.*latentrt\[gpu\]"):
+    with pytest.raises(BackendError, match=r"NVIDIA GPU.*cuDNN 9.*latentrt\[gpu\]"):
         OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+    decoder = find_graph(
+        "vae_decoder", MODEL.config("vae_decoder"), "float32", graph_folders(), MODEL.path
+    )  # its group norms have a kernel in the provider alone
+    with pytest.raises(BackendError, match="could not start"):
+        OnnxRuntimeCudaEngine(decoder, dict(MODEL.weights("vae_decoder")), device)
 
 
 def test_a_graph_that_cannot_be_opened_is_named(library, device, monkeypatch):
