@@ -130,7 +130,7 @@ class OnnxRuntimeCudaEngine:
         options.add_external_initializers(list(taken), list(taken.values()))
         try:
             session = library.InferenceSession(
-                fuse_group_norms(self._graph.data()),
+                fuse_group_norms(self._graph.data(), self._graph.weights),
                 options,
                 providers=[(PROVIDER, self._settings()), "CPUExecutionProvider"],
                 enable_fallback=0,  # on the processor alone, after some lines of print

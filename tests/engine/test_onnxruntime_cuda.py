@@ -204,7 +204,9 @@ def test_a_provider_that_does_not_start_is_an_error(library, device):
 
 
 def test_a_graph_that_cannot_be_opened_is_named(library, device, monkeypatch):
-    monkeypatch.setattr(onnxruntime_cuda, "fuse_group_norms", lambda data: data[: len(data) // 2])
+    monkeypatch.setattr(
+        onnxruntime_cuda, "fuse_group_norms", lambda data, _: data[: len(data) // 2]
+    )
     with pytest.raises(GraphError, match=GRAPH.path.name):
         OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
 
