@@ -20,8 +20,6 @@ from engine.errors import BackendError
 from engine.out_of_memory import out_of_memory
 from engine.staging import Staging
 
-ALIGNMENT = 256  # bytes: where the driver's pieces of memory begin
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
@@ -61,13 +59,13 @@ def find_device(index: int = 0) -> "CudaDevice":
 class CudaDevice:
     """An `engine.device.Device`; core, driver: the modules `cuda.core` and `cuda.bindings.driver`.
 
-    facts: which GPU and driver it is
+    index: the GPU's number; facts: which GPU and driver it is
     """
 
     def __init__(self, core: Any, driver: Any, index: int) -> None:
         self._core = core
         self._driver = driver
-        self._index = index
+        self.index = index
         self._thread = threading.local()
         self._recording = False
         self._kept: list[Any] = []
@@ -100,7 +98,7 @@ class CudaDevice:
         )
 
     def _allocate(self, nbytes: int) -> Any:
-        size = max(-(-nbytes // ALIGNMENT), 1) * ALIGNMENT  # an empty array has an address too
+        size = max(nbytes, 1)  # an empty array has an address too
         with suppress(MemoryError):
             return self._take(size)
         with self._errors():  # what the pool keeps for later may be in pieces that are too small
@@ -134,6 +132,7 @@ class CudaDevice:
         """Queue a copy into the device's memory; see `engine.device.Device`."""
         self._enter()
         self._refuse_recording("the processor's memory is read")
+        assert (array.shape, array.dtype) == (to.shape, to.dtype)
         if not to.nbytes:
             return
         with self._errors():
@@ -218,7 +217,7 @@ class CudaDevice:
     def _enter(self) -> Any:
         """Make the GPU this thread's, once, and return it."""
         if not hasattr(self._thread, "device"):
-            device = self._core.Device(self._index)
+            device = self._core.Device(self.index)
             device.set_current()
             self._thread.device = device
         return self._thread.device

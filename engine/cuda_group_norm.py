@@ -3,13 +3,15 @@
 It has none for ONNX's GroupNormalization, which it would take apart into a dozen passes over the
 picture in float32. Its own GroupNorm does all in two, and the SiLU behind it too; it wants the
 channels last, as convolutions do with `prefer_nhwc`, so the library takes most of the transposes
-out again. Its statistics are float32.
+out again. Its statistics are float32. A thread takes two channels, so a group of an odd number of
+them stays ONNX's.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from engine.onnx_file import MODEL_GRAPH, fields
+from engine.device import Shape
+from engine.onnx_file import GRAPH_OUTPUT, MODEL_GRAPH, VALUE_NAME, fields
 from engine.onnx_file import _encode as encode
 
 # Fields of ModelProto, GraphProto, NodeProto, AttributeProto and OperatorSetIdProto.
@@ -18,25 +20,27 @@ INPUT, OUTPUT, NAME, OP_TYPE, ATTRIBUTE, DOMAIN = 1, 2, 3, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 3, 8, 20
 INT, INTS = 2, 7  # AttributeProto.AttributeType
 FLOAT = 1  # TensorProto.DataType
+WIDENED = ".float32"  # what `export.islands` adds to the name of a weight that it casts
 CONTRIB = b"com.microsoft"
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 Node = list[tuple[int, bytes | int]]
 
 
-def fuse_group_norms(data: bytes) -> bytes:
+def fuse_group_norms(data: bytes, weights: Mapping[str, Shape]) -> bytes:
     """Return a serialised ModelProto whose group norms are ONNX Runtime's own.
 
     Their inputs must be pictures, (B, C, h, w), as in all graphs of this project.
+    weights: the graph's, with their shapes
     """
     opset = encode(1, CONTRIB) + encode(2, 1)
     return b"".join(
-        encode(field, _fused(value) if field == MODEL_GRAPH else value)
+        encode(field, _fused(value, weights) if field == MODEL_GRAPH else value)
         for field, value in fields(data)
     ) + encode(MODEL_OPSET, opset)
 
 
-def _fused(graph: bytes | int) -> bytes:
+def _fused(graph: bytes | int, weights: Mapping[str, Shape]) -> bytes:
     assert isinstance(graph, bytes)  # a message
     nodes = {
         i: list(fields(value))
@@ -45,13 +49,18 @@ def _fused(graph: bytes | int) -> bytes:
     }
     kinds = {i: _text(node, OP_TYPE) for i, node in nodes.items()}
     readers = Counter(name for node in nodes.values() for name in _names(node, INPUT))
+    readers.update(
+        _names(list(fields(value)), VALUE_NAME)[0]
+        for field, value in fields(graph)
+        if field == GRAPH_OUTPUT and isinstance(value, bytes)
+    )
     multiplied = {
         frozenset(_names(node, INPUT)): i for i, node in nodes.items() if kinds[i] == b"Mul"
     }
     sigmoids = {_names(node, INPUT)[0]: i for i, node in nodes.items() if kinds[i] == b"Sigmoid"}
     replaced: dict[int, bytes] = {}
     for i, node in nodes.items():
-        if kinds[i] != b"GroupNormalization":
+        if kinds[i] != b"GroupNormalization" or _group_size(node, weights) % 2:
             continue
         (out,) = _names(node, OUTPUT)
         silu, swish = None, sigmoids.get(out)
@@ -70,8 +79,7 @@ def _fused(graph: bytes | int) -> bytes:
 
 def _group_norm(node: Node, out: bytes, silu: bool) -> Iterator[bytes]:
     picture, scale, bias = _names(node, INPUT)
-    given = {_attribute_name(value): value for value in _names(node, ATTRIBUTE)}
-    groups = dict(fields(given[b"num_groups"]))[ATTRIBUTE_INT]
+    given, groups = _attributes(node), _groups(node)
     last, normed = out + b".last", out + b".normed"
     yield _node(b"Transpose", [picture], last, [_ints(b"perm", CHANNELS_LAST)])
     wide = [out + b".scale", out + b".bias"]  # the kernel takes both in float32 only
@@ -82,6 +90,20 @@ def _group_norm(node: Node, out: bytes, silu: bool) -> Iterator[bytes]:
         settings.append(given[b"epsilon"])
     yield _node(b"GroupNorm", [last, *wide], normed, settings, CONTRIB)
     yield _node(b"Transpose", [normed], out, [_ints(b"perm", CHANNELS_FIRST)])
+
+
+def _group_size(node: Node, weights: Mapping[str, Shape]) -> int:
+    """Count the channels of a group; 1 where that cannot be known."""
+    scale = _names(node, INPUT)[1].decode().removesuffix(WIDENED)
+    return weights[scale][0] // _groups(node) if scale in weights else 1
+
+
+def _groups(node: Node) -> int:
+    return int(dict(fields(_attributes(node)[b"num_groups"]))[ATTRIBUTE_INT])
+
+
+def _attributes(node: Node) -> dict[bytes, bytes]:
+    return {_attribute_name(value): value for value in _names(node, ATTRIBUTE)}
 
 
 def _node(

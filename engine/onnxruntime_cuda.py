@@ -1,6 +1,8 @@
 """ONNX Runtime on a GPU of NVIDIA's."""
 
 from collections.abc import Collection, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from engine.graphs import Graph
 from engine.host_arrays import Given, run_from_host
 
 PROVIDER = "CUDAExecutionProvider"
+NEEDS_PROVIDER = "implementation for GroupNorm"  # missing, says the library: no other has one
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -126,22 +129,23 @@ class OnnxRuntimeCudaEngine:
         options.log_severity_level = 3
         options.add_external_initializers(list(taken), list(taken.values()))
         try:
-            self._session = library.InferenceSession(
-                fuse_group_norms(self._graph.data()),
+            session = library.InferenceSession(
+                fuse_group_norms(self._graph.data(), self._graph.weights),
                 options,
                 providers=[(PROVIDER, self._settings()), "CPUExecutionProvider"],
+                enable_fallback=0,  # on the processor alone, after some lines of print
             )
         except Exception as error:
+            if NEEDS_PROVIDER in str(error):
+                raise _not_started() from error
             raise GraphError(
                 f"ONNX Runtime cannot open {self._graph.path} on the GPU ({_first_line(error)}); "
                 "choose another backend, or make the graph anew with `python -m export MODEL`"
             ) from error
-        if PROVIDER not in self._session.get_providers():
-            raise BackendError(
-                "ONNX Runtime could not start its CUDA provider, which needs CUDA 13 and cuDNN 9; "
-                "install them with `pip install 'latentrt[gpu]'`"
-            )
-        arguments = [*self._session.get_inputs(), *self._session.get_outputs()]
+        if PROVIDER not in session.get_providers():
+            raise _not_started()
+        self._session = session
+        arguments = [*session.get_inputs(), *session.get_outputs()]
         self._dtypes = {argument.name: np.dtype(DTYPES[argument.type]) for argument in arguments}
 
     def _settings(self) -> dict[str, str]:
@@ -169,8 +173,17 @@ def _import() -> Any:
             "the backend 'cuda' needs onnxruntime-gpu, and the onnxruntime that is installed has "
             "no CUDA provider; `pip uninstall onnxruntime`, then `pip install 'latentrt[gpu]'`"
         )
-    onnxruntime.preload_dlls(directory="")  # from NVIDIA's packages, where those are installed
+    with redirect_stdout(StringIO()):  # what it misses is said when a session is opened
+        onnxruntime.preload_dlls(directory="")  # from NVIDIA's packages, where these are installed
     return onnxruntime
+
+
+def _not_started() -> BackendError:
+    return BackendError(
+        "ONNX Runtime could not start its CUDA provider, which needs an NVIDIA GPU with its "
+        "driver, CUDA and cuDNN 9; install the latter with `pip install 'latentrt[gpu]'`, or "
+        "choose another backend"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -65,6 +65,11 @@ class FakeDevice:
         """The bytes that are allocated now."""
         return sum(memory.nbytes for memory in self._live.values())
 
+    @property
+    def recording(self) -> bool:
+        """Whether a graph is being recorded."""
+        return self._recorded is not None
+
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
         assert self._recorded is None, "memory is allocated while a graph is recorded"
         self.counts["empty"] += 1
@@ -146,6 +151,10 @@ class FakeDevice:
                 np.copyto(self.at(*place), made[name])
 
         self.queue(work)
+
+    def assert_idle(self) -> None:
+        """Refuse what must not be done while work is queued."""
+        assert not self._queue, "the device is not waited for"
 
     def at(self, address: int, shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Look at allocated memory; an AssertionError where an array reaches beyond it."""

@@ -84,8 +84,8 @@ def signatures(real: Any) -> Iterator[inspect.Signature]:
         try:
             yield inspect.signature(real)
         except ValueError:  # a class of Cython, whose docstring begins with its signature
-            for _, arguments in LINE.findall(real.__doc__.split("\n")[0]):
-                yield inspect.Signature([*_parameters(arguments)])
+            first = LINE.match(real.__doc__)
+            yield inspect.Signature([*_parameters(first[2])] if first else [])
 
 
 def _parameters(arguments: str) -> Iterator[inspect.Parameter]:
@@ -114,7 +114,14 @@ def _is(value: Any, name: str) -> bool:
             return bool(memoryview(value).nbytes)
         except TypeError:
             return False
-    known = {"str": str, "bool": bool, "tuple": tuple, "ndarray": np.ndarray, "None": type(None)}
+    known = {
+        "str": str,
+        "bool": bool,
+        "tuple": tuple,
+        "list": list,
+        "ndarray": np.ndarray,
+        "None": type(None),
+    }
     if name in known:
         return isinstance(value, known[name])
     if not name[:1].isupper() or "[" in name:  # object, a container: anything
