@@ -87,3 +87,5 @@ TINY_PREVIEW_PSNR_DB = 22  # mean of eight pictures; 23.7 measured, the linear m
 # int8 of the UNet, against float32 of the model that ships
 INT8_RTOL = 0.15  # norm of the difference / norm of the reference, of a step with guidance
 INT8_PSNR_DB = 25  # a picture: 28 dB at least, 35 in the median of twenty
+# engine/memory_estimate.py: against what TensorRT-RTX's builder plans
+ESTIMATED_ACTIVATIONS = 0.2  # relative; UNets and decoders 0.02 to 0.11, shallow steps 0.19
