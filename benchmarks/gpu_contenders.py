@@ -80,11 +80,18 @@ def gpu_diffusers_parts(
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     pipe = open_pipeline(scenario, dtype).to(device)
+    # The library would widen and narrow it around every decode, which a compiled one cannot stand.
+    widened = precision == "float16" and hasattr(pipe, "text_encoder_2")
+    if widened:
+        pipe.vae.to(torch.float32)
     if compiled:
         pipe.fuse_qkv_projections()
         compiling = partial(torch.compile, mode="max-autotune", fullgraph=True)
         pipe.unet = compiling(pipe.unet)
         pipe.vae.decode = compiling(pipe.vae.decode)
+    if widened:
+        decode = pipe.vae.decode
+        pipe.vae.decode = lambda latents, **wishes: decode(latents.float(), **wishes)
     return peer_parts(pipe, dtype, scenario, device)
 
 
@@ -115,7 +122,7 @@ def _corner(tensor: Any) -> NDArray[Any]:
     return found
 
 
-_EAGER = "channels_last, attention by scaled_dot_product_attention"
+_EAGER = "channels_last, attention by scaled_dot_product_attention, XL's decoder in float32"
 _PEERS = {
     "eager": _EAGER,
     "torch.compile": f'{_EAGER}, fused projections, UNet and decoder by torch.compile(mode="max-'

@@ -62,24 +62,23 @@ def find_gpu() -> Gpu:
         _ask(library.nvmlInit_v2)
         handle = ctypes.c_void_p()
         _ask(library.nvmlDeviceGetHandleByIndex_v2, _index(), ctypes.byref(handle))
+        return _described(library, handle)
     except OSError as error:
         raise BackendError(
             f"no NVIDIA GPU was found ({error}); run this on a machine that has one and its driver"
         ) from error
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _ask(
-        library.nvmlDeviceGetCudaComputeCapability,
-        handle,
-        ctypes.byref(major),
-        ctypes.byref(minor),
-    )
-    total = _Memory()
-    _ask(library.nvmlDeviceGetMemoryInfo, handle, ctypes.byref(total))
+
+
+def _described(library: Any, handle: Any) -> Gpu:
+    major, minor, memory = ctypes.c_int(), ctypes.c_int(), _Memory()
+    capability = ctypes.byref(major), ctypes.byref(minor)
+    _ask(library.nvmlDeviceGetCudaComputeCapability, handle, *capability)
+    _ask(library.nvmlDeviceGetMemoryInfo, handle, ctypes.byref(memory))
     return Gpu(
         name=_text(library.nvmlDeviceGetName, handle),
         driver=_text(library.nvmlSystemGetDriverVersion),
         sm=f"sm{major.value}{minor.value}",
-        total_bytes=total.total,
+        total_bytes=memory.total,
         library=library,
         handle=handle,
     )

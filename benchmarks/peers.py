@@ -204,13 +204,7 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         return _numpy(out)
 
     def decode() -> NDArray[Any]:
-        latents = x / pipe.vae.config.scaling_factor
-        widened = model.is_xl and dtype == torch.float16  # as the pipeline does
-        if widened:
-            pipe.vae.to(torch.float32)
-        image = pipe.vae.decode(latents.float() if widened else latents, return_dict=False)[0]
-        if widened:
-            pipe.vae.to(dtype)
+        image = pipe.vae.decode(x / pipe.vae.config.scaling_factor, return_dict=False)[0]
         pictures = pipe.image_processor.postprocess(image, output_type="pil")
         return np.stack([np.asarray(picture) for picture in pictures])
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu, gpu_contenders, gpu_summary, nvml, random_models, scenarios
 from benchmarks.__main__ import main
-from benchmarks.distances import relative_error
+from benchmarks.distances import psnr, relative_error
 from benchmarks.flops import request_flops
 from benchmarks.gpu_contenders import (
     CEILINGS,
@@ -359,6 +359,9 @@ def test_random_models_are_the_same_to_diffusers_and_here(name, tmp_path, monkey
     assert np.abs(theirs["decode"]() - pixels).max() <= 1
     monkeypatch.setattr("benchmarks.peers.LONGER_STEPS", 1)
     assert theirs[LONGER]().shape == (2, 64, 64, 3)
+    if name == "xl":  # its decoder stays in float32
+        halves = gpu_contenders.gpu_diffusers_parts("float16", False, scenario, 1, device="cpu")
+        assert psnr(halves["decode"](), pixels) >= PICTURE_PSNR_DB
 
 
 def test_a_process_says_why_a_backend_cannot_run():
