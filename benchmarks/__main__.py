@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 from benchmarks import (
     build,
+    gpu,
+    gpu_summary,
     latency,
     load,
     memory,
@@ -33,6 +35,7 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "build": build.measure,
     "scale": scale.measure,
     "quality": quality.measure,
+    "gpu": gpu.measure,
 }
 
 
@@ -54,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = json.dumps(measured, indent=2) + "\n"
         if options.out:
             _write(options.out, text)
+        if options.benchmark == "gpu":
+            text = gpu_summary.gpu_table(measured) + "\n"
         print(text, end="")
         if measured.get("exceeded"):
             print(f"error: beyond their bounds: {', '.join(measured['exceeded'])}", file=sys.stderr)
@@ -108,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         ("quality", _add_quality, "pictures beside those of float32"),
     ):
         add(commands.add_parser(name, help=text))
+    _add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
     agree = commands.add_parser("agree", help="whether two runs of latency say the same")
     agree.add_argument("first", type=Path, metavar="JSON")
     agree.add_argument("second", type=Path, metavar="JSON")
@@ -158,6 +164,25 @@ def _add_memory(added: argparse.ArgumentParser) -> None:
     _add_model(added)
     _add_only(added)
     _add_compared(added, repeats=2)
+
+
+def _add_gpu(added: argparse.ArgumentParser) -> None:
+    _add_only(added)
+    added.add_argument(
+        "--scenarios",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"those whose name holds this, of {', '.join(gpu.SCENARIOS)}; may be given several "
+        "times",
+    )
+    added.add_argument(
+        "--minutes", type=float, help="stop after so many; the same command then goes on"
+    )
+    added.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
+    added.add_argument(
+        "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
+    )
 
 
 def _add_build(added: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from engine.graphs import graph_folders
 from engine.model import Model
 from engine.quantization import find_ranges, ranges_name
 from engine.signature import Part
+
+if TYPE_CHECKING:
+    from runtime import Pipeline
 
 PEAK_SIDE = 2000  # of the square matrices whose product is the machine's peak
 REFERENCE = "latentrt, ONNX Runtime float32"
@@ -52,21 +55,40 @@ class Contender:
 def _ours(
     precision: str, backend: str, wishes: Mapping[str, Any], scenario: Scenario, threads: int
 ) -> Parts:
-    from runtime import Pipeline
-
     if precision == "int8":
         calibrate(scenario)
-    pipeline = Pipeline.load(
+    settings = BackendSettings(backend=backend, threads=threads)
+    pipeline = load_pipeline(scenario, precision, settings)
+    return pipeline_parts(pipeline, scenario, wishes)
+
+
+def load_pipeline(scenario: Scenario, precision: str, settings: BackendSettings) -> "Pipeline":
+    """Load a scenario's model in the project's own pipeline."""
+    from runtime import Pipeline
+
+    return Pipeline.load(
         scenario.model(),
         precision=precision,  # type: ignore[arg-type]
-        settings=BackendSettings(backend=backend, threads=threads),
+        settings=settings,
     )
+
+
+def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, wishes: Mapping[str, Any]) -> Parts:
+    """Return the parts of the project's own pipeline; wishes: of a whole request."""
     inputs = engine_inputs(scenario, pipeline.model)
 
     def whole() -> NDArray[Any]:
         pipeline.encoder = pipeline.encoder.forgetful()  # the text is encoded each time
-        drawn = pipeline(scenario.prompt, sampler="ddim", seed=SEED, **scenario.wishes(), **wishes)
-        return np.asarray(drawn.images[0])
+        wished = {**scenario.wishes(), **wishes}
+        drawn = pipeline(scenario.prompt, sampler="ddim", seed=SEED, **wished)
+        return np.stack([np.asarray(picture) for picture in drawn.images])
+
+    def text() -> NDArray[Any]:
+        states = [
+            pipeline.engine(part).run(inputs[part])[pipeline.model.context]
+            for part in pipeline.model.text_encoders
+        ]
+        return np.concatenate(states, axis=-1)
 
     def opened(part: Part) -> NDArray[Any]:
         pipeline.engine(part)
@@ -74,9 +96,7 @@ def _ours(
 
     return {
         **{f"open {name}": partial(opened, part) for name, part in ENGINES.items()},
-        "text": lambda: pipeline.engine("text_encoder").run(inputs["text_encoder"])[
-            "last_hidden_state"
-        ],
+        "text": text,
         "step": lambda: pipeline.engine("step").run(inputs["step"])["next_registers"][:, 0],
         "decode": lambda: pipeline.engine("vae_decoder").run(inputs["vae_decoder"])["pixels"],
         WHOLE: whole,

@@ -1,4 +1,4 @@
-"""A model of one file as a folder in diffusers' layout, so that peers load the same weights."""
+"""A model as a folder in diffusers' layout, so that peers load the same weights."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from engine.config import AutoencoderConfig, TextEncoderConfig
 from engine.model import Model
+from runtime.tokenizer import PAD_TOKENS
 from runtime.vocabulary import Vocabulary
 
 DIFFUSERS = "0.36.0"  # the oldest release that the configurations are written for
@@ -20,7 +22,7 @@ ABSENT = (
 
 
 def write_folder(model: Model) -> Path:
-    """Write a model that is one file as diffusers and transformers do, unless it is there."""
+    """Write a model as diffusers and transformers do, unless it is there."""
     from safetensors.numpy import save_file
 
     folder = model.path.with_suffix("")
@@ -29,66 +31,93 @@ def write_folder(model: Model) -> Path:
     configs, weights = _configs(model), "diffusion_pytorch_model.safetensors"
     for name, config in configs.items():
         _write_json(folder / name / "config.json", config)
-        file = "model.safetensors" if name == "text_encoder" else weights
+        file = "model.safetensors" if name in model.text_encoders else weights
         tensors = {key: np.ascontiguousarray(value) for key, value in model.find(name).items()}
         save_file(tensors, folder / name / file, metadata={"format": "pt"})
-    _write_tokenizer(folder / "tokenizer")
+    for name, text in model.text_encoders.items():
+        tokenizer = folder / name.replace("text_encoder", "tokenizer")
+        _write_tokenizer(tokenizer, PAD_TOKENS[text.hidden_act])
     scheduler = {**model.scheduler, "_class_name": "DDIMScheduler", "clip_sample": False}
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    index: dict[str, Any] = {
-        name: ["transformers" if name.startswith("t") else "diffusers", kind]
-        for name, kind in (
-            ("scheduler", "DDIMScheduler"),
-            ("text_encoder", "CLIPTextModel"),
-            ("tokenizer", "CLIPTokenizer"),
-            ("unet", "UNet2DConditionModel"),
-            ("vae", "AutoencoderKL"),
-        )
-    }
-    index |= {"_class_name": "StableDiffusionPipeline", "_diffusers_version": DIFFUSERS}
-    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    _write_json(folder / "model_index.json", {**index, "requires_safety_checker": False})
+    _write_json(folder / "model_index.json", _index(model))
     return folder
+
+
+def _index(model: Model) -> dict[str, Any]:
+    """Say which classes the parts are of."""
+    index: dict[str, Any] = {
+        "_class_name": f"StableDiffusion{'XL' if model.is_xl else ''}Pipeline",
+        "_diffusers_version": DIFFUSERS,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "feature_extractor": [None, None],
+    }
+    for name, config in model.text_encoders.items():
+        index[name] = ["transformers", _text_class(config)]
+        index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+    if model.is_xl:
+        return {
+            **index,
+            "image_encoder": [None, None],
+            "force_zeros_for_empty_prompt": model.zeros_for_empty_prompt,
+        }
+    return {**index, "safety_checker": [None, None], "requires_safety_checker": False}
 
 
 def _configs(model: Model) -> dict[Any, dict[str, Any]]:
     side = model.sample_size
-    text, vae = asdict(model.text_encoders["text_encoder"]), asdict(model.vae)
     unet = asdict(model.unet) | {name: None for name in ABSENT if not getattr(model.unet, name)}
-    levels = len(model.vae.block_out_channels)
     return {
-        "text_encoder": {
-            **text,
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            "projection_dim": text["hidden_size"],
-        },
+        **{name: _text(config) for name, config in model.text_encoders.items()},
         "unet": {
             **unet,
             "_class_name": "UNet2DConditionModel",
             "_diffusers_version": DIFFUSERS,
             "sample_size": side,
         },
-        "vae": {
-            **vae,
-            "_class_name": "AutoencoderKL",
-            "_diffusers_version": DIFFUSERS,
-            "shift_factor": vae["shift_factor"] or None,
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "sample_size": side * model.vae.compression,
-        },
+        "vae": _vae(model.vae, side),
     }
 
 
-def _write_tokenizer(folder: Path) -> None:
-    vocabulary = Vocabulary.clip("<|endoftext|>")
+def _text_class(config: TextEncoderConfig) -> str:
+    return "CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"
+
+
+def _text(config: TextEncoderConfig) -> dict[str, Any]:
+    return {
+        **asdict(config),
+        "architectures": [_text_class(config)],
+        "model_type": "clip_text_model",
+        "projection_dim": config.projection_dim or config.hidden_size,
+    }
+
+
+def _vae(config: AutoencoderConfig, side: int) -> dict[str, Any]:
+    levels = len(config.block_out_channels)
+    return {
+        **asdict(config),
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": DIFFUSERS,
+        "shift_factor": config.shift_factor or None,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "sample_size": side * config.compression,
+    }
+
+
+def _write_tokenizer(folder: Path, pad_token: str) -> None:
+    vocabulary = Vocabulary.clip(pad_token)
     _write_json(folder / "vocab.json", dict(vocabulary.ids))
     merges = "\n".join(f"{left} {right}" for left, right in vocabulary.merges)
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": vocabulary.max_length}
-    names = ("pad_token", "eos_token", "unk_token")
-    tokens = dict.fromkeys(names, "<|endoftext|>") | {"bos_token": "<|startoftext|>"}
+    tokens = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad_token,
+    }
     _write_json(folder / "tokenizer_config.json", {**config, **tokens})
 
 

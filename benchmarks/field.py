@@ -1,13 +1,14 @@
 """The contenders that are open, and whether they compute what the reference computes."""
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.contenders import MEASURED, PEAK, REFERENCE
+from benchmarks.contenders import MEASURED, PEAK, REFERENCE, Contender
 from benchmarks.distances import psnr, relative_error
 from benchmarks.scenarios import WHOLE, Scenario
 from benchmarks.worker import ContenderError, Worker
@@ -16,12 +17,17 @@ __all__ = ["WARM_UPS", "ContenderError", "Field"]
 
 WARM_UPS = 2  # of each part; ONNX Runtime needs both. The whole request is warmed up once more.
 # Beyond these a contender computes something else: relative errors of numbers, and dB of pictures.
-ALLOWED_ERROR = {"float32": 1e-3, "bfloat16": 0.15, "int8": 0.3}
-ALLOWED_PSNR_DB = {"float32": 40.0, "bfloat16": 15.0, "int8": 12.0}
+ALLOWED_ERROR = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15, "int8": 0.3}
+ALLOWED_PSNR_DB = {"float32": 40.0, "float16": 20.0, "bfloat16": 15.0, "int8": 12.0}
 
 
 class Field:
-    """Opens and measures contenders; parts: of a contender; folder: where outputs are compared."""
+    """Opens and measures contenders.
+
+    parts: of a contender; folder: where outputs are compared
+    contenders: all that may be asked for
+    expected: files of the outputs that others are compared with; those of REFERENCE where None
+    """
 
     def __init__(
         self,
@@ -29,42 +35,54 @@ class Field:
         threads: int,
         parts: Callable[[str], tuple[str, ...]],
         folder: Path,
+        *,
+        contenders: Mapping[str, Contender] = MEASURED,
+        expected: Mapping[str, Path] | None = None,
     ) -> None:
         self._scenario, self._threads = scenario, threads
+        self._contenders = contenders
+        self._reference = REFERENCE if expected is None else None
         self._parts, self._folder = parts, folder
         self._workers: dict[str, Worker] = {}
         self._measured: dict[str, list[str]] = {}
-        self._expected: dict[str, Path] = {}
+        self._expected = dict(expected or {})
 
-    def open(self, name: str, taken: dict[str, Any]) -> None:
-        """Open a contender unless it is, warm it up, compare; raises ContenderError."""
+    def open(self, name: str, taken: dict[str, Any], within_s: float = math.inf) -> bool:
+        """Open a contender unless it is, warm it up, compare; raises ContenderError.
+
+        Returns whether it had to be opened.
+        """
         if name in self._workers:
-            return
-        if name not in (PEAK, REFERENCE) and not self._expected:
+            return False
+        if self._reference and name not in (PEAK, self._reference) and not self._expected:
             try:
-                self.open(REFERENCE, {})
+                self.open(self._reference, {})
             except ContenderError:
-                self.drop(REFERENCE)
-        start, bound = time.monotonic(), self._scenario.ready_s
-        worker = self._workers[name] = Worker(name, self._scenario.name, self._threads)
+                self.drop(self._reference)
+        start, chosen = time.monotonic(), self._contenders[name]
+        bound = min(self._scenario.ready_s, within_s)
+        worker = self._workers[name] = Worker(name, self._scenario.key, self._threads)
         able = worker.ready(bound)["parts"]
         self._measured[name] = [part for part in self._parts(name) if part in able]
         outputs = {}
         for part in self._measured[name]:
-            outputs[part] = self._folder / f"{[*MEASURED].index(name)}-{part}.npy"
-            for _ in range(1 if part == WHOLE else WARM_UPS):
+            outputs[part] = self._folder / f"{[*self._contenders].index(name)}-{part}.npy"
+            for _ in range(1 if part.startswith(WHOLE) else WARM_UPS):
                 worker.run(part, bound - (time.monotonic() - start), outputs[part])
         taken["ready_s"] = round(time.monotonic() - start, 2)
-        if name == REFERENCE:
+        if name == self._reference:
             self._expected = outputs
-        elif name != PEAK and not (MEASURED[name].whole_only or MEASURED[name].saves):
-            taken["agreement"] = compare(outputs, self._expected, MEASURED[name].precision)
+        elif chosen.precision and not (chosen.whole_only or chosen.saves):
+            taken["agreement"] = compare(outputs, self._expected, chosen.precision)
+        return True
 
-    def measure(self, name: str) -> tuple[dict[str, float], int]:
-        """Run each part once; returns seconds, and the process's largest memory in bytes."""
+    def measure(
+        self, name: str, parts: Sequence[str] | None = None
+    ) -> tuple[dict[str, float], int]:
+        """Run each part once, or these; returns seconds, and the process's most memory in bytes."""
         seconds, peak, scenario = {}, 0, self._scenario
-        for part in self._measured[name]:
-            bound = scenario.whole_s if part == WHOLE else scenario.run_s
+        for part in self._measured[name] if parts is None else parts:
+            bound = scenario.whole_s if part.startswith(WHOLE) else scenario.run_s
             answer = self._workers[name].run(part, bound)
             seconds[part], peak = round(answer["seconds"], 6), answer["memory"]["peak_bytes"]
         return seconds, peak

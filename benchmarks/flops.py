@@ -13,6 +13,10 @@ import onnx
 import onnx_ir
 from onnxscript import optimizer
 
+from benchmarks.rounds import total
+from benchmarks.scenarios import ENGINES, WHOLE, Scenario, engine_inputs
+from engine.graphs import find_graph, graph_folders
+from engine.model import Model
 from engine.onnx_file import weights_as_inputs
 
 Shape = tuple[int, ...]
@@ -43,6 +47,18 @@ def count(graph: bytes, inputs: Mapping[str, Shape]) -> int:
     for _ in range(2):  # shapes that are computed become constants, which give further shapes
         optimizer.fold_constants(inferred, onnx_shape_inference=True)
     return sum(COUNTED[node.op_type](node) for node in inferred.graph if node.op_type in COUNTED)
+
+
+def request_flops(scenario: Scenario) -> dict[str, int]:
+    """Count the operations of every part of a request, and of the whole of it."""
+    model = Model.open(scenario.model())
+    counted = dict.fromkeys(ENGINES, 0)
+    names = {part: name for name, part in ENGINES.items()}
+    for part, inputs in engine_inputs(scenario, model).items():
+        graph = find_graph(part, model.config(part), "float32", graph_folders(), model.path)
+        shapes = {key: array.shape for key, array in inputs.items()}
+        counted[names.get(part, "text")] += count(graph.data(), shapes)
+    return {**counted, WHOLE: total(counted, scenario.steps)}
 
 
 def _convolution(node: onnx_ir.Node) -> int:

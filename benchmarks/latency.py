@@ -17,13 +17,11 @@ from typing import Any, Self
 
 from benchmarks.contenders import CONTENDERS, PEAK, contenders
 from benchmarks.field import WARM_UPS, ContenderError, Field
-from benchmarks.flops import count
+from benchmarks.flops import request_flops
 from benchmarks.ledger import begin, fill, keep
-from benchmarks.rounds import PEAKS, summarised, total
-from benchmarks.scenarios import ENGINES, PARTS, WHOLE, Scenario, engine_inputs
+from benchmarks.rounds import PEAKS, summarised
+from benchmarks.scenarios import PARTS, WHOLE, Scenario
 from engine.backends import processors
-from engine.graphs import find_graph, graph_folders
-from engine.model import Model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +80,7 @@ def measure(choice: Choice, out: Path | None = None) -> dict[str, Any]:
     """Measure until every contender has its rounds; raises OutputError, RequestError."""
     names = choice.contenders()
     report = begin(
-        choice.request(), out, lambda: {"flops": _flops(choice.scenario), "contenders": {}}
+        choice.request(), out, lambda: {"flops": request_flops(choice.scenario), "contenders": {}}
     )
     taken = report["contenders"]
     with tempfile.TemporaryDirectory() as folder:
@@ -98,18 +96,6 @@ def measure(choice: Choice, out: Path | None = None) -> dict[str, Any]:
         finally:
             field.close()
     return summarised(report)
-
-
-def _flops(scenario: Scenario) -> dict[str, int]:
-    """Count the operations of every part, and of the whole request."""
-    model, counted = Model.open(scenario.model()), {}
-    inputs: Any = engine_inputs(scenario, model)
-    for name, part in ENGINES.items():
-        config: Any = model.config(part)
-        graph = find_graph(part, config, "float32", graph_folders(), model.path)
-        shapes = {key: array.shape for key, array in inputs[part].items()}
-        counted[name] = count(graph.data(), shapes)
-    return {**counted, WHOLE: total(counted, scenario.steps)}
 
 
 def _take(field: Field, name: str, taken: dict[str, Any]) -> dict[str, float]:

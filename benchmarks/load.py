@@ -129,12 +129,14 @@ def write_checkpoint(folder: Path) -> Path:
         ("", CLIP_L, text_encoder_sources(CLIP_L, "cond_stage_model.transformer.text_model.")),
     ):
         for name, shape in tensor_shapes(config).items():
-            tensors[prefix + sources[name].name] = _random(name, shape, pool)
+            tensors[prefix + sources[name].name] = random_tensor(name, shape, pool)
     _save(tensors, path)
     return path
 
 
-def _random(name: str, shape: tuple[int, ...], pool: NDArray[np.float32]) -> NDArray[np.float16]:
+def random_tensor(
+    name: str, shape: tuple[int, ...], pool: NDArray[np.float32]
+) -> NDArray[np.float16]:
     """Take numbers that keep activations at the size they come in: an untrained network's.
 
     No two tensors have the same: libraries find equal weights and keep them once.

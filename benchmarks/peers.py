@@ -12,30 +12,52 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.scenarios import SEED, TIMESTEP, WHOLE, Parts, Scenario, arrays
+from benchmarks.scenarios import (
+    LONGER,
+    LONGER_STEPS,
+    QUEUED,
+    SEED,
+    STEPS,
+    TIMESTEP,
+    WHOLE,
+    Parts,
+    Scenario,
+    arrays,
+)
 from engine.model import Model
 
 
 def diffusers_parts(precision: str, compiled: bool, scenario: Scenario, threads: int) -> Parts:
     """Open diffusers' own pipeline, eager or compiled."""
-    import diffusers
     import torch
 
     torch.set_num_threads(threads)
     dtype = getattr(torch, precision)
-    library: Any = diffusers  # it has no types
-    pipe = library.StableDiffusionPipeline.from_pretrained(
-        scenario.folder(), torch_dtype=dtype, safety_checker=None
-    ).to(dtype)
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
+    pipe = open_pipeline(scenario, dtype)
     if compiled:
         import torch._inductor.config as inductor
 
         inductor.freezing = True
         pipe.unet = torch.compile(pipe.unet, fullgraph=True)
         pipe.vae.decode = torch.compile(pipe.vae.decode, fullgraph=True)
-    return _parts(pipe, dtype, scenario)
+    return pipeline_parts(pipe, dtype, scenario)
+
+
+def open_pipeline(scenario: Scenario, dtype: Any) -> Any:
+    """Open diffusers' own pipeline of a scenario's model, channels last."""
+    import diffusers
+    import torch
+
+    library: Any = diffusers  # it has no types
+    unused: dict[str, Any]
+    if Model.open(scenario.model()).is_xl:
+        kind, unused = library.StableDiffusionXLPipeline, {"add_watermarker": False}
+    else:
+        kind, unused = library.StableDiffusionPipeline, {"safety_checker": None}
+    pipe = kind.from_pretrained(scenario.folder(), torch_dtype=dtype, **unused).to(dtype)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
 
 
 def optimum_parts(kind: str, precision: str, scenario: Scenario, threads: int) -> Parts:
@@ -64,7 +86,7 @@ def optimum_parts(kind: str, precision: str, scenario: Scenario, threads: int) -
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         pipe = ORTStableDiffusionPipeline.from_pretrained(folder, session_options=options)
-    return _parts(pipe, torch.float32, scenario)
+    return pipeline_parts(pipe, torch.float32, scenario)
 
 
 def _exported(kind: str, precision: str, scenario: Scenario) -> Path:
@@ -143,42 +165,79 @@ def cpp_parts(scenario: Scenario, threads: int) -> Parts:
     return {WHOLE: whole}
 
 
-def _parts(pipe: Any, dtype: Any, scenario: Scenario) -> Parts:
-    """Return the parts of a pipeline of diffusers, or of one that looks like it."""
+def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu") -> Parts:
+    """Return the parts of a pipeline of diffusers, or of one that looks like it.
+
+    They hand out arrays of the processor, so a device has done its work then.
+    """
     import torch
 
     pipe.set_progress_bar_config(disable=True)
+    model = Model.open(scenario.model())
     given: dict[str, Any] = {
-        name: torch.from_numpy(array)
-        for name, array in arrays(scenario, Model.open(scenario.model())).items()
+        name: torch.from_numpy(array).to(device) for name, array in arrays(scenario, model).items()
     }
-    x, context = given["latents"].to(dtype), given["context"].to(dtype)
-    timestep, scale = torch.tensor(TIMESTEP), scenario.guidance_scale
+
+    def groups(name: str) -> Any:
+        return given[name].to(dtype).repeat_interleave(scenario.batch, 0)
+
+    x, context, told = given["latents"].to(dtype), groups("context"), {}
+    if model.is_xl:
+        added = {name: groups(name) for name in ("text_embeds", "time_ids")}
+        told = {"added_cond_kwargs": added}
+    timestep, scale = torch.tensor(TIMESTEP, device=device), scenario.guidance_scale
 
     def text() -> NDArray[Any]:
-        rows = [pipe.text_encoder(row)[0] for row in given["input_ids"].split(1)]  # as it does
-        return _numpy(torch.cat(rows))
+        states = [_states(pipe, name, given, model.is_xl) for name in model.text_encoders]
+        return _numpy(torch.cat(states, -1))
 
-    def step() -> NDArray[Any]:
+    def guided() -> Any:
         out = pipe.unet(
-            torch.cat([x, x]), timestep, encoder_hidden_states=context, return_dict=False
+            torch.cat([x, x]), timestep, encoder_hidden_states=context, return_dict=False, **told
         )[0]
         uncond, cond = out.chunk(2)
-        return _numpy(uncond + scale * (cond - uncond))
+        return uncond + scale * (cond - uncond)
+
+    def steps() -> NDArray[Any]:
+        for _ in range(QUEUED):
+            out = guided()
+        return _numpy(out)
 
     def decode() -> NDArray[Any]:
         image = pipe.vae.decode(x / pipe.vae.config.scaling_factor, return_dict=False)[0]
         pictures = pipe.image_processor.postprocess(image, output_type="pil")
         return np.stack([np.asarray(picture) for picture in pictures])
 
-    def whole() -> NDArray[Any]:
-        noise = torch.Generator().manual_seed(SEED)
-        return np.asarray(pipe(scenario.prompt, generator=noise, **scenario.wishes()).images[0])
+    def whole(**wishes: Any) -> NDArray[Any]:
+        noise = [torch.Generator().manual_seed(SEED + i) for i in range(scenario.batch)]
+        wishes = {**scenario.wishes(), **wishes}
+        drawn = pipe(scenario.prompt, generator=noise if noise[1:] else noise[0], **wishes)
+        return np.stack([np.asarray(picture) for picture in drawn.images])
 
-    parts = {"text": text, "step": step, "decode": decode, WHOLE: whole}
+    parts = {
+        "text": text,
+        "step": lambda: _numpy(guided()),
+        "decode": decode,
+        WHOLE: whole,
+        STEPS: steps,
+        LONGER: lambda: whole(num_inference_steps=LONGER_STEPS),
+    }
     return {name: torch.inference_mode()(function) for name, function in parts.items()}
 
 
+def _states(pipe: Any, name: str, given: dict[str, Any], is_xl: bool) -> Any:
+    """Encode row by row, as diffusers does: what the UNet is told, (2, n, D)."""
+    import torch
+
+    encoder = getattr(pipe, name)
+    rows = given[name.replace("text_encoder", "input_ids")].split(1)
+    if is_xl:
+        return torch.cat(
+            [encoder(row, output_hidden_states=True).hidden_states[-2] for row in rows]
+        )
+    return torch.cat([encoder(row)[0] for row in rows])
+
+
 def _numpy(tensor: Any) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.float().numpy()
+    array: NDArray[Any] = tensor.float().cpu().numpy()
     return array

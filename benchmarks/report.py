@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison_tables import latency_table, quality_table
+from benchmarks.gpu_summary import gpu_table
 from benchmarks.resource_tables import build_table, memory_table, scale_table
 from engine.errors import OutputError
 
@@ -26,6 +27,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "scale",
         "scale-sd15",
     ),
+    README.parent / "docs" / "gpu.md": ("gpu",),
 }
 BEGIN, END = "<!-- begin: python -m benchmarks report: {} -->", "<!-- end: {} -->"
 # Rows of each benchmark: what a figure is called, and how it is shown.
@@ -102,6 +104,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "memory": memory_table,
     "memory-sd15": memory_table,
     "build": build_table,
+    "gpu": gpu_table,
     "scale": scale_table,
     "scale-sd15": scale_table,
 }

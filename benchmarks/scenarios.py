@@ -1,7 +1,7 @@
 """What contenders are given to compute: a model, a request, and each part's inputs."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from benchmarks.diffusers_folder import write_folder
 from benchmarks.load import write_checkpoint
+from benchmarks.random_models import RANDOM_MODELS, write_random
 from engine.cache import cache_folder
 from engine.errors import RequestError
 from engine.model import Model
@@ -20,6 +21,10 @@ from runtime.tokenizer import load_tokenizers
 SEED, TIMESTEP = 7, 500
 PARTS = ("text", "step", "decode")  # of a request, which is the fourth thing measured
 WHOLE = "whole"
+# What is measured beside these on a GPU: steps queued in a row, which hide what a single call costs
+# the processor, and a longer request.
+QUEUED, STEPS = 10, "10 steps"
+LONGER_STEPS, LONGER = 50, "whole of 50 steps"
 ENGINES: Mapping[str, Part] = {"text": "text_encoder", "step": "step", "decode": "vae_decoder"}
 Parts = Mapping[str, Callable[[], NDArray[Any]]]
 
@@ -28,7 +33,7 @@ Parts = Mapping[str, Callable[[], NDArray[Any]]]
 class Scenario:
     """A model, a request, and how long anything may take.
 
-    size: pixels along one side
+    size: pixels along one side; batch: pictures of one request
     ready_s, run_s, whole_s: a contender's time to open and warm up, for a part, for a request
     headroom_bytes: what must stay free on the machine for contenders to stay open side by side
     """
@@ -40,16 +45,28 @@ class Scenario:
     run_s: float
     whole_s: float
     headroom_bytes: int
+    batch: int = 1
     prompt: str = "a red apple, fluent style"
     steps: int = 20
     guidance_scale: float = 5.0
 
     @classmethod
     def of(cls, name: str) -> "Scenario":
-        """Return the scenario of a model's name; raises RequestError when there is none."""
-        if name not in SCENARIOS:
-            raise RequestError(f"the model {name!r} is not known; choose {', '.join(SCENARIOS)}")
-        return SCENARIOS[name]
+        """Return the scenario of a model's name, or of a `key`.
+
+        Raises RequestError when there is none.
+        """
+        model, _, rest = name.partition("-")
+        size, _, batch = rest.partition("-x")
+        if model not in MODELS or not (rest == "" or (size.isdigit() and batch.isdigit())):
+            raise RequestError(f"the model {name!r} is not known; choose {', '.join(MODELS)}")
+        chosen = MODELS[model]
+        return replace(chosen, size=int(size), batch=int(batch)) if rest else chosen
+
+    @property
+    def key(self) -> str:
+        """The model, the size and the batch as a name, such as "sd15-768-x4"."""
+        return f"{self.name}-{self.size}-x{self.batch}"
 
     def wishes(self) -> dict[str, Any]:
         """Return the request as a pipeline's arguments, here and in diffusers."""
@@ -58,15 +75,18 @@ class Scenario:
             "width": self.size,
             "num_inference_steps": self.steps,
             "guidance_scale": self.guidance_scale,
+            "num_images_per_prompt": self.batch,
         }
 
     def model(self) -> Path:
         """Return the file or folder that the project's own pipelines load."""
-        if self.is_made():
-            folder = cache_folder() / "benchmarks"
-            folder.mkdir(parents=True, exist_ok=True)
-            return write_checkpoint(folder)
-        return find_model(self.name)
+        if not self.is_made():
+            return find_model(self.name)
+        folder = cache_folder() / "benchmarks"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.name in RANDOM_MODELS:
+            return write_random(self.name, folder)
+        return write_checkpoint(folder)
 
     def is_made(self) -> bool:
         """Tell whether the model is made by this benchmark, of random numbers."""
@@ -98,22 +118,50 @@ SCENARIOS = {
         headroom_bytes=8 * 2**30,
     ),
 }
-MADE = ("sd15",)
+# With those that only a GPU draws in a time that somebody waits for.
+MODELS = {
+    **SCENARIOS,
+    "sd21": replace(
+        SCENARIOS["sd15"],
+        name="sd21",
+        title="Stable Diffusion 2.1, random weights",
+        size=768,
+        headroom_bytes=12 * 2**30,
+    ),
+    "xl": replace(
+        SCENARIOS["sd15"],
+        name="xl",
+        title="Stable Diffusion XL, random weights",
+        size=1024,
+        headroom_bytes=24 * 2**30,
+    ),
+}
+MADE = ("sd15", *RANDOM_MODELS)
 
 
 def arrays(scenario: Scenario, model: Model) -> dict[str, NDArray[Any]]:
     """Return what all contenders are given: two rows of ids, latents and the text's states.
 
-    input_ids: (2, n), [uncond, cond]; latents: (1, C, h, w); context: (2, n, D)
+    input_ids, and input_ids_2 of a second text encoder: (2, n), [uncond, cond];
+    latents: (B, C, h, w); context: (2, n, D); in XL text_embeds (2, P) and time_ids (2, T)
     """
     rng = np.random.default_rng(SEED)
-    tokenizer = load_tokenizers(model)["text_encoder"]
-    input_ids = tokenizer(["", scenario.prompt]).input_ids
+    texts = ["", scenario.prompt]
+    given: dict[str, NDArray[Any]] = {
+        name.replace("text_encoder", "input_ids"): tokenizer(texts).input_ids
+        for name, tokenizer in load_tokenizers(model).items()
+    }
+    rows = given["input_ids"].shape
     side = scenario.size // model.vae.compression
-    latents = rng.standard_normal((1, model.vae.latent_channels, side, side), np.float32)
-    width = model.unet.cross_attention_dim
-    context = rng.standard_normal((*input_ids.shape, width), np.float32)
-    return {"input_ids": input_ids, "latents": latents, "context": context}
+    shape = (scenario.batch, model.vae.latent_channels, side, side)
+    given["latents"] = rng.standard_normal(shape, np.float32)
+    given["context"] = rng.standard_normal((*rows, model.unet.cross_attention_dim), np.float32)
+    if model.is_xl:
+        width = model.text_encoders["text_encoder_2"].projection_dim
+        given["text_embeds"] = rng.standard_normal((len(texts), width), np.float32)
+        told = [scenario.size, scenario.size, 0, 0, scenario.size, scenario.size]
+        given["time_ids"] = np.array([told] * len(texts), np.float32)
+    return given
 
 
 def engine_inputs(scenario: Scenario, model: Model) -> dict[Part, dict[str, NDArray[Any]]]:
@@ -125,25 +173,31 @@ def engine_inputs(scenario: Scenario, model: Model) -> dict[Part, dict[str, NDAr
     given = arrays(scenario, model)
     latents, scale = given["latents"], scenario.guidance_scale
 
-    def one(*values: float) -> NDArray[np.float32]:
-        return np.array(values, np.float32)
+    def each(*values: float) -> NDArray[np.float32]:
+        return np.array([values] * scenario.batch, np.float32)
 
-    return {
-        "text_encoder": {
-            "input_ids": given["input_ids"],
-            "extra_embeddings": np.zeros((1, model.unet.cross_attention_dim), np.float32),
-        },
-        "step": {
-            "registers": latents[:, None],
-            "matrices": one(0, 1, 0)[None, None],
-            "timestep": one(TIMESTEP),
-            "input_scale": one(1),
-            "context": given["context"][:, None],
-            "guidance": one(1 - scale, scale)[:, None],
-            "guidance_rescale": one(0),
-            "noise": np.zeros_like(latents),
-            "mask": np.ones_like(latents[:, :1]),
-            "outside": np.zeros((1, 3), np.float32),
-        },
-        "vae_decoder": {"latents": latents},
+    def groups(name: str) -> NDArray[Any]:
+        return np.repeat(given[name][:, None], scenario.batch, axis=1)
+
+    step = {
+        "registers": latents[:, None],
+        "matrices": each(0, 1, 0)[:, None],
+        "timestep": each(TIMESTEP)[:, 0],
+        "input_scale": each(1)[:, 0],
+        "context": groups("context"),
+        "guidance": np.ascontiguousarray(each(1 - scale, scale).T),
+        "guidance_rescale": each(0)[:, 0],
+        "noise": np.zeros_like(latents),
+        "mask": np.ones_like(latents[:, :1]),
+        "outside": each(0, 0, 0),
     }
+    if model.is_xl:
+        step |= {name: groups(name) for name in ("text_embeds", "time_ids")}
+    encoders: dict[Part, dict[str, NDArray[Any]]] = {
+        name: {
+            "input_ids": given[name.replace("text_encoder", "input_ids")],
+            "extra_embeddings": np.zeros((1, config.hidden_size), np.float32),
+        }
+        for name, config in model.text_encoders.items()
+    }
+    return {**encoders, "step": step, "vae_decoder": {"latents": latents}}

@@ -100,7 +100,8 @@ class Worker:
 def serve(contender: str, scenario: str, threads: str) -> None:
     """Open a contender in this process, then run the parts that are asked for, line by line."""
     from benchmarks.contenders import MEASURED
-    from benchmarks.scenarios import SCENARIOS
+    from benchmarks.gpu_contenders import GPU_MEASURED
+    from benchmarks.scenarios import Scenario
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -109,11 +110,11 @@ def serve(contender: str, scenario: str, threads: str) -> None:
         print(json.dumps(values), file=answers, flush=True)
 
     try:
-        chosen = MEASURED[contender]
+        chosen = {**MEASURED, **GPU_MEASURED}[contender]
         for module in chosen.modules:
             importlib.import_module(module)
         imported = memory()
-        parts = chosen.open(SCENARIOS[scenario], int(threads))
+        parts = chosen.open(Scenario.of(scenario), int(threads))
         answer(parts=list(parts), imported=imported, opened=memory())
         for line in sys.stdin:
             asked = json.loads(line)

@@ -70,7 +70,8 @@ class FakeWorker:
 def log(monkeypatch):
     FakeWorker.log = []
     monkeypatch.setattr(field, "Worker", FakeWorker)
-    monkeypatch.setattr(latency, "_flops", lambda scenario: dict.fromkeys((*PARTS, WHOLE), 16e9))
+    counted = dict.fromkeys((*PARTS, WHOLE), 16e9)
+    monkeypatch.setattr(latency, "request_flops", lambda scenario: counted)
     monkeypatch.setattr(
         ledger, "describe", lambda: {"processor": "P", "cores": 1, "peak_gflops": 1.0}
     )

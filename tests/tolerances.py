@@ -89,3 +89,5 @@ INT8_RTOL = 0.15  # norm of the difference / norm of the reference, of a step wi
 INT8_PSNR_DB = 25  # a picture: 28 dB at least, 35 in the median of twenty
 # engine/cuda_group_norm.py: against ONNX's own operator
 GROUP_NORM_FLOAT16 = 2e-3  # of the largest: float16 rounds once more before SiLU, twice in it
+# engine/memory_estimate.py: against what TensorRT-RTX's builder plans
+ESTIMATED_ACTIVATIONS = 0.2  # relative; UNets and decoders 0.02 to 0.11, shallow steps 0.19

@@ -1,0 +1,70 @@
+"""Stable Diffusion 2.1 and XL of random weights in float16, as folders in diffusers' layout."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.diffusers_folder import write_folder
+from benchmarks.load import random_tensor
+from engine.checkpoints.families import FAMILIES
+from engine.checkpoints.shapes import tensor_shapes
+from engine.config import XL_SCALING_FACTOR, AutoencoderConfig, Config
+from engine.model import Model
+from export.published import CLIP_L, OPEN_CLIP_G, OPEN_CLIP_H, SD2, XL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomModel:
+    """What a published model is, without its weights; sample_size: side of its latents."""
+
+    configs: Mapping[Any, Config]
+    scheduler: Mapping[str, Any]
+    sample_size: int
+
+
+RANDOM_MODELS: Mapping[str, RandomModel] = {
+    "sd21": RandomModel(
+        configs={"text_encoder": OPEN_CLIP_H, "unet": SD2, "vae": AutoencoderConfig()},
+        scheduler={**FAMILIES["sd2"].scheduler, "prediction_type": "v_prediction"},
+        sample_size=96,
+    ),
+    "xl": RandomModel(
+        configs={
+            "text_encoder": CLIP_L,
+            "text_encoder_2": OPEN_CLIP_G,
+            "unet": XL,
+            "vae": AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
+        },
+        scheduler=FAMILIES["xl"].scheduler,
+        sample_size=128,
+    ),
+}
+
+
+def write_random(name: str, folder: Path) -> Path:
+    """Write one of these models, unless it is there; returns its folder."""
+    chosen = RANDOM_MODELS[name]
+    pool = np.random.default_rng(0).standard_normal(2**25).astype(np.float32)
+
+    def find(part: Any) -> Any:
+        return _tensors(chosen.configs[part], pool)
+
+    return write_folder(
+        Model(
+            path=folder / f"{name}-float16",
+            configs=MappingProxyType(chosen.configs),
+            find=find,
+            scheduler=chosen.scheduler,
+            sample_size=chosen.sample_size,
+            zeros_for_empty_prompt=name == "xl",
+        )
+    )
+
+
+def _tensors(config: Config, pool: NDArray[np.float32]) -> dict[str, NDArray[np.float16]]:
+    return {name: random_tensor(name, s, pool) for name, s in tensor_shapes(config).items()}
