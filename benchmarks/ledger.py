@@ -26,6 +26,11 @@ PACKAGES = (
     "optimum-intel",
     "optimum-onnx",
     "stable-diffusion-cpp-python",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13-libs",
+    "cuda-core",
+    "cuda-bindings",
 )
 
 

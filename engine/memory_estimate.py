@@ -9,10 +9,11 @@ top. Once an engine is built it says itself what it needs.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.config import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
+from engine.device import Device
 from engine.errors import BackendError
 from engine.graphs import Graph
 from engine.signature import Part
@@ -108,6 +109,21 @@ def estimate_build(
         tables=0,
         pictures=0,
     )
+
+
+def require_memory(
+    device: Device,
+    graphs: Mapping[Part, Graph],
+    configs: Mapping[Part, Config],
+    sizes: Sizes,
+    opened: Collection[Part],
+) -> None:
+    """Raise BackendError when a request on these parts does not fit; see `MemoryEstimate.require`.
+
+    opened: the parts whose weights are on the device already; so is the memory that engines share
+    """
+    there = sum(weight_bytes(graphs[part]) for part in opened) + device.scratch(0).nbytes
+    estimate(graphs, configs, sizes).require(device.memory()[0] + there)
 
 
 def weight_bytes(graph: Graph) -> int:

@@ -1,7 +1,7 @@
 """How a model's engines are opened: on which backend, in which precision, from which graphs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -21,13 +21,14 @@ from engine.backends import (
 )
 from engine.checkpoints.shapes import tensor_shapes
 from engine.errors import BackendError
-from engine.graphs import find_graph, graph_folders
+from engine.graphs import Graph, find_graph, graph_folders
 from engine.model import Model
 from engine.quantization import find_ranges, ranges_name
 from engine.signature import Part
 from engine.tensorrt_library import LIBRARIES
 
 SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a picture takes
+ON_GPU = ("cuda", *LIBRARIES)
 QUANTIZED: Sequence[Part] = ("step", "step_shallow")  # the parts whose layers compute in int8
 
 
@@ -91,10 +92,31 @@ class Opener:
             ranges=ranges,
         )
 
+    def graph(self, part: Part) -> Graph:
+        """Find a part's graph; raises GraphError."""
+        precision = graph_precision(self.settings, self.precision)
+        return find_graph(part, self.model.config(part), precision, self.folders, self.model.path)
+
+    def require_memory(
+        self, parts: Collection[Part], opened: Collection[Part], **sizes: int
+    ) -> None:
+        """Raise BackendError when a request does not fit into a GPU's memory.
+
+        parts: that it needs; opened: of these, those whose engines are open
+        sizes: fields of `engine.memory_estimate.Sizes`
+        """
+        if self.settings.backend not in ON_GPU:
+            return
+        from engine.cuda import find_device
+        from engine.memory_estimate import Sizes, require_memory
+
+        graphs = {part: self.graph(part) for part in parts}
+        configs = {part: self.model.config(part) for part in parts}
+        require_memory(find_device(), graphs, configs, Sizes(**sizes), opened)
+
     def __call__(self, part: Part, weights: Arrays) -> Engine:
         """Open a part with its weights; raises GraphError, ModelError or BackendError."""
-        precision = graph_precision(self.settings, self.precision)
-        graph = find_graph(part, self.model.config(part), precision, self.folders, self.model.path)
+        graph = self.graph(part)
         if self.settings.backend in LIBRARIES:
             from engine.tensorrt_ladder import open_ladder
 

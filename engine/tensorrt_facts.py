@@ -4,9 +4,12 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+from engine.config import Config
 from engine.cuda import CudaDevice, find_device
+from engine.device import Device
 from engine.engine_store import EngineFacts
 from engine.graphs import Graph
+from engine.memory_estimate import Sizes, estimate_build
 from engine.model import Model
 from engine.signature import Part
 from engine.tensorrt_build import BuildRequest, BuildSettings, timings_path
@@ -64,3 +67,12 @@ def build_request(
         **model.given,
         **more,
     )
+
+
+def require_to_build(device: Device, graph: Graph, config: Config, settings: BuildSettings) -> None:
+    """Raise BackendError when a build on this GPU would not fit into its memory."""
+    for profile in settings.profiles:
+        most = {name: getattr(profile, name).most for name in ("height", "width", "batch")}
+        sizes = Sizes(**most, groups=profile.groups.most, tokens=profile.tokens.most)
+        needed = estimate_build(graph, config, sizes, settings.workspace_bytes or 0)
+        needed.require(device.memory()[0], f"building the {graph.part} for {profile.describe()}")

@@ -22,7 +22,7 @@ from engine.profiles import GROUPS, Profile, Range, input_shapes, relevant
 from engine.signature import Part, signature
 from engine.tensorrt_build import BuildSettings, build
 from engine.tensorrt_engine import TensorRTEngine
-from engine.tensorrt_facts import build_request, engine_facts
+from engine.tensorrt_facts import build_request, engine_facts, require_to_build
 from engine.tensorrt_library import library
 
 Shapes = Mapping[str, Shape]
@@ -167,6 +167,7 @@ class Ladder:
         chosen = BuildSettings(profiles=(profile,))
         facts = engine_facts(self.name, self.graph, chosen, self._weights_hash, self.device)
         request = build_request(self.name, self.model, self.part, self.graph, chosen)
+        require_to_build(self.device, self.graph, self.model.config(self.part), chosen)
         self.store.get_or_build(facts, lambda path: build(request, path))
         return facts
 

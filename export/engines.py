@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.backends import Arrays
 from engine.cache import cache_folder
+from engine.cuda import find_device
 from engine.engine_store import EngineStore, weights_hash
 from engine.errors import GraphError
 from engine.graphs import Graph, Precision, find_graph, graph_folders
@@ -15,7 +16,7 @@ from engine.model import COMPONENTS, Model
 from engine.profiles import relevant
 from engine.signature import Part
 from engine.tensorrt_build import BuildProgress, BuildSettings, Built, build
-from engine.tensorrt_facts import build_request, engine_facts
+from engine.tensorrt_facts import build_request, engine_facts, require_to_build
 
 BAR_WIDTH = 30
 
@@ -79,6 +80,8 @@ def _build_part(
     made: list[Built] = []
 
     def make(path: Path) -> None:
+        if settings.target is None:
+            require_to_build(find_device(), graph, model.config(part), settings)
         label = f"{part} for {facts.sm}"
         made.append(build(request, path, lambda progress: _show(label, progress)))
 

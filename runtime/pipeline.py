@@ -166,6 +166,10 @@ class Pipeline:
             parts.append("step_shallow")
         if plan.image is not None or plan.upscaler == PIXELS or self.model.is_inpainting:
             parts.append("vae_encoder")
+        if self.opener:
+            self.opener.require_memory(
+                parts, [p for p in parts if p in self.engines], **_sizes(plan)
+            )
         for part in parts:
             self.engine(part)
         return plan
@@ -192,3 +196,18 @@ class Pipeline:
         if plan.mask is None or plan.image is None or plan.mask_blur is None:
             return pictures
         return [paste_back(new, plan.image, plan.mask, plan.mask_blur) for new in pictures]
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    """Return the sizes of a plan's largest run, by which the memory of a device is estimated."""
+    *_, run = plan.runs()
+    contexts = [told["context"].shape for told in run.conditioning]
+    return {
+        "height": run.height,
+        "width": run.width,
+        "batch": len(run.seeds),
+        "groups": max(shape[0] for shape in contexts),
+        "tokens": max(shape[2] for shape in contexts),
+        "registers": run.program.matrices.shape[1] + 2 * (run.mask is not None),
+        "steps": int(run.program.needs_noise.sum()) + 1,
+    }
