@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, partial, wraps
 from math import prod
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,24 @@ def find_device(index: int = 0) -> "CudaDevice":
         ) from error
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _alone(
+    method: Callable[Concatenate["CudaDevice", P], R],
+) -> Callable[Concatenate["CudaDevice", P], R]:
+    """Let one thread at a time do this, on the GPU that the object stands for."""
+
+    @wraps(method)
+    def locked(self: "CudaDevice", *arguments: P.args, **named: P.kwargs) -> R:
+        with self.lock:
+            self._enter()
+            return method(self, *arguments, **named)
+
+    return locked
+
+
 class CudaDevice:
     """An `engine.device.Device`; core, driver: the modules `cuda.core` and `cuda.bindings.driver`.
 
@@ -66,6 +84,7 @@ class CudaDevice:
         self._core = core
         self._driver = driver
         self.index = index
+        self.lock = threading.RLock()
         self._thread = threading.local()
         self._recording = False
         self._kept: list[Any] = []
@@ -86,9 +105,9 @@ class CudaDevice:
         """The stream's handle."""
         return int(self._stream.handle)
 
+    @_alone
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
         """Allocate memory; see `engine.device.Device`."""
-        self._enter()
         self._refuse_recording("memory is allocated")
         dtype = np.dtype(dtype)
         buffer = self._allocate(prod(shape) * dtype.itemsize)
@@ -118,6 +137,7 @@ class CudaDevice:
                     raise MemoryError from error
                 raise
 
+    @_alone
     def scratch(self, nbytes: int) -> DeviceArray:
         """Return memory that all engines share; see `engine.device.Device`.
 
@@ -128,9 +148,9 @@ class CudaDevice:
             self._scratch = self.empty((nbytes,), np.dtype(np.uint8))
         return self._scratch
 
+    @_alone
     def upload(self, array: NDArray[Any], to: DeviceArray) -> None:
         """Queue a copy into the device's memory; see `engine.device.Device`."""
-        self._enter()
         self._refuse_recording("the processor's memory is read")
         assert (array.shape, array.dtype) == (to.shape, to.dtype)
         if not to.nbytes:
@@ -141,16 +161,16 @@ class CudaDevice:
             self._copy(to.address, piece.address, to.nbytes)
             self._stream.record(piece.event)
 
+    @_alone
     def copy(self, source: DeviceArray, to: DeviceArray) -> None:
         """Queue a copy within the device's memory."""
-        self._enter()
         if to.nbytes:
             with self._errors():
                 self._copy(to.address, source.address, to.nbytes)
 
+    @_alone
     def download(self, array: DeviceArray) -> NDArray[Any]:
         """Wait for all work, and return what the array holds then."""
-        self._enter()
         if not array.nbytes:
             return np.empty(array.shape, array.dtype)
         with self._errors():
@@ -160,9 +180,9 @@ class CudaDevice:
             self._stream.sync()
         return piece.view(array.shape, array.dtype).copy()
 
+    @_alone
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record work as one graph; see `engine.device.Device`."""
-        self._enter()
         self._refuse_recording("a graph is recorded")
         with self._errors():
             builder = self._stream.create_graph_builder()
@@ -184,21 +204,21 @@ class CudaDevice:
                 builder.close()
         return partial(self._replay, graph, (self._scratch, work))
 
+    @_alone
     def _replay(self, graph: Any, kept: object) -> None:
         """Queue a graph again; kept: the memory and the engines that it uses."""
-        self._enter()
         with self._errors():
             graph.launch(self._stream)
 
+    @_alone
     def wait(self) -> None:
         """Wait for all work."""
-        self._enter()
         with self._errors():
             self._stream.sync()
 
+    @_alone
     def memory(self) -> tuple[int, int]:
         """Return the bytes that are free, those that the pool keeps for us among them, and all."""
-        self._enter()
         with self._errors():
             free, total = self._check(self._driver.cuMemGetInfo())
             pool = self._pool.attributes

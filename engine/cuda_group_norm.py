@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from engine.device import Shape
-from engine.onnx_file import GRAPH_OUTPUT, MODEL_GRAPH, VALUE_NAME, fields
-from engine.onnx_file import _encode as encode
+from engine.onnx_file import GRAPH_OUTPUT, MODEL_GRAPH, VALUE_NAME, encode, fields
 
 # Fields of ModelProto, GraphProto, NodeProto, AttributeProto and OperatorSetIdProto.
 MODEL_OPSET, GRAPH_NODE = 8, 1

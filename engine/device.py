@@ -5,6 +5,7 @@ Work is queued on one stream and done in order, while the processor goes on. Onl
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol, TypeGuard
@@ -64,6 +65,11 @@ class Device(Protocol):
     @property
     def stream(self) -> int:
         """The stream's handle, a `CUstream`."""
+        ...
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Held by a thread while it queues what belongs together, and while it records."""
         ...
 
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:

@@ -60,7 +60,7 @@ def without_attribute(data: bytes, operator: str, attribute: str) -> bytes:
         if (NODE_OPERATOR, operator.encode()) not in found:
             return content
         return b"".join(
-            _encode(field, value)
+            encode(field, value)
             for field, value in found
             if field != NODE_ATTRIBUTE or next(fields(_bytes(value)), None) != named
         )
@@ -71,7 +71,7 @@ def without_attribute(data: bytes, operator: str, attribute: str) -> bytes:
 def _mapped(data: bytes, chosen: int, change: Callable[[bytes], bytes]) -> bytes:
     """Change the messages of one field."""
     return b"".join(
-        _encode(field, change(_bytes(value)) if field == chosen else value)
+        encode(field, change(_bytes(value)) if field == chosen else value)
         for field, value in fields(data)
     )
 
@@ -84,16 +84,16 @@ def _graph_with_inputs(graph: bytes) -> bytes:
             if (TENSOR_LOCATION, EXTERNAL) in tensor:
                 kept.append(_message(GRAPH_INPUT, _as_value(tensor)))
                 continue
-        kept.append(_encode(field, value))
+        kept.append(encode(field, value))
     return b"".join(kept)
 
 
 def _as_value(tensor: list[Field]) -> bytes:
     """Describe a tensor as a ValueInfoProto: its name, dtype and shape."""
-    dims = b"".join(_message(SHAPE_DIM, _encode(DIM_VALUE, size)) for size in _sizes(tensor))
+    dims = b"".join(_message(SHAPE_DIM, encode(DIM_VALUE, size)) for size in _sizes(tensor))
     facts = dict(tensor)
-    kind = _encode(TYPE_DTYPE, facts[TENSOR_DTYPE]) + _message(TYPE_SHAPE, dims)
-    return _encode(VALUE_NAME, facts[TENSOR_NAME]) + _message(
+    kind = encode(TYPE_DTYPE, facts[TENSOR_DTYPE]) + _message(TYPE_SHAPE, dims)
+    return encode(VALUE_NAME, facts[TENSOR_NAME]) + _message(
         VALUE_TYPE, _message(TYPE_TENSOR, kind)
     )
 
@@ -142,7 +142,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
             raise ValueError("a number is too long")
 
 
-def _encode(field: int, value: bytes | int) -> bytes:
+def encode(field: int, value: bytes | int) -> bytes:
     if isinstance(value, int):
         return _number(field << 3 | NUMBER) + _number(value)
     return _message(field, value)

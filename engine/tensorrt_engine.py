@@ -51,36 +51,37 @@ class TensorRTEngine:
 
     def run(self, inputs: Given) -> dict[str, NDArray[Any]]:
         """Run once; see `engine.device.DeviceEngine`."""
-        outputs = run_from_host(self, inputs)
-        self.keep_kernels()
-        return outputs
+        return run_from_host(self, inputs)
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
         """Get ready for these shapes; see `engine.device.DeviceEngine`.
 
         What was recorded of other shapes stays good: each has an execution context.
         """
-        self._choose(inputs)
-        return {
-            name: self.device.empty(tuple(self._chosen.context.get_tensor_shape(name)), dtype)
-            for name, dtype in self._loaded.outputs.items()
-        }
+        with self.device.lock:
+            context = self._choose(inputs).context
+            return {
+                name: self.device.empty(tuple(context.get_tensor_shape(name)), dtype)
+                for name, dtype in self._loaded.outputs.items()
+            }
 
     def enqueue(
         self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> None:
         """Queue a run; an input that does not begin at a multiple of 256 bytes is copied first."""
-        self._choose({name: array.shape for name, array in inputs.items()})
-        context, scratch = self._chosen.context, self.device.scratch(self._chosen.activations)
-        context.set_device_memory(scratch.address, scratch.nbytes)
-        for name, array in [*inputs.items(), *outputs.items()]:
-            if array.address % ALIGNMENT and name in inputs:
-                self.device.copy(array, self._chosen.aligned[name])
-                array = self._chosen.aligned[name]
-            if not context.set_tensor_address(name, array.address):
-                raise self._loaded.failure(f"refused the memory of {name}")
-        if not context.execute_async_v3(self.device.stream):
-            raise self._loaded.failure("could not queue a run")
+        with self.device.lock:
+            chosen = self._choose({name: array.shape for name, array in inputs.items()})
+            context, scratch = chosen.context, self.device.scratch(chosen.activations)
+            context.set_device_memory(scratch.address, scratch.nbytes)
+            for name, array in [*inputs.items(), *outputs.items()]:
+                if array.address % ALIGNMENT and name in inputs:
+                    self.device.copy(array, chosen.aligned[name])
+                    array = chosen.aligned[name]
+                if not context.set_tensor_address(name, array.address):
+                    raise self._loaded.failure(f"refused the memory of {name}")
+            if not context.execute_async_v3(self.device.stream):
+                raise self._loaded.failure("could not queue a run")
+            self._keep_kernels()  # which are compiled before the first run of a shape returns
 
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
         """Change weights in the device's memory; see `engine.backends.Engine`.
@@ -95,10 +96,10 @@ class TensorRTEngine:
             )
         self.device.wait()
         if (own := take_own(self._library, self._loaded, self.device)) is not self._loaded:
-            shapes = self._chosen.shapes if self._ready else None
+            prepared = [context.shapes for context in self._ready.values()]
             self._loaded.users.discard(self)
             self._open(own)
-            if shapes:
+            for shapes in prepared:
                 self._choose(shapes)
         refitter = self._library.Refitter(self._loaded.engine, self._loaded.log)
         kept = self._refit(refitter, weights, names)
@@ -107,7 +108,7 @@ class TensorRTEngine:
         if not refitter.refit_cuda_engine():
             raise self._loaded.failure("could not change the weights")
 
-    def keep_kernels(self) -> None:
+    def _keep_kernels(self) -> None:
         """Write what was compiled on the device into its file, if there may be anything new."""
         if self._new_kernels and self._compiled is not None and self._kernels:
             data = bytes(self._compiled.serialize())
@@ -151,14 +152,14 @@ class TensorRTEngine:
                 self._compiled.deserialize(self._kernels.read_bytes())
         config.set_runtime_cache(self._compiled)
 
-    def _choose(self, shapes: Mapping[str, Shape]) -> None:
+    def _choose(self, shapes: Mapping[str, Shape]) -> "_Context":
         """Find the context for these shapes, or make it."""
         key = frozenset((name, tuple(shape)) for name, shape in shapes.items())
         if key not in self._ready:
             self._ready[key] = self._make(dict(shapes))
             self._new_kernels = True
-        self._chosen = self._ready[key]
-        self.device.scratch(self._chosen.activations)
+        self.device.scratch(self._ready[key].activations)
+        return self._ready[key]
 
     def _make(self, shapes: dict[str, Shape]) -> "_Context":
         loaded, profile = self._loaded, self._loaded.fitting_profile(shapes)

@@ -8,9 +8,9 @@ longer allocated, allocating or waiting while a graph is recorded, and, because 
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from functools import partial, wraps
 from math import prod
-from threading import Lock
+from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -42,6 +42,17 @@ class Memory:
         return self.bytes[start : start + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
+def _alone(method):
+    """Let one thread at a time do this, as `engine.cuda` does."""
+
+    @wraps(method)
+    def locked(self, *arguments):
+        with self.lock:
+            return method(self, *arguments)
+
+    return locked
+
+
 class FakeDevice:
     """A device over the processor's memory; total: its size in bytes.
 
@@ -58,7 +69,7 @@ class FakeDevice:
         self._queue: list[tuple[Work, list[Memory]]] = []
         self._recorded: list[Work] | None = None
         self._scratch: DeviceArray | None = None
-        self._lock = Lock()
+        self.lock = RLock()
 
     @property
     def allocated(self) -> int:
@@ -70,6 +81,7 @@ class FakeDevice:
         """Whether a graph is being recorded."""
         return self._recorded is not None
 
+    @_alone
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
         assert self._recorded is None, "memory is allocated while a graph is recorded"
         self.counts["empty"] += 1
@@ -85,12 +97,14 @@ class FakeDevice:
             address=memory.address, shape=shape, dtype=dtype, memory=memory, device=self
         )
 
+    @_alone
     def scratch(self, nbytes: int) -> DeviceArray:
         if self._scratch is None or self._scratch.nbytes < nbytes:
             self._scratch = None
             self._scratch = self.empty((nbytes,), np.dtype(np.uint8))
         return self._scratch
 
+    @_alone
     def upload(self, array: NDArray[Any], to: DeviceArray) -> None:
         assert self._recorded is None, "the processor's memory is read while a graph is recorded"
         assert (array.shape, array.dtype) == (to.shape, to.dtype), "another array is uploaded"
@@ -98,17 +112,20 @@ class FakeDevice:
         taken = array.copy()
         self.queue(lambda: np.copyto(self.at(to.address, to.shape, to.dtype), taken))
 
+    @_alone
     def copy(self, source: DeviceArray, to: DeviceArray) -> None:
         assert (source.shape, source.dtype) == (to.shape, to.dtype), "another array is copied"
         self.counts["copy"] += 1
         places = [(array.address, array.shape, array.dtype) for array in (to, source)]
         self.queue(lambda: np.copyto(self.at(*places[0]), self.at(*places[1])))
 
+    @_alone
     def download(self, array: DeviceArray) -> NDArray[Any]:
         self.counts["download"] += 1
         self._drain()
         return self.at(array.address, array.shape, array.dtype).copy()
 
+    @_alone
     def record(self, work: Work) -> Work:
         assert self._recorded is None, "a graph is recorded while another is"
         self.counts["record"] += 1
@@ -120,18 +137,22 @@ class FakeDevice:
 
         return partial(self._replay, recorded, (self._scratch, work))
 
+    @_alone
     def _replay(self, recorded: list[Work], kept: object) -> None:
         self.counts["replay"] += 1
         for piece in recorded:
             self.queue(piece)
 
+    @_alone
     def wait(self) -> None:
         self.counts["wait"] += 1
         self._drain()
 
+    @_alone
     def memory(self) -> tuple[int, int]:
         return self._total - self.allocated, self._total
 
+    @_alone
     def queue(self, work: Work) -> None:
         """Queue what engines do; it finds its arrays with `at` when its turn comes."""
         if self._recorded is not None:
@@ -166,10 +187,9 @@ class FakeDevice:
 
     def _drain(self) -> None:
         assert self._recorded is None, "the device is waited for while a graph is recorded"
-        with self._lock:  # a stream does its work in order, whoever waits for it
-            queue, self._queue = self._queue, []
-            for work, _ in queue:
-                work()
+        queue, self._queue = self._queue, []
+        for work, _ in queue:
+            work()
 
 
 class FakeEngine:

@@ -218,7 +218,9 @@ def test_all_engines_work_in_the_same_memory(library, device, tmp_path):
     for _ in range(2):  # the step's needs are larger, so the decoder's address has changed
         assert_same(first.run(small), expected("preview_decoder", small))
         assert_same(second.run(inputs), expected("step", inputs))
-    needs = max(engine._chosen.activations for engine in (first, second))
+    needs = max(
+        context.activations for engine in (first, second) for context in engine._ready.values()
+    )
     assert device.scratch(1).nbytes == needs
 
 
@@ -389,7 +391,7 @@ def test_a_device_without_enough_memory_says_what_is_missing_and_goes_on(tmp_pat
 def test_doubles_refuse_what_the_library_does_not_take(library, device, tmp_path):
     engine = open_decoder(library, write_decoder(library, tmp_path))
     engine.prepare({"latents": (1, 4, 8, 8)})
-    context = engine._chosen.context
+    (context,) = (found.context for found in engine._ready.values())
     with pytest.raises(TypeError, match="set_input_shape"):
         context.set_input_shape("latents", "1x4x8x8")
     with pytest.raises(TypeError, match="set_device_memory"):
