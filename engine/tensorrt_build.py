@@ -43,7 +43,8 @@ class BuildSettings:
         builds such an engine only beside a GPU
     optimization_level: 0 builds soonest, 5 runs fastest; None leaves it to the library
     workspace_bytes: GPU memory that one layer may take beside its tensors; None sets no limit
-    target: the GPU, "sm89"; None is the one at hand
+    target: the GPU, "sm89"; None is the one at hand with TensorRT, and with TensorRT-RTX every
+        GPU from Ampere on but Hopper
     """
 
     profiles: tuple[Profile, ...]

@@ -84,6 +84,23 @@ def test_every_part_of_the_shipped_model_is_built(part, target, tmp_path):
     assert len({step.fraction for step in steps}) > 1
 
 
+def test_one_engine_has_several_profiles(tmp_path):
+    fixed = Profile(height=Range(64, 64, 64), width=Range(64, 64, 64), tokens=Range(32, 32, 32))
+    asked = request("step_shallow")
+    one = build(replace(asked, settings=replace(SETTINGS, profiles=(fixed,))), tmp_path / "one")
+    both = replace(SETTINGS, profiles=(fixed, PROFILE))
+    two = build(replace(asked, settings=both), tmp_path / "two")
+    assert one.nbytes < two.nbytes
+
+
+@pytest.mark.parametrize("part", ["step", "vae_decoder"])
+def test_float32_attention_is_built(part, tmp_path):
+    config, folders = MODEL.config(part), graph_folders()
+    graph = find_graph(part, config, "float32", folders, PICTOGRAM).path
+    built = build(request(part, graph), tmp_path / "engine")
+    assert built.nbytes > 2 * weights_bytes(graph)
+
+
 def test_engines_of_two_targets_differ(tmp_path):
     engines = []
     for target in ("sm86", "sm120"):
@@ -143,7 +160,8 @@ def test_impossible_settings_are_refused(settings, message):
     ("library", "target", "message"),
     [
         ("tensorrt_rtx", "sm90", "does not support Hopper"),
-        ("tensorrt_rtx", "sm50", "'sm50' is not known; choose from sm75"),
+        ("tensorrt_rtx", "sm75", "no float32 matrices on Turing"),
+        ("tensorrt_rtx", "sm50", "'sm50' is not known; choose from sm80"),
         ("tensorrt", "sm89", "builds for the GPU of this machine"),
         ("tensorflow", None, "choose tensorrt or tensorrt_rtx"),
     ],
@@ -206,6 +224,23 @@ def test_a_corrupted_graph_is_refused(tmp_path):
     refused(
         request(graph=graph), tmp_path / "engine", GraphError, "cannot take the graph graph.onnx"
     )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_graph_with_a_wrong_byte_is_built_or_refused(seed, tmp_path):
+    whole, rng = request().graph.read_bytes(), np.random.default_rng(seed)
+    data = bytearray(whole)
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    graph, path = tmp_path / "graph.onnx", tmp_path / "engine"
+    graph.write_bytes(data)
+    said = "graph.onnx"
+    try:
+        build(request(graph=graph), path)
+    except (BackendError, GraphError) as error:
+        said = str(error)
+    assert path.exists() == (said == "graph.onnx")
+    assert "graph.onnx" in said
+    assert "\n" not in said
 
 
 def test_half_a_graph_is_refused(tmp_path):
