@@ -262,6 +262,14 @@ def test_a_model_that_is_not_there_is_refused(tmp_path):
     refused(asked, tmp_path / "engine", ModelError, "nothing")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_the_peak_of_memory_is_the_childs_alone(tmp_path):
+    before = build(request(), tmp_path / "engine").peak_bytes
+    ours = np.ones(2**29, np.uint8)
+    after = build(request(), tmp_path / "engine").peak_bytes
+    assert after < before + len(ours) // 2
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     refused(request(), tmp_path / "nowhere" / "engine", OutputError, "No such file")
 
