@@ -141,7 +141,7 @@ GPU_CONTENDERS: Mapping[str, Contender] = {
         f"latentrt, {title} float16": Contender(
             open=partial(_ours, backend, "float16"),
             precision="float16",
-            settings=f'precision="float16", BackendSettings(backend="{backend}"), one size an engine',
+            settings=f'precision="float16", BackendSettings("{backend}"), an engine for each size',
         )
         for backend, title in _BACKENDS.items()
     },

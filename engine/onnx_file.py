@@ -52,7 +52,7 @@ def weights_as_inputs(data: bytes) -> bytes:
 def without_attribute(data: bytes, operator: str, attribute: str) -> bytes:
     """Leave an attribute out of all nodes of an operator, for a library that does not take it."""
 
-    # Not all of an attribute: further on are floats, which `fields` does not read.
+    # The name is written first; further on are floats, which `fields` does not read.
     named = (ATTRIBUTE_NAME, attribute.encode())
 
     def node(content: bytes) -> bytes:
@@ -143,6 +143,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def encode(field: int, value: bytes | int) -> bytes:
+    """Write a field of a message: a number, or bytes."""
     if isinstance(value, int):
         return _number(field << 3 | NUMBER) + _number(value)
     return _message(field, value)

@@ -29,6 +29,7 @@ from engine.tensorrt_library import LIBRARIES, check_target
 
 CHILD = ("-m", "engine.tensorrt_child")
 PATIENCE = 3.0  # seconds that a cancelled builder has to stop by itself
+FINISHED = "finished"
 LEVELS = range(6)
 PATHS = ("graph", "model", "vae", "preview_decoder", "timings")
 LAST_WORDS = 600  # characters of what a crashed builder had said
@@ -43,7 +44,8 @@ class BuildSettings:
         builds such an engine only beside a GPU
     optimization_level: 0 builds soonest, 5 runs fastest; None leaves it to the library
     workspace_bytes: GPU memory that one layer may take beside its tensors; None sets no limit
-    target: the GPU, "sm89"; None is the one at hand
+    target: the GPU, "sm89"; None is the one at hand with TensorRT, and with TensorRT-RTX every
+        GPU from Ampere on but Hopper
     """
 
     profiles: tuple[Profile, ...]
@@ -146,8 +148,8 @@ def build(
     """Build an engine into a file, and wait for it.
 
     Raises GraphError for a graph that is damaged or that the library cannot take, ModelError for
-    a model, BackendError when the library is missing, refuses or dies. Then, and when it is
-    interrupted, there is no child and no file.
+    a model, BackendError when the library is missing, refuses or dies, OutputError when there is
+    no room. Then, and when it is interrupted, there is no child and no file.
     """
     started = time.monotonic()
     line = json.dumps({"request": request.to_dict(), "to": str(path)})
@@ -158,6 +160,7 @@ def build(
                 raise getattr(errors, last["error"])(last["message"])
             if "peak_bytes" not in last:
                 raise BackendError(_obituary(request, child.wait(), last.get("phase"), words))
+            progress(BuildProgress(phase=FINISHED, fraction=1.0))
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -14,7 +14,7 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 from engine.backends import Arrays, bind
-from engine.errors import LatentrtError
+from engine.errors import LatentrtError, OutputError
 from engine.graphs import Graph
 from engine.loaded import LoadedModel
 from engine.model import Model
@@ -68,8 +68,14 @@ def build_part(request: BuildRequest, to: Path, tell: Tell, cancelled: Event) ->
         # What is bound must stay until the engine is built: the parser copies nothing.
         bound = list(bind(graph, weights))
         plan = build_engine(module, graph.data(), bound, shapes, request, monitor)
-        with to.open("wb") as file:
-            file.write(plan)
+        try:
+            with to.open("wb") as file:
+                file.write(plan)
+        except OSError as error:
+            raise OutputError(
+                f"the engine cannot be written to {to.parent} ({error.strerror}); check the "
+                "permissions and the disk's space, or set LATENTRT_CACHE"
+            ) from error
 
     loaded = LoadedModel(model, build)
     loaded.set_loras(request.loras)
@@ -83,6 +89,7 @@ def _monitor(module: Any, tell: Tell, cancelled: Event) -> Any:
         def __init__(self) -> None:
             module.IProgressMonitor.__init__(self)
             self.phases: Phases = {}
+            self.reached = 0.0  # a phase that begins late takes nothing back
             self.lock = Lock()
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
@@ -94,7 +101,8 @@ def _monitor(module: Any, tell: Tell, cancelled: Event) -> Any:
                 if name in self.phases:
                     parent, steps, _ = self.phases[name]
                     self.phases[name] = (parent, steps, step + 1)
-                tell(phase=name, fraction=fraction(self.phases))
+                self.reached = max(self.reached, fraction(self.phases))
+                tell(phase=name, fraction=self.reached)
             return not cancelled.is_set()
 
         def phase_finish(self, name: str) -> None:
@@ -122,7 +130,10 @@ def _watch(cancelled: Event) -> None:
 
 
 def _peak_bytes() -> int | None:
-    """Return the largest resident memory of this process; `ru_maxrss` knows that of its parent."""
+    """Return the largest resident memory of this process so far, where Linux tells it.
+
+    Not `getrusage`'s, which begins with that of the process that started this one.
+    """
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

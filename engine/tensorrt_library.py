@@ -15,8 +15,8 @@ class Library:
 
     modules: the names under which Python finds it, in this order
     extra: what installs it with this project
-    targets: the GPUs for which it builds engines, wherever it runs; none where it builds for the
-        GPU at hand alone
+    targets: the GPUs for which it builds engines, wherever it runs, one or all of them; none
+        where it builds for the GPU at hand alone
     keeps_timings: whether it times kernels while it builds, and keeps the times in a file
     """
 
@@ -34,11 +34,16 @@ LIBRARIES: Mapping[str, Library] = MappingProxyType(
         "tensorrt_rtx": Library(
             modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
             extra="tensorrt-rtx",
-            targets=("sm75", "sm80", "sm86", "sm89", "sm120", "sm121"),
+            targets=("sm80", "sm86", "sm89", "sm120", "sm121"),
         ),
     }
 )
-HOPPER = "sm90"
+UNSUPPORTED: Mapping[str, str] = MappingProxyType(
+    {
+        "sm75": "TensorRT-RTX multiplies no float32 matrices on Turing (sm75), as every step does",
+        "sm90": "TensorRT-RTX does not support Hopper (sm90)",
+    }
+)
 
 
 def library(name: str) -> Any:
@@ -83,10 +88,8 @@ def check_target(name: str, target: str) -> None:
             f"{name} builds for the GPU of this machine and takes no target ({target!r} was "
             "given); leave it out, or choose the backend tensorrt_rtx"
         )
-    if target == HOPPER:
-        raise BackendError(
-            f"TensorRT-RTX does not support Hopper ({HOPPER}); choose the backend tensorrt or cuda"
-        )
+    if target in UNSUPPORTED:
+        raise BackendError(f"{UNSUPPORTED[target]}; choose the backend tensorrt or cuda")
     if target not in known:
         raise BackendError(f"the target {target!r} is not known; choose from {', '.join(known)}")
 

@@ -61,8 +61,15 @@ def build_engine(
 def _parse(
     parser: Any, data: bytes, weights: Iterable[tuple[str, NDArray[Any]]], request: BuildRequest
 ) -> None:
-    # Refused, and not needed: the library's own attention keeps its softmax in float32.
-    ok = parser.load_model_proto(without_attribute(data, "Attention", "softmax_precision"))
+    try:
+        # It is refused; the library's own attention keeps its softmax in float32 unasked.
+        data = without_attribute(data, "Attention", "softmax_precision")
+    except (IndexError, ValueError) as error:
+        raise GraphError(
+            f"the graph {request.graph.name} is damaged ({error}); make it anew with "
+            "`python -m export MODEL`"
+        ) from error
+    ok = parser.load_model_proto(data)
     for name, array in weights if ok else ():
         ok = ok and parser.load_initializer(name, array.ctypes.data, array.nbytes)
     if ok and parser.parse_model_proto():

@@ -91,3 +91,8 @@ INT8_PSNR_DB = 25  # a picture: 28 dB at least, 35 in the median of twenty
 GROUP_NORM_FLOAT16 = 2e-3  # of the largest: float16 rounds once more before SiLU, twice in it
 # engine/memory_estimate.py: against what TensorRT-RTX's builder plans
 ESTIMATED_ACTIVATIONS = 0.2  # relative; UNets and decoders 0.02 to 0.11, shallow steps 0.19
+
+# engine/tensorrt_build.py: what an engine takes, per byte of its float16 weights
+ENGINE_BYTES = 2.1  # on the disk: 1.01 measured, 2.03 where float16 weights are widened to float32
+ENGINE_PEAK = 4.5  # of the child's memory: 3.4 measured
+ENGINE_SPARE = 2**29  # bytes more of either: kernels, the library itself

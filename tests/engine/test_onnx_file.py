@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engine.backends import BackendSettings, open_engine
 from engine.errors import GraphError
 from engine.graphs import SHIPPED, Graph
-from engine.onnx_file import fields, metadata, weights_as_inputs
+from engine.onnx_file import fields, metadata, weights_as_inputs, without_attribute
 
 WEIGHTS = {
     "scalar": (TensorProto.FLOAT, []),
@@ -132,6 +132,29 @@ def test_a_graph_without_weights_stays_as_it_is():
     del model.graph.initializer[:]
     assert weights_as_inputs(model.SerializeToString()) == model.SerializeToString()
     assert weights_as_inputs(b"") == b""
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("step*float16*")), ids=lambda path: path.name)
+def test_an_attribute_is_left_out_of_one_operator(path):
+    data = Graph.read(path).data()
+    expected, marked = onnx.ModelProto.FromString(data), 0
+    for node in expected.graph.node:
+        if node.op_type == "Attention":
+            kept = [each for each in node.attribute if each.name != "softmax_precision"]
+            marked += len(node.attribute) - len(kept)
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    assert marked or "shallow" in path.name
+    left = without_attribute(data, "Attention", "softmax_precision")
+    assert onnx.ModelProto.FromString(left) == expected
+
+
+def test_only_the_attribute_that_is_meant_is_left_out():
+    data = hand_made().SerializeToString()
+    left = onnx.ModelProto.FromString(without_attribute(data, "MatMul", "alpha"))
+    assert [each.name for each in left.graph.node[0].attribute] == ["axes"]
+    assert without_attribute(data, "Identity", "alpha") == data
+    assert without_attribute(data, "MatMul", "alph") == data
 
 
 def test_metadata():

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from engine import tensorrt_build
-from engine.errors import BackendError, GraphError, ModelError
+from engine.errors import BackendError, GraphError, ModelError, OutputError
 from engine.graphs import METADATA_KEY, Graph, find_graph, graph_folders
 from engine.model import COMPONENTS, Model
 from engine.models import find_model
@@ -80,8 +80,27 @@ def test_every_part_of_the_shipped_model_is_built(part, target, tmp_path):
     built = build(asked, path, steps.append)
     assert built.nbytes == path.stat().st_size > weights_bytes(asked.graph)
     assert built.peak_bytes > built.nbytes
-    assert all(isinstance(step, BuildProgress) and 0 <= step.fraction <= 1 for step in steps)
-    assert len({step.fraction for step in steps}) > 1
+    assert all(isinstance(step, BuildProgress) for step in steps)
+    fractions = [step.fraction for step in steps]
+    assert fractions == sorted(fractions)
+    assert 0 <= fractions[0] < fractions[-1] == 1
+
+
+def test_one_engine_has_several_profiles(tmp_path):
+    fixed = Profile(height=Range(64, 64, 64), width=Range(64, 64, 64), tokens=Range(32, 32, 32))
+    asked = request("step_shallow")
+    one = build(replace(asked, settings=replace(SETTINGS, profiles=(fixed,))), tmp_path / "one")
+    both = replace(SETTINGS, profiles=(fixed, PROFILE))
+    two = build(replace(asked, settings=both), tmp_path / "two")
+    assert one.nbytes < two.nbytes
+
+
+@pytest.mark.parametrize("part", ["step", "vae_decoder"])
+def test_float32_attention_is_built(part, tmp_path):
+    config, folders = MODEL.config(part), graph_folders()
+    graph = find_graph(part, config, "float32", folders, PICTOGRAM).path
+    built = build(request(part, graph), tmp_path / "engine")
+    assert built.nbytes > 2 * weights_bytes(graph)
 
 
 def test_engines_of_two_targets_differ(tmp_path):
@@ -143,7 +162,8 @@ def test_impossible_settings_are_refused(settings, message):
     ("library", "target", "message"),
     [
         ("tensorrt_rtx", "sm90", "does not support Hopper"),
-        ("tensorrt_rtx", "sm50", "'sm50' is not known; choose from sm75"),
+        ("tensorrt_rtx", "sm75", "no float32 matrices on Turing"),
+        ("tensorrt_rtx", "sm50", "'sm50' is not known; choose from sm80"),
         ("tensorrt", "sm89", "builds for the GPU of this machine"),
         ("tensorflow", None, "choose tensorrt or tensorrt_rtx"),
     ],
@@ -208,6 +228,23 @@ def test_a_corrupted_graph_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_graph_with_a_wrong_byte_is_built_or_refused(seed, tmp_path):
+    whole, rng = request().graph.read_bytes(), np.random.default_rng(seed)
+    data = bytearray(whole)
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    graph, path = tmp_path / "graph.onnx", tmp_path / "engine"
+    graph.write_bytes(data)
+    said = "graph.onnx"
+    try:
+        build(request(graph=graph), path)
+    except (BackendError, GraphError) as error:
+        said = str(error)
+    assert path.exists() == (said == "graph.onnx")
+    assert "graph.onnx" in said
+    assert "\n" not in said
+
+
 def test_half_a_graph_is_refused(tmp_path):
     graph = write_graph(tmp_path / "graph.onnx")
     graph.write_bytes(graph.read_bytes()[:60])
@@ -223,6 +260,18 @@ def test_another_models_graph_is_refused(tmp_path):
 def test_a_model_that_is_not_there_is_refused(tmp_path):
     asked = replace(request(), model=tmp_path / "nothing")
     refused(asked, tmp_path / "engine", ModelError, "nothing")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_the_peak_of_memory_is_the_childs_alone(tmp_path):
+    before = build(request(), tmp_path / "engine").peak_bytes
+    ours = np.ones(2**29, np.uint8)
+    after = build(request(), tmp_path / "engine").peak_bytes
+    assert after < before + len(ours) // 2
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    refused(request(), tmp_path / "nowhere" / "engine", OutputError, "No such file")
 
 
 def child_that(monkeypatch, code):
