@@ -66,7 +66,7 @@ def _alone(
     """Let one thread at a time do this, on the GPU that the object stands for."""
 
     @wraps(method)
-    def locked(self: "CudaDevice", *arguments: P.args, **named: P.kwargs) -> R:
+    def locked(self: "CudaDevice", /, *arguments: P.args, **named: P.kwargs) -> R:
         with self.lock:
             self._enter()
             return method(self, *arguments, **named)

@@ -5,13 +5,16 @@ a run takes the one that fits it most closely.
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from engine.backends import Arrays, BackendSettings
+from engine.cache import Cache
 from engine.cuda import CudaDevice, find_device
 from engine.device import DeviceArray, DeviceEngine, Shape
 from engine.engine_store import EngineFacts, EngineStore, weights_hash
@@ -23,7 +26,7 @@ from engine.signature import Part, signature
 from engine.tensorrt_build import BuildSettings, build
 from engine.tensorrt_engine import TensorRTEngine
 from engine.tensorrt_facts import build_request, engine_facts, require_to_build
-from engine.tensorrt_library import library
+from engine.tensorrt_library import LIBRARIES, library
 
 Shapes = Mapping[str, Shape]
 SAME = ("library", "version", "graph", "precision", "sm", "device", "driver")
@@ -146,11 +149,23 @@ class Ladder:
                     f"the engine of the {self.part} was damaged and is removed; build it anew with "
                     f"`{self._command()}`"
                 )
-            engine = TensorRTEngine(library(self.name), path, self.graph, self.device)
+            engine = TensorRTEngine(
+                library(self.name), path, self.graph, self.device, self._kernels(key)
+            )
             if facts.refit:
                 engine.rebind(self._weights, self.graph.weights)
             self._rungs[key] = engine
         return self._rungs[key]
+
+    def _kernels(self, key: str) -> Path | None:
+        """Name the file of what TensorRT-RTX compiles on this GPU of an engine."""
+        if not LIBRARIES[self.name].targets:
+            return None
+        folder = self.store.folder.parent / "kernels"
+        with suppress(OSError):  # without the file they are compiled in every process
+            folder.mkdir(parents=True, exist_ok=True)
+        facts = self.device.facts
+        return folder / f"{Cache.key(engine=key, device=facts.name, driver=facts.driver)}.bin"
 
     def _built(self, shapes: Shapes) -> EngineFacts:
         profile = self._profile(self._sizes(shapes))

@@ -103,6 +103,8 @@ def _let_attention_decompose(module: Any, network: Any) -> None:
 
 def _configure(module: Any, builder: Any, settings: BuildSettings) -> Any:
     config = builder.create_builder_config()
+    # So that an engine of many sizes says how much memory each takes, not what the largest would.
+    config.set_preview_feature(module.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
     if settings.refit:
         config.set_flag(module.BuilderFlag.REFIT)
     if settings.optimization_level is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.device import Device, DeviceArray, DeviceEngine
+from engine.errors import BackendError
 from engine.signature import Part
 from runtime.calls import Calls
 
@@ -81,8 +82,8 @@ class Contents:
 class Recording:
     """The buffers of runs of one form, and their calls once they are recorded.
 
-    work: queues all calls; launch: the same, recorded; scratch: the address that it was recorded
-        with, of the memory that engines share
+    work: queues all calls; launch: the same, recorded if it can be
+    scratch: the address that it was recorded with, of the memory that engines share
     """
 
     uploaded: list[DeviceArray]
@@ -92,14 +93,21 @@ class Recording:
     scratch: int | None = None
 
     def run(self, device: Device) -> None:
-        """Queue the calls: the first time one by one, later as a graph."""
+        """Queue the calls: the first time one by one, later as a graph.
+
+        Where an engine does what cannot be recorded, one by one every time.
+        """
         scratch = device.scratch(0).address
         if self.scratch is None:  # engines choose what they need at their first run
             self.work()
             self.scratch = device.scratch(0).address
             return
         if self.launch is None or self.scratch != scratch:
-            self.launch, self.scratch = device.record(self.work), scratch
+            self.scratch = scratch
+            try:
+                self.launch = device.record(self.work)
+            except BackendError:
+                self.launch = self.work
         self.launch()
 
 

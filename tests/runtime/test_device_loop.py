@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from engine.backends import BackendSettings
+from engine.errors import BackendError
 from runtime import Hires, Pipeline, Request
 from tests.fake_cuda import FakeDevice, FakeEngine
 from tests.pictures import drawing
@@ -126,6 +127,19 @@ def test_recorded_work_is_dropped_with_the_adapters_or_the_shared_memory(host, p
     expected = pixels(host(**REQUEST))
     np.testing.assert_array_equal(pixels(pipeline(**REQUEST)), expected)
     assert device.counts["record"] == 3
+
+
+def test_what_cannot_be_recorded_is_queued_call_by_call(host, pipeline, device, monkeypatch):
+    def refuse(work):
+        device.counts["record"] += 1
+        raise BackendError("the GPU failed")
+
+    monkeypatch.setattr(device, "record", refuse)
+    expected = pixels(host(**REQUEST))
+    for _ in range(3):
+        np.testing.assert_array_equal(pixels(pipeline(**REQUEST)), expected)
+    assert device.counts["record"] == 1
+    assert device.counts["replay"] == 0
 
 
 def test_tables_begin_where_tensors_may(pipeline, device, monkeypatch):

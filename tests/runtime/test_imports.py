@@ -10,6 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NEVER = {"torch", "diffusers", "transformers", "onnx", "safetensors", "export", "training"}
 LATE = {"onnxruntime", "tokenizers"}
+CHOSEN = {"cuda", "openvino", "tensorrt", "tensorrt_bindings", "tensorrt_rtx"}
+CHOSEN |= {"tensorrt_rtx_bindings"}
+NVIDIA = ("libcuda", "libcudart", "libnvinfer", "libtensorrt", "libnvrtc", "libcudnn")
 DRAW = """
 from engine.backends import BackendSettings
 from runtime import Pipeline
@@ -35,12 +38,21 @@ def loaded(code):
 def test_drawing_loads_no_torch():
     modules = loaded(DRAW)
     assert modules >= LATE, "a picture was drawn"
-    assert not NEVER & modules
+    assert not (NEVER | CHOSEN) & modules
 
 
 @pytest.mark.parametrize("code", ["import runtime", "import runtime.__main__", "import engine"])
 def test_importing_loads_no_backend(code):
-    assert not (NEVER | LATE) & loaded(code)
+    assert not (NEVER | LATE | CHOSEN) & loaded(code)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_importing_maps_no_library_of_a_gpu():
+    listing = "import runtime, runtime.__main__; print(open('/proc/self/maps').read())"
+    command = [sys.executable, "-c", listing]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "libc.so" in done.stdout
+    assert not [name for name in NVIDIA if name in done.stdout]
 
 
 def test_public_names():
