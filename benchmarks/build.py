@@ -17,7 +17,7 @@ from benchmarks.ledger import begin, fill, keep
 from benchmarks.machine import memory, summary
 from benchmarks.scenarios import ENGINES, SCENARIOS
 from benchmarks.worker import once
-from engine.backends import PRECISIONS, BackendSettings, processors
+from engine.backends import ON_GPU, PRECISIONS, BackendSettings, processors
 from engine.errors import RequestError
 from engine.graphs import Precision
 from engine.model import Model
@@ -67,7 +67,7 @@ def tasks() -> dict[str, Task]:
                 found[name] = ("traced", (model, part, precision), TRACE_S)
         for backend, offered in PRECISIONS.items():
             for computed in offered:
-                if (backend, computed) in EMULATED:
+                if backend in ON_GPU or (backend, computed) in EMULATED:
                     continue
                 name = f"open {model} {backend} {computed}"
                 found[name] = ("opened", (model, backend, computed), scenario.ready_s)

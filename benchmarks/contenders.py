@@ -146,7 +146,7 @@ EMULATED = (("cpu", "float16"),)
 
 
 def _own(backend: str, precision: str) -> tuple[str, Contender]:
-    title, library = _LIBRARIES.get(backend, (backend, backend))
+    title, library = _LIBRARIES[backend]
     plain = (backend, precision) == ("cpu", "float32")
     choice = "" if plain else f'precision="{precision}", '
     return f"latentrt, {title} {precision}", Contender(
@@ -160,8 +160,8 @@ def _own(backend: str, precision: str) -> tuple[str, Contender]:
 CONTENDERS: Mapping[str, Contender] = {
     **dict(
         _own(backend, precision)
-        for backend, offered in PRECISIONS.items()
-        for precision in offered
+        for backend in _LIBRARIES
+        for precision in PRECISIONS[backend]
         if (backend, precision) not in EMULATED
     ),
     **{

@@ -1,7 +1,7 @@
 """Backends: what runs a graph with its weights. Each imports its library where it is opened."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -64,6 +64,11 @@ class BackendSettings:
             )
 
 
+def listed(names: Sequence[str]) -> str:
+    """Write a choice as a sentence has it: "a", "a or b", "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> Precision:
     """Return the precision of the graphs from which a backend computes in this one.
 
@@ -76,7 +81,7 @@ def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> P
         raise BackendError(
             f"the backend {backend!r} does not compute in {precision}; choose the "
             f"precision {', '.join(offered)}"
-            + (f", or the backend {' or '.join(others)}" if others else "")
+            + (f", or the backend {listed(others)}" if others else "")
         )
     return offered[precision]
 
@@ -157,6 +162,7 @@ BACKENDS = {
     "tensorrt": _refuse_tensorrt,  # `engine.opening` has what these need to know of the model
     "tensorrt_rtx": _refuse_tensorrt,
 }
+ON_GPU = ("cuda", "tensorrt", "tensorrt_rtx")
 # What each computes in, its default first, and the precision of the graph that it does this from.
 PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {
     "cpu": {"float32": "float32", "float16": "float16"},

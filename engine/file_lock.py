@@ -4,6 +4,7 @@ A lock file says that somebody makes or removes a thing; it may itself be remove
 it. A file that is held stays where it is until it is let go of.
 """
 
+import atexit
 import os
 import sys
 import time
@@ -59,6 +60,8 @@ def hold(path: Path) -> bool:
     if not _is_at(file, path):
         file.close()
         return False
+    if not _held:
+        atexit.register(_release_all)
     _held[path] = file
     return True
 
@@ -67,6 +70,11 @@ def release(path: Path) -> None:
     """Let go of a file that `hold` holds."""
     if file := _held.pop(path, None):
         file.close()
+
+
+def _release_all() -> None:
+    for path in [*_held]:
+        release(path)
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:

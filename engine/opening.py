@@ -10,6 +10,7 @@ from typing import Self
 
 from engine.backends import (
     DEFAULT,
+    ON_GPU,
     PRECISIONS,
     Arrays,
     BackendSettings,
@@ -28,7 +29,6 @@ from engine.signature import Part
 from engine.tensorrt_library import LIBRARIES
 
 SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a picture takes
-ON_GPU = ("cuda", *LIBRARIES)
 QUANTIZED: Sequence[Part] = ("step", "step_shallow")  # the parts whose layers compute in int8
 
 

@@ -97,8 +97,10 @@ class Denoiser:
 
     def decode(self, latents: Held) -> NDArray[np.uint8]:
         """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
-        compression = self.model.vae.compression
-        return tiles.decode(self.engine("vae_decoder").run, latents, compression)
+        engine = self.engine("vae_decoder")
+        if not is_on_device(engine):
+            latents = on_host(latents)
+        return tiles.decode(engine.run, latents, self.model.vae.compression)
 
     def _steps(self, calls: Calls) -> Iterator[tuple[Mapping[str, Any], Held]]:
         if is_on_device(self.engine("step")):

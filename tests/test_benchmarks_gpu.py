@@ -114,7 +114,7 @@ def on_the_processor(monkeypatch):
     """Let the contenders run on the processor, all in float32, and two backends be missing."""
 
     monkeypatch.setattr(
-        gpu_contenders, "BackendSettings", lambda backend: BackendSettings(backend="cpu")
+        gpu_contenders, "BackendSettings", lambda **settings: BackendSettings(backend="cpu")
     )
     load = gpu_contenders.load_pipeline
 

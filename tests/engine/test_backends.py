@@ -177,7 +177,11 @@ def test_a_library_is_not_installed(graph, weights, monkeypatch, backend, module
     ("backend", "precision", "said"),
     [
         ("cpu", "bfloat16", "float32, float16, or the backend openvino"),
-        ("openvino", "float16", "float32, bfloat16, int8, or the backend cpu"),
+        (
+            "openvino",
+            "float16",
+            "float32, bfloat16, int8, or the backend cpu, cuda, tensorrt or tensorrt_rtx",
+        ),
         ("cpu", "int4", "float32, float16"),
     ],
 )

@@ -84,6 +84,9 @@ def test_choices_reach_the_library(monkeypatch):
         def set_compute_capability(self, capability, index):
             asked.append((capability, index))
 
+        def set_preview_feature(self, feature, enable):
+            asked.append((feature, enable))
+
     class Builder:
         create_builder_config = Config
 
@@ -94,6 +97,7 @@ def test_choices_reach_the_library(monkeypatch):
     config = tensorrt_network._configure(module, Builder(), settings)
     assert (config.builder_optimization_level, config.num_compute_capabilities) == (4, 1)
     assert asked == [
+        (module.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True),
         module.BuilderFlag.REFIT,
         (module.MemoryPoolType.WORKSPACE, 2**28),
         (module.ComputeCapability.SM120, 0),

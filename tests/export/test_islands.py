@@ -32,7 +32,7 @@ def attributes(node: onnx.NodeProto) -> dict[str, object]:
     return {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
 
 
-PUBLISHED = {path.name: path for path in sorted(SHIPPED.glob("*-float16.onnx*"))}
+PUBLISHED = {path.name: path for path in sorted(SHIPPED.glob("*-float16.onnx.gz"))}
 # These have no attention, or neither that nor norms: the tiny decoder, and XL's last block.
 BARE = re.compile("preview_decoder|step_shallow")
 
