@@ -13,6 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from engine.adapters.adapter import Adapted
 from engine.backends import Arrays, BackendSettings
 from engine.cache import Cache
 from engine.cuda import CudaDevice, find_device
@@ -120,12 +121,13 @@ class Ladder:
     def _rung(self, shapes: Shapes) -> TensorRTEngine:
         """Return the engine for these shapes, opening it, and building it where that is wanted."""
         key = tuple(sorted(shapes.items()))
-        if key not in self._chosen:
-            rooms = [(self._room(facts, shapes), facts) for facts in self._found()]
-            fits = [(room, facts) for room, facts in rooms if room is not None]
-            _, facts = min(fits, key=lambda found: found[0], default=(0, None))
-            self._chosen[key] = self._open(facts or self._built(shapes))
-        return self._chosen[key]
+        with self.device.lock:  # two threads open it once
+            if key not in self._chosen:
+                rooms = [(self._room(facts, shapes), facts) for facts in self._found()]
+                fits = [(room, facts) for room, facts in rooms if room is not None]
+                _, facts = min(fits, key=lambda found: found[0], default=(0, None))
+                self._chosen[key] = self._open(facts or self._built(shapes))
+            return self._chosen[key]
 
     def _room(self, facts: EngineFacts, shapes: Shapes) -> int | None:
         """Return how many numbers the inputs of the closest profile may have; None if none fits."""
@@ -179,7 +181,8 @@ class Ladder:
                 f"{'; '.join(offered)}; ask for one of these, build one with "
                 f"`{self._command(profile)}`, or have it built with --build-missing"
             )
-        chosen = BuildSettings(profiles=(profile,))
+        # The builder knows the model's files, not what adapters made of them here.
+        chosen = BuildSettings(profiles=(profile,), refit=isinstance(self._weights, Adapted))
         facts = engine_facts(self.name, self.graph, chosen, self._weights_hash, self.device)
         request = build_request(self.name, self.model, self.part, self.graph, chosen)
         require_to_build(self.device, self.graph, self.model.config(self.part), chosen)

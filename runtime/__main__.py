@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from engine.backends import BackendSettings
+from engine.backends import ON_GPU, BackendSettings
 from engine.errors import LatentrtError
 from runtime.images import check_output, write_image
 from runtime.options import MODEL_OPTIONS, OWN, parse, request_of
@@ -97,6 +97,8 @@ def _expanded(options: argparse.Namespace, backend: BackendSettings) -> str:
     """Lengthen the prompt, and say what it became."""
     from runtime.expansion import PromptExpander
 
+    if backend.backend in ON_GPU:  # a word at a time is no work for one
+        backend = BackendSettings(threads=backend.threads)
     expand = PromptExpander.load(options.expand, graphs=options.graphs, settings=backend)
     seed = options.seed if isinstance(options.seed, int) else None
     prompt = expand(options.prompt, seed=seed, prompt_syntax=options.prompt_syntax)

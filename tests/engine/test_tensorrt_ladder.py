@@ -218,6 +218,21 @@ def test_adapters_on_and_off(host, library, device, tmp_path, refit):
     assert (device.counts["refit"] > 0) == refit
 
 
+def test_what_is_built_while_an_adapter_is_on_takes_weights_later(
+    host, library, builds, device, tmp_path
+):
+    path, size = lora(tmp_path), {"height": 64, "width": 64}
+    drawn = pipeline(build_missing=True)
+    drawn.set_loras([path])
+    host.set_loras([path])
+    expected = pixels(host(**REQUEST, **size))
+    host.set_loras([])
+    np.testing.assert_array_equal(pixels(drawn(**REQUEST, **size)), expected)
+    assert {request.part: request.settings.refit for request in builds}["text_encoder"]
+    drawn.set_loras([])
+    np.testing.assert_array_equal(pixels(drawn(**REQUEST, **size)), pixels(host(**REQUEST, **size)))
+
+
 def test_a_damaged_engine_is_never_loaded(library, device):
     put(library, WHOLE)
     (path,) = (path for facts, path in EngineStore().find(part="step"))
