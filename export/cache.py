@@ -1,5 +1,6 @@
 """What is in the cache folder, whether it is whole, and what may go."""
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -80,7 +81,7 @@ def as_json(listing: Listing) -> dict[str, Any]:
 def as_text(listing: Listing) -> str:
     """Lay a listing out as a table and a sum."""
     rows = [
-        (_bytes(item.bytes), _time(item.last_use), item.state, item.what, item.file)
+        (_bytes(item.bytes), _time(item.last_use), item.state, item.what, _short(item.file))
         for item in listing.items
     ]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
@@ -170,6 +171,11 @@ def _range(sizes: Any) -> str:
     if not isinstance(sizes, list):
         return str(sizes)
     return ":".join(map(str, sizes if len(set(map(str, sizes))) > 1 else sizes[:1]))
+
+
+def _short(file: str) -> str:
+    """Leave the most of an engine's two hashes out."""
+    return re.sub(r"([0-9a-f]{12})[0-9a-f]{52}\.[0-9a-f]{64}", r"\1…", file)
 
 
 def _size(listing: Listing) -> int:

@@ -68,7 +68,8 @@ def _draw(options: argparse.Namespace) -> None:
     if pipeline.opener:  # what was chosen makes the same picture again
         chosen = pipeline.opener
         options.backend, options.precision = chosen.settings.backend, chosen.precision
-    for note in pipeline.model.notes:
+    building = ["engines that the cache lacks are built first, which takes up to minutes each"]
+    for note in (*pipeline.model.notes, *(building if options.build_missing else ())):
         print(f"note: {note}", file=sys.stderr)
     plan = pipeline.plan(request)
     if tiny:
