@@ -315,7 +315,7 @@ def test_a_long_prompt_needs_no_warning(capsys):
         (("--out", "folder.png"), "is a folder"),
         (("--out", "x" * 300 + ".png"), "File name too long"),
         (("--graphs", "missing"), "python -m export"),
-        (("--precision", "float16"), "--precision float16`"),
+        (("--graphs", "missing", "--precision", "float16"), "--precision float16`"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(here, capsys, arguments, said):
