@@ -88,6 +88,7 @@ class Ladder:
         """Refit the open engines that can be, and leave those that cannot for others."""
         if not any(name in self.graph.weights for name in names):
             return
+        self.device.wait()  # work that is queued may still read what goes
         for key, engine in list(self._rungs.items()):
             if engine.refittable:
                 engine.rebind(weights, names)
