@@ -188,7 +188,7 @@ def test_a_library_is_not_installed(graph, weights, monkeypatch, backend, module
 def test_a_precision_that_a_backend_does_not_compute_in(graph, weights, backend, precision, said):
     settings = replace(SETTINGS, backend=backend)
     said = f"'{backend}' does not compute in {precision}; choose the precision {said}"
-    with pytest.raises(BackendError, match=said):
+    with pytest.raises(BackendError, match=f"{said}$"):
         graph_precision(settings, precision)
     with pytest.raises(BackendError, match=said):
         open_engine(graph, weights, settings, precision)
