@@ -1,8 +1,9 @@
 """Engines of TensorRT and TensorRT-RTX, built into the cache where the runtime finds them."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from engine.backends import Arrays
@@ -42,13 +43,13 @@ def build_engines(model: Model, parts: Sequence[Part], choices: Choices) -> Iter
 
     Raises GraphError, ModelError, BackendError or OutputError.
     """
-    store = EngineStore()
     for part in parts:
         graph = _graph(model, part, choices.precision)
+        weights = cache(partial(_hash, model, part, graph, choices.loras))  # once for all targets
         profiles = dict.fromkeys(relevant(part, each) for each in choices.settings.profiles)
         for target in choices.targets:
             settings = replace(choices.settings, profiles=tuple(profiles), target=target)
-            yield _build_part(store, model, part, graph, settings, choices)
+            yield _build_part(model, part, graph, settings, choices, weights)
 
 
 def _graph(model: Model, part: Part, precision: Precision) -> Graph:
@@ -66,16 +67,15 @@ def _graph(model: Model, part: Part, precision: Precision) -> Graph:
 
 
 def _build_part(
-    store: EngineStore,
     model: Model,
     part: Part,
     graph: Graph,
     settings: BuildSettings,
     choices: Choices,
+    weights: Callable[[], str],
 ) -> str:
-    facts = engine_facts(
-        choices.library, graph, settings, lambda: _hash(model, part, graph, choices.loras)
-    )
+    """Build one engine, unless it is there; weights: hashes those that are built in."""
+    facts = engine_facts(choices.library, graph, settings, weights)
     request = build_request(choices.library, model, part, graph, settings, loras=choices.loras)
     made: list[Built] = []
 
@@ -85,7 +85,7 @@ def _build_part(
         label = f"{part} for {facts.sm}"
         made.append(build(request, path, lambda progress: _show(label, progress)))
 
-    path = store.get_or_build(facts, make)
+    path = EngineStore().get_or_build(facts, make)
     line = f"{part}  {facts.sm}  {path.stat().st_size / 1e6:.1f} MB"
     if not made:
         return f"{line}  was there"
