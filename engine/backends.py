@@ -64,7 +64,7 @@ class BackendSettings:
             )
 
 
-def listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     """Write a choice as a sentence has it: "a", "a or b", "a, b or c"."""
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
@@ -81,7 +81,7 @@ def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> P
         raise BackendError(
             f"the backend {backend!r} does not compute in {precision}; choose the "
             f"precision {', '.join(offered)}"
-            + (f", or the backend {listed(others)}" if others else "")
+            + (f", or the backend {_listed(others)}" if others else "")
         )
     return offered[precision]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.device import DeviceArray, Shape
-from engine.errors import BackendError
+from engine.errors import BackendError, first_line
 from engine.out_of_memory import out_of_memory
 from engine.staging import Staging
 
@@ -44,14 +44,14 @@ def find_device(index: int = 0) -> "CudaDevice":
         from cuda.bindings import driver
     except ImportError as error:
         raise BackendError(
-            f"NVIDIA's packages for a GPU are not installed ({_first_line(error)}); "
+            f"NVIDIA's packages for a GPU are not installed ({first_line(error)}); "
             "install them with `pip install 'latentrt[cuda]'`"
         ) from error
     try:
         return CudaDevice(core, driver, index)
     except Exception as error:  # without a driver the libraries raise errors of many kinds
         raise BackendError(
-            f"no GPU {index} of NVIDIA's can be used ({_first_line(error)}); install NVIDIA's "
+            f"no GPU {index} of NVIDIA's can be used ({first_line(error)}); install NVIDIA's "
             "driver, or choose the backend 'cpu' or 'openvino'"
         ) from error
 
@@ -253,7 +253,7 @@ class CudaDevice:
         except (BackendError, MemoryError):
             raise
         except Exception as error:  # what cuda.core raises has no public base
-            raise BackendError(f"the GPU failed ({_first_line(error)}); start again") from error
+            raise BackendError(f"the GPU failed ({first_line(error)}); start again") from error
 
 
 @dataclass(slots=True)
@@ -266,7 +266,3 @@ class _Memory:
     def __del__(self) -> None:
         if self.device._recording:
             self.device._kept.append(self.buffer)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]

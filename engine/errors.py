@@ -17,6 +17,7 @@ __all__ = [
     "ModelError",
     "OutputError",
     "RequestError",
+    "first_line",
 ]
 
 
@@ -42,3 +43,8 @@ class RequestError(LatentrtError, ValueError):
 
 class OutputError(LatentrtError, OSError):
     """A result cannot be written where it was asked for."""
+
+
+def first_line(error: Exception) -> str:
+    """Make one line of what a library says, for the message of an error of ours."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends import Arrays, bind
-from engine.errors import BackendError, GraphError
+from engine.errors import BackendError, GraphError, first_line
 from engine.graphs import Graph
 from engine.onnx_file import weights_as_inputs
 
@@ -45,7 +45,7 @@ class OnnxRuntimeEngine:
             results = self._session.run_with_ort_values(self._outputs, fed)
         except Exception as error:
             raise BackendError(
-                f"ONNX Runtime failed ({_first_line(error)}); is the picture too large for the "
+                f"ONNX Runtime failed ({first_line(error)}); is the picture too large for the "
                 "memory of this machine?"
             ) from error
         return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
@@ -79,7 +79,7 @@ class OnnxRuntimeEngine:
             return self._library.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's own exceptions share no base of their own
             raise GraphError(
-                f"ONNX Runtime cannot open {self._graph.path} ({_first_line(error)}); make it anew "
+                f"ONNX Runtime cannot open {self._graph.path} ({first_line(error)}); make it anew "
                 "with `python -m export MODEL`"
             ) from error
 
@@ -93,7 +93,3 @@ def _import() -> Any:
             "install it with `pip install 'latentrt[cpu]'`"
         ) from error
     return onnxruntime
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from engine.backends import Arrays, bind
 from engine.cuda_group_norm import fuse_group_norms
 from engine.device import Device, DeviceArray, Shape
-from engine.errors import BackendError, GraphError
+from engine.errors import BackendError, GraphError, first_line
 from engine.graphs import Graph
 from engine.host_arrays import Given, run_from_host
 
@@ -115,7 +115,7 @@ class OnnxRuntimeCudaEngine:
             self._session.run_with_iobinding(binding, self._asynchronous)
         except Exception as error:  # the library's own exceptions share no base of their own
             raise BackendError(
-                f"ONNX Runtime failed on the GPU ({_first_line(error)}); is the picture too large "
+                f"ONNX Runtime failed on the GPU ({first_line(error)}); is the picture too large "
                 "for its memory?"
             ) from error
 
@@ -139,7 +139,7 @@ class OnnxRuntimeCudaEngine:
             if NEEDS_PROVIDER in str(error):
                 raise _not_started() from error
             raise GraphError(
-                f"ONNX Runtime cannot open {self._graph.path} on the GPU ({_first_line(error)}); "
+                f"ONNX Runtime cannot open {self._graph.path} on the GPU ({first_line(error)}); "
                 "choose another backend, or make the graph anew with `python -m export MODEL`"
             ) from error
         if PROVIDER not in session.get_providers():
@@ -184,7 +184,3 @@ def _not_started() -> BackendError:
         "driver, CUDA and cuDNN 9; install the latter with `pip install 'latentrt[gpu]'`, or "
         "choose another backend"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]

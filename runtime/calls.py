@@ -12,7 +12,6 @@ from engine.signature import Part
 from runtime.noise import Noise, draw
 
 Array = NDArray[np.float32]
-Inputs = Mapping[str, NDArray[Any]]
 
 AHEAD_BYTES = 2**24  # of noise that is drawn before it is needed
 
@@ -36,10 +35,6 @@ class Calls:
     noises: Sequence[Noise]
     needs_noise: NDArray[np.bool_]
     whole: Sequence[bool]
-
-    def __len__(self) -> int:
-        """Count the calls, N."""
-        return len(self.told)
 
     def inputs(self, call: int) -> dict[str, NDArray[Any]]:
         """Return what a call is told but for the registers, the noise and deep features."""
