@@ -101,56 +101,48 @@ def open_engine(
     """
     precision = precision or graph.precision
     graph_precision(settings, precision)
-    return BACKENDS[settings.backend or DEFAULT](graph, weights, settings, precision, ranges)
+    asked = _Asked(
+        graph=graph, weights=weights, settings=settings, precision=precision, ranges=ranges
+    )
+    return BACKENDS[settings.backend or DEFAULT](asked)
 
 
-def _open_cpu(
-    graph: Graph,
-    weights: Arrays,
-    settings: BackendSettings,
-    precision: ComputePrecision,
-    ranges: Ranges | None,
-) -> Engine:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Asked:
+    """What a backend is asked to open; see `open_engine`."""
+
+    graph: Graph
+    weights: Arrays
+    settings: BackendSettings
+    precision: ComputePrecision
+    ranges: Ranges | None
+
+
+def _open_cpu(asked: _Asked) -> Engine:
     from engine.onnxruntime_cpu import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(graph, weights, settings.threads)
+    return OnnxRuntimeEngine(asked.graph, asked.weights, asked.settings.threads)
 
 
-def _open_openvino(
-    graph: Graph,
-    weights: Arrays,
-    settings: BackendSettings,
-    precision: ComputePrecision,
-    ranges: Ranges | None,
-) -> Engine:
+def _open_openvino(asked: _Asked) -> Engine:
     from engine.openvino_cpu import OpenVinoEngine
 
-    return OpenVinoEngine(graph, weights, settings.threads, precision, ranges)
+    return OpenVinoEngine(
+        asked.graph, asked.weights, asked.settings.threads, asked.precision, asked.ranges
+    )
 
 
-def _open_cuda(
-    graph: Graph,
-    weights: Arrays,
-    settings: BackendSettings,
-    precision: ComputePrecision,
-    ranges: Ranges | None,
-) -> Engine:
+def _open_cuda(asked: _Asked) -> Engine:
     from engine.cuda import find_device
     from engine.onnxruntime_cuda import OnnxRuntimeCudaEngine
 
-    return OnnxRuntimeCudaEngine(graph, weights, find_device())
+    return OnnxRuntimeCudaEngine(asked.graph, asked.weights, find_device())
 
 
-def _refuse_tensorrt(
-    graph: Graph,
-    weights: Arrays,
-    settings: BackendSettings,
-    precision: ComputePrecision,
-    ranges: Ranges | None,
-) -> Engine:
+def _refuse_tensorrt(asked: _Asked) -> Engine:
     raise BackendError(
-        f"the backend {settings.backend!r} opens the parts of a model, and {graph.path.name} came "
-        "alone; open the model with `runtime.Pipeline.load`"
+        f"the backend {asked.settings.backend!r} opens the parts of a model, and "
+        f"{asked.graph.path.name} came alone; open the model with `runtime.Pipeline.load`"
     )
 
 
