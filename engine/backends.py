@@ -161,7 +161,7 @@ PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {
     "openvino": {"float32": "float32", "bfloat16": "float32", "int8": "float32"},
     "cuda": {"float16": "float16", "float32": "float32"},
     "tensorrt": {"float16": "float16", "float32": "float32"},
-    "tensorrt_rtx": {"float16": "float16"},  # its builder dies of attention in float32
+    "tensorrt_rtx": {"float16": "float16"},  # no fused attention of its takes float32
 }
 
 
