@@ -62,7 +62,7 @@ def _parse(
     parser: Any, data: bytes, weights: Iterable[tuple[str, NDArray[Any]]], request: BuildRequest
 ) -> None:
     try:
-        # It is refused; the library's own attention keeps its softmax in float32 unasked.
+        # It is refused; that the library's own attention keeps its softmax in float32 is assumed.
         data = without_attribute(data, "Attention", "softmax_precision")
     except (IndexError, ValueError) as error:
         raise GraphError(
