@@ -17,6 +17,7 @@ from engine.errors import BackendError, GraphError, LatentrtError
 from engine.graphs import Graph
 from engine.onnx_file import weights_as_inputs
 from engine.openvino_layers import put_weight, round_inputs
+from engine.openvino_upsampling import find_enlargements, merge_enlargements
 from engine.quantization import QuantizedWeight, is_quantized, quantize
 from engine.scratch import Scratch
 
@@ -113,6 +114,7 @@ class OpenVinoEngine:
                 with self._graph_errors():
                     if self._shapes is not None:
                         model.reshape({name: [*shape] for name, shape in self._shapes.items()})
+                    merge_enlargements(self._library, model, self._ranges)
                     with self._releasing():
                         self._compiled = self._core.compile_model(model, "CPU", self._settings)
             return self._compiled
@@ -144,9 +146,10 @@ class OpenVinoEngine:
         """Return the model with its weights in it, for any shapes of its inputs."""
         with self._graph_errors():
             model = self._core.read_model(weights_as_inputs(self._graph.data()))
-            self._prepare(model)
+            enlarging = {found.weight for found in find_enlargements(model)}
+            rounded = self._rounded() - enlarging  # those wait until sizes are known
+            self._prepare(model, rounded)
             parameters = {given.get_friendly_name(): given for given in model.get_parameters()}
-        rounded = {*self._rounded()}
         size = sum(math.prod(self._graph.weights[name]) for name in rounded)
         scratch = Scratch(size) if size else None
 
@@ -167,12 +170,12 @@ class OpenVinoEngine:
         self._scratch = scratch
         return model
 
-    def _prepare(self, model: Any) -> None:
+    def _prepare(self, model: Any, rounded: Collection[str]) -> None:
         """Change a model whose weights are still parameters."""
-        round_inputs(self._library, model, {n: self._ranges[n] for n in self._rounded()})
+        round_inputs(self._library, model, {name: self._ranges[name] for name in rounded})
 
-    def _rounded(self) -> list[str]:
-        return [name for name in self._ranges if is_quantized(name) and name in self._graph.weights]
+    def _rounded(self) -> set[str]:
+        return {name for name in self._ranges if is_quantized(name) and name in self._graph.weights}
 
     def _portions(self) -> Iterator[list[str]]:
         """Cut the list of weights where each piece has grown beyond `PORTION`."""

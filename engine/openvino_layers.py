@@ -28,10 +28,10 @@ def put_weight(
         parameter.get_partial_shape(),
         library.opset13,
     )
-    array = weight.values if isinstance(weight, QuantizedWeight) else _writable(weight)
+    array = weight.values if isinstance(weight, QuantizedWeight) else weight
     if not wanted.compatible(library.PartialShape(array.shape)):
         raise ValueError(f"{name!r} is {wanted} in it, and {array.shape} in its description")
-    value = library.op.Constant(array, shared_memory=True)
+    value = as_constant(library, array)
     value.set_friendly_name(name)
     if isinstance(weight, QuantizedWeight):
         value = ops.multiply(ops.convert(value, "f32"), weight.scales)
@@ -47,12 +47,22 @@ def round_inputs(library: Any, model: Any, ranges: Ranges) -> None:
     rounded: dict[tuple[Any, ...], Any] = {}
     for name, layer in _layers(model, ranges):
         given = layer.input_value(0)
-        low, high = input_range(*ranges[name], shifted=layer.get_type_name() == CONVOLUTION)
-        key = given.get_node().get_friendly_name(), given.get_index(), low, high
+        ends = input_range(*ranges[name], shifted=layer.get_type_name() == CONVOLUTION)
+        key = given.get_node().get_friendly_name(), given.get_index(), ends
         if key not in rounded:
-            ends = np.float32(low), np.float32(high)
-            rounded[key] = library.opset13.fake_quantize(given, *ends, *ends, levels=LEVELS)
+            rounded[key] = round_value(library, given, ends)
         layer.input(0).replace_source_output(rounded[key].output(0))
+
+
+def round_value(library: Any, value: Any, ends: tuple[float, float]) -> Any:
+    """Return a value rounded to 256 levels between two ends, as `input_range` gives them."""
+    numbers = [np.float32(end) for end in ends]
+    return library.opset13.fake_quantize(value, *numbers, *numbers, levels=LEVELS)
+
+
+def as_constant(library: Any, array: NDArray[Any]) -> Any:
+    """Return an array as a constant, without a copy."""
+    return library.op.Constant(_writable(array), shared_memory=True)
 
 
 def add_observers(library: Any, model: Any, weights: Collection[str]) -> None:
