@@ -20,7 +20,8 @@ from engine.backends import PRECISIONS, BackendSettings
 from engine.errors import RequestError
 from engine.graphs import graph_folders
 from engine.model import Model
-from engine.quantization import find_ranges, ranges_name
+from engine.opening import ranges_of
+from engine.quantization import find_ranges
 from engine.signature import Part
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, wishes: Mapping[str
 def calibrate(scenario: Scenario) -> None:
     """Find the ranges that int8 needs, unless they are known, in a process of its own."""
     model = Model.open(scenario.model())
-    if find_ranges(ranges_name(model.unet.key(), model.find("unet")), graph_folders()) is None:
+    if any(find_ranges(name, graph_folders()) is None for name in ranges_of(model).values()):
         command = [sys.executable, "-m", "runtime.calibration", str(scenario.model())]
         # Random weights are as random at each step and for each prompt.
         few = ["--precision", "bfloat16", "--steps", "2", "--prompt", scenario.prompt]

@@ -19,12 +19,6 @@ def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.linalg.norm(given - reference) / np.linalg.norm(reference))
 
 
-def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of pictures of 8 bits, in dB; infinite for equal ones."""
-    error = np.mean((a.astype(np.float64) - b) ** 2)
-    return 10 * math.log10(RANGE**2 / error) if error else math.inf
-
-
 def ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     """Structural similarity of two pictures, (H, W, channels) of 8 bits; 1 for equal ones.
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contenders import MEASURED, PEAK, REFERENCE, Contender
-from benchmarks.distances import psnr, relative_error
+from benchmarks.distances import relative_error
 from benchmarks.scenarios import WHOLE, Scenario
 from benchmarks.worker import ContenderError, Worker
+from runtime.images import psnr
 
 __all__ = ["WARM_UPS", "ContenderError", "Field"]
 

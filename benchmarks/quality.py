@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.contenders import calibrate
-from benchmarks.distances import psnr, ssim
+from benchmarks.distances import ssim
 from benchmarks.features import Distance, feature_distance
 from benchmarks.machine import describe, summary
 from benchmarks.match import held_out_match, read_pictograms
@@ -24,6 +24,7 @@ from benchmarks.scenarios import SCENARIOS
 from engine.backends import BackendSettings
 from engine.errors import LatentrtError, RequestError
 from runtime import Pipeline
+from runtime.images import psnr
 
 STYLES = ("fluent", "noto")
 SUBJECTS = (

@@ -1,7 +1,7 @@
 """How a model's engines are opened: on which backend, in which precision, from which graphs."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -20,6 +20,7 @@ from engine.backends import (
     graph_precision,
     open_engine,
 )
+from engine.checkpoints.components import ComponentName
 from engine.checkpoints.shapes import tensor_shapes
 from engine.errors import BackendError
 from engine.graphs import Graph, find_graph, graph_folders
@@ -29,12 +30,14 @@ from engine.signature import Part
 from engine.tensorrt_library import LIBRARIES
 
 SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a picture takes
-QUANTIZED: Sequence[Part] = ("step", "step_shallow")  # the parts whose layers compute in int8
+# The parts whose layers compute in int8, each with the component that has its weights. (A shallow
+# step has the weights of a step.)
+QUANTIZED: Mapping[Part, ComponentName] = {"step": "unet", "vae_decoder": "vae"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Opener:
-    """Opens the parts of a model; ranges: of the UNet's inputs, in int8."""
+    """Opens the parts of a model; ranges: of the inputs of its layers, in int8."""
 
     model: Model
     folders: Sequence[Path]
@@ -122,8 +125,7 @@ class Opener:
             from engine.tensorrt_ladder import open_ladder
 
             return open_ladder(self.model, part, graph, weights, self.settings)
-        ranges = self.ranges if part in QUANTIZED else None
-        return open_engine(graph, weights, self.settings, self.precision, ranges)
+        return open_engine(graph, weights, self.settings, self.precision, self.ranges)
 
 
 @cache
@@ -136,8 +138,20 @@ def capabilities() -> frozenset[str]:
     return capabilities()
 
 
+def ranges_of(model: Model) -> dict[Part, str]:
+    """Return the names of the files that hold the ranges of a model's parts."""
+    return {
+        part: ranges_name(model.config(part).key(), model.find(component))
+        for part, component in QUANTIZED.items()
+    }
+
+
 def _ranges(model: Model, folders: Sequence[Path]) -> Ranges | None:
-    return find_ranges(ranges_name(model.unet.key(), model.find("unet")), folders)
+    """Return the ranges of all parts, by the names of weights; None if the UNet has none."""
+    found = {part: find_ranges(name, folders) for part, name in ranges_of(model).items()}
+    if found["step"] is None:
+        return None
+    return {name: seen for ranges in found.values() for name, seen in (ranges or {}).items()}
 
 
 def _is_small(model: Model) -> bool:

@@ -65,7 +65,11 @@ class OpenVinoEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # threads of two processes would share one core
         }
-        self._ranges = ranges or {}
+        self._ranges = {  # of the layers that compute in int8
+            name: seen
+            for name, seen in (ranges or {}).items()
+            if is_quantized(name) and name in graph.weights
+        }
         self._lock = Lock()
         self._compiled: Any = None
         self._shapes: Shapes | None = None  # of the inputs, compiled in; None takes any
@@ -147,7 +151,7 @@ class OpenVinoEngine:
         with self._graph_errors():
             model = self._core.read_model(weights_as_inputs(self._graph.data()))
             enlarging = {found.weight for found in find_enlargements(model)}
-            rounded = self._rounded() - enlarging  # those wait until sizes are known
+            rounded = self._ranges.keys() - enlarging  # those wait until sizes are known
             self._prepare(model, rounded)
             parameters = {given.get_friendly_name(): given for given in model.get_parameters()}
         size = sum(math.prod(self._graph.weights[name]) for name in rounded)
@@ -173,9 +177,6 @@ class OpenVinoEngine:
     def _prepare(self, model: Any, rounded: Collection[str]) -> None:
         """Change a model whose weights are still parameters."""
         round_inputs(self._library, model, {name: self._ranges[name] for name in rounded})
-
-    def _rounded(self) -> set[str]:
-        return {name for name in self._ranges if is_quantized(name) and name in self._graph.weights}
 
     def _portions(self) -> Iterator[list[str]]:
         """Cut the list of weights where each piece has grown beyond `PORTION`."""

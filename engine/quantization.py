@@ -25,8 +25,19 @@ LEVELS = 256  # of an input
 ONE_SIDED = 0.7  # whose least value is nearer to 0 than this share of the greatest
 SAMPLE = 16  # numbers of each tensor that tell a checkpoint from others
 # Few operations, but numbers that all later ones depend on: the timestep's and the text's
-# embeddings, and what the latents enter and leave by.
-KEPT = ("time_emb", "add_embedding", "conv_in", "conv_out", "attn2.to_k", "attn2.to_v")
+# embeddings, and what latents and pictures enter and leave by.
+KEPT = (
+    "time_emb",
+    "add_embedding",
+    "quant_conv",
+    "conv_in",
+    "conv_out",
+    "attn2.to_k",
+    "attn2.to_v",
+)
+# The layers of a decoder that see its residual stream as it is, which spreads over far more than
+# what norms give: 32 of 37 layers left, a Stable Diffusion 1.5 loses 9 dB less.
+DECODER, KEPT_IN_DECODER = "decoder.", ("upsamplers", "conv_shortcut")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,7 +53,8 @@ class QuantizedWeight:
 
 def is_quantized(name: str) -> bool:
     """Tell whether the layer with this weight computes in int8."""
-    return name.endswith(".weight") and not any(part in name for part in KEPT)
+    kept = KEPT + KEPT_IN_DECODER if name.startswith(DECODER) else KEPT
+    return name.endswith(".weight") and not any(part in name for part in kept)
 
 
 def quantize(weight: NDArray[Any]) -> QuantizedWeight:

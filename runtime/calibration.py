@@ -1,23 +1,37 @@
 """`python -m runtime.calibration MODEL`: look how large numbers become, as int8 must know.
 
 Some prompts are drawn, in bfloat16 where the processor has it; the least and the greatest input of
-every layer go into a small file in the cache, under a name that tells the checkpoint.
+every layer of the UNet and of the decoder go into small files in the cache, under names that tell
+the checkpoint. The same latents are then decoded in int8: a decoder whose pictures change visibly
+stays in floating point.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from engine.backends import Arrays, BackendSettings, ComputePrecision, Engine, open_engine
+import numpy as np
+
+from engine.backends import (
+    Arrays,
+    BackendSettings,
+    ComputePrecision,
+    Engine,
+    Ranges,
+    open_engine,
+)
 from engine.errors import LatentrtError
 from engine.graphs import find_graph, graph_folders
 from engine.model import Model
 from engine.models import find_model
-from engine.opening import capabilities
-from engine.quantization import ranges_name, write_ranges
+from engine.opening import QUANTIZED, capabilities, ranges_of
+from engine.quantization import write_ranges
 from engine.signature import Part
+from runtime.images import psnr
 from runtime.pipeline import Pipeline
+from runtime.request import Request
 from runtime.tokenizer import load_tokenizers
 
 PROMPTS = (
@@ -28,7 +42,19 @@ PROMPTS = (
 )
 STEPS = 10
 SEED = 1000
+DECODER_DB = 40.0  # of each picture beside the same latents decoded in floating point
 USER_ERROR = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrated:
+    """What was found: the files of ranges, and how near int8 decodes, in dB of the worst picture.
+
+    Below `DECODER_DB` the decoder's file holds no ranges.
+    """
+
+    files: tuple[Path, ...]
+    decoder_db: float
 
 
 def calibrate(
@@ -39,12 +65,12 @@ def calibrate(
     folder: Path | None = None,
     precision: ComputePrecision | None = None,
     threads: int | None = None,
-) -> Path:
-    """Draw pictures with a model and write the ranges that its UNet's layers need for int8.
+) -> Calibrated:
+    """Draw pictures with a model and write the ranges that its layers need for int8.
 
     folder: where graphs and ranges are; None writes into the cache
     precision: to draw in, "float32" or "bfloat16"; None takes the faster one
-    Returns the file. Raises ModelError, GraphError, BackendError or OutputError.
+    Raises ModelError, GraphError, BackendError or OutputError.
     """
     from engine.openvino_observer import ObservingEngine
 
@@ -52,22 +78,40 @@ def calibrate(
         precision = "bfloat16" if "BF16" in capabilities() else "float32"
     opened = Model.open(find_model(model))
     settings = BackendSettings(backend="openvino", threads=threads)
-    folders = graph_folders(folder)
+    folders, tokenizers = graph_folders(folder), load_tokenizers(opened)
+    observing: dict[Part, ObservingEngine] = {}
 
     def open_part(part: Part, weights: Arrays) -> Engine:
         graph = find_graph(part, opened.config(part), "float32", folders, opened.path)
-        if part == "step":
-            return ObservingEngine(graph, weights, threads, precision)
-        return open_engine(graph, weights, settings, precision)
+        if part not in QUANTIZED:
+            return open_engine(graph, weights, settings, precision)
+        observing[part] = ObservingEngine(graph, weights, threads, precision)
+        return observing[part]
 
-    pipeline = Pipeline(opened, load_tokenizers(opened), open_part)
+    def open_rounded(part: Part, weights: Arrays) -> Engine:
+        graph = find_graph(part, opened.config(part), "float32", folders, opened.path)
+        return open_engine(graph, weights, settings, "int8", observing[part].ranges)
+
+    pipeline = Pipeline(opened, tokenizers, open_part)
+    rounded = Pipeline(opened, tokenizers, open_rounded)
+    latents = []
     for number, prompt in enumerate(prompts):
-        pipeline(prompt, num_inference_steps=steps, seed=SEED + number)
-    engine = pipeline.engine("step")
-    assert isinstance(engine, ObservingEngine)
-    path = folders[0] / ranges_name(opened.unet.key(), opened.find("unet"))
-    write_ranges(path, engine.ranges)
-    return path
+        asked = Request(prompt=prompt, num_inference_steps=steps, seed=SEED + number)
+        *_, last = pipeline.denoise(pipeline.plan(asked))
+        latents.append(last.latents)
+    pictures = [pipeline.decode(each)[0] for each in latents]
+    near = min(
+        psnr(*map(np.asarray, (rounded.decode(each)[0], picture)))
+        for each, picture in zip(latents, pictures, strict=True)
+    )
+    files = []
+    for part, name in ranges_of(opened).items():
+        kept: Ranges = observing[part].ranges
+        if part == "vae_decoder" and near < DECODER_DB:
+            kept = {}
+        files.append(folders[0] / name)
+        write_ranges(files[-1], kept)
+    return Calibrated(files=tuple(files), decoder_db=near)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, metavar="N")
     options = parser.parse_args(arguments)
     try:
-        path = calibrate(
+        found = calibrate(
             options.model,
             prompts=options.prompt or PROMPTS,
             steps=options.steps,
@@ -102,7 +146,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LatentrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    print(path)
+    for path in found.files:
+        print(path)
+    if found.decoder_db < DECODER_DB:
+        print(
+            f"in int8 the decoder's pictures come within {found.decoder_db:.1f} dB of its own, and "
+            f"{DECODER_DB:.0f} are wanted: it stays in floating point",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -1,6 +1,7 @@
 """Picture files: reading one to start from, writing results with their settings inside."""
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from engine.cache import write_atomically
@@ -15,6 +17,7 @@ from engine.errors import OutputError, RequestError
 from runtime.parameters import PARAMETERS_KEY, format_parameters, parse_parameters
 
 SETTINGS_KEY = "latentrt"  # the PNG text chunk that holds the settings as JSON
+WHITE = 255
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -108,3 +111,9 @@ def _chunk(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
     if {"prompt", "sampler"} <= settings.keys():
         chunk.add_text(PARAMETERS_KEY, format_parameters(settings))
     return chunk
+
+
+def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    """Peak signal-to-noise ratio of pictures of 8 bits, in dB; infinite for equal ones."""
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return 10 * math.log10(WHITE**2 / error) if error else math.inf

@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.distances import WINDOW, psnr, relative_error, ssim
+from benchmarks.distances import WINDOW, relative_error, ssim
+from runtime.images import psnr
 from tests import pictures
 from tests.tolerances import SSIM
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import gpu, gpu_contenders, gpu_summary, nvml, random_models, scenarios
 from benchmarks.__main__ import main
-from benchmarks.distances import psnr, relative_error
+from benchmarks.distances import relative_error
 from benchmarks.flops import request_flops
 from benchmarks.gpu_contenders import (
     CEILINGS,
@@ -27,6 +27,7 @@ from engine.backends import BackendSettings
 from engine.errors import BackendError, OutputError, RequestError
 from engine.model import Model
 from export.tracing import build_module
+from runtime.images import psnr
 from tests.fake_cuda import FakeDevice, FakeEngine
 from tests.tolerances import PARITY_RTOL, PICTURE_PSNR_DB
 

@@ -16,12 +16,13 @@ from benchmarks import comparison_tables, field, latency, ledger, load, report
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, MEASURED, PEAK, REFERENCE
 from benchmarks.diffusers_folder import write_folder
-from benchmarks.distances import psnr, relative_error
+from benchmarks.distances import relative_error
 from benchmarks.scenarios import PARTS, SCENARIOS, WHOLE
 from benchmarks.worker import ContenderError, Worker
 from engine.config import AutoencoderConfig
 from engine.errors import OutputError, RequestError
 from engine.model import Model
+from runtime.images import psnr
 from runtime.tokenizer import load_tokenizers
 from tests.tolerances import BFLOAT16_RTOL, PARITY_RTOL, PICTURE_PSNR_DB
 

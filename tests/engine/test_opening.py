@@ -6,11 +6,12 @@ from engine.backends import PRECISIONS, BackendSettings
 from engine.errors import BackendError
 from engine.model import Model
 from engine.models import find_model
-from engine.opening import Opener
-from engine.quantization import ranges_name, write_ranges
+from engine.opening import Opener, ranges_of
+from engine.quantization import write_ranges
 
 MODEL = Model.open(find_model("pictogram"))
 OPENVINO = BackendSettings(backend="openvino")
+NAMES = ranges_of(MODEL)
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +26,7 @@ def fast(monkeypatch):
 
 @pytest.fixture
 def calibrated(tmp_path):
-    name = ranges_name(MODEL.unet.key(), MODEL.find("unet"))
-    write_ranges(tmp_path / "cache" / "graphs" / name, {"a.weight": (-1.0, 1.0)})
+    write_ranges(tmp_path / "cache" / "graphs" / NAMES["step"], {"a.weight": (-1.0, 1.0)})
 
 
 def chosen(**wishes):
@@ -52,6 +52,15 @@ def test_a_calibrated_model():
     assert Opener.choose(MODEL).ranges == {"a.weight": (-1.0, 1.0)}
     assert chosen(precision="bfloat16") == ("openvino", "bfloat16")
     assert chosen(settings=BackendSettings(backend="cpu")) == ("cpu", "float32")
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_decoder_is_rounded_beside_a_unet(tmp_path):
+    folder = tmp_path / "cache" / "graphs"
+    write_ranges(folder / NAMES["vae_decoder"], {"b.weight": (0.0, 2.0)})
+    assert chosen() == ("openvino", "bfloat16"), "its UNet is not calibrated"
+    write_ranges(folder / NAMES["step"], {"a.weight": (-1.0, 1.0)})
+    assert Opener.choose(MODEL).ranges == {"a.weight": (-1.0, 1.0), "b.weight": (0.0, 2.0)}
 
 
 @pytest.mark.usefixtures("calibrated")

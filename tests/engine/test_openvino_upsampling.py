@@ -94,15 +94,15 @@ def test_a_unet_for_any_size_enlarges_first():
 
 
 def test_int8_where_the_ranges_are_known():
-    name = "decoder.up_blocks.1.upsamplers.0.conv.weight"
-    plain = opened("vae_decoder", "openvino", "bfloat16")
-    rounded = opened("vae_decoder", "openvino", "int8", {name: (-8.0, 8.0)})
-    exact = opened("vae_decoder", "cpu")
-    pixels = [
-        torch.from_numpy(e.run(latents(4, 4))["pixels"]).float() for e in (exact, plain, rounded)
+    name, given = "up_blocks.1.upsamplers.0.conv.weight", step_inputs(8, 8)
+    engines = [
+        opened("step", "cpu"),
+        opened("step", "openvino", "bfloat16"),
+        opened("step", "openvino", "int8", {name: (-20.0, 20.0)}),
     ]
-    errors = [relative_error(other, pixels[0]) for other in pixels[1:]]
-    assert errors[0] < errors[1] < INT8_RTOL
-    nodes = rounded._compiled.get_runtime_model().get_ops()
+    exact, plain, rounded = (torch.from_numpy(e.run(given)["next_registers"]) for e in engines)
+    assert relative_error(rounded, exact) < INT8_RTOL
+    assert relative_error(rounded, plain) > 0
+    nodes = engines[-1]._compiled.get_runtime_model().get_ops()
     merged = [n.get_rt_info() for n in nodes if n.get_rt_info()["layerType"].astype(str) == MERGED]
     assert [n["primitiveType"].astype(str).endswith("i8") for n in merged].count(True) == 1

@@ -9,6 +9,7 @@ from engine.backends import BackendSettings, open_engine
 from engine.graphs import find_graph, graph_folders
 from engine.model import Model
 from engine.models import find_model
+from engine.opening import ranges_of
 from engine.quantization import is_quantized
 from runtime import Pipeline, calibration
 from runtime import __main__ as command
@@ -21,6 +22,7 @@ if find_spec("openvino") is None:
 MODEL = Model.open(find_model("pictogram"))
 SETTINGS = BackendSettings(backend="openvino", threads=1)
 PROMPTS = ["a red apple", "a house, flat"]
+DECODER_DB, FLOATING_DB = 40, 52  # of a decoder in int8, and in bfloat16 or float32, at least
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def ranges_of(folder):
-    (file,) = folder.glob("ranges-*.json")
-    return json.loads(file.read_text())
+def ranges_in(folder, part="step"):
+    return json.loads((folder / ranges_of(MODEL)[part]).read_text())
 
 
 def pipeline(folder, precision, backend="openvino", **wishes):
@@ -44,16 +45,17 @@ def pipeline(folder, precision, backend="openvino", **wishes):
     return Pipeline.load(graphs=folder, precision=precision, settings=settings, **wishes)
 
 
-def test_every_layer_that_computes_in_int8_has_its_range(folder):
-    ranges = ranges_of(folder)
-    graph = find_graph("step", MODEL.unet, "float32", graph_folders(), MODEL.path)
+@pytest.mark.parametrize("part", ["step", "vae_decoder"])
+def test_every_layer_that_computes_in_int8_has_its_range(folder, part):
+    ranges = ranges_in(folder, part)
+    graph = find_graph(part, MODEL.config(part), "float32", graph_folders(), MODEL.path)
     layers = {n for n, shape in graph.weights.items() if len(shape) > 1 and is_quantized(n)}
     assert ranges.keys() == layers
     assert all(least < 0 < greatest for least, greatest in ranges.values())
 
 
 def test_what_follows_a_silu_is_never_below_its_minimum(folder):
-    for name, (least, _) in ranges_of(folder).items():
+    for name, (least, _) in ranges_in(folder).items():
         if ".resnets." in name and ".conv1." in name:
             assert -0.2785 < least <= -0.27
 
@@ -70,9 +72,29 @@ def test_pictures_are_near_those_of_float32(folder):
 def test_the_shallow_graph_computes_in_int8_too(folder):
     opened = pipeline(folder, "int8")
     assert opened.opener is not None
-    engine = opened.engine("step_shallow")
-    assert engine._rounded()
-    assert not pipeline(folder, "int8").engine("vae_decoder")._rounded()
+    assert opened.engine("step_shallow")._ranges
+
+
+def test_the_decoder_computes_in_int8_as_far_as_it_may(folder, tmp_path, monkeypatch, capsys):
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 8), np.float32)
+    exact, rounded = (
+        np.asarray(pipeline(folder, precision).decode(latents)[0])
+        for precision in ("float32", "int8")
+    )
+    assert DECODER_DB < psnr(exact, rounded) < FLOATING_DB
+    monkeypatch.setattr(calibration, "DECODER_DB", 99.5)
+    for file in folder.glob("*float32.onnx"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    options = ["--steps", "1", "--prompt", "a", "--threads", "1", "--graphs", str(tmp_path)]
+    assert calibration.main(["pictogram", *options]) == 0
+    assert (
+        "dB of its own, and 100 are wanted: it stays in floating point" in capsys.readouterr().err
+    )
+    assert ranges_in(tmp_path, "vae_decoder") == {}
+    assert ranges_in(tmp_path)
+    kept = pipeline(tmp_path, "int8")
+    assert not kept.engine("vae_decoder")._ranges
+    assert psnr(exact, np.asarray(kept.decode(latents)[0])) > FLOATING_DB
 
 
 def test_a_lora_is_taken_and_given_back_bit_for_bit(folder, tmp_path):
@@ -95,7 +117,7 @@ def test_a_lora_is_taken_and_given_back_bit_for_bit(folder, tmp_path):
 
 def test_a_step_is_near_that_of_float32(folder):
     graph = find_graph("step", MODEL.unet, "float32", graph_folders(), MODEL.path)
-    weights, ranges = dict(MODEL.weights("step")), ranges_of(folder)
+    weights, ranges = dict(MODEL.weights("step")), ranges_in(folder)
     given = {}
     opened = pipeline(folder, "float32", "cpu")
 
@@ -125,7 +147,9 @@ def test_the_commands(folder, tmp_path, capsys, monkeypatch):
     assert command.main(drawing) == 2
     assert "python -m runtime.calibration" in capsys.readouterr().err
     assert calibration.main(arguments) == 0
-    assert str(tmp_path / "cache" / "graphs" / "ranges-") in capsys.readouterr().out
+    written = capsys.readouterr().out.splitlines()
+    graphs = tmp_path / "cache" / "graphs"
+    assert written == [str(graphs / name) for name in ranges_of(MODEL).values()]
     assert command.main(drawing) == 0
     again = tmp_path / "b.png"
     assert command.main(["--again", str(out), "--out", str(again), "--threads", "1"]) == 0
