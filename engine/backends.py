@@ -1,5 +1,6 @@
 """Backends: what runs a graph with its weights. Each imports its library where it is opened."""
 
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,7 @@ def _refuse_tensorrt(asked: _Asked) -> Engine:
     )
 
 
+PORTION = 2**26  # numbers of weights that are read before their memory is given back
 DEFAULT = "cpu"
 BACKENDS = {
     "cpu": _open_cpu,
@@ -182,6 +184,19 @@ def bind(
     with ThreadPoolExecutor(processors()) as pool:  # numpy converts without the interpreter's lock
         taken = pool.map(lambda name: _take(graph, weights, name, keep_float16), chosen)
         yield from zip(chosen, taken, strict=True)
+
+
+def portions(graph: Graph, names: Collection[str] | None = None) -> Iterator[list[str]]:
+    """Cut the names of a graph's weights, or of some, where each piece is beyond `PORTION`."""
+    piece, numbers = [], 0
+    for name, shape in graph.weights.items():
+        if names is None or name in names:
+            piece.append(name)
+            numbers += math.prod(shape)
+        if numbers > PORTION:
+            yield piece
+            piece, numbers = [], 0
+    yield piece
 
 
 def processors() -> int:

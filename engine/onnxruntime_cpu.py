@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import Arrays, bind
+from engine.backends import Arrays, bind, portions
+from engine.checkpoints.weights import release
+from engine.cpu_attention import fuse_attention
 from engine.errors import BackendError, GraphError, first_line
 from engine.graphs import Graph
 from engine.onnx_file import weights_as_inputs
@@ -58,8 +60,11 @@ class OnnxRuntimeEngine:
 
     def _take(self, weights: Arrays, names: Collection[str]) -> None:
         """Wrap weights for the library, which reads these arrays and owns no copy."""
-        for name, array in bind(self._graph, weights, names):
-            self._weights[name] = self._library.OrtValue.ortvalue_from_numpy(array)
+        for piece in portions(self._graph, names):
+            for name, array in bind(self._graph, weights, piece):
+                self._weights[name] = self._library.OrtValue.ortvalue_from_numpy(array)
+            if self._graph.precision == "float32":  # what came as float16 was read for its copy
+                release(weights)
 
     def _open(self) -> Any:
         options = self._library.SessionOptions()
@@ -72,6 +77,8 @@ class OnnxRuntimeEngine:
         options.enable_mem_pattern = False
         data = self._graph.data()
         try:
+            if self._graph.precision == "float32":  # the operator has no other kernel here
+                data = fuse_attention(data)
             if self._constant:
                 options.add_external_initializers(list(self._weights), [*self._weights.values()])
             else:

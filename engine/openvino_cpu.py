@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engine.backends import Arrays, ComputePrecision, Ranges, bind, processors
+from engine.backends import Arrays, ComputePrecision, Ranges, bind, portions, processors
 from engine.checkpoints.weights import release
 from engine.errors import BackendError, GraphError, LatentrtError
 from engine.graphs import Graph
@@ -21,7 +21,6 @@ from engine.openvino_upsampling import find_enlargements, merge_enlargements
 from engine.quantization import QuantizedWeight, is_quantized, quantize
 from engine.scratch import Scratch
 
-PORTION = 2**26  # numbers of weights that are read before their memory is given back
 RELEASE_S = 0.1  # between two times that this is done
 CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
 CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
@@ -162,7 +161,7 @@ class OpenVinoEngine:
             return name, quantize(array) if name in rounded else array
 
         with ThreadPoolExecutor(processors()) as pool:
-            for names in self._portions():
+            for names in portions(self._graph):
                 bound = bind(self._graph, self._weights, names, keep_float16=True)
                 for name, weight in pool.map(taken, bound):
                     if scratch and isinstance(weight, QuantizedWeight):  # the library copies it
@@ -177,17 +176,6 @@ class OpenVinoEngine:
     def _prepare(self, model: Any, rounded: Collection[str]) -> None:
         """Change a model whose weights are still parameters."""
         round_inputs(self._library, model, {name: self._ranges[name] for name in rounded})
-
-    def _portions(self) -> Iterator[list[str]]:
-        """Cut the list of weights where each piece has grown beyond `PORTION`."""
-        names, numbers = [], 0
-        for name, shape in self._graph.weights.items():
-            names.append(name)
-            numbers += math.prod(shape)
-            if numbers > PORTION:
-                yield names
-                names, numbers = [], 0
-        yield names
 
     def _check(self, inputs: Arrays) -> None:
         """Refuse what the library would fill with zeros, cast or broadcast."""
