@@ -16,6 +16,7 @@ from engine.checkpoints.weights import release
 from engine.errors import BackendError, GraphError, LatentrtError
 from engine.graphs import Graph
 from engine.onnx_file import weights_as_inputs
+from engine.openvino_gates import part_gates
 from engine.openvino_layers import put_weight, round_inputs
 from engine.openvino_upsampling import find_enlargements, merge_enlargements
 from engine.quantization import QuantizedWeight, is_quantized, quantize
@@ -152,7 +153,9 @@ class OpenVinoEngine:
             enlarging = {found.weight for found in find_enlargements(model)}
             rounded = self._ranges.keys() - enlarging  # those wait until sizes are known
             self._prepare(model, rounded)
-            parameters = {given.get_friendly_name(): given for given in model.get_parameters()}
+            parameters: dict[str, list[Any]] = {}
+            for given in model.get_parameters():
+                parameters.setdefault(given.get_friendly_name(), []).append(given)
         size = sum(math.prod(self._graph.weights[name]) for name in rounded)
         scratch = Scratch(size) if size else None
 
@@ -175,6 +178,7 @@ class OpenVinoEngine:
 
     def _prepare(self, model: Any, rounded: Collection[str]) -> None:
         """Change a model whose weights are still parameters."""
+        part_gates(self._library, model)
         round_inputs(self._library, model, {name: self._ranges[name] for name in rounded})
 
     def _check(self, inputs: Arrays) -> None:

@@ -4,7 +4,7 @@ The library turns a rounding of a layer's input (FakeQuantize) and a weight of w
 its scale into one operation on whole numbers.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,32 @@ LEAST, GREATEST = "least input of ", "greatest input of "
 
 
 def put_weight(
-    library: Any, model: Any, parameter: Any, weight: NDArray[Any] | QuantizedWeight
+    library: Any, model: Any, parameters: Sequence[Any], weight: NDArray[Any] | QuantizedWeight
 ) -> None:
-    """Put a weight in the place of a model's parameter, which is float32, without a copy."""
-    name, wanted, ops = (
-        parameter.get_friendly_name(),
-        parameter.get_partial_shape(),
-        library.opset13,
-    )
+    """Put a weight in the place of a model's parameters, which are float32, without a copy.
+
+    parameters: one, or several that have equal shares of the weight's rows
+    """
+    ops = library.opset13
     array = weight.values if isinstance(weight, QuantizedWeight) else weight
-    if not wanted.compatible(library.PartialShape(array.shape)):
-        raise ValueError(f"{name!r} is {wanted} in it, and {array.shape} in its description")
-    value = as_constant(library, array)
-    value.set_friendly_name(name)
-    if isinstance(weight, QuantizedWeight):
-        value = ops.multiply(ops.convert(value, "f32"), weight.scales)
-    elif array.dtype == np.float16:
-        value = ops.convert(value, "f32")
-        value.get_rt_info()["decompression_0"] = ""  # or all are widened when compiling
-    parameter.output(0).replace(value.output(0))
-    model.remove_parameter(parameter)
+    for parameter, piece in zip(parameters, _shares(len(array), len(parameters)), strict=True):
+        name, wanted = parameter.get_friendly_name(), parameter.get_partial_shape()
+        rows = array[piece]
+        if not wanted.compatible(library.PartialShape(rows.shape)):
+            raise ValueError(f"{name!r} is {wanted} in it, and {rows.shape} in its description")
+        value = as_constant(library, rows)
+        value.set_friendly_name(name)
+        if isinstance(weight, QuantizedWeight):
+            value = ops.multiply(ops.convert(value, "f32"), weight.scales[piece])
+        elif array.dtype == np.float16:
+            value = ops.convert(value, "f32")
+            value.get_rt_info()["decompression_0"] = ""  # or all are widened when compiling
+        parameter.output(0).replace(value.output(0))
+        model.remove_parameter(parameter)
+
+
+def _shares(rows: int, count: int) -> list[slice]:
+    return [slice(i * rows // count, (i + 1) * rows // count) for i in range(count)]
 
 
 def round_inputs(library: Any, model: Any, ranges: Ranges) -> None:

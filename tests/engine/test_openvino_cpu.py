@@ -146,9 +146,9 @@ def test_weights_of_a_mapped_file_are_read_in_place_and_held(graph, weights, mon
     component = MODEL.weights("vae_decoder")
     put = {}
 
-    def note(library, model, parameter, weight):
-        put[parameter.get_friendly_name()] = weight
-        return openvino_layers.put_weight(library, model, parameter, weight)
+    def note(library, model, parameters, weight):
+        put[parameters[0].get_friendly_name()] = weight
+        return openvino_layers.put_weight(library, model, parameters, weight)
 
     monkeypatch.setattr("engine.openvino_cpu.put_weight", note)
     engine = open_engine(graph, component, SETTINGS)
