@@ -32,7 +32,8 @@ def latency_table(report: Mapping[str, Any]) -> str:
         "|---|" + "---|" * len(heads),
         *(_row(name, found, measured) for name, found in measured.items()),
         "",
-        "Medians, smallest to largest; in brackets the share of that precision's peak. "
+        "Medians, smallest to largest; in brackets the share of that precision's peak, by the "
+        "operations of the project's own graphs. "
         "A factor is the time beside that of the first row.",
         "",
         *(f"- {name}: {found['settings']}" for name, found in measured.items()),

@@ -105,3 +105,10 @@ class Attention(nn.Module):
         )
         out = F.scaled_dot_product_attention(query, key, value)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def for_groups(values: Tensor, groups: int | None) -> Tensor:
+    """Repeat a batch for each group of the conditioning: (B, …) -> (g · B, …); None as it is."""
+    if groups is None:
+        return values
+    return values[None].expand(groups, *values.shape).flatten(0, 1)

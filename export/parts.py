@@ -69,15 +69,14 @@ class Step(nn.Module):
         if image_conditioning is not None:
             x = torch.cat([x, image_conditioning], dim=1)
         out, features = self.model.with_deep(
-            _for_groups(x, groups).to(dtype),
-            _for_groups(timestep, groups),
+            x.to(dtype),
+            timestep,
             context.flatten(0, 1).to(dtype),
+            groups=groups,
             deep=None if deep is None else deep.flatten(0, 1).to(dtype),
             text_embeds=None if text_embeds is None else text_embeds.flatten(0, 1).to(dtype),
             time_ids=None if time_ids is None else time_ids.flatten(0, 1),
-            timestep_cond=(
-                None if timestep_cond is None else _for_groups(timestep_cond, groups).to(dtype)
-            ),
+            timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
         )
         out = out.float().unflatten(0, (groups, -1))
         guided = (guidance[:, :, None, None, None] * out).sum(dim=0)
@@ -123,8 +122,3 @@ class VaeEncode(nn.Module):
         scaled = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0
         mean, std = self.model.encode(scaled.to(self.model.encoder.conv_in.weight.dtype))
         return (mean.float() + std.float() * noise - config.shift_factor) * config.scaling_factor
-
-
-def _for_groups(values: Tensor, groups: int) -> Tensor:
-    """Repeat a batch for each group of the conditioning: (B, …) -> (g · B, …)."""
-    return values[None].expand(groups, *values.shape).flatten(0, 1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.config import UNetConfig
 from export.embeddings import TextEmbedding, TimestepEmbedding, sinusoids
-from export.layers import Attention, Downsample, ResnetBlock, Upsample
+from export.layers import Attention, Downsample, ResnetBlock, Upsample, for_groups
 
 TRANSFORMER_EPS = 1e-6  # the group norm before a transformer; the residual blocks' is configured
 
@@ -56,9 +56,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, hidden_states: Tensor, context: Tensor) -> Tensor:
-        """(B, n, channels), context (B, m, context_channels) -> (B, n, channels)."""
+    def forward(self, hidden_states: Tensor, context: Tensor, groups: int | None = None) -> Tensor:
+        """(B, n, channels), context (B, m, context_channels) -> (B, n, channels).
+
+        With `groups`, what comes is the same for all g groups of the context, (g · B, m, …), and
+        becomes theirs where it first meets them: -> (g · B, n, channels).
+        """
         hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
+        hidden_states = for_groups(hidden_states, groups)
         hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), context)
         return hidden_states + self.ff(self.norm3(hidden_states))
 
@@ -83,19 +88,19 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(channels, heads, config.cross_attention_dim) for _ in range(layers)
         )
 
-    def forward(self, hidden_states: Tensor, context: Tensor) -> Tensor:
-        """(B, C, h, w), context (B, m, D) -> (B, C, h, w)."""
+    def forward(self, hidden_states: Tensor, context: Tensor, groups: int | None = None) -> Tensor:
+        """(B, C, h, w), context (B, m, D) -> (B, C, h, w); for groups see TransformerBlock."""
         size = hidden_states.shape[2:]
         x = self.norm(hidden_states)
         x = x if self.linear else self.proj_in(x)
-        x = x.flatten(2).transpose(1, 2)
+        x = x.permute(0, 2, 3, 1).flatten(1, 2)
         x = self.proj_in(x) if self.linear else x
-        for block in self.transformer_blocks:
-            x = block(x, context)
+        for i, block in enumerate(self.transformer_blocks):
+            x = block(x, context, groups if i == 0 else None)
         x = self.proj_out(x) if self.linear else x
-        x = x.transpose(1, 2).unflatten(2, size)
+        x = x.unflatten(1, size).permute(0, 3, 1, 2)
         x = x if self.linear else self.proj_out(x)
-        return hidden_states + x
+        return for_groups(hidden_states, groups) + x
 
 
 class Block(nn.Module):
@@ -143,14 +148,22 @@ class DownBlock(Block):
     """A level on the way down; also returns what the way up will want."""
 
     def forward(
-        self, hidden_states: Tensor, time_embedding: Tensor, context: Tensor
+        self,
+        hidden_states: Tensor,
+        time_embedding: Tensor,
+        context: Tensor,
+        groups: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return (B, C, h // 2, w // 2), or (B, C, h, w) at the lowest level, and the skips."""
+        """Return (B, C, h // 2, w // 2), or (B, C, h, w) at the lowest level, and the skips.
+
+        With `groups`, which needs attention, all that comes but the context is theirs in common.
+        """
         skips = []
         for i, resnet in enumerate(self.resnets):
             hidden_states = resnet(hidden_states, time_embedding)
             if self.has_attention:
-                hidden_states = self.attentions[i](hidden_states, context)
+                hidden_states = self.attentions[i](hidden_states, context, groups)
+                time_embedding, groups = for_groups(time_embedding, groups), None
             skips.append(hidden_states)
         if hasattr(self, "downsamplers"):
             hidden_states = self.downsamplers[0](hidden_states)
@@ -227,10 +240,11 @@ class UNet(nn.Module):
         self.up_blocks = _up_blocks(config, skips)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        # Whether nothing is told of the text before the first transformer.
+        has_attention = config.down_block_types[0] == "CrossAttnDownBlock2D"
+        self._begins_alike = has_attention and config.addition_embed_type is None
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor, context: Tensor, **told: Tensor | None
-    ) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, **told: Any) -> Tensor:
         """Return (B, out_channels, h, w); the arguments are those of `with_deep`."""
         return self.with_deep(sample, timestep, context, **told)[0]
 
@@ -240,6 +254,7 @@ class UNet(nn.Module):
         timestep: Tensor,
         context: Tensor,
         *,
+        groups: int | None = None,
         deep: Tensor | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
@@ -250,14 +265,19 @@ class UNet(nn.Module):
         sample: (B, in_channels, h, w); timestep: (B,); context: (B, m, cross_attention_dim).
         text_embeds (B, p) and time_ids (B, 6) are XL's pooled text and sizes in pixels;
         timestep_cond: (B, time_cond_proj_dim) is the embedded guidance scale of LCM.
+        groups: g, with the texts of each, g · B in context, text_embeds and time_ids; what comes
+        before the first of these is computed once, and all that is returned is g · B as well.
         deep: (B, block_out_channels[0], h, w), what the last residual block takes beside the first
         skip. Given those of an earlier call, only what lies around them is computed (Ma et al.
         2024, DeepCache, arXiv:2312.00858, section 3.3, with the uppermost skip).
         """
-        time_embedding = self._embed_time(timestep, sample, text_embeds, time_ids, timestep_cond)
-        if self.config.addition_embed_type == "text":
-            time_embedding = time_embedding + self.add_embedding(context)
+        time_embedding = self._embed_time(timestep, sample.dtype, timestep_cond)
         first = self.conv_in(sample)
+        if deep is None and self._begins_alike:
+            deep = self._deep(first, time_embedding, context, groups)
+        first, time_embedding = for_groups(first, groups), for_groups(time_embedding, groups)
+        if self.config.addition_embed_type is not None:
+            time_embedding = time_embedding + self._embed_text(context, text_embeds, time_ids)
         if deep is None:
             deep = self._deep(first, time_embedding, context)
         top = self.up_blocks[-1]
@@ -265,11 +285,14 @@ class UNet(nn.Module):
         hidden_states = top.layer(-1, deep, first, time_embedding, context)
         return self.conv_out(F.silu(self.conv_norm_out(hidden_states))), deep
 
-    def _deep(self, first: Tensor, time_embedding: Tensor, context: Tensor) -> Tensor:
+    def _deep(
+        self, first: Tensor, time_embedding: Tensor, context: Tensor, groups: int | None = None
+    ) -> Tensor:
         """Run all but the last residual block, which alone sees the first skip."""
         hidden_states, skips = first, []
         for block in self.down_blocks:
-            hidden_states, more = block(hidden_states, time_embedding, context)
+            hidden_states, more = block(hidden_states, time_embedding, context, groups)
+            time_embedding, groups = for_groups(time_embedding, groups), None
             skips += more
         hidden_states = self.mid_block(hidden_states, time_embedding, context)
         for block in self.up_blocks:
@@ -277,25 +300,27 @@ class UNet(nn.Module):
         return hidden_states
 
     def _embed_time(
-        self,
-        timestep: Tensor,
-        sample: Tensor,
-        text_embeds: Tensor | None,
-        time_ids: Tensor | None,
-        timestep_cond: Tensor | None,
+        self, timestep: Tensor, dtype: torch.dtype, timestep_cond: Tensor | None
     ) -> Tensor:
-        config = self.config
-        flags: dict[str, Any] = {"flip": config.flip_sin_to_cos, "shift": config.freq_shift}
-        waves = sinusoids(timestep, config.block_out_channels[0], **flags)
-        embedding = self.time_embedding(waves.to(sample.dtype), timestep_cond)
-        if config.addition_embed_type == "text_time":
-            assert text_embeds is not None
-            assert time_ids is not None
-            sizes = sinusoids(time_ids.flatten(), config.addition_time_embed_dim, **flags)
-            sizes = sizes.unflatten(0, (-1, time_ids.shape[1])).flatten(1)
-            added = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1)
-            embedding = embedding + self.add_embedding(added.to(sample.dtype))
-        return embedding
+        waves = self._sinusoids(timestep, self.config.block_out_channels[0])
+        return self.time_embedding(waves.to(dtype), timestep_cond)
+
+    def _embed_text(
+        self, context: Tensor, text_embeds: Tensor | None, time_ids: Tensor | None
+    ) -> Tensor:
+        """Embed what is added to the time embedding: the pooled text, in XL also the sizes."""
+        if self.config.addition_embed_type == "text":
+            return self.add_embedding(context)
+        assert text_embeds is not None
+        assert time_ids is not None
+        sizes = self._sinusoids(time_ids.flatten(), self.config.addition_time_embed_dim)
+        sizes = sizes.unflatten(0, (-1, time_ids.shape[1])).flatten(1)
+        added = torch.cat([text_embeds, sizes.to(text_embeds.dtype)], dim=-1)
+        return self.add_embedding(added.to(context.dtype))
+
+    def _sinusoids(self, values: Tensor, channels: int) -> Tensor:
+        flip, shift = self.config.flip_sin_to_cos, self.config.freq_shift
+        return sinusoids(values, channels, flip=flip, shift=shift)
 
 
 def _down_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:

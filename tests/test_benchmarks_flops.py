@@ -101,4 +101,5 @@ def test_a_guided_step_of_stable_diffusion_at_512_pixels():
         "outside": (1, 3),
     }
     graph = find_graph("step", SD1, "float32", graph_folders(), "SD 1.5")
-    assert count(graph.data(), shapes) / 1e12 == pytest.approx(1.61, abs=0.005)
+    alike = 0.041  # what both texts have in common: 1.607 where it is computed for each
+    assert count(graph.data(), shapes) / 1e12 == pytest.approx(1.607 - alike, abs=0.001)

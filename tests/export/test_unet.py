@@ -151,6 +151,52 @@ def test_deep_features_of_another_call_agree_with_diffusers(kind):
     assert relative_error(module(**second), expected[1]) > 10 * PARITY_RTOL
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_groups_of_texts_over_one_sample_agree_with_diffusers(kind):
+    reference, module = pair(kind)
+    given = inputs(module.config, 2, 9, 12)
+    shared = {"sample", "timestep", "timestep_cond"}
+    texts = {
+        name: torch.cat([value, value.flip(0)]) if name not in shared else value
+        for name, value in given.items()
+    }
+    repeated = {
+        name: torch.cat([value, value]) if name in shared else value
+        for name, value in texts.items()
+    }
+    expected = run_reference(reference, **repeated)
+    whole, deep = module.with_deep(**texts, groups=2)
+    assert relative_error(whole, expected) < PARITY_RTOL
+    assert deep.shape == (4, module.config.block_out_channels[0], 9, 12)
+    shallow, _ = module.with_deep(**texts, groups=2, deep=deep)
+    assert relative_error(shallow, expected) < PARITY_RTOL
+
+
+@torch.no_grad()
+def test_what_comes_before_the_text_is_computed_once():
+    _, module = pair(SD15)
+    rows = {}
+
+    def note(name):
+        return lambda _, given, __: rows.update({name: len(given[0])})
+
+    block = module.down_blocks[0]
+    layers = {
+        "conv_in": module.conv_in,
+        "conv1": block.resnets[0].conv1,
+        "conv2": block.resnets[0].conv2,
+        "attn1": block.attentions[0].transformer_blocks[0].attn1,
+        "attn2": block.attentions[0].transformer_blocks[0].attn2,
+        "next": block.resnets[1].conv1,
+    }
+    for name, layer in layers.items():
+        layer.register_forward_hook(note(name))
+    given = inputs(module.config, 1, 8, 8)
+    module.with_deep(**(given | {"context": torch.randn(2, 7, TEXT_WIDTH)}), groups=2)
+    assert rows == {"conv_in": 1, "conv1": 1, "conv2": 1, "attn1": 1, "attn2": 2, "next": 2}
+
+
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 32), (9, 7), (13, 10), (10, 12)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", [SD15, XL], ids=["sd15", "xl"])
