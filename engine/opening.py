@@ -59,7 +59,7 @@ class Opener:
 
         The order is that of `python -m benchmarks latency`: int8 where somebody has calibrated
         it, bfloat16 where the processor computes in it, float32. By `python -m benchmarks quality`
-        half of bfloat16's pictures are within 48 dB of float32's, and half of int8's within 35.
+        half of bfloat16's pictures are within 48 dB of float32's, and half of int8's within 34.
 
         soon: whether it matters more that engines open soon, as ONNX Runtime's do; only for a
             small model, whose pictures take no longer than that
