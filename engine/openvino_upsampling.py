@@ -63,10 +63,8 @@ def find_enlargements(model: Any) -> Iterator[Enlargement]:
             and _is(operation, CONVOLVING)
             and tuple(operation.input_value(1).get_shape())[2:] == KERNEL
         ):
-            weight = _uncast(weight)
-            yield Enlargement(
-                weight=weight.get_friendly_name(), enlarging=enlarging, convolving=operation
-            )
+            name = _uncast(weight).get_friendly_name()
+            yield Enlargement(weight=name, enlarging=enlarging, convolving=operation)
 
 
 def merge_enlargements(library: Any, model: Any, ranges: Ranges) -> None:

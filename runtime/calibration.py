@@ -23,7 +23,7 @@ from engine.backends import (
     open_engine,
 )
 from engine.errors import LatentrtError
-from engine.graphs import find_graph, graph_folders
+from engine.graphs import Graph, find_graph, graph_folders
 from engine.model import Model
 from engine.models import find_model
 from engine.opening import QUANTIZED, capabilities, ranges_of
@@ -81,16 +81,18 @@ def calibrate(
     folders, tokenizers = graph_folders(folder), load_tokenizers(opened)
     observing: dict[Part, ObservingEngine] = {}
 
+    def graph_of(part: Part) -> Graph:
+        return find_graph(part, opened.config(part), "float32", folders, opened.path)
+
     def open_part(part: Part, weights: Arrays) -> Engine:
-        graph = find_graph(part, opened.config(part), "float32", folders, opened.path)
+        graph = graph_of(part)
         if part not in QUANTIZED:
             return open_engine(graph, weights, settings, precision)
         observing[part] = ObservingEngine(graph, weights, threads, precision)
         return observing[part]
 
     def open_rounded(part: Part, weights: Arrays) -> Engine:
-        graph = find_graph(part, opened.config(part), "float32", folders, opened.path)
-        return open_engine(graph, weights, settings, "int8", observing[part].ranges)
+        return open_engine(graph_of(part), weights, settings, "int8", observing[part].ranges)
 
     pipeline = Pipeline(opened, tokenizers, open_part)
     rounded = Pipeline(opened, tokenizers, open_rounded)
