@@ -33,8 +33,8 @@ def latency_table(report: Mapping[str, Any]) -> str:
         *(_row(name, found, measured) for name, found in measured.items()),
         "",
         "Medians, smallest to largest; in brackets the share of that precision's peak, by the "
-        "operations of the project's own graphs (latentrt's engines on OpenVINO enlarge with "
-        "fewer, so a decode can pass 100%). "
+        "operations of the project's own graphs (latentrt's engines on OpenVINO convolve with "
+        "fewer, so a part can pass 100%). "
         "A factor is the time beside that of the first row.",
         "",
         *(f"- {name}: {found['settings']}" for name, found in measured.items()),

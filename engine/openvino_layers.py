@@ -15,6 +15,7 @@ from engine.quantization import LEVELS, QuantizedWeight, input_range, is_quantiz
 
 CONVOLUTION = "Convolution"
 LAYERS = (CONVOLUTION, "MatMul")
+IN_PLACE = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1]}
 REARRANGED = ("Transpose", "Reshape")  # what may stand between a weight and its layer
 LEAST, GREATEST = "least input of ", "greatest input of "
 
@@ -37,9 +38,8 @@ def put_weight(
         value.set_friendly_name(name)
         if isinstance(weight, QuantizedWeight):
             value = ops.multiply(ops.convert(value, "f32"), weight.scales[piece])
-        elif array.dtype == np.float16:
-            value = ops.convert(value, "f32")
-            value.get_rt_info()["decompression_0"] = ""  # or all are widened when compiling
+        else:
+            value = as_float32(library, value)
         parameter.output(0).replace(value.output(0))
         model.remove_parameter(parameter)
 
@@ -64,6 +64,35 @@ def round_value(library: Any, value: Any, ends: tuple[float, float]) -> Any:
     """Return a value rounded to 256 levels between two ends, as `input_range` gives them."""
     numbers = [np.float32(end) for end in ends]
     return library.opset13.fake_quantize(value, *numbers, *numbers, levels=LEVELS)
+
+
+def as_float32(library: Any, constant: Any) -> Any:
+    """Widen a constant if it is of float16, without the library's doing so when it compiles."""
+    if constant.get_element_type() != library.Type.f16:
+        return constant
+    value = library.opset13.convert(constant, "f32")
+    value.get_rt_info()["decompression_0"] = ""  # or all are widened when compiling
+    return value
+
+
+def uncast(node: Any) -> Any:
+    """Return what a node widens, or the node."""
+    return node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
+
+
+def convolves_in_place(operation: Any) -> bool:
+    """Tell whether an operation is a 3 x 3 convolution whose output is as large as its input."""
+    return (
+        operation.get_type_name() == CONVOLUTION
+        and tuple(operation.input_value(1).get_shape())[2:] == (3, 3)
+        and is_with(operation, IN_PLACE)
+    )
+
+
+def is_with(operation: Any, wanted: dict[str, Any]) -> bool:
+    """Tell whether an operation's attributes are those wanted."""
+    attributes = operation.get_attributes()
+    return all(attributes[name] == value for name, value in wanted.items())
 
 
 def as_constant(library: Any, array: NDArray[Any]) -> Any:

@@ -1,6 +1,5 @@
 """An engine that remembers how large the inputs of its layers became, for int8."""
 
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,6 @@ class ObservingEngine(OpenVinoEngine):
             for name in names
         }
 
-    def _prepare(self, model: Any, rounded: Collection[str]) -> None:
+    def _prepare(self, model: Any) -> None:
         add_observers(self._library, model, self._graph.weights)
         self._seen: dict[str, NDArray[Any]] = {}

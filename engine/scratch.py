@@ -1,12 +1,13 @@
 """Memory that the system can write out: what a library reads once need not stay in memory."""
 
+import math
 import mmap
 import os
 import tempfile
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from engine.cache import cache_folder
 from engine.errors import OutputError
@@ -38,9 +39,14 @@ class Scratch:
 
     def put(self, array: NDArray[Any]) -> NDArray[Any]:
         """Copy an array into the file; returns it there."""
-        there = np.frombuffer(self._map, array.dtype, array.size, self._used).reshape(array.shape)
+        there = self.take(array.shape, array.dtype)
         there[...] = array
-        self._used += array.nbytes
+        return there
+
+    def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """Return the next array of the file, of zeros."""
+        there = np.frombuffer(self._map, dtype, math.prod(shape), self._used).reshape(shape)
+        self._used += there.nbytes
         return there
 
     def release(self) -> None:

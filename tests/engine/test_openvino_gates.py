@@ -50,9 +50,9 @@ def test_a_part_without_gates_stays(monkeypatch):
     monkeypatch.setattr(
         OpenVinoEngine,
         "_prepare",
-        lambda self, model, rounded: (
+        lambda self, model: (
             called.append(len(model.get_parameters())),
-            real(self, model, rounded),
+            real(self, model),
             called.append(len(model.get_parameters())),
         ),
     )

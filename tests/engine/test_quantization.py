@@ -75,7 +75,7 @@ def test_one_sided_inputs_use_all_levels_where_the_layer_can_shift_them():
         ("conv_in.weight", False),
         ("conv_out.weight", False),
         ("down_blocks.0.resnets.0.conv1.bias", False),
-        ("up_blocks.0.upsamplers.0.conv.weight", True),
+        ("up_blocks.0.upsamplers.0.conv.weight", False),
         ("decoder.up_blocks.0.upsamplers.0.conv.weight", False),
         ("decoder.up_blocks.2.resnets.0.conv_shortcut.weight", False),
         ("decoder.up_blocks.2.resnets.0.conv2.weight", True),
