@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.contenders import PEAK, REFERENCE
+from benchmarks.contenders import CONTENDERS, PEAK, REFERENCE
+from benchmarks.machine import summary
+from benchmarks.rounds import ratios
 from benchmarks.scenarios import PARTS, WHOLE
 
 HEADS = {
@@ -18,6 +20,7 @@ QUALITY_HEADS = {
     "match": "held-out match",
 }
 GIB = 2**30
+LOSSES = (("bfloat16", "float32"), ("int8", "bfloat16"))  # a precision, and the one that it saves
 
 
 def latency_table(report: Mapping[str, Any]) -> str:
@@ -39,8 +42,36 @@ def latency_table(report: Mapping[str, Any]) -> str:
         "",
         *(f"- {name}: {found['settings']}" for name, found in measured.items()),
         *not_measured(contenders),
+        *_speedups(report, measured),
     ]
     return "\n".join(lines)
+
+
+def _speedups(report: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
+    """Say how many times faster the project's own contenders are than what they compare with."""
+    rows = []
+    for name in filter(_is_own, measured):
+        for other in measured:
+            if _compares(name, other):
+                faster = summary(ratios(report, other, name))
+                median, low, high = (f"{faster[key]:.2f}" for key in ("median", "min", "max"))
+                rows.append(f"| {name} | {other} | {median}, {low} to {high} |")
+    head = ["", "| | is faster than | times, by round |", "|---|---|---|"]
+    return [*head, *rows] if rows else []
+
+
+def _is_own(name: str) -> bool:
+    return name.startswith("latentrt")
+
+
+def _compares(name: str, other: str) -> bool:
+    """Tell whether these compute in one precision, or one of two of the project's costs quality."""
+    contender, theirs = CONTENDERS[name], CONTENDERS[other]
+    if not _is_own(other):
+        return not contender.saves and contender.precision == theirs.precision
+    if contender.saves:
+        return name.startswith(f"{other}, ")
+    return (contender.precision, theirs.precision) in LOSSES and not theirs.saves
 
 
 def not_measured(taken: Mapping[str, Any]) -> list[str]:

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.contenders import PEAK, REFERENCE
-from benchmarks.rounds import total
-from benchmarks.scenarios import WHOLE
+from benchmarks.rounds import ratios
 from engine.errors import RequestError
 
 TIE = 0.05  # differences below this share are noise on machines that others use too
@@ -25,27 +24,16 @@ def compared(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, A
             raise RequestError(f"a report has no rounds of {REFERENCE!r}; measure it too")
     if first["request"] != second["request"]:
         raise RequestError("the two reports are of different requests; give two runs of one")
-    ratios = {}
+    found = {}
     for name in first["contenders"].keys() & second["contenders"].keys() - {PEAK, REFERENCE}:
-        pair = [_ratios(report, name) for report in (first, second)]
+        pair = [ratios(report, name, REFERENCE) for report in (first, second)]
         if all(pair):
-            ratios[name] = [{"min": round(min(r), 4), "max": round(max(r), 4)} for r in pair]
+            found[name] = [{"min": round(min(r), 4), "max": round(max(r), 4)} for r in pair]
     return {
         "request": first["request"],
-        "ratios": dict(sorted(ratios.items())),
-        "exceeded": [name for name, (a, b) in sorted(ratios.items()) if not _meet(a, b)],
+        "ratios": dict(sorted(found.items())),
+        "exceeded": [name for name, (a, b) in sorted(found.items()) if not _meet(a, b)],
     }
-
-
-def _ratios(report: Mapping[str, Any], name: str) -> list[float]:
-    """Return a contender's time beside the reference's, round by round."""
-    steps, contenders = report["request"]["steps"], report["contenders"]
-    rounds = zip(contenders[name]["rounds"], contenders[REFERENCE]["rounds"], strict=False)
-    return [_request(mine, steps) / _request(reference, steps) for mine, reference in rounds]
-
-
-def _request(seconds: Mapping[str, float], steps: int) -> float:
-    return float(seconds[WHOLE] if WHOLE in seconds else total(seconds, steps))
 
 
 def _meet(a: Mapping[str, float], b: Mapping[str, float]) -> bool:

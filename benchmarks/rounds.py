@@ -57,3 +57,14 @@ def _peaks(rounds: Rounds) -> dict[str, float]:
 def total(parts: Mapping[str, Any], steps: int) -> Any:
     """Add up a request of that many steps."""
     return parts["text"] + steps * parts["step"] + parts["decode"]
+
+
+def ratios(report: Mapping[str, Any], name: str, other: str) -> list[float]:
+    """Return a contender's time of a request beside another's, round by round."""
+    steps, contenders = report["request"]["steps"], report["contenders"]
+    rounds = zip(contenders[name]["rounds"], contenders[other]["rounds"], strict=False)
+    return [_request(mine, steps) / _request(theirs, steps) for mine, theirs in rounds]
+
+
+def _request(seconds: Mapping[str, float], steps: int) -> float:
+    return float(seconds[WHOLE] if WHOLE in seconds else total(seconds, steps))
