@@ -91,7 +91,7 @@ class OpenVinoEngine:
                 f"OpenVINO failed ({_reason(error)}); is the picture too large for the memory of "
                 "this machine?"
             ) from error
-        if not self._settled:  # for any size, weights are packed only now
+        if compiled is self._compiled and not self._settled:  # weights of any size are packed now
             self._release()
             self._settled = True
         return {output.get_any_name(): results[output] for output in compiled.outputs}
