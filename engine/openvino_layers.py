@@ -15,7 +15,6 @@ from engine.quantization import LEVELS, QuantizedWeight, input_range, is_quantiz
 
 CONVOLUTION = "Convolution"
 LAYERS = (CONVOLUTION, "MatMul")
-IN_PLACE = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1]}
 REARRANGED = ("Transpose", "Reshape")  # what may stand between a weight and its layer
 LEAST, GREATEST = "least input of ", "greatest input of "
 
@@ -56,11 +55,11 @@ def round_inputs(library: Any, model: Any, ranges: Ranges) -> None:
         ends = input_range(*ranges[name], shifted=layer.get_type_name() == CONVOLUTION)
         key = given.get_node().get_friendly_name(), given.get_index(), ends
         if key not in rounded:
-            rounded[key] = round_value(library, given, ends)
+            rounded[key] = _round_value(library, given, ends)
         layer.input(0).replace_source_output(rounded[key].output(0))
 
 
-def round_value(library: Any, value: Any, ends: tuple[float, float]) -> Any:
+def _round_value(library: Any, value: Any, ends: tuple[float, float]) -> Any:
     """Return a value rounded to 256 levels between two ends, as `input_range` gives them."""
     numbers = [np.float32(end) for end in ends]
     return library.opset13.fake_quantize(value, *numbers, *numbers, levels=LEVELS)
@@ -73,26 +72,6 @@ def as_float32(library: Any, constant: Any) -> Any:
     value = library.opset13.convert(constant, "f32")
     value.get_rt_info()["decompression_0"] = ""  # or all are widened when compiling
     return value
-
-
-def uncast(node: Any) -> Any:
-    """Return what a node widens, or the node."""
-    return node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
-
-
-def convolves_in_place(operation: Any) -> bool:
-    """Tell whether an operation is a 3 x 3 convolution whose output is as large as its input."""
-    return (
-        operation.get_type_name() == CONVOLUTION
-        and tuple(operation.input_value(1).get_shape())[2:] == (3, 3)
-        and is_with(operation, IN_PLACE)
-    )
-
-
-def is_with(operation: Any, wanted: dict[str, Any]) -> bool:
-    """Tell whether an operation's attributes are those wanted."""
-    attributes = operation.get_attributes()
-    return all(attributes[name] == value for name, value in wanted.items())
 
 
 def as_constant(library: Any, array: NDArray[Any]) -> Any:

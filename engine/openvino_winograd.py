@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from engine.float16 import widen
-from engine.openvino_layers import as_constant, as_float32, convolves_in_place, is_with, uncast
+from engine.openvino_layers import CONVOLUTION, as_constant, as_float32
 from engine.scratch import Scratch
 
+IN_PLACE = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1]}
 ENLARGING = {
     "mode": "nearest",
     "coordinate_transformation_mode": "asymmetric",
@@ -73,22 +74,22 @@ ENLARGED = Tiling(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Convolution:
-    """An operation of a model that can be computed in tiles; given: what these are cut from."""
+    """An operation of a model that can be computed in tiles.
+
+    given: what these are cut from; weight: (O, I, 3, 3), the model's own memory
+    """
 
     operation: Any
     given: Any
+    weight: NDArray[Any]
     tiling: Tiling
-
-    def weight(self) -> NDArray[Any]:
-        """(O, I, 3, 3), without a copy."""
-        return uncast(self.operation.input_value(1).get_node()).data  # type: ignore[no-any-return]
 
     def shape(self) -> tuple[int, ...]:
         """(n, n, O, I), of its weight in tiles."""
         n = len(self.tiling.kernel)
-        return (n, n, *self.weight().shape[:2])
+        return (n, n, *self.weight.shape[:2])
 
 
 def transform_convolutions(library: Any, model: Any, dtype: DTypeLike) -> Scratch | None:
@@ -102,10 +103,10 @@ def transform_convolutions(library: Any, model: Any, dtype: DTypeLike) -> Scratc
     shapes = [each.shape() for each in found]
     scratch = Scratch(sum(map(math.prod, shapes)) * np.dtype(dtype).itemsize)
     for each, shape in zip(found, shapes, strict=True):
-        weight, there = each.weight(), scratch.take(shape, dtype)
-        for start in range(0, len(weight), ROWS):
+        there = scratch.take(shape, dtype)
+        for start in range(0, len(each.weight), ROWS):
             rows = slice(start, start + ROWS)
-            there[:, :, rows] = each.tiling.transform(weight[rows])
+            there[:, :, rows] = each.tiling.transform(each.weight[rows])
         scratch.release()
         tiles = _in_tiles(library, each.given, there, each.tiling)
         each.operation.output(0).replace(tiles.output(0))
@@ -114,27 +115,40 @@ def transform_convolutions(library: Any, model: Any, dtype: DTypeLike) -> Scratc
 
 def _find(model: Any) -> Iterator[Convolution]:
     for operation in model.get_ordered_ops():
-        if not convolves_in_place(operation):
+        if operation.get_type_name() != CONVOLUTION or not _is_with(operation, IN_PLACE):
             continue
-        given, weight = (operation.input_value(i) for i in range(2))
-        if uncast(weight.get_node()).get_type_name() != "Constant":
+        given, constant = operation.input_value(0), operation.input_value(1).get_node()
+        if constant.get_type_name() == "Convert":
+            constant = constant.input_value(0).get_node()
+        if constant.get_type_name() != "Constant":
             continue  # whole numbers with their scales
+        weight = constant.data
+        if weight.shape[2:] != (3, 3):
+            continue
         if _doubles(given.get_node()):
-            given = given.get_node().input_value(0)
-            yield Convolution(operation=operation, given=given, tiling=ENLARGED)
-        elif min(weight.get_shape()[:2]) >= LEAST_CHANNELS and _is_even(given):
-            yield Convolution(operation=operation, given=given, tiling=PLAIN)
+            given, tiling = given.get_node().input_value(0), ENLARGED
+        elif min(weight.shape[:2]) >= LEAST_CHANNELS and _is_even(given):
+            tiling = PLAIN
+        else:
+            continue
+        yield Convolution(operation=operation, given=given, weight=weight, tiling=tiling)
 
 
 def _doubles(operation: Any) -> bool:
     """Tell whether an operation is an enlargement to what is known to be twice the size."""
-    if operation.get_type_name() != "Interpolate" or not is_with(operation, ENLARGING):
+    if operation.get_type_name() != "Interpolate" or not _is_with(operation, ENLARGING):
         return False
     if operation.get_attributes()["shape_calculation_mode"] == "scales":
         scales = operation.input_value(1).get_node()
         return scales.get_type_name() == "Constant" and [*scales.data] == [1, 1, TILE, TILE]
     before, after = (_sides(value) for value in (operation.input_value(0), operation.output(0)))
     return before is not None and after == [TILE * side for side in before]
+
+
+def _is_with(operation: Any, wanted: dict[str, Any]) -> bool:
+    """Tell whether an operation's attributes are those wanted."""
+    attributes = operation.get_attributes()
+    return all(attributes[name] == value for name, value in wanted.items())
 
 
 def _is_even(value: Any) -> bool:
