@@ -99,4 +99,5 @@ def _import() -> Any:
             "the backend 'cpu' needs onnxruntime, which is not installed; "
             "install it with `pip install 'latentrt[cpu]'`"
         ) from error
+    onnxruntime.disable_telemetry_events()  # where an app had imported it before `engine`
     return onnxruntime

@@ -173,6 +173,7 @@ def _import() -> Any:
             "the backend 'cuda' needs onnxruntime-gpu, and the onnxruntime that is installed has "
             "no CUDA provider; `pip uninstall onnxruntime`, then `pip install 'latentrt[gpu]'`"
         )
+    onnxruntime.disable_telemetry_events()  # where an app had imported it before `engine`
     with redirect_stdout(StringIO()):  # what it misses is said when a session is opened
         onnxruntime.preload_dlls(directory="")  # from NVIDIA's packages, where these are installed
     return onnxruntime
