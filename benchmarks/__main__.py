@@ -24,9 +24,9 @@ from benchmarks import (
 )
 from benchmarks.ledger import read_report
 from benchmarks.scenarios import SCENARIOS
-from engine.backends import PRECISIONS, ComputePrecision
-from engine.cache import write_atomically
+from engine.backends.base import PRECISIONS, ComputePrecision
 from engine.errors import LatentrtError
+from engine.store.cache import write_atomically
 
 EXCEEDED, USER_ERROR = 1, 2
 _MEASURES = {"prompt": prompt.measure, "load": load.measure, "overhead": overhead.measure}

@@ -17,11 +17,11 @@ from benchmarks.ledger import begin, fill, keep
 from benchmarks.machine import memory, summary
 from benchmarks.scenarios import ENGINES, SCENARIOS
 from benchmarks.worker import once
-from engine.backends import ON_GPU, PRECISIONS, BackendSettings, processors
+from engine.backends.base import ON_GPU, PRECISIONS, BackendSettings, processors
 from engine.errors import RequestError
-from engine.graphs import Precision
+from engine.graphs.graph import Precision
+from engine.graphs.signature import Part
 from engine.model import Model
-from engine.signature import Part
 
 TRACE_S = 900  # a part's bound
 Task = tuple[str, tuple[str, ...], float]  # a function of this module, its arguments, its bound

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from benchmarks.peers import cpp_parts, diffusers_parts, optimum_parts
 from benchmarks.scenarios import ENGINES, MADE, SEED, WHOLE, Parts, Scenario, engine_inputs
-from engine.backends import PRECISIONS, BackendSettings
+from engine.backends.base import PRECISIONS, BackendSettings
+from engine.backends.openvino.int8 import find_ranges
+from engine.engines import ranges_of
 from engine.errors import RequestError
-from engine.graphs import graph_folders
+from engine.graphs.graph import graph_folders
+from engine.graphs.signature import Part
 from engine.model import Model
-from engine.opening import ranges_of
-from engine.quantization import find_ranges
-from engine.signature import Part
 
 if TYPE_CHECKING:
     from runtime import Pipeline

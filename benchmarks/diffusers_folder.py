@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.config import AutoencoderConfig, TextEncoderConfig
+from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig
 from engine.model import Model
-from runtime.tokenizer import PAD_TOKENS
-from runtime.vocabulary import Vocabulary
+from runtime.conditioning.tokenizer import PAD_TOKENS
+from runtime.conditioning.vocabulary import Vocabulary
 
 DIFFUSERS = "0.36.0"  # the oldest release that the configurations are written for
 # Numbers that are 0 here and null there where the UNet has no such layer.

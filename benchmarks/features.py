@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.model import Model
-from engine.models import find_model
+from engine.shipped import find_model
 
 Distance = Callable[[NDArray[np.uint8], NDArray[np.uint8]], float]
 EPSILON = 1e-10  # keeps a position without activation from being divided by nothing
@@ -26,7 +26,7 @@ def feature_distance() -> Distance | None:
     try:
         import torch
 
-        from export.autoencoder import Autoencoder
+        from export.modules.autoencoder import Autoencoder
         from export.writing import load_weights
     except ImportError:
         return None

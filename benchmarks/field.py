@@ -12,7 +12,7 @@ from benchmarks.contenders import MEASURED, PEAK, REFERENCE, Contender
 from benchmarks.distances import relative_error
 from benchmarks.scenarios import WHOLE, Scenario
 from benchmarks.worker import ContenderError, Worker
-from runtime.images import psnr
+from runtime.images.files import psnr
 
 __all__ = ["WARM_UPS", "ContenderError", "Field"]
 

@@ -15,9 +15,9 @@ from onnxscript import optimizer
 
 from benchmarks.rounds import total
 from benchmarks.scenarios import ENGINES, WHOLE, Scenario, engine_inputs
-from engine.graphs import find_graph, graph_folders
+from engine.graphs.graph import find_graph, graph_folders
+from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.model import Model
-from engine.onnx_file import weights_as_inputs
 
 Shape = tuple[int, ...]
 

@@ -21,10 +21,10 @@ from benchmarks.scenarios import (
     Scenario,
     engine_inputs,
 )
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
 
 if TYPE_CHECKING:
-    from engine.device import DeviceArray, DeviceEngine
+    from engine.devices.device import DeviceArray, DeviceEngine
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from benchmarks.machine import describe
 from benchmarks.worker import ContenderError
-from engine.cache import write_atomically
 from engine.errors import OutputError
+from engine.store.cache import write_atomically
 
 PACKAGES = (
     "numpy",

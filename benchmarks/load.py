@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import describe, peak_bytes, summary
-from engine.cache import cache_folder
-from engine.checkpoints.original import autoencoder_sources, text_encoder_sources, unet_sources
+from engine.checkpoints.ldm_names import autoencoder_sources, text_encoder_sources, unet_sources
 from engine.checkpoints.shapes import tensor_shapes
-from engine.config import AutoencoderConfig
+from engine.configs.diffusion import AutoencoderConfig
+from engine.store.cache import cache_folder
 from export.published import CLIP_L, SD1
 
 RANK = 32
@@ -73,7 +73,7 @@ def run(checkpoint: str, lora: str, started: str) -> None:
     import onnxruntime  # noqa: F401
     import tokenizers  # noqa: F401
 
-    from engine.backends import BackendSettings
+    from engine.backends.base import BackendSettings
     from runtime import Pipeline, Request
 
     lap("imports")

@@ -17,14 +17,14 @@ import numpy as np
 from benchmarks.flops import count
 from benchmarks.machine import describe, summary
 from benchmarks.prompt import Timed
-from engine.config import AutoencoderConfig
-from engine.graphs import find_graph, graph_folders
+from engine.configs.diffusion import AutoencoderConfig
+from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model
-from engine.models import find_model
+from engine.shipped import find_model
 from export.published import SD1
 from runtime import Pipeline, Plan, Request
-from runtime.denoiser import Denoiser
-from runtime.schedule import NoiseSchedule
+from runtime.denoising.denoiser import Denoiser
+from runtime.samplers.noise_schedule import NoiseSchedule
 
 STEPS = 20
 SAMPLERS = ("ddim", "euler_a", "unipc")  # one register; fresh noise at every step; four registers

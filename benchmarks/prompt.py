@@ -64,7 +64,7 @@ def _take_apart() -> dict[str, Any]:
     import tokenizers  # noqa: F401
 
     from runtime import Pipeline
-    from runtime.images import write_image
+    from runtime.images.files import write_image
 
     imported = time.perf_counter()
     pipeline = Pipeline.load(soon=True)

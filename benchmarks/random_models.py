@@ -13,7 +13,7 @@ from benchmarks.diffusers_folder import write_folder
 from benchmarks.load import random_tensor
 from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.shapes import tensor_shapes
-from engine.config import XL_SCALING_FACTOR, AutoencoderConfig, Config
+from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig, Config
 from engine.model import Model
 from export.published import CLIP_L, OPEN_CLIP_G, OPEN_CLIP_H, SD2, XL
 

@@ -18,8 +18,8 @@ from benchmarks.ledger import begin, fill, keep
 from benchmarks.machine import memory, summary
 from benchmarks.scenarios import SEED, Scenario, engine_inputs
 from benchmarks.worker import once, timed
-from engine.backends import BackendSettings, graph_precision, processors
-from engine.signature import signature
+from engine.backends.base import BackendSettings, graph_precision, processors
+from engine.graphs.signature import signature
 
 BATCHES, STEPS = (1, 2, 4), (5, 10, 20, 40)
 SIZES: Mapping[str, tuple[int, ...]] = {

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from benchmarks.diffusers_folder import write_folder
 from benchmarks.load import write_checkpoint
 from benchmarks.random_models import RANDOM_MODELS, write_random
-from engine.cache import cache_folder
 from engine.errors import RequestError
+from engine.graphs.signature import Part
 from engine.model import Model
-from engine.models import find_model
-from engine.signature import Part
-from runtime.tokenizer import load_tokenizers
+from engine.shipped import find_model
+from engine.store.cache import cache_folder
+from runtime.conditioning.tokenizer import load_tokenizers
 
 SEED, TIMESTEP = 7, 500
 PARTS = ("text", "step", "decode")  # of a request, which is the fourth thing measured

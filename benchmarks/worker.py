@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import memory
-from engine.cache import cache_folder
+from engine.store.cache import cache_folder
 
 SHORT_S = 0.3  # a part is repeated for so long: others' turns have emptied the caches before it
 REASON_LENGTH = 200  # characters of a library's message that go into the report

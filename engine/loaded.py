@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.adapters.adapter import Adapted, AdapterChoice, adapt, parse_adapter, read_adapter
-from engine.backends import Arrays, Engine
-from engine.checkpoints.components import Component, ComponentName
+from engine.backends.base import Arrays, Engine
+from engine.checkpoints.component import Component, ComponentName
 from engine.errors import BackendError, ModelError
+from engine.graphs.signature import Part
 from engine.model import COMPONENTS, Model
-from engine.signature import Part
 
 
 class LoadedModel:

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from engine.checkpoints.checkpoint import Checkpoint, open_vae
-from engine.checkpoints.components import Component, ComponentName, diffusers_component
+from engine.checkpoints.component import Component, ComponentName, diffusers_component
 from engine.checkpoints.families import EMBEDDED_GUIDANCE, Context
-from engine.checkpoints.tiny import open_tiny_decoder
-from engine.checkpoints.weights import open_weights
-from engine.config import (
+from engine.checkpoints.formats.files import open_weights
+from engine.checkpoints.single_file import Checkpoint, open_vae
+from engine.checkpoints.tiny_decoder import open_tiny_decoder
+from engine.configs.diffusion import (
     XL_SCALING_FACTOR,
     AutoencoderConfig,
     Config,
@@ -23,9 +23,9 @@ from engine.config import (
     UNetConfig,
     read_json,
 )
+from engine.configs.tiny_decoder import TinyDecoderConfig
 from engine.errors import ModelError
-from engine.signature import Part, TextPart
-from engine.tiny_autoencoder import TinyDecoderConfig
+from engine.graphs.signature import Part, TextPart
 
 # The component of a model that holds a part's architecture and weights.
 COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(

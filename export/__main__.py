@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from engine.cache import cache_folder
 from engine.errors import LatentrtError, OutputError
-from engine.eviction import cache_limit, parse_size
-from engine.graphs import SHIPPED, Precision
+from engine.graphs.graph import SHIPPED, Precision
 from engine.model import COMPONENTS, Model
-from engine.models import find_model
+from engine.shipped import find_model
+from engine.store.cache import cache_folder
+from engine.store.eviction import cache_limit, parse_size
 from export.cache import as_json, as_text, list_cache, prune_cache
 from export.engine_options import add_engine_options, engine_choices
 from export.engines import build_engines
@@ -80,7 +80,7 @@ def _model(options: argparse.Namespace) -> None:
 
 
 def _language_model(options: argparse.Namespace) -> None:
-    from engine.language_model import LanguageModel
+    from engine.checkpoints.gpt2 import LanguageModel
     from export.writing import export_language_model
 
     model = LanguageModel.open(options.folder)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.cache import is_intact
-from engine.engine_store import EngineFacts
+from engine.backends.tensorrt.engine_store import EngineFacts
 from engine.errors import GraphError
-from engine.eviction import Entry, discard, entries, evict, remove_locks, sweep
-from engine.graphs import COMPRESSED, Graph
+from engine.graphs.graph import COMPRESSED, Graph
+from engine.store.cache import is_intact
+from engine.store.eviction import Entry, discard, entries, evict, remove_locks, sweep
 
 UNCHECKED, WHOLE, DAMAGED, UNKNOWN = "not checked", "whole", "damaged", "without readable facts"
 

@@ -4,13 +4,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-from engine.backends import BackendSettings, graph_precision
+from engine.backends.base import BackendSettings, graph_precision
+from engine.backends.tensorrt.build import LEVELS, BuildSettings
+from engine.backends.tensorrt.library import LIBRARIES, parse_targets
+from engine.backends.tensorrt.profiles import TOKENS, Profile, Range, parse_range
 from engine.errors import BackendError
-from engine.graphs import Precision
+from engine.graphs.graph import Precision
 from engine.model import Model
-from engine.profiles import TOKENS, Profile, Range, parse_range
-from engine.tensorrt_build import LEVELS, BuildSettings
-from engine.tensorrt_library import LIBRARIES, parse_targets
 from export.engines import Choices
 
 SIZES = tuple(field.name for field in fields(Profile))

@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-from engine.backends import Arrays
-from engine.cache import cache_folder
-from engine.cuda import find_device
-from engine.engine_store import EngineStore, weights_hash
+from engine.backends.base import Arrays
+from engine.backends.tensorrt.build import BuildProgress, BuildSettings, Built, build
+from engine.backends.tensorrt.engine_store import EngineStore, weights_hash
+from engine.backends.tensorrt.facts import build_request, engine_facts, require_to_build
+from engine.backends.tensorrt.profiles import relevant
+from engine.devices.cuda import find_device
 from engine.errors import GraphError
-from engine.graphs import Graph, Precision, find_graph, graph_folders
+from engine.graphs.graph import Graph, Precision, find_graph, graph_folders
+from engine.graphs.signature import Part
 from engine.loaded import adapted_weights
 from engine.model import COMPONENTS, Model
-from engine.profiles import relevant
-from engine.signature import Part
-from engine.tensorrt_build import BuildProgress, BuildSettings, Built, build
-from engine.tensorrt_facts import build_request, engine_facts, require_to_build
+from engine.store.cache import cache_folder
 
 BAR_WIDTH = 30
 

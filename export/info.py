@@ -8,11 +8,11 @@ from typing import Any
 
 from engine.adapters.adapter import read_adapter
 from engine.adapters.textual_inversion import read_embedding
-from engine.checkpoints.checkpoint import Checkpoint, open_vae
 from engine.checkpoints.families import FAMILIES
-from engine.checkpoints.weights import Weights, open_weights
+from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.single_file import Checkpoint, open_vae
 from engine.model import Model
-from engine.models import find_model
+from engine.shipped import find_model
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}

@@ -19,8 +19,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from engine.config import AutoencoderConfig, Config
-from engine.graphs import Precision
+from engine.configs.diffusion import AutoencoderConfig, Config
+from engine.graphs.graph import Precision
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 

@@ -1,15 +1,15 @@
 """The four graphs as modules: a reference module with what belongs to it at its borders.
 
 What an app hands over and gets back is float32, int64 or uint8 whatever the module computes in;
-the casts are in the graph. Names and shapes are those of `engine.signature`.
+the casts are in the graph. Names and shapes are those of `engine.graphs.signature`.
 """
 
 import torch
 from torch import Tensor, nn
 
-from export.autoencoder import Autoencoder
-from export.clip import TextEncoder
-from export.unet import UNet
+from export.modules.autoencoder import Autoencoder
+from export.modules.clip import TextEncoder
+from export.modules.unet import UNet
 
 TINY = 1e-12  # below any spread of an output
 

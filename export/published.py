@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from engine.config import (
+from engine.configs.diffusion import (
     XL_SCALING_FACTOR,
     AutoencoderConfig,
     Config,
     TextEncoderConfig,
     UNetConfig,
 )
-from engine.signature import Part
-from engine.tiny_autoencoder import TinyDecoderConfig
+from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.graphs.signature import Part
 
 INPAINTING_CHANNELS = 9  # the latent, the mask and the masked picture's latents
 LCM_GUIDANCE_CHANNELS = 256  # of the embedded guidance scale that an LCM's UNet is told

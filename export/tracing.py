@@ -15,18 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.config import LARGEST_ID, AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
-from engine.gpt2 import GPT2Config
-from engine.graphs import METADATA_KEY, Precision
-from engine.signature import Part, signature
-from engine.tiny_autoencoder import TinyDecoderConfig
-from export.autoencoder import Autoencoder
-from export.clip import TextEncoder
-from export.gpt2 import GPT2, LanguageModelPart
+from engine.configs.diffusion import (
+    LARGEST_ID,
+    AutoencoderConfig,
+    Config,
+    TextEncoderConfig,
+    UNetConfig,
+)
+from engine.configs.gpt2 import GPT2Config
+from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.graphs.graph import METADATA_KEY, Precision
+from engine.graphs.signature import Part, signature
 from export.islands import computed_in, keep_float32
+from export.modules.autoencoder import Autoencoder
+from export.modules.clip import TextEncoder
+from export.modules.gpt2 import GPT2, LanguageModelPart
+from export.modules.tiny_autoencoder import PreviewDecode, TinyAutoencoder
+from export.modules.unet import UNet
 from export.parts import Step, TextEncode, VaeDecode, VaeEncode
-from export.tiny_autoencoder import PreviewDecode, TinyAutoencoder
-from export.unet import UNet
 
 OPSET = 23  # the first with an Attention operator; GroupNormalization came with 21
 WEIGHTS = "model."  # where the parts keep the reference module, whose names are the checkpoint's

@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from engine.cache import write_atomically
-from engine.config import Config
+from engine.checkpoints.gpt2 import LanguageModel
+from engine.configs.diffusion import Config
 from engine.errors import ModelError
-from engine.graphs import COMPRESSED, Precision, graph_name
-from engine.language_model import LanguageModel
+from engine.graphs.graph import COMPRESSED, Precision, graph_name
+from engine.graphs.signature import Part
 from engine.model import Model
-from engine.signature import Part
+from engine.store.cache import write_atomically
 from export.parity import check
 from export.tracing import TracedPart, build_module, trace
 

@@ -10,19 +10,19 @@ from typing import Any
 
 from PIL import Image
 
-from engine.backends import ON_GPU, BackendSettings
+from engine.backends.base import ON_GPU, BackendSettings
 from engine.errors import LatentrtError
-from runtime.images import check_output, write_image
-from runtime.options import MODEL_OPTIONS, OWN, parse, request_of
-from runtime.pipeline import Pipeline
-from runtime.plan import Array
-from runtime.previews import (
+from runtime.images.files import check_output, write_image
+from runtime.images.previews import (
     Preview,
     check_animation,
     parse_steps,
     side_by_side,
     write_animation,
 )
+from runtime.options import MODEL_OPTIONS, OWN, parse, request_of
+from runtime.pipeline import Pipeline
+from runtime.plan import Array
 
 USER_ERROR = 2
 INTERRUPTED = 130

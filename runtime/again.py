@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import RequestError
-from runtime.images import read_settings
+from runtime.images.files import read_settings
 
 __all__ = ["settings_of"]
 

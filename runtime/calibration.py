@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.backends import (
+from engine.backends.base import (
     Arrays,
     BackendSettings,
     ComputePrecision,
@@ -22,17 +22,17 @@ from engine.backends import (
     Ranges,
     open_engine,
 )
+from engine.backends.openvino.int8 import write_ranges
+from engine.engines import QUANTIZED, capabilities, ranges_of
 from engine.errors import LatentrtError
-from engine.graphs import Graph, find_graph, graph_folders
+from engine.graphs.graph import Graph, find_graph, graph_folders
+from engine.graphs.signature import Part
 from engine.model import Model
-from engine.models import find_model
-from engine.opening import QUANTIZED, capabilities, ranges_of
-from engine.quantization import write_ranges
-from engine.signature import Part
-from runtime.images import psnr
+from engine.shipped import find_model
+from runtime.conditioning.tokenizer import load_tokenizers
+from runtime.images.files import psnr
 from runtime.pipeline import Pipeline
 from runtime.request import Request
-from runtime.tokenizer import load_tokenizers
 
 PROMPTS = (
     "a red apple",
@@ -72,7 +72,7 @@ def calibrate(
     precision: to draw in, "float32" or "bfloat16"; None takes the faster one
     Raises ModelError, GraphError, BackendError or OutputError.
     """
-    from engine.openvino_observer import ObservingEngine
+    from engine.backends.openvino.observer import ObservingEngine
 
     if precision is None:
         precision = "bfloat16" if "BF16" in capabilities() else "float32"

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends import BackendSettings, Engine, open_engine
+from engine.backends.base import BackendSettings, Engine, open_engine
+from engine.checkpoints.gpt2 import LanguageModel
 from engine.errors import ModelError, RequestError
-from engine.graphs import Precision, find_graph, graph_folders
-from engine.language_model import LanguageModel
+from engine.graphs.graph import Precision, find_graph, graph_folders
 from runtime.checks import check_number
+from runtime.conditioning.syntax import escape
+from runtime.conditioning.tokenizer import check_text
+from runtime.conditioning.vocabulary import read_json, read_merges
 from runtime.noise import MAX_SEED
-from runtime.prompt import escape
-from runtime.tokenizer import check_text
-from runtime.vocabulary import read_json, read_merges
 
 if TYPE_CHECKING:
     import tokenizers
@@ -132,8 +132,8 @@ class PromptExpander:
         It ends with the model's end of text, the line, the model's context or max_new_tokens.
         temperature, top_k, repetition_penalty: as in `Sampling`
         seed: the same gives the same text; None draws one
-        prompt_syntax: whether brackets mean something in the result (`runtime.prompt`); then those
-            that the model wrote are escaped
+        prompt_syntax: whether brackets mean something in the result
+            (`runtime.conditioning.syntax`); then those that the model wrote are escaped
         Raises RequestError.
         """
         check_text(prompt)

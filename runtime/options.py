@@ -10,19 +10,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.backends import BACKENDS, ComputePrecision
+from engine.backends.base import BACKENDS, ComputePrecision
 from engine.errors import RequestError
-from engine.models import shipped_models
+from engine.shipped import shipped_models
 from runtime.again import settings_of
-from runtime.canvas import BLUR
-from runtime.images import read_image
+from runtime.images.canvas import BLUR
+from runtime.images.files import read_image
+from runtime.images.upscaling import UPSCALERS
 from runtime.noise import NOISES
 from runtime.plan import GUIDANCE_SCALE, PAINTED_STRENGTH, SAMPLER, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
 from runtime.request import Hires, Request
 from runtime.samplers import SAMPLERS, SCHEDULES
-from runtime.schedule import PREDICTION_TYPES
-from runtime.upscaling import UPSCALERS
+from runtime.samplers.noise_schedule import PREDICTION_TYPES
 
 __all__ = ["MODEL_OPTIONS", "OWN", "parse", "request_of"]
 

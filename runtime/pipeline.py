@@ -13,30 +13,30 @@ from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
 from engine.adapters.textual_inversion import read_embedding
-from engine.backends import Arrays, BackendSettings, ComputePrecision, Engine
-from engine.device import Held
+from engine.backends.base import Arrays, BackendSettings, ComputePrecision, Engine
+from engine.devices.device import Held
+from engine.engines import Opener
+from engine.graphs.signature import Part, TextPart
 from engine.loaded import LoadedModel
 from engine.model import Model
-from engine.models import find_model
-from engine.opening import Opener
-from engine.signature import Part, TextPart
-from runtime import tiles
-from runtime.canvas import paste_back
-from runtime.conditioning import Encoder
-from runtime.denoiser import Denoiser, Progress
+from engine.shipped import find_model
+from runtime.conditioning.encoder import Encoder
+from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
+from runtime.denoising.denoiser import Denoiser, Progress
+from runtime.images import tiles
+from runtime.images.canvas import paste_back
+from runtime.images.previews import finite
+from runtime.images.upscaling import PIXELS
 from runtime.plan import Array, Plan, make_plan
-from runtime.previews import finite
 from runtime.request import Request
-from runtime.schedule import NoiseSchedule
-from runtime.tokenizer import Tokenizer, load_tokenizers
-from runtime.upscaling import PIXELS
+from runtime.samplers.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
     """The pictures, in the order of the prompts, and what each was made with.
 
-    settings: of each picture, as `runtime.images.write_image` keeps them in a file
+    settings: of each picture, as `runtime.images.files.write_image` keeps them in a file
     """
 
     images: list[Image.Image]

@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.model import Model
-from runtime.canvas import extend, latent_mask
 from runtime.checks import check_number
-from runtime.conditioning import Encoder, Texts
-from runtime.guidance import Guidance
-from runtime.images import as_rgb
+from runtime.conditioning.encoder import Encoder, Texts
+from runtime.conditioning.guidance import Guidance
+from runtime.images.canvas import extend, latent_mask
+from runtime.images.files import as_rgb
 from runtime.presets import preset
 from runtime.request import Request
 from runtime.samplers import Program, program
-from runtime.schedule import NoiseSchedule
+from runtime.samplers.noise_schedule import NoiseSchedule
 
 __all__ = ["Plan", "make_plan"]
 
@@ -36,7 +36,7 @@ STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is paint
 class Plan:
     """One run of the loop, and the run that follows it.
 
-    conditioning: of each call of the UNet, as `runtime.conditioning` gives it
+    conditioning: of each call of the UNet, as `runtime.conditioning.encoder` gives it
     cache_interval: at every so many calls at least, the UNet runs whole
     noise: whose random numbers the seeds mean; height, width: in pixels
     image: RGB of that size, what the run starts from or is shown

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from engine.errors import RequestError
 from engine.model import Model
 from runtime.samplers import SAMPLERS, SCHEDULES
-from runtime.samplers.names import resolve
+from runtime.samplers.aliases import resolve
 
 __all__ = ["PRESETS", "Preset", "describe_presets", "preset"]
 

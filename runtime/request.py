@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.canvas import BLUR, MAX_BLUR, MAX_SIDE
 from runtime.checks import check_choice, check_number, check_picture, texts
+from runtime.conditioning.syntax import Piece, compose, escape
+from runtime.images.canvas import BLUR, MAX_BLUR, MAX_SIDE
+from runtime.images.upscaling import PIXELS, UPSCALERS
 from runtime.noise import MAX_SEED, NOISES
-from runtime.prompt import Piece, compose, escape
-from runtime.upscaling import PIXELS, UPSCALERS
 
 MAX_IMAGES = 256
 MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
@@ -30,8 +30,8 @@ class Hires:
     scale: of both sides, above 1 and up to 8; the sides are rounded to what the model takes
     strength: how far the second run goes from the enlarged picture, above 0 and up to 1
     num_inference_steps: of the second run before `strength` shortens it; None takes the first's
-    upscaler: one of `runtime.upscaling.UPSCALERS`; "lanczos" enlarges the decoded pixels, the
-        others the latents
+    upscaler: one of `runtime.images.upscaling.UPSCALERS`; "lanczos" enlarges the decoded
+        pixels, the others the latents
     """
 
     scale: float = 2.0
@@ -81,7 +81,8 @@ class Request:
         last of these in between (DeepCache): from 3 on twice as fast or more, and less exact; 1
         always runs it whole
     eta: of DDIM and TCD, 0 draws no noise
-    prompt_syntax: whether prompts are read as `runtime.prompt` says, or every character is text
+    prompt_syntax: whether prompts are read as `runtime.conditioning.syntax` says, or every
+        character is text
     clip_skip: 1, or 2 to leave out the text encoder's last layer, as XL does anyway (its number in
         Automatic1111; in diffusers it is one less)
     """

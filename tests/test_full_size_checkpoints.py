@@ -20,17 +20,17 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.loaders import single_file_utils as diffusers_names
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from engine.backends import BackendSettings, open_engine
-from engine.config import XL_SCALING_FACTOR
-from engine.graphs import find_graph, graph_folders
+from engine.backends.base import BackendSettings, open_engine
+from engine.configs.diffusion import XL_SCALING_FACTOR
+from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model
 from export.parity import TOLERANCES, relative_error
 from runtime import Pipeline
-from tests import original_layout as original
-from tests import published_configs as published
-from tests.pictures import psnr
-from tests.small_models import make_tokenizer
-from tests.tolerances import CHECKPOINT_RTOL, PICTURE_PSNR_DB
+from tests.support import original_layout as original
+from tests.support import published_configs as published
+from tests.support.pictures import psnr
+from tests.support.small_models import make_tokenizer
+from tests.support.tolerances import CHECKPOINT_RTOL, PICTURE_PSNR_DB
 
 pytestmark = pytest.mark.slow
 

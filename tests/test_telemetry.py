@@ -10,11 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DRAW = """
 from runtime import Pipeline
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
 settings = BackendSettings(backend="cpu", threads=1)
 Pipeline.load("pictogram", settings=settings)("a cat", num_inference_steps=1)
 """
-MODEL = "engine/models/pictogram"
+MODEL = "engine/shipped/pictogram"
 PROCESSES = {
     "API": ["-c", DRAW],
     "command": ["-m", "runtime", "a cat", "--steps", "1", "--threads", "1", "--out", "{out}"],
@@ -59,7 +59,7 @@ def test_it_is_off_whatever_the_environment_says(home):
 def test_events_are_stopped_where_the_library_was_imported_before(monkeypatch):
     import onnxruntime
 
-    from engine.onnxruntime_cpu import _import
+    from engine.backends.onnxruntime.cpu import _import
 
     calls = []
     monkeypatch.setattr(onnxruntime, "disable_telemetry_events", lambda: calls.append(True))

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from engine.errors import LatentrtError, RequestError
-from engine.models import find_model
-from export.autoencoder import Autoencoder
-from runtime.tokenizer import Tokenizer
+from engine.shipped import find_model
+from export.modules.autoencoder import Autoencoder
+from runtime.conditioning.tokenizer import Tokenizer
 from training import autoencoder, card, diffusion, pictograms, preview, quality, ship
 from training.captions import read_coco, read_flickr30k
 from training.dataset import PictogramTrainingSet, TrainingSet, load_training_set

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import AutoencoderConfig
-from export.autoencoder import Autoencoder
+from engine.configs.diffusion import AutoencoderConfig
+from export.modules.autoencoder import Autoencoder
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, autocast
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.config import TextEncoderConfig, UNetConfig
-from export.autoencoder import Autoencoder
-from export.clip import TextEncoder
-from export.layers import ResnetBlock
-from export.unet import SpatialTransformer, UNet
+from engine.configs.diffusion import TextEncoderConfig, UNetConfig
+from export.modules.autoencoder import Autoencoder
+from export.modules.clip import TextEncoder
+from export.modules.layers import ResnetBlock
+from export.modules.unet import SpatialTransformer, UNet
+from runtime.conditioning.tokenizer import Tokenizer
 from runtime.samplers import program
-from runtime.schedule import NoiseSchedule
-from runtime.tokenizer import Tokenizer
+from runtime.samplers.noise_schedule import NoiseSchedule
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, attention, autocast
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.tiny_autoencoder import TinyDecoderConfig
-from export.autoencoder import Autoencoder
-from export.tiny_autoencoder import TinyAutoencoder
-from runtime.schedule import NoiseSchedule
-from runtime.tokenizer import Tokenizer
+from engine.configs.tiny_decoder import TinyDecoderConfig
+from export.modules.autoencoder import Autoencoder
+from export.modules.tiny_autoencoder import TinyAutoencoder
+from runtime.conditioning.tokenizer import Tokenizer
+from runtime.samplers.noise_schedule import NoiseSchedule
 from training.autoencoder import encode
 from training.dataset import TrainingSet
 from training.diffusion import SCHEDULER, Denoiser

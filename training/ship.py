@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.config import AutoencoderConfig, UNetConfig
+from engine.configs.diffusion import AutoencoderConfig, UNetConfig
 from engine.errors import ModelError
-from export.autoencoder import Autoencoder
+from export.modules.autoencoder import Autoencoder
 from training.diffusion import MAX_TOKENS, SCHEDULER, Denoiser
 
 LATENT_SIDE = 16  # the pictures are 128 pixels wide and the autoencoder makes 8 of them one

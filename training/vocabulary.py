@@ -28,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from engine.errors import ModelError, RequestError
-from runtime.tokenizer import word_splitter
+from runtime.conditioning.tokenizer import word_splitter
 
 __all__ = ["byte_symbols", "cut_vocabulary", "download_merges", "read_merges", "write_tokenizer"]
 

@@ -23,8 +23,8 @@ from engine.adapters.lora import Change, Factor
 from engine.adapters.modules import ModuleChange, read_modules
 from engine.adapters.names import flat_name, module_index
 from engine.adapters.updates import Adapted, Update
-from engine.checkpoints.tensors import short
-from engine.checkpoints.weights import Weights, open_weights
+from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
 
 __all__ = [

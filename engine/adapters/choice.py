@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoints.tensors import short
+from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
 
 __all__ = ["AdapterChoice", "parse_adapter"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.tensors import short
+from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
 
 __all__ = ["AdapterConfig", "read_configs"]

@@ -20,7 +20,7 @@ from engine.adapters.lora import (
     Transposed,
 )
 from engine.adapters.names import REFUSED, flat_name, split_name
-from engine.checkpoints.tensors import StoredTensor, short
+from engine.checkpoints.formats.tensors import StoredTensor, short
 from engine.errors import ModelError
 
 __all__ = ["ModuleChange", "Norms", "read_modules"]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from engine.checkpoints.original import RESNET, UNET
+from engine.checkpoints.ldm_names import RESNET, UNET
 
 __all__ = ["REFUSED", "flat_name", "module_index", "split_name"]
 

@@ -14,8 +14,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.checkpoints.tensors import short
-from engine.checkpoints.weights import Weights, open_weights
+from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
 
 __all__ = ["Embedding", "read_embedding"]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.adapters.lora import Change, Factor, decompose
-from engine.checkpoints.weights import release
+from engine.checkpoints.formats.files import release
 from engine.errors import ModelError
 from engine.float16 import add_into
 

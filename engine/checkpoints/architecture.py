@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from engine.checkpoints.shapes import Shape
-from engine.config import LARGEST_ID, AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.configs.diffusion import LARGEST_ID, AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
 
 __all__ = [

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from engine.config import XL_SCALING_FACTOR
+from engine.configs.diffusion import XL_SCALING_FACTOR
 
 __all__ = ["EMBEDDED_GUIDANCE", "FAMILIES", "VARIANTS", "Family", "FamilyName", "Variant"]
 

@@ -7,9 +7,9 @@ CLIPTextModel (under `text_model.`), CLIPTextModelWithProjection and GPT2LMHeadM
 
 from collections.abc import Generator, Iterator, Sequence
 
-from engine.config import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
-from engine.gpt2 import GPT2Config
-from engine.tiny_autoencoder import TinyDecoderConfig
+from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
+from engine.configs.gpt2 import GPT2Config
+from engine.configs.tiny_decoder import TinyDecoderConfig
 
 __all__ = ["tensor_shapes"]
 

@@ -23,18 +23,19 @@ from dataclasses import replace
 from typing import Any, cast
 
 from engine.errors import RequestError
-from runtime.samplers import discrete, multistep, sigma
-from runtime.samplers.names import resolve
+from runtime.samplers import discrete, k_diffusion, multistep
+from runtime.samplers.aliases import resolve
+from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS, NoiseSchedule, TimestepSpacing
 from runtime.samplers.program import Call, Program, Run, assemble
-from runtime.samplers.sigmas import SCHEDULES
-from runtime.schedule import TIMESTEP_SPACINGS, NoiseSchedule, TimestepSpacing
+from runtime.samplers.sigma_schedules import SCHEDULES
 
 __all__ = ["SAMPLERS", "SCHEDULES", "Program", "program"]
 
 TRAINED_TIMESTEPS = (discrete.ddpm, discrete.ddim, discrete.plms, discrete.lcm, discrete.tcd)
 IN_SIGMA = (
-    *(sigma.euler, sigma.euler_a, sigma.heun, sigma.dpm2, sigma.dpm2_a, sigma.lms, sigma.ipndm),
-    *(sigma.dpmpp_sde, sigma.dpmpp_2s_a, sigma.edm_euler),
+    *(k_diffusion.euler, k_diffusion.euler_a, k_diffusion.heun),
+    *(k_diffusion.dpm2, k_diffusion.dpm2_a, k_diffusion.lms, k_diffusion.ipndm),
+    *(k_diffusion.dpmpp_sde, k_diffusion.dpmpp_2s_a, k_diffusion.edm_euler),
 )
 IN_LAMBDA = (
     *(multistep.dpmpp_2m, multistep.dpmpp_2m_sde, multistep.dpmpp_3m_sde, multistep.dpmpp_2s),

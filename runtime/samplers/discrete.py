@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
+from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import Array, Call, Run, predict
-from runtime.schedule import NoiseSchedule
 
 Steps = NDArray[np.int64]
 Draws = NDArray[np.bool_]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from runtime.samplers.program import Array, Call, Run, predict
-from runtime.samplers.sigmas import levels, steps
+from runtime.samplers.sigma_schedules import levels, steps
 
 
 def dpmpp_2m(run: Run) -> Iterator[Call]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ModelError
-from runtime.schedule import NoiseSchedule
+from runtime.samplers.noise_schedule import NoiseSchedule
 
 Array = NDArray[np.float64]
 
@@ -62,8 +62,8 @@ class Run:
         noise: the model's noise schedule
         num_inference_steps: N, 1 to T
         first: the first step to run, 0 to N - 1
-        schedule: a name of `runtime.samplers.sigmas.CURVES`, or None for timesteps that are spaced
-            as `noise` says
+        schedule: a name of `runtime.samplers.sigma_schedules.CURVES`, or None for timesteps that
+            are spaced as `noise` says
     """
 
     noise: NoiseSchedule

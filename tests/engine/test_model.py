@@ -6,7 +6,7 @@ import pytest
 
 from engine.errors import ModelError
 from engine.model import Model
-from engine.models import find_model, shipped_models
+from engine.shipped import find_model, shipped_models
 from runtime import Pipeline
 
 PARTS = ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engine.engine_store import EngineStore, weights_hash
+from engine.backends.tensorrt.engine_store import EngineStore, weights_hash
+from engine.backends.tensorrt.profiles import GROUPS, Range, relevant
 from engine.errors import BackendError
 from engine.loaded import LoadedModel
 from engine.model import Model
-from engine.models import find_model
-from engine.profiles import GROUPS, Range, relevant
+from engine.shipped import find_model
 from export.__main__ import USER_ERROR, main
 from export.engine_options import add_engine_options, engine_choices
 

@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from engine.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
-from export.autoencoder import Autoencoder
-from export.clip import TextEncoder
-from export.unet import UNet
-from tests import published_configs as published
-from tests.parity import relative_error, text_checkpoint
-from tests.tolerances import PARITY_RTOL
+from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from export.modules.autoencoder import Autoencoder
+from export.modules.clip import TextEncoder
+from export.modules.unet import UNet
+from tests.support import published_configs as published
+from tests.support.parity import relative_error, text_checkpoint
+from tests.support.tolerances import PARITY_RTOL
 
 UNETS = {  # configuration, parameters
     "sd15": (published.UNET_SD15, 859_520_964),

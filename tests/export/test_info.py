@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engine.checkpoints.weights import open_weights
+from engine.checkpoints.formats.files import open_weights
 from engine.errors import ModelError
-from engine.models import find_model
+from engine.shipped import find_model
 from export.__main__ import main
 from export.info import as_table, describe
-from tests.original_layout import (
+from tests.support.original_layout import (
     FULL,
     SMALL,
     autoencoder_names,
@@ -116,7 +116,9 @@ FAMILIES = {
 @pytest.fixture
 def unhashed(monkeypatch):
     """Spare the seconds that gigabytes of nothing take to hash."""
-    monkeypatch.setattr("engine.checkpoints.weights.Weights.content_hash", lambda self: "a hash")
+    monkeypatch.setattr(
+        "engine.checkpoints.formats.files.Weights.content_hash", lambda self: "a hash"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,16 +12,25 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from engine.config import XL_SCALING_FACTOR, AutoencoderConfig
-from engine.graphs import SHIPPED, Graph, graph_name
-from engine.onnx_file import weights_as_inputs
+from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig
+from engine.graphs.graph import SHIPPED, Graph, graph_name
+from engine.graphs.onnx_bytes import weights_as_inputs
 from export.islands import computed_in
 from export.parity import TOLERANCES, relative_error
 from export.published import XL
 from export.tracing import example_inputs
 from runtime.samplers import program
-from runtime.schedule import NoiseSchedule
-from tests.small_parts import HALF, INPAINTING, TEXT, UNET, VAE, build, trace_once, weights_of
+from runtime.samplers.noise_schedule import NoiseSchedule
+from tests.support.small_parts import (
+    HALF,
+    INPAINTING,
+    TEXT,
+    UNET,
+    VAE,
+    build,
+    trace_once,
+    weights_of,
+)
 
 ISLAND = dataclasses.replace(VAE, scaling_factor=XL_SCALING_FACTOR)
 LARGEST = 65504

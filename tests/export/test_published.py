@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.shapes import tensor_shapes
-from engine.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
-from engine.graphs import SHIPPED, find_graph
+from engine.checkpoints.single_file import Checkpoint
+from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.graphs.graph import SHIPPED, find_graph
 from engine.model import COMPONENTS
 from export.published import published_parts
-from tests import published_configs as published
-from tests.original_layout import FULL, inpainting, model_names, write_sparse
+from tests.support import published_configs as published
+from tests.support.original_layout import FULL, inpainting, model_names, write_sparse
 
 PARTS = list(published_parts())
 BASE = (published.UNET_SD15, published.UNET_SD21, published.UNET_XL, published.UNET_REFINER)

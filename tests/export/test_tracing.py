@@ -6,17 +6,17 @@ import onnx
 import pytest
 import torch
 
-from engine.backends import BackendSettings, open_engine
+from engine.backends.base import BackendSettings, open_engine
 from engine.checkpoints.shapes import tensor_shapes
 from engine.errors import GraphError, ModelError
-from engine.graphs import METADATA_KEY, Graph
+from engine.graphs.graph import METADATA_KEY, Graph
+from engine.graphs.signature import signature
 from engine.model import Model
-from engine.models import find_model
-from engine.signature import signature
+from engine.shipped import find_model
 from export.parity import TOLERANCES, check, relative_error
 from export.tracing import example_inputs, trace
 from export.writing import export_part, load_weights
-from tests.small_parts import (
+from tests.support.small_parts import (
     HALF,
     INPAINTING,
     PARTS,
@@ -28,7 +28,7 @@ from tests.small_parts import (
     trace_once,
     weights_of,
 )
-from tests.tolerances import SHALLOW_RTOL
+from tests.support.tolerances import SHALLOW_RTOL
 
 
 @pytest.fixture(scope="module", params=PARTS)

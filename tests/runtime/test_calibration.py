@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engine.backends import BackendSettings, open_engine
-from engine.graphs import find_graph, graph_folders
+from engine.backends.base import BackendSettings, open_engine
+from engine.backends.openvino.int8 import is_quantized
+from engine.engines import ranges_of
+from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model
-from engine.models import find_model
-from engine.opening import ranges_of
-from engine.quantization import is_quantized
+from engine.shipped import find_model
 from runtime import Pipeline, calibration
 from runtime import __main__ as command
-from tests.pictures import psnr
-from tests.tolerances import INT8_PSNR_DB, INT8_RTOL
+from tests.support.pictures import psnr
+from tests.support.tolerances import INT8_PSNR_DB, INT8_RTOL
 
 if find_spec("openvino") is None:
     pytest.skip("openvino is not installed", allow_module_level=True)

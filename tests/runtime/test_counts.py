@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.flops import count
 from benchmarks.scenarios import SCENARIOS, engine_inputs
-from engine.backends import BackendSettings
-from engine.graphs import find_graph, graph_folders
+from engine.backends.base import BackendSettings
+from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model
-from engine.models import find_model
+from engine.shipped import find_model
 from runtime import Pipeline, Request
 
 MODEL = Model.open(find_model("pictogram"))

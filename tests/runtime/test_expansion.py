@@ -16,12 +16,12 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
+from engine.checkpoints.gpt2 import LanguageModel
 from engine.errors import GraphError, ModelError, RequestError
-from engine.language_model import LanguageModel
+from runtime.conditioning.syntax import parse
 from runtime.expansion import PromptExpander, Sampling
-from runtime.prompt import parse
-from tests.language_models import (
+from tests.support.language_models import (
     END_OF_TEXT,
     SMALL,
     TEXTS,
@@ -31,7 +31,7 @@ from tests.language_models import (
     write_folder,
     write_graph,
 )
-from tests.tolerances import TOKEN_PROBABILITY
+from tests.support.tolerances import TOKEN_PROBABILITY
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a red apple"
@@ -293,7 +293,7 @@ def test_small_tokenizer_has_the_end_of_text_where_the_model_does():
 def test_expanding_loads_no_torch(folder, graphs):
     code = (
         "import json, sys\n"
-        "from engine.backends import BackendSettings\n"
+        "from engine.backends.base import BackendSettings\n"
         "from runtime.expansion import PromptExpander\n"
         "late = {'onnxruntime', 'tokenizers'} & set(sys.modules)\n"
         "settings = BackendSettings(threads=1)\n"

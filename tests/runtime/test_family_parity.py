@@ -14,23 +14,23 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from bad_files import bad_files
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
 from engine.errors import LatentrtError, ModelError, RequestError
 from engine.model import Model
 from runtime import Pipeline
 from runtime.__main__ import main
 from runtime.request import Request
-from tests import original_layout as original
-from tests.adapters import ATTENTION, TEXT, modules_of, write_kohya
-from tests.deep_features import keeping_deep_features
-from tests.pictures import drawing, psnr
-from tests.schedulers import SCHEDULERS
-from tests.small_models import SIDE, SMALL, trace_graphs, trained
-from tests.tolerances import BATCH_PSNR_DB, PICTURE_PSNR_DB, SMALL_PICTURE_PSNR_DB
+from tests.support import original_layout as original
+from tests.support.adapters import ATTENTION, TEXT, modules_of, write_kohya
+from tests.support.bad_files import bad_files
+from tests.support.deep_features import keeping_deep_features
+from tests.support.pictures import drawing, psnr
+from tests.support.schedulers import SCHEDULERS
+from tests.support.small_models import SIDE, SMALL, trace_graphs, trained
+from tests.support.tolerances import BATCH_PSNR_DB, PICTURE_PSNR_DB, SMALL_PICTURE_PSNR_DB
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -577,7 +577,7 @@ def test_a_textual_inversion_of_another_family_is_refused(loaded, tmp_path):
 NO_TORCH = """
 import json, sys
 from pathlib import Path
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
 from runtime import Pipeline
 model, lora, graphs, wishes = json.loads(sys.argv[1])
 settings = BackendSettings(backend="cpu", threads=1)

@@ -14,7 +14,7 @@ CHOSEN = {"cuda", "openvino", "tensorrt", "tensorrt_bindings", "tensorrt_rtx"}
 CHOSEN |= {"tensorrt_rtx_bindings"}
 NVIDIA = ("libcuda", "libcudart", "libnvinfer", "libtensorrt", "libnvrtc", "libcudnn")
 DRAW = """
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
 from runtime import Pipeline
 pipeline = Pipeline.load("pictogram", settings=BackendSettings(backend="cpu", threads=1))
 image = pipeline("a", num_inference_steps=1).images[0]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
 from runtime import Hires, Pipeline
-from tests.pictures import drawing, psnr
-from tests.schedulers import CLASSES, make_scheduler
-from tests.tolerances import PICTURE_PSNR_DB
+from tests.support.pictures import drawing, psnr
+from tests.support.schedulers import CLASSES, make_scheduler
+from tests.support.tolerances import PICTURE_PSNR_DB
 
 # Older numpy protocols of torch, and names that diffusers will drop: neither is ours to mend.
 pytestmark = [

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from engine.errors import RequestError
 from runtime.noise import MAX_SEED, TorchNoise
-from tests.tolerances import TORCH_NOISE
+from tests.support.tolerances import TORCH_NOISE
 
 SEEDS = st.integers(0, MAX_SEED)
 SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.errors import RequestError
 from runtime.noise import MAX_SEED, NOISES, PhiloxNoise, TorchNoise, make_noise
 from runtime.philox import philox4x32
-from tests.tolerances import PHILOX_NOISE, PRINTED_NOISE
+from tests.support.tolerances import PHILOX_NOISE, PRINTED_NOISE
 
 WORD = st.integers(0, 2**32 - 1)
 SEEDS = st.integers(0, MAX_SEED)

@@ -7,15 +7,15 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
 from engine.errors import GraphError, ModelError, RequestError
 from engine.model import Model
-from engine.models import find_model
+from engine.shipped import find_model
 from runtime import Hires, Pipeline, Progress, Request, Result
+from runtime.conditioning.tokenizer import Tokenizer
 from runtime.presets import preset
-from runtime.tokenizer import Tokenizer
-from tests.pictures import drawing, psnr
-from tests.tolerances import BATCH_PSNR_DB
+from tests.support.pictures import drawing, psnr
+from tests.support.tolerances import BATCH_PSNR_DB
 
 STEPS = 3
 

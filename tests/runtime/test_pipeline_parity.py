@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.backends import BackendSettings
+from engine.backends.base import BackendSettings
 from runtime import Pipeline, Request
-from tests.deep_features import keeping_deep_features
-from tests.parity import relative_error
-from tests.pictures import drawing, psnr
-from tests.schedulers import SCHEDULERS
-from tests.tolerances import CACHED_LATENTS_RTOL, PICTURE_PSNR_DB
+from tests.support.deep_features import keeping_deep_features
+from tests.support.parity import relative_error
+from tests.support.pictures import drawing, psnr
+from tests.support.schedulers import SCHEDULERS
+from tests.support.tolerances import CACHED_LATENTS_RTOL, PICTURE_PSNR_DB
 
 # Older numpy protocols of torch, and names that diffusers will drop: neither is ours to mend.
 pytestmark = [

@@ -4,16 +4,16 @@ from types import MappingProxyType
 import pytest
 
 from engine.checkpoints.families import VARIANTS
-from engine.config import AutoencoderConfig, UNetConfig
+from engine.configs.diffusion import AutoencoderConfig, UNetConfig
 from engine.errors import RequestError
 from engine.model import Model
-from engine.models import find_model
+from engine.shipped import find_model
 from runtime import Request
 from runtime.presets import KINDS, PRESETS, Preset, describe_presets, preset
 from runtime.samplers import program
-from runtime.schedule import NoiseSchedule
-from tests.published_configs import UNET_REFINER, UNET_SD15, UNET_SD21, UNET_XL
-from tests.small_models import CONSISTENCY, LEADING, SCHEDULE, TRAILING, V_PREDICTION
+from runtime.samplers.noise_schedule import NoiseSchedule
+from tests.support.published_configs import UNET_REFINER, UNET_SD15, UNET_SD21, UNET_XL
+from tests.support.small_models import CONSISTENCY, LEADING, SCHEDULE, TRAILING, V_PREDICTION
 
 ZERO_SNR = V_PREDICTION | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 EULER_A = {"_class_name": "EulerAncestralDiscreteScheduler"}

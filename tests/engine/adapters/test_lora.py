@@ -19,7 +19,7 @@ from engine.adapters.lora import (
     Transposed,
     decompose,
 )
-from tests.tolerances import ADAPTER_RTOL
+from tests.support.tolerances import ADAPTER_RTOL
 
 RNG = np.random.default_rng(0)
 LAYERS = {

@@ -7,14 +7,14 @@ from dataclasses import replace
 import diffusers
 import pytest
 
-from engine.checkpoints.checkpoint import Checkpoint
 from engine.checkpoints.families import FAMILIES, VARIANTS
-from engine.checkpoints.foreign import SIGNATURES
-from engine.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.checkpoints.single_file import Checkpoint
+from engine.checkpoints.unsupported import SIGNATURES
+from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
-from runtime.schedule import NoiseSchedule
-from tests import original_layout as original
-from tests import published_configs as published
+from runtime.samplers.noise_schedule import NoiseSchedule
+from tests.support import original_layout as original
+from tests.support import published_configs as published
 
 PUBLISHED = {  # UNet, text_encoder, text_encoder_2, VAE
     "sd1": (published.UNET_SD15, published.TEXT_SD15, None, published.VAE_SD15),

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from engine.checkpoints.shapes import tensor_shapes
-from engine.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
-from export.autoencoder import Autoencoder
-from export.clip import TextEncoder
-from export.unet import UNet
-from tests import published_configs as published
+from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from export.modules.autoencoder import Autoencoder
+from export.modules.clip import TextEncoder
+from export.modules.unet import UNet
+from tests.support import published_configs as published
 
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 SMALL = UNetConfig(

@@ -1,0 +1,254 @@
+"""OpenVINO on the CPU, in float32, bfloat16 or int8: all from the float32 graph."""
+
+import math
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from threading import Event, Lock, Thread
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.base import Arrays, ComputePrecision, Ranges, bind, portions, processors
+from engine.backends.openvino.gates import part_gates
+from engine.backends.openvino.int8 import QuantizedWeight, is_quantized, quantize
+from engine.backends.openvino.layers import put_weight, round_inputs
+from engine.backends.openvino.winograd import transform_convolutions
+from engine.checkpoints.formats.files import release
+from engine.errors import BackendError, GraphError, LatentrtError
+from engine.graphs.graph import Graph
+from engine.graphs.onnx_bytes import weights_as_inputs
+from engine.store.scratch import Scratch
+
+RELEASE_S = 0.1  # between two times that this is done
+CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
+CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
+
+Shapes = Mapping[str, tuple[int, ...]]
+ANY = -1  # size of a dimension
+
+
+class OpenVinoEngine:
+    """A graph as a compiled model whose weights are constants.
+
+    float16 weights stay where they are, in the checkpoint's mapped file, and the library widens
+    each as it rearranges it: no float32 copy of all of them is made. bfloat16 is what convolutions
+    and matrix products take and give; they sum in float32, as norms do. In int8 the layers whose
+    `ranges` are known take whole numbers, and all else is bfloat16 where the processor has it.
+
+    The shapes of the first run are compiled in: then the library lets go of the weights as they
+    came, and convolutions whose heights and widths are known take fewer products. When other shapes
+    come, it is compiled once more, for any size of those dimensions that changed.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Arrays,
+        threads: int | None,
+        precision: ComputePrecision,
+        ranges: Ranges | None = None,
+    ) -> None:
+        self._library = _import()
+        self._graph = graph
+        self._core = self._library.Core()
+        able = "BF16" in self._core.get_property("CPU", CAPABILITIES)
+        if precision == "bfloat16" and not able:
+            raise BackendError(
+                "this processor has no bfloat16 arithmetic (AVX-512 BF16 or AMX); use the "
+                "precision float32"
+            )
+        self._settings = {
+            "INFERENCE_PRECISION_HINT": "bf16" if able and precision != "float32" else "f32",
+            "INFERENCE_NUM_THREADS": threads or processors(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # threads of two processes would share one core
+        }
+        self._precision = precision
+        self._ranges = {  # of the layers that compute in int8
+            name: seen
+            for name, seen in (ranges or {}).items()
+            if is_quantized(name) and name in graph.weights
+        }
+        self._lock = Lock()
+        self._compiled: Any = None
+        self._settled = False  # whether it has run
+        self._shapes: Shapes = {}  # of the inputs, compiled in; ANY where several came
+        self.rebind(weights, graph.weights)
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once; raises BackendError for inputs that do not fit, or when the library fails."""
+        self._check(inputs)
+        compiled = self._ready({name: array.shape for name, array in inputs.items()})
+        try:
+            # A request of its own for each run: a request's buffers are not for two threads.
+            results = compiled.create_infer_request().infer(dict(inputs), share_inputs=True)
+        except Exception as error:
+            raise BackendError(
+                f"OpenVINO failed ({_reason(error)}); is the picture too large for the memory of "
+                "this machine?"
+            ) from error
+        if compiled is self._compiled and not self._settled:  # weights of any size are packed now
+            self._release()
+            self._settled = True
+        return {output.get_any_name(): results[output] for output in compiled.outputs}
+
+    def rebind(self, weights: Arrays, names: Collection[str]) -> None:
+        """Take the weights anew; see `engine.backends.base.Engine`."""
+        if not any(name in self._graph.weights for name in names):
+            return
+        with self._lock:
+            self._compiled = self._model = None  # their memory goes before that of the next comes
+            self._shapes = {}
+            self._weights = weights
+            self._model = self._assembled()
+            self._ports = {
+                given.get_friendly_name(): (
+                    given.get_element_type().to_dtype(),
+                    given.get_partial_shape(),
+                )
+                for given in self._model.get_parameters()
+            }
+
+    def _ready(self, shapes: Shapes) -> Any:
+        """Return the model compiled for these shapes, and for others that came."""
+        with self._lock:
+            wanted = _joined(self._shapes, shapes) if self._shapes else shapes
+            if self._compiled is None or wanted != self._shapes:
+                self._compiled = None  # its memory goes before that of the next comes
+                model, self._model = self._model or self._assembled(), None
+                with self._graph_errors():
+                    model.reshape({name: [*shape] for name, shape in wanted.items()})
+                    dtype = np.float32 if self._precision == "float32" else np.float16
+                    added = transform_convolutions(self._library, model, dtype)
+                    self._scratches += [added] if added else []
+                    with self._releasing():
+                        self._compiled = self._core.compile_model(model, "CPU", self._settings)
+                self._shapes, self._settled = wanted, False
+            return self._compiled
+
+    @contextmanager
+    def _releasing(self) -> Iterator[None]:
+        """Give back the memory of weights again and again, as the library packs them one by one."""
+        done = Event()
+
+        def work() -> None:
+            while not done.wait(RELEASE_S):
+                self._release()
+
+        worker = Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            worker.join()
+            self._release()
+
+    def _release(self) -> None:
+        release(self._weights)
+        for scratch in self._scratches:
+            scratch.release()
+
+    def _assembled(self) -> Any:
+        """Return the model with its weights in it, for any shapes of its inputs."""
+        with self._graph_errors():
+            model = self._core.read_model(weights_as_inputs(self._graph.data()))
+            self._prepare(model)
+            parameters: dict[str, list[Any]] = {}
+            for given in model.get_parameters():
+                parameters.setdefault(given.get_friendly_name(), []).append(given)
+        size = sum(math.prod(self._graph.weights[name]) for name in self._ranges)
+        scratch = Scratch(size) if size else None
+
+        def taken(named: tuple[str, NDArray[Any]]) -> tuple[str, NDArray[Any] | QuantizedWeight]:
+            name, array = named
+            return name, quantize(array) if name in self._ranges else array
+
+        with ThreadPoolExecutor(processors()) as pool:
+            for names in portions(self._graph):
+                bound = bind(self._graph, self._weights, names, keep_float16=True)
+                for name, weight in pool.map(taken, bound):
+                    if scratch and isinstance(weight, QuantizedWeight):  # the library copies it
+                        weight = replace(weight, values=scratch.put(weight.values))
+                    with self._graph_errors():
+                        if name in parameters:
+                            put_weight(self._library, model, parameters[name], weight)
+                release(self._weights)
+        self._scratches = [scratch] if scratch else []
+        return model
+
+    def _prepare(self, model: Any) -> None:
+        """Change a model whose weights are still parameters."""
+        part_gates(self._library, model)
+        round_inputs(self._library, model, self._ranges)
+
+    def _check(self, inputs: Arrays) -> None:
+        """Refuse what the library would fill with zeros, cast or broadcast."""
+        if self._ports.keys() != inputs.keys():
+            raise BackendError(
+                f"the {self._graph.part} graph takes the inputs {', '.join(sorted(self._ports))}, "
+                f"and {', '.join(sorted(inputs)) or 'none'} came"
+            )
+        for name, (dtype, shape) in self._ports.items():
+            array = inputs[name]
+            if array.dtype != dtype or not shape.compatible(
+                self._library.PartialShape(array.shape)
+            ):
+                raise BackendError(
+                    f"the {self._graph.part} graph takes {name!r} as {dtype} {shape}, and "
+                    f"{array.dtype} {array.shape} came"
+                )
+
+    @contextmanager
+    def _graph_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except LatentrtError:
+            raise
+        except Exception as error:  # the library's exceptions and Python's own
+            raise GraphError(
+                f"OpenVINO cannot open {self._graph.path} ({_reason(error)}); make it anew with "
+                "`python -m export MODEL`"
+            ) from error
+
+
+def _joined(some: Shapes, others: Shapes) -> Shapes:
+    """Return shapes that have both; in each, an input has equally many dimensions."""
+    return {
+        name: tuple(a if a == b else ANY for a, b in zip(shape, others[name], strict=True))
+        for name, shape in some.items()
+    }
+
+
+def capabilities() -> frozenset[str]:
+    """Return what the library can compute in on this processor, such as "BF16" and "INT8"."""
+    return frozenset(_import().Core().get_property("CPU", CAPABILITIES))
+
+
+def _import() -> Any:
+    """Import the library without its model converter, whose import sends usage statistics."""
+    absent = CONVERTER not in sys.modules
+    if absent:
+        sys.modules[CONVERTER] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendError(
+            "the backend 'openvino' needs openvino, which is not installed; "
+            "install it with `pip install 'latentrt[openvino]'`"
+        ) from error
+    finally:
+        if absent:
+            sys.modules.pop(CONVERTER, None)
+    return openvino
+
+
+def _reason(error: Exception) -> str:
+    """Make one line of the library's account, less where in its source it was."""
+    lines = (line.strip() for line in str(error).splitlines())
+    told = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return " ".join(filter(None, told))[:200] or type(error).__name__

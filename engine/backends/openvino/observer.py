@@ -1,0 +1,36 @@
+"""An engine that remembers how large the inputs of its layers became, for int8."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.backends.base import Arrays, Ranges
+from engine.backends.openvino.engine import OpenVinoEngine
+from engine.backends.openvino.layers import GREATEST, LEAST, add_observers
+
+
+class ObservingEngine(OpenVinoEngine):
+    """Runs as any other; `ranges` are those of all runs so far."""
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Run once, and keep what the observers saw to itself."""
+        outputs = super().run(inputs)
+        for title, further in ((LEAST, np.minimum), (GREATEST, np.maximum)):
+            for name in [name for name in outputs if name.startswith(title)]:
+                seen = outputs.pop(name)
+                self._seen[name] = further(seen, self._seen.get(name, seen))
+        return outputs
+
+    @property
+    def ranges(self) -> Ranges:
+        """The least and the greatest input of each layer, by its weight's name."""
+        names = [name.removeprefix(LEAST) for name in self._seen if name.startswith(LEAST)]
+        return {
+            name: (float(self._seen[LEAST + name]), float(self._seen[GREATEST + name]))
+            for name in names
+        }
+
+    def _prepare(self, model: Any) -> None:
+        add_observers(self._library, model, self._graph.weights)
+        self._seen: dict[str, NDArray[Any]] = {}

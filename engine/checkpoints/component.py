@@ -1,0 +1,136 @@
+"""One part's weights under the names of its graph, wherever and however the file holds them."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from engine.checkpoints.formats.files import Weights
+from engine.checkpoints.ldm_names import Source, diffusers_autoencoder_sources, text_encoder_sources
+from engine.checkpoints.shapes import Shape, tensor_shapes
+from engine.checkpoints.unused import left_over, shown
+from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig
+from engine.errors import ModelError
+
+__all__ = ["Component", "ComponentName", "assemble", "diffusers_component", "refuse_left_over"]
+
+ComponentName = Literal["text_encoder", "text_encoder_2", "unet", "vae", "preview_decoder"]
+FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Component(Mapping[str, NDArray[Any]]):
+    """A part's tensors under its graph's names and in its graph's shapes, taken on access.
+
+    sources: which stored tensor, or piece of one, each name means
+    shapes: what the graph takes; float16, float32 or float64 as stored, bfloat16 as float32
+    """
+
+    weights: Weights
+    sources: Mapping[str, Source]
+    shapes: Mapping[str, Shape]
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Take a tensor; raises KeyError when the graph has none of this name."""
+        source = self.sources[name]
+        return source.view(self.weights[source.name], self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the graph's names, in its order."""
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        """Count the tensors."""
+        return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether the graph has a tensor of this name, without touching it."""
+        return name in self.shapes
+
+    def __eq__(self, other: object) -> bool:
+        """Equal is only itself: a mapping's equality would compare every number."""
+        return self is other
+
+    def __hash__(self) -> int:
+        """Hash by identity, as `==` compares."""
+        return id(self)
+
+    def release(self) -> None:
+        """Give back the memory of what was read, of whichever dtype; it is read again."""
+        self.weights.release(used_in_place=())
+
+    def used(self) -> set[str]:
+        """Return the names of the stored tensors that are taken."""
+        return {source.name for source in self.sources.values()}
+
+
+def assemble(
+    path: Path, weights: Weights, config: Config, sources: Mapping[str, Source]
+) -> Component:
+    """Find every tensor of a part; raises ModelError naming one that is missing or does not fit."""
+    shapes = tensor_shapes(config)
+    for name, source in sources.items():
+        stored = weights.tensors.get(source.name)
+        if stored is None:
+            missing = {s.name for s in sources.values()} - weights.tensors.keys()
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+            raise ModelError(
+                f"{path} lacks {source.name}{more}; the file is incomplete or of an architecture "
+                "that is not supported: download it or save it again"
+            )
+        if not fits(source.shape(stored.shape), shapes[name]):
+            raise ModelError(
+                f"{path}: {source.name} has shape {list(stored.shape)}, and {name}, which is made "
+                f"of it, {list(shapes[name])}; the file is damaged or of another architecture"
+            )
+        if stored.dtype not in FLOATS:
+            raise ModelError(
+                f"{path}: {source.name} has dtype {stored.dtype}; weights in {', '.join(FLOATS)} "
+                "are supported: use a file that is not quantised"
+            )
+    return Component(weights=weights, sources=sources, shapes=shapes)
+
+
+def fits(stored: Shape | None, expected: Shape) -> bool:
+    """A convolution of one pixel and a linear layer hold the same numbers."""
+    return stored is not None and _matrix(stored) == _matrix(expected)
+
+
+def _matrix(shape: Shape) -> Shape:
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def refuse_left_over(
+    path: Path, names: Iterable[str], used: set[str], unused: str | None = None
+) -> None:
+    """Raise ModelError when a file holds a tensor that is neither used nor known to be unused.
+
+    unused: a pattern of more names that this model does not use
+    """
+    if left := left_over(names, used, unused):
+        more = f" and {len(left) - 1} more tensors" if len(left) > 1 else ""
+        raise ModelError(
+            f"{path} holds {shown(left[0])}{more}, for which this architecture has no place; the "
+            "model would not do what it was trained for: use a file without it"
+        )
+
+
+def diffusers_component(path: Path, weights: Weights, config: Config) -> Component:
+    """Take a part from a folder in diffusers' layout, of whatever version wrote it.
+
+    transformers 5 leaves out `text_model.`, and diffusers before 0.15 had other names for the
+    autoencoder's attention. Raises ModelError naming a tensor that is missing, left over or of
+    another shape.
+    """
+    sources = {name: Source(name=name) for name in tensor_shapes(config)}
+    bare = not any(name.startswith("text_model.") for name in weights)
+    if isinstance(config, TextEncoderConfig) and bare:
+        sources = text_encoder_sources(config, "")
+    old = any(".attentions.0.query." in name for name in weights)
+    if isinstance(config, AutoencoderConfig) and old:
+        sources = diffusers_autoencoder_sources(config)
+    component = assemble(path, weights, config, sources)
+    refuse_left_over(path, weights, component.used())
+    return component

@@ -1,0 +1,1 @@
+"""A device beside the processor: its memory and its queue of work."""

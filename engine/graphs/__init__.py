@@ -1,0 +1,1 @@
+"""Graphs: an architecture as ONNX without weights, and what goes in and comes out."""

@@ -1,0 +1,1 @@
+"""Files that are made once for a content, written whole or not at all."""

@@ -1,0 +1,184 @@
+"""Files that are made once for a content, and files that are written whole or not at all.
+
+An entry of the cache is one file, `<key>.<SHA-256 of its bytes><suffix>`: a single rename makes it
+seen, and its name tells whether it is whole.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from engine.errors import LatentrtError, OutputError
+from engine.store.file_lock import locked
+
+__all__ = ["Cache", "cache_folder", "is_intact", "write_atomically"]
+
+
+def cache_folder() -> Path:
+    """Name the user's cache folder: LATENTRT_CACHE, or where the system keeps caches.
+
+    Nothing is made. Raises OutputError when there is neither the variable nor a home folder.
+    """
+    try:
+        if chosen := os.environ.get("LATENTRT_CACHE"):
+            return Path(chosen).expanduser()
+        if sys.platform == "win32":
+            local = os.environ.get("LOCALAPPDATA")
+            base = Path(local) if local else Path.home() / "AppData" / "Local"
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+            if not base.is_absolute():  # to be ignored, says the XDG specification
+                base = Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OutputError(
+            f"no cache folder is known ({error}); set LATENTRT_CACHE to a folder"
+        ) from error
+    return base / "latentrt"
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A folder of files, each made once for a content and checked whenever it is taken out.
+
+    Processes may share it. Whoever is killed leaves a temporary file, which is never taken for an
+    entry and goes when its key is put again, and an empty lock file for each key.
+    """
+
+    folder: Path
+
+    @staticmethod
+    def key(**facts: object) -> str:
+        """Hash all that can change a thing: 64 hexadecimal digits, the SHA-256 of its facts.
+
+        facts: JSON's values; raises TypeError or ValueError for others (paths, arrays, NaN).
+        """
+        text = json.dumps(facts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def get(self, key: str) -> Path | None:
+        """Find an entry, or None; what is damaged is removed and never returned."""
+        entries = self._entries(key)
+        intact = next((entry for entry in entries if is_intact(entry, key)), None)
+        if entries and not intact:
+            with suppress(OutputError), self.lock(key):  # unless the folder may only be read
+                return self.take(key)
+        return intact
+
+    def put(self, key: str, write: Callable[[Path], object], suffix: str = "") -> Path:
+        """Make an entry, unless it is there; of several processes one makes it, the others wait.
+
+        write: makes the file at the path it is given, whose name ends with `suffix`.
+        Raises OutputError when that cannot be done, and what `write` raises except OSError.
+        """
+        with self.lock(key):
+            return self.take(key) or self.make(key, write, suffix)
+
+    def get_or_build(self, key: str, write: Callable[[Path], object], suffix: str = "") -> Path:
+        """Find an entry, or make it as `put` does."""
+        return self.get(key) or self.put(key, write, suffix)
+
+    def take(self, key: str) -> Path | None:
+        """Find an intact entry and remove the others; only with the key's lock."""
+        for entry in self._entries(key):
+            if is_intact(entry, key):
+                return entry
+            _remove(entry)
+        return None
+
+    def make(self, key: str, write: Callable[[Path], object], suffix: str) -> Path:
+        """Write beside, to the disk, then rename; only with the key's lock."""
+        for leftover in self.folder.glob(f".{key}.*"):
+            _remove(leftover)
+        temporary = self.folder / f".{key}.{secrets.token_hex(4)}{suffix}"
+        try:
+            write(temporary)
+            with temporary.open("r+b") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            return temporary.replace(self.folder / f"{key}.{digest}{suffix}")
+        finally:
+            _remove(temporary)
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Hold a key's lock, and say of any OSError meanwhile what can be done about it."""
+        with _output_errors(f"the cache folder {self.folder}", "set LATENTRT_CACHE"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with locked(self.lock_path(key)):
+                yield
+
+    def lock_path(self, key: str) -> Path:
+        """Name the file that a key is locked with."""
+        return self.folder / f".lock-{key}"
+
+    def _entries(self, key: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{key}.*"))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file so that at any moment there is the old one or the whole new one.
+
+    Raises OutputError when it cannot be written, and what `write` raises except OSError; then the
+    old file, if there was one, stays as it was, and nothing is left beside it.
+    """
+    with _output_errors(str(path), "choose another path"):
+        target = _destination(path)
+        temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
+        try:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            _remove(temporary)
+
+
+def _destination(path: Path) -> Path:
+    """Follow links, and refuse a path where no file can be; `/dev/null` must stay what it is."""
+    try:
+        target = path.resolve()
+    except (RuntimeError, ValueError) as error:  # a loop of links, a zero byte
+        raise OutputError(f"{str(path)!r} is no path ({error}); choose another") from error
+    if target.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file in it")
+    if target.is_symlink() or (path.exists() and not path.is_file()):
+        raise OutputError(f"{path} is a device, a pipe or a loop of links; give a file's name")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target.parent} is not a folder; make it, or choose another path")
+    return target
+
+
+@contextmanager
+def _output_errors(place: str, choice: str) -> Iterator[None]:
+    try:
+        yield
+    except LatentrtError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{place} cannot be written ({error.strerror or error}); check the permissions and "
+            f"the disk's space, or {choice}"
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def is_intact(entry: Path, key: str) -> bool:
+    """Tell whether an entry has the SHA-256 that its name states."""
+    with suppress(OSError), entry.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return entry.name[len(key) + 1 :].startswith(digest)
+    return False

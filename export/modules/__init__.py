@@ -1,0 +1,1 @@
+"""Reference modules in torch, whose attributes are the keys of checkpoints."""

@@ -1,0 +1,77 @@
+"""A tiny decoder for previews: TAESD (Bohan, "Tiny AutoEncoder for Stable Diffusion").
+
+Attribute names are those of diffusers' AutoencoderTiny, without its encoder.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.configs.tiny_decoder import TinyDecoderConfig
+
+LIMIT = 3.0  # latents are bent smoothly into -3 to 3
+
+
+class TinyBlock(nn.Module):
+    """Three convolutions with ReLU around a residual connection, (B, C, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the block's output, which is not negative."""
+        return F.relu(self.conv(hidden_states) + hidden_states)
+
+
+class TinyDecoder(nn.Module):
+    """Latents (B, latent_channels, h, w), scaled as drawn, to pictures (B, 3, 8 h, 8 w)."""
+
+    def __init__(self, config: TinyDecoderConfig) -> None:
+        super().__init__()
+        width, levels = config.decoder_block_out_channels[0], config.num_decoder_blocks
+        layers: list[nn.Module] = [
+            nn.Conv2d(config.latent_channels, width, 3, padding=1),
+            nn.ReLU(),
+        ]
+        for level, blocks in enumerate(levels, 1):
+            layers += [TinyBlock(width) for _ in range(blocks)]
+            if level < len(levels):
+                layers.append(nn.Upsample(scale_factor=2.0, mode="nearest"))
+                layers.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
+        layers.append(nn.Conv2d(width, 3, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return pictures, about [0, 1], not clamped."""
+        return self.layers(torch.tanh(latents / LIMIT) * LIMIT)
+
+
+class TinyAutoencoder(nn.Module):
+    """The half of a tiny autoencoder that previews need."""
+
+    def __init__(self, config: TinyDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = TinyDecoder(config)
+
+
+class PreviewDecode(nn.Module):
+    """latents (B, C, h, w) float32, scaled -> pixels (B, H, W, 3) uint8."""
+
+    def __init__(self, autoencoder: TinyAutoencoder) -> None:
+        super().__init__()
+        self.model = autoencoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Decode, round to bytes."""
+        dtype = next(self.model.parameters()).dtype
+        pixels = self.model.decoder(latents.to(dtype)).float()
+        pixels = (pixels * 255.0).clamp(0.0, 255.0).round()
+        return pixels.permute(0, 2, 3, 1).to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Prompts become what the UNet attends to."""

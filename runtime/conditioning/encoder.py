@@ -1,0 +1,272 @@
+"""What the UNet is told beside the latent: the texts, and in XL the pooled text and the sizes.
+
+Rows of every array are groups of conditionings, [uncond, cond], each for every picture. The texts
+are read as `runtime.conditioning.syntax` says, by which they may change from call to call.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.adapters.textual_inversion import Embedding
+from engine.backends.base import Engine
+from engine.errors import RequestError
+from engine.graphs.signature import Part, TextPart
+from engine.model import Model
+from runtime.conditioning.chunks import Chunk, emphasize, make_chunks
+from runtime.conditioning.embedding_cache import Kept
+from runtime.conditioning.guidance import Guidance
+from runtime.conditioning.syntax import schedule
+from runtime.conditioning.tokenizer import Tokenizer, check_text, load_tokenizers
+
+__all__ = ["Encoder", "Texts"]
+
+Array = NDArray[np.float32]
+Groups = tuple[tuple[str, ...], ...]  # of texts, at one call
+
+# What the refiner is told: pictures that people liked, and for the negative prompt others.
+# (Podell et al. 2023, arXiv:2307.01952; the numbers are those of the published pipeline.)
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
+MAX_ROWS = 256  # of one call of a text encoder, which bounds its memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Texts:
+    """The texts of one call.
+
+    negatives: the groups that guidance moves away from, each with one text for every prompt
+    prompts: the groups that it moves to, one for each part of the prompts
+    parts: (groups of prompts, prompts), how much each part counts; None for one part that counts 1
+    repeats: pictures of each prompt
+    """
+
+    negatives: Sequence[Sequence[str]] = ()
+    prompts: Sequence[Sequence[str]]
+    parts: NDArray[np.float64] | None = None
+    repeats: int = 1
+
+    @property
+    def pictures(self) -> int:
+        """B."""
+        return len(self.prompts[0]) * self.repeats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Encoder:
+    """The text encoders of a model with their tokenizers.
+
+    extra: (e, D) for each, the rows of the words that textual inversion taught them
+    kept: what the engines gave lately; new weights need another
+    """
+
+    model: Model
+    tokenizers: Mapping[TextPart, Tokenizer]
+    engine: Callable[[Part], Engine]
+    extra: Mapping[TextPart, Array] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+
+    def forgetful(self) -> "Encoder":
+        """Return the encoder for other weights: it keeps nothing that was encoded before."""
+        return replace(self, kept=Kept())
+
+    def taught(self, embeddings: Sequence[Embedding]) -> "Encoder":
+        """Return encoders that know these words and no others; raises ModelError, RequestError."""
+        encoders = self.model.text_encoders
+        for embedding in embeddings:
+            embedding.check({str(name): config.hidden_size for name, config in encoders.items()})
+        tokenizers, extra = load_tokenizers(self.model), {}
+        for name, config in encoders.items() if embeddings else ():
+            first, words = config.vocab_size, {}
+            for embedding in embeddings:
+                if embedding.name in words:
+                    raise RequestError(
+                        f"Two textual inversions mean the word {embedding.name!r}; "
+                        "rename the file of one."
+                    )
+                count = len(embedding.vectors[name])
+                words[embedding.name] = range(first, first + count)
+                first += count
+            tokenizers[name] = tokenizers[name].with_words(words)
+            extra[name] = np.concatenate([embedding.vectors[name] for embedding in embeddings])
+        return replace(self, tokenizers=tokenizers, extra=extra, kept=Kept())
+
+    def condition(
+        self, texts: Texts, guidance: Guidance, height: int, width: int, *, clip_skip: int = 1
+    ) -> list[Mapping[str, Array]]:
+        """Encode the texts, and add what else the model is told; height and width in pixels.
+
+        clip_skip: 1, or 2 for the text encoder's states before its last layer
+        Returns for each call of the UNet its inputs that are not the latent's: context
+        (g, B, n, D), guidance (g, B); where the model takes them text_embeds (g, B, P), time_ids
+        (g, B, T), timestep_cond (B, E). n is that of the longest prompt; what is the same in
+        several calls is the same array.
+        Raises RequestError for a text that is none.
+        """
+        embeds_scale = bool(self.model.unet.time_cond_proj_dim)  # such a model guides itself
+        guided = [scale > 1 and not embeds_scale for scale in guidance.scales]
+        shown = _shown(texts, guided)
+        distinct = dict.fromkeys(text for groups in shown for group in groups for text in group)
+        encoded = self._encode(list(distinct), clip_skip)
+        told = {
+            groups: self._lay_out(groups, len(groups) - len(texts.prompts), texts.repeats, encoded)
+            for groups in dict.fromkeys(shown)
+        }
+        if self.model.is_xl:
+            for groups, inputs in told.items():
+                inputs["time_ids"] = self._time_ids(texts, len(groups), height, width)
+        counts = {
+            scale: self._counts(scale, texts, guidance) for scale in dict.fromkeys(guidance.scales)
+        }
+        return [
+            {**told[groups], **counts[scale]}
+            for groups, scale in zip(shown, guidance.scales, strict=True)
+        ]
+
+    def _counts(self, scale: float, texts: Texts, guidance: Guidance) -> dict[str, Array]:
+        """Say how much the groups count, or tell the model the scale where it guides itself."""
+        parts = np.ones((1, len(texts.prompts[0]))) if texts.parts is None else texts.parts
+        channels = self.model.unet.time_cond_proj_dim
+        weights = guidance.weights(1.0 if channels else scale, parts)
+        counts = {"guidance": np.repeat(weights, texts.repeats, axis=1)}
+        if channels:
+            row = embedded_guidance(scale, channels)
+            counts["timestep_cond"] = np.repeat(row[None], texts.pictures, 0)
+        return counts
+
+    def _lay_out(
+        self,
+        groups: Groups,
+        negatives: int,
+        repeats: int,
+        encoded: Mapping[str, tuple[Array, Array]],
+    ) -> dict[str, Array]:
+        """Put encoded texts where they belong: the context, and in XL the pooled text."""
+        rows = [[text for text in group for _ in range(repeats)] for group in groups]
+        context, pooled = (
+            np.stack([np.stack([encoded[text][part] for text in row]) for row in rows])
+            for part in (0, 1)
+        )
+        if self.model.zeros_for_empty_prompt:
+            for group, negative in enumerate(rows[:negatives]):
+                empty = [not text for text in negative]
+                context[group, empty], pooled[group, empty] = 0, 0
+        told: dict[str, Array] = {"context": context}
+        return told | {"text_embeds": pooled} if self.model.is_xl else told
+
+    def _encode(self, texts: Sequence[str], clip_skip: int) -> dict[str, tuple[Array, Array]]:
+        """Return each text's states, (n, D), and its pooled text, (P,), of the first chunk.
+
+        All get as many chunks as the longest has; the encoders' states stand side by side, and
+        the pooled text is the last encoder's.
+        """
+        chunked = {
+            name: {text: make_chunks(text, tokenizer) for text in texts}
+            for name, tokenizer in self.tokenizers.items()
+        }
+        count = max(len(chunks) for found in chunked.values() for chunks in found.values())
+        states: dict[str, list[Array]] = {text: [] for text in texts}
+        pooled: dict[str, Array] = {}
+        for name, found in chunked.items():
+            empty = Chunk.of([], self.tokenizers[name])
+            padded = {
+                text: chunks + [empty] * (count - len(chunks)) for text, chunks in found.items()
+            }
+            rows = {c.key: c.input_ids for chunks in padded.values() for c in chunks}
+            index = {key: i for i, key in enumerate(rows)}
+            hidden, ends = self._run(name, np.stack(list(rows.values())), clip_skip)
+            for text, chunks in padded.items():
+                parts = [emphasize(hidden[index[c.key]], c.weights) for c in chunks]
+                states[text].append(np.concatenate(parts))
+                pooled[text] = ends[index[chunks[0].key]]
+        return {text: (np.concatenate(states[text], axis=-1), pooled[text]) for text in texts}
+
+    def _run(
+        self, name: TextPart, input_ids: NDArray[np.int64], clip_skip: int
+    ) -> tuple[Array, ...]:
+        """Return the states, (rows, n, D), and the pooled texts, (rows, P), perhaps kept ones.
+
+        They are kept for all rows together: what a row gives depends in the last bits on the rows
+        beside it, and a picture must not depend on what was drawn before it.
+        """
+        before_last = clip_skip == 2 and self.model.context == "last_hidden_state"
+        key = (name, before_last, input_ids.shape, input_ids.tobytes())
+        found = self.kept.get(key)
+        if found is None:
+            found = self._run_rows(name, input_ids, before_last)
+            self.kept.put(key, found)
+        return found
+
+    def _run_rows(
+        self, name: TextPart, input_ids: NDArray[np.int64], before_last: bool
+    ) -> tuple[Array, Array]:
+        """Run a text encoder on at most MAX_ROWS rows at a time."""
+        none = np.zeros((1, self.model.text_encoders[name].hidden_size), np.float32)
+        inputs = {"extra_embeddings": self.extra.get(name, none)}
+        states, pooled = [], []
+        for at in range(0, len(input_ids), MAX_ROWS):
+            given = self.engine(name).run({**inputs, "input_ids": input_ids[at : at + MAX_ROWS]})
+            if before_last:
+                states.append(self._final_norm(name, given["penultimate_hidden_state"]))
+            else:
+                states.append(given[self.model.context])
+            pooled.append(given["pooled"])
+        return np.concatenate(states), np.concatenate(pooled)  # copies, engines reuse buffers
+
+    def _final_norm(self, name: TextPart, hidden_states: Array) -> Array:
+        """Apply the layer norm that the graph applies after the last layer only."""
+        weights, prefix = self.model.find(name), "text_model.final_layer_norm"
+        scale, shift = (weights[f"{prefix}.{part}"].astype("f") for part in ("weight", "bias"))
+        centered = hidden_states - hidden_states.mean(-1, keepdims=True)
+        variance = np.square(centered).mean(-1, keepdims=True)
+        epsilon = self.model.text_encoders[name].layer_norm_eps
+        normed: Array = centered / np.sqrt(variance + np.float32(epsilon)) * scale + shift
+        return normed
+
+    def _time_ids(self, texts: Texts, groups: int, height: int, width: int) -> Array:
+        """Return (g, B, T): the size before cropping, the corner cropped at, then the size wanted.
+
+        The refiner is told a score in place of the last (arXiv:2307.01952, section 2.2).
+        """
+        told = [height, width, 0, 0]
+        if self.model.unet.addition_time_ids == len(told) + 1:
+            negatives, prompts = groups - len(texts.prompts), len(texts.prompts)
+            scores = [NEGATIVE_AESTHETIC_SCORE] * negatives + [AESTHETIC_SCORE] * prompts
+            rows = [[*told, score] for score in scores]
+        else:
+            rows = [[*told, height, width]] * groups
+        return np.repeat(np.array(rows, np.float32)[:, None], texts.pictures, 1)
+
+
+def _shown(texts: Texts, guided: Sequence[bool]) -> list[Groups]:
+    """Return the groups of texts at each call, as prompts that change have them there."""
+    groups = [*(texts.negatives if any(guided) else ()), *texts.prompts]
+    schedules = {}
+    for text in dict.fromkeys(text for group in groups for text in group):
+        check_text(text)
+        schedules[text] = schedule(text, len(guided))
+
+    def at(text: str, call: int) -> str:
+        return next(version for end, version in schedules[text] if call < end)
+
+    return [
+        tuple(
+            tuple(at(text, call) for text in group)
+            for group in (*(texts.negatives if negated else ()), *texts.prompts)
+        )
+        for call, negated in enumerate(guided)
+    ]
+
+
+def embedded_guidance(guidance_scale: float, channels: int) -> Array:
+    """Embed a guidance scale as sines and cosines, (channels,), as LCM was trained with it.
+
+    Luo et al. 2023, arXiv:2310.04378, section 4.3, after Kingma et al. 2021 (VDM).
+    """
+    half = channels // 2
+    frequencies = np.exp(-math.log(10000.0) / (half - 1) * np.arange(half))
+    angles = (guidance_scale - 1) * 1000.0 * frequencies
+    waves = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(channels % 2)])
+    return waves.astype(np.float32)

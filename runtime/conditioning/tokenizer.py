@@ -1,0 +1,253 @@
+"""CLIP's tokenizer: prompts to rows of `input_ids`.
+
+Byte-level byte-pair encoding (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) as CLIP uses
+it (Radford et al. 2021, https://arxiv.org/abs/2103.00020): NFC, white space collapsed, lower case,
+words split by one pattern, each word merged by rank with "</w>" at its end. The ids equal those of
+transformers' `CLIPTokenizer` for the same folder.
+
+A row is [start, tokens of the prompt, end, padding]. The padding is the model's own: Stable
+Diffusion 1.x pads with the end token, 2.x with "!".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.errors import ModelError, RequestError
+from engine.graphs.signature import TextPart
+from engine.model import Model
+from runtime.conditioning.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["Tokenizer", "Tokens", "check_tokenizers", "load_tokenizers", "word_splitter"]
+
+PAD_TOKENS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # CLIP's own encoders, and OpenCLIP's
+WORD_PATTERN = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tokens:
+    """The ids of some prompts, and what did not fit.
+
+    input_ids: (batch, max_length), int64
+    cuts: for each prompt the end of its own text that did not fit, None where all of it did
+    """
+
+    input_ids: npt.NDArray[np.int64]
+    cuts: tuple[str | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Tokenizer:
+    """A model's tokenizer; `load` makes it from the model's `tokenizer/` folder.
+
+    max_length: tokens of a row, the start and the end token included
+    words: by the id that `encoder` gives a word of textual inversion, the ids that it stands for
+    """
+
+    max_length: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    encoder: tokenizers.Tokenizer
+    words: Mapping[int, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, added tokens included."""
+        return self.encoder.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read a tokenizer folder as diffusers writes it.
+
+        It holds `tokenizer_config.json`, and `vocab.json` with `merges.txt` or `tokenizer.json`.
+        Raises ModelError when a file is missing or cannot be used.
+        """
+        return cls.of(Vocabulary.read(folder), str(folder))
+
+    @classmethod
+    def clip(cls, pad_token: str) -> Tokenizer:
+        """Return CLIP's own tokenizer, for checkpoints that come without one."""
+        return cls.of(Vocabulary.clip(pad_token), "the package")
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary, source: str) -> Tokenizer:
+        """Build the tokenizer of a vocabulary; raises ModelError naming its source."""
+        try:
+            encoder = build_encoder(vocabulary)
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(
+                f"The tokenizer files in {source} do not fit together ({error}); fetch the folder "
+                f"again from where the model came from."
+            ) from error
+        return cls(
+            max_length=vocabulary.max_length,
+            bos_token_id=vocabulary.special_id("bos_token"),
+            eos_token_id=vocabulary.special_id("eos_token"),
+            pad_token_id=vocabulary.special_id("pad_token"),
+            encoder=encoder,
+        )
+
+    def with_words(self, words: Mapping[str, Sequence[int]]) -> Tokenizer:
+        """Return a tokenizer that knows more words, whatever their case; each becomes its ids.
+
+        Raises RequestError for a word that is a token of the vocabulary already.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        encoder = Tokenizer.from_str(self.encoder.to_str())
+        ids = dict(self.words)
+        for word, meant in words.items():
+            whole = word[0].isalnum() and word[-1].isalnum()  # not "cat" within "category"
+            token = AddedToken(word, single_word=whole, normalized=True)
+            known = {added.content.lower() for added in encoder.get_added_tokens_decoder().values()}
+            if (
+                word.lower() in known
+                or encoder.token_to_id(word) is not None
+                or not encoder.add_tokens([token])
+            ):
+                raise RequestError(
+                    f"The word {word!r} of a textual inversion is a token of the model already; "
+                    f"rename its file."
+                )
+            ids[encoder.get_vocab_size() - 1] = tuple(meant)
+        return replace(self, encoder=encoder, words=MappingProxyType(ids))
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        """Tokenise prompts; rows are cut or padded to `max_length`.
+
+        Raises RequestError for a prompt that is no string or is not text.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise RequestError(
+                f"The prompts came as {type(prompts).__name__}; give a list of strings."
+            )
+        room = self.max_length - 2
+        rows, cuts = [], []
+        for prompt in prompts:
+            words = self.words_of(prompt)
+            ids = [index for meant, _ in words for index in meant]
+            starts = [start for meant, start in words for _ in meant]
+            rows.append(self.row(ids[:room]))
+            cuts.append(prompt[starts[room] :] if len(ids) > room else None)
+        input_ids = np.array(rows, np.int64).reshape(len(rows), self.max_length)
+        return Tokens(input_ids=input_ids, cuts=tuple(cuts))
+
+    def words_of(self, prompt: str) -> list[tuple[Sequence[int], int]]:
+        """Return the ids of each token, with where in the text it starts.
+
+        A word of textual inversion is one token of several ids. Raises RequestError for a prompt
+        that is no string or is not text.
+        """
+        check_text(prompt)
+        # One by one: the library's batches start threads, which do not survive a later fork.
+        encoding = self.encoder.encode(prompt, add_special_tokens=False)
+        return [
+            (self.words.get(given, (given,)), start)
+            for given, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def row(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Return (max_length,): the start, up to max_length - 2 ids, the end and padding."""
+        row = np.full(self.max_length, self.pad_token_id, np.int64)
+        row[: len(ids) + 2] = [self.bos_token_id, *ids, self.eos_token_id]
+        return row
+
+
+def load_tokenizers(model: Model) -> dict[TextPart, Tokenizer]:
+    """Load the tokenizer of each text encoder: the folder's own, or CLIP's; raises ModelError."""
+    tokenizers: dict[TextPart, Tokenizer] = {}
+    for name, config in model.text_encoders.items():
+        if model.path.is_dir():
+            folder = name.replace("text_encoder", "tokenizer")
+            tokenizers[name] = Tokenizer.load(model.path / folder)
+        else:
+            tokenizers[name] = Tokenizer.clip(PAD_TOKENS[config.hidden_act])
+    check_tokenizers(model, tokenizers)
+    return tokenizers
+
+
+def check_tokenizers(model: Model, tokenizers: Mapping[TextPart, Tokenizer]) -> None:
+    """Raise ModelError unless every text encoder knows its tokenizer's tokens."""
+    for name, tokenizer in tokenizers.items():
+        encoder = model.text_encoders[name]
+        if tokenizer.max_length > encoder.max_position_embeddings:
+            raise ModelError(
+                f"the tokenizer of {model.path} makes rows of {tokenizer.max_length} tokens and "
+                f"its {name} takes {encoder.max_position_embeddings}; use parts of one model"
+            )
+        if tokenizer.vocab_size > encoder.vocab_size:
+            raise ModelError(
+                f"the tokenizer of {model.path} knows {tokenizer.vocab_size} tokens and its "
+                f"{name} {encoder.vocab_size}; use parts of one model"
+            )
+
+
+def check_text(prompt: object) -> None:
+    """Raise RequestError unless the prompt is a string that can be encoded."""
+    if not isinstance(prompt, str):
+        raise RequestError(f"A prompt came as {type(prompt).__name__}; give a string.")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The prompt holds half a surrogate pair ({prompt[error.start]!a}) at character "
+            f"{error.start}, which is not text; remove it."
+        ) from error
+
+
+def word_splitter() -> tuple[
+    tokenizers.normalizers.Normalizer, tokenizers.pre_tokenizers.PreTokenizer
+]:
+    """Return what makes CLIP's words of a text: the normalizer and the pre-tokenizer."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    splitter = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return normalizer, splitter
+
+
+def build_encoder(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    """Build the library's tokenizer as transformers does, without start, end and padding.
+
+    Raises ValueError, or what the library raises, for parts that do not fit together.
+    """
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import BPE
+
+    encoder = Tokenizer(
+        BPE(
+            vocab=dict(vocabulary.ids),
+            merges=list(vocabulary.merges),
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=vocabulary.named["unk_token"]["content"],
+        )
+    )
+    encoder.normalizer, encoder.pre_tokenizer = word_splitter()
+    encoder.add_tokens([AddedToken(**fields) for fields in vocabulary.registered()])
+    for index, fields in vocabulary.added.items():
+        if encoder.token_to_id(fields["content"]) != index:
+            raise ValueError(f"the added token {fields['content']!r} cannot have the id {index}")
+    return encoder

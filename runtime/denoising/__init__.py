@@ -1,0 +1,1 @@
+"""The loop over the steps, on the processor or on a device."""

@@ -1,0 +1,1 @@
+"""Pictures: files, canvases, tiles, enlargement, previews."""

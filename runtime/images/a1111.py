@@ -1,0 +1,220 @@
+"""Automatic1111's "parameters": the text in a PNG that says what the picture was made with.
+
+    a red apple
+    Negative prompt: blurry
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, Size: 512x512
+
+The prompts come as they are, `<lora:name:weight>` included; the last line holds the rest as
+"name: value", a value as a JSON text where a comma or a colon is in it. Automatic1111, Forge and
+the galleries of pictures read it from a PNG's text chunk of the name `PARAMETERS_KEY`.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import PurePath
+from typing import Any
+
+from engine.errors import RequestError
+from runtime.conditioning.syntax import escape
+from runtime.images.upscaling import MODES
+from runtime.samplers import SAMPLERS, SCHEDULES, TRAINED_TIMESTEPS
+from runtime.samplers.aliases import resolve
+
+__all__ = ["PARAMETERS_KEY", "format_parameters", "parse_parameters"]
+
+PARAMETERS_KEY = "parameters"
+
+# Automatic1111's names; what it lacks keeps ours.
+SAMPLER_LABELS: Mapping[str, str] = {
+    **{name: name.upper() for name in ("ddpm", "ddim", "plms", "lcm", "lms", "dpm2")},
+    **{"euler": "Euler", "euler_a": "Euler a", "heun": "Heun", "dpm2_a": "DPM2 a"},
+    **{"dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "dpmpp_3m_sde": "DPM++ 3M SDE"},
+    **{"dpmpp_sde": "DPM++ SDE", "dpmpp_2s_a": "DPM++ 2S a", "unipc": "UniPC"},
+}
+SCHEDULE_LABELS: Mapping[str | None, str] = {
+    None: "Automatic",
+    "linspace": "Uniform",
+    **{name: name.title() for name in ("karras", "exponential", "beta", "simple")},
+    **{"sgm_uniform": "SGM Uniform", "kl_optimal": "KL Optimal"},
+    "align_your_steps": "Align Your Steps",
+}
+NOISE_LABELS: Mapping[str, str] = {"cpu": "CPU", "cuda": "NV"}  # NV is CUDA's on every machine
+
+_NUMBERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
+    "Steps": ("num_inference_steps", int),
+    "CFG scale": ("guidance_scale", float),
+    "Seed": ("seed", int),
+    "Denoising strength": ("strength", float),
+    "Clip skip": ("clip_skip", int),
+}
+_KNOWN = {*_NUMBERS, "Sampler", "Schedule type", "Size", "Model", "Model hash", "RNG", "Version"}
+_HIRES: Mapping[str, tuple[str, Callable[[str], float]]] = {
+    "Hires upscale": ("scale", float),
+    "Hires steps": ("num_inference_steps", int),
+    "Denoising strength": ("strength", float),
+}
+_OWN_SPACING = ("ddim", "plms", "unipc")  # whatever schedule Automatic1111 writes beside them
+_OTHER_SCHEDULES = {"DDIM": "leading", "Turbo": "trailing"}
+_NEGATIVE = "Negative prompt:"
+_OURS = "latentrt"
+# Possessive, and every stretch up to a comma is read once whether it is a field or not.
+_FIELD = re.compile(
+    r'(?:\s*+([^:,"]++):\s*+("(?:\\.|[^\\"])*+"(?=\s*+(?:,|$))|[^,]*+)|[^,]*+)\s*+(?:,|$)'
+)
+
+
+def format_parameters(settings: Mapping[str, Any]) -> str:
+    """Write settings as Automatic1111 does.
+
+    Prompts that its way of writing would change (a line that begins with "Negative prompt:",
+    blanks at the ends of lines) follow once more in the last line, where it and we read them whole.
+    A prompt that is no syntax is escaped. Settings that it has no name for are left out.
+
+    Args:
+        settings: `prompt` and `sampler`, and any of those that `parse_parameters` returns, with
+            `model` a name or a path, and `latentrt` our version
+
+    Raises:
+        RequestError: the sampler or its schedule is unknown.
+    """
+    prompt, negative = str(settings["prompt"]), str(settings.get("negative_prompt", ""))
+    if not settings.get("prompt_syntax", True):
+        prompt, negative = escape(prompt), escape(negative)
+    text = f"{prompt}\n{_NEGATIVE} {negative}" if negative else prompt
+    fields = [f"{name}: {_quoted(value)}" for name, value in _fields(settings).items()]
+    if _prompts(text) != (prompt, negative):
+        fields += [f"Prompt: {_json(prompt)}", f"{_NEGATIVE} {_json(negative)}"]
+    return f"{text}\n{', '.join(fields)}".strip()
+
+
+def parse_parameters(text: str) -> dict[str, Any]:
+    """Read settings from a text of ours, of Automatic1111 or of Forge; other texts give {}.
+
+    What a field does not say takes Automatic1111's default: noise of its "GPU", CLIP skip 1, and
+    for samplers that step in sigma evenly spaced timesteps. A sampler or schedule that is unknown
+    here keeps its name, so that a request with it is refused and says so; so does an upscaler.
+    Hashes and extensions' fields are left out.
+
+    Returns:
+        those that the text names of prompt, negative_prompt, num_inference_steps, sampler,
+        schedule, guidance_scale, seed, width, height, strength, clip_skip, noise; hires, a
+        dictionary of the fields of `Hires`; and model_name, which names the model but not its file
+    """
+    head, _, last = text.strip().rpartition("\n")
+    fields = {name.strip(): _unquoted(value.strip()) for name, value in _FIELD.findall(last)}
+    if len(fields.keys() & _KNOWN) < 3:
+        return {}
+    prompt, negative = _prompts(head)
+    settings: dict[str, Any] = {
+        "prompt": fields.get("Prompt", prompt),
+        "negative_prompt": fields.get(_NEGATIVE[:-1], negative),
+        "clip_skip": 1,
+        "noise": "cpu" if fields.get("RNG", "").upper() == "CPU" else "cuda",
+    }
+    settings |= _numbers(fields, _NUMBERS)
+    if "Hires upscale" in fields:
+        settings.pop("strength", None)  # of the second run
+        label = fields.get("Hires upscaler", "Latent").lower()
+        settings["hires"] = _numbers(fields, _HIRES) | {"upscaler": MODES.get(label, label)}
+    with suppress(ValueError):
+        settings["width"], settings["height"] = map(int, fields.get("Size", "").split("x"))
+    if "Model" in fields:
+        settings["model_name"] = fields["Model"]
+    if "Sampler" in fields:
+        settings["sampler"], settings["schedule"] = _method(fields)
+    return settings
+
+
+def _numbers(
+    fields: Mapping[str, str], wanted: Mapping[str, tuple[str, Callable[[str], float]]]
+) -> dict[str, Any]:
+    """Read the numbers that are there and are numbers."""
+    found = {}
+    for name, (key, number) in wanted.items():
+        with suppress(KeyError, ValueError):
+            found[key] = number(fields[name])
+    return found
+
+
+def _fields(settings: Mapping[str, Any]) -> dict[str, str | float]:
+    """Name what the last line holds, in Automatic1111's order."""
+    sampler, schedule = resolve(
+        settings["sampler"], settings.get("schedule"), tuple(SAMPLERS), SCHEDULES
+    )
+    scale, model = settings.get("guidance_scale"), settings.get("model")
+    size = (settings.get("width"), settings.get("height"))
+    fields = {
+        "Steps": settings.get("num_inference_steps"),
+        "Sampler": SAMPLER_LABELS.get(sampler, sampler),
+        "Schedule type": SCHEDULE_LABELS.get(schedule, schedule),
+        "CFG scale": scale if isinstance(scale, int | float) else None,  # it knows no curves
+        "Seed": settings.get("seed"),
+        "Size": None if None in size else f"{size[0]}x{size[1]}",
+        "Model": None if model is None else _model_name(str(model)),
+        "Denoising strength": settings.get("strength"),
+        "Clip skip": None if settings.get("clip_skip") == 1 else settings.get("clip_skip"),
+        **_hires_fields(settings.get("hires") or {}),
+        "RNG": NOISE_LABELS[settings.get("noise", "cpu")],
+        "Version": f"{_OURS} {settings.get('latentrt', '')}".strip(),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _hires_fields(hires: Mapping[str, Any]) -> dict[str, Any]:
+    labels = {ours: label.capitalize() for label, ours in MODES.items()}
+    upscaler = str(hires.get("upscaler"))
+    named = {"Hires upscaler": labels.get(upscaler, upscaler.capitalize())} if hires else {}
+    return {name: hires[key] for name, (key, _) in _HIRES.items() if key in hires} | named
+
+
+def _method(fields: Mapping[str, str]) -> tuple[str, str | None]:
+    """Return the sampler and the schedule, by our names where they are known."""
+    sampler, label = fields["Sampler"], fields.get("Schedule type", "")
+    given = _OTHER_SCHEDULES.get(label, label)
+    schedule = None if given in ("", "Automatic") else given
+    try:
+        sampler, schedule = resolve(sampler, schedule, tuple(SAMPLERS), SCHEDULES)
+    except RequestError:
+        return sampler, schedule
+    if fields.get("Version", "").startswith(_OURS):
+        return sampler, schedule
+    if sampler in _OWN_SPACING:
+        return sampler, None
+    if schedule is None and SAMPLERS[sampler] not in TRAINED_TIMESTEPS:
+        return sampler, "linspace"  # its "Automatic" and "Uniform", whatever the model says
+    return sampler, schedule
+
+
+def _prompts(text: str) -> tuple[str, str]:
+    """Split what precedes the last line as Automatic1111 does: stripped line by line."""
+    lines = [line.strip() for line in text.strip().split("\n")]
+    starts = (i for i, line in enumerate(lines) if line.startswith(_NEGATIVE))
+    first = next(starts, len(lines))
+    negative = [line.removeprefix(_NEGATIVE).strip() for line in lines[first:]]
+    return "\n".join(lines[:first]).lstrip("\n"), "\n".join(negative).lstrip("\n")
+
+
+def _model_name(model: str) -> str:
+    """Return the name of a file without its ending, or of a folder."""
+    name = PurePath(model).name or model
+    return name.removesuffix(".safetensors").removesuffix(".ckpt")
+
+
+def _quoted(value: str | float) -> str:
+    text = str(value)
+    if isinstance(value, float) and value.is_integer():
+        text = str(int(value))
+    return _json(text) if re.search(r'[,:"\n]', text) else text
+
+
+def _json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _unquoted(text: str) -> str:
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        with suppress(ValueError):
+            return str(json.loads(text))
+    return text

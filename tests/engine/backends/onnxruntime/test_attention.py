@@ -1,0 +1,97 @@
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from engine.backends.onnxruntime.attention import fuse_attention
+from engine.graphs.graph import SHIPPED, Graph
+from tests.support.tolerances import PARITY_RTOL
+
+GRAPHS = sorted({*SHIPPED.glob("*-float32.onnx*")})
+HEADS, WIDTH = 2, 6  # of a model that is as small as the shapes allow
+KERNEL_RTOL = 10 * PARITY_RTOL  # two kernels that sum in different orders
+
+
+def model(*, mask=False, twice=False, swap=(0, 2, 1, 3), **attributes):
+    """Return a model as tracing writes attention: heads split before it, and joined behind."""
+    sizes = ["B", "n", HEADS * WIDTH]
+    names = ["q", "k", "v"]
+    nodes = [helper.make_node("Concat", ["B", "n", "heads", "width"], ["split"], axis=0)]
+    for name in names:
+        nodes += [
+            helper.make_node("Reshape", [name, "split"], [f"{name}.split"]),
+            helper.make_node("Transpose", [f"{name}.split"], [f"{name}.heads"], perm=swap),
+        ]
+    given = [f"{name}.heads" for name in names] + ["mask"] * mask
+    attributes = {"is_causal": 0, "softcap": 0.0} | attributes
+    nodes += [
+        helper.make_node("Attention", given, ["out.heads"], **attributes),
+        helper.make_node("Transpose", ["out.heads"], ["out.split"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["out.split", "whole"], ["out"]),
+    ]
+    outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, sizes)]
+    if twice:
+        outputs.append(helper.make_tensor_value_info("out.heads", TensorProto.FLOAT, [None] * 4))
+    numbers = {"B": 2, "n": 5, "heads": HEADS, "width": WIDTH}
+    constants = [
+        onnx.numpy_helper.from_array(np.array([number]), name) for name, number in numbers.items()
+    ]
+    constants.append(onnx.numpy_helper.from_array(np.array([0, 0, -1]), "whole"))
+    constants.append(onnx.numpy_helper.from_array(np.tri(5, dtype=bool), "mask"))
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name in names]
+    graph = helper.make_graph(nodes, "attention", inputs, outputs, constants)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    return made.SerializeToString()
+
+
+def operators(data):
+    return Counter(node.op_type for node in onnx.load_model_from_string(data).graph.node)
+
+
+def results(data):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    given = {n: rng.standard_normal((2, 5, HEADS * WIDTH)).astype(np.float32) for n in "qkv"}
+    return session.run(None, given)
+
+
+def test_it_computes_the_same():
+    plain, fused = model(), fuse_attention(model())
+    assert operators(fused)["MultiHeadAttention"] == 1
+    assert not operators(fused)["Attention"]
+    for actual, expected in zip(results(fused), results(plain), strict=True):
+        assert np.linalg.norm(actual - expected) < KERNEL_RTOL * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"is_causal": 1}, {"scale": 0.5}, {"mask": True}, {"twice": True}],
+    ids=["causal", "scaled", "masked", "read by others"],
+)
+def test_what_the_operator_does_not_do_stays(kind):
+    plain = model(**kind)
+    fused = fuse_attention(plain)
+    assert operators(fused) == operators(plain)
+    for actual, expected in zip(results(fused), results(plain), strict=True):
+        assert np.array_equal(actual, expected)
+
+
+def test_heads_that_are_split_otherwise_stay():
+    plain = model(swap=(0, 1, 2, 3))
+    assert operators(fuse_attention(plain)) == operators(plain)
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.name.split(".")[0])
+def test_graphs_that_ship(path):
+    graph = Graph.read(path)
+    before, after = operators(graph.data()), operators(fuse_attention(graph.data()))
+    # A token of a text does not see those behind it, and of pooled text one query is left.
+    pools_text = any(name.startswith("add_embedding.pool") for name in graph.weights)
+    left = before["Attention"] if graph.part == "text_encoder" else int(pools_text)
+    assert after["Attention"] == left
+    assert after["MultiHeadAttention"] == before["Attention"] - left

@@ -1,0 +1,183 @@
+"""Tiny decoders for previews: the published architecture under every name, against diffusers."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import save_file
+
+from engine.backends.base import BackendSettings, open_engine
+from engine.checkpoints.shapes import tensor_shapes
+from engine.checkpoints.tiny_decoder import open_tiny_decoder
+from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.errors import ModelError
+from engine.graphs.graph import SHIPPED, find_graph
+from engine.shipped import find_model
+from runtime import Pipeline
+from tests.support.tolerances import TINY_PIXELS
+
+DECODER = "decoder.layers."
+
+
+@pytest.fixture(scope="module")
+def published():
+    """Give diffusers' TAESD with random weights that keep activations the size they come in."""
+    torch.manual_seed(0)
+    module = AutoencoderTiny().eval()
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter)
+            parameter.data *= 0.7
+        else:
+            torch.nn.init.constant_(parameter, 0.05)
+    return module
+
+
+def original(module):
+    """Name the decoder's tensors as TAESD's own files do."""
+    named = {}
+    for name, value in module.state_dict().items():
+        if name.startswith(DECODER):
+            number, rest = name.removeprefix(DECODER).split(".", 1)
+            named[f"{int(number) + 1}.{rest}"] = value.contiguous()
+    return named
+
+
+def saved(kind, module, folder):
+    if kind == "folder":
+        module.save_pretrained(folder / "taesd")
+        return folder / "taesd"
+    path = folder / f"taesd_decoder.{'pth' if kind == 'pickle' else 'safetensors'}"
+    if kind == "pickle":
+        torch.save(original(module), path)
+    elif kind == "diffusers":
+        save_file(module.state_dict(), path)
+    else:
+        save_file(original(module), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["folder", "diffusers", "original", "pickle"])
+def test_pixels_are_those_of_diffusers(kind, published, tmp_path):
+    config, component = open_tiny_decoder(saved(kind, published, tmp_path))
+    assert config == TinyDecoderConfig()
+    graph = find_graph("preview_decoder", config, "float32", [SHIPPED], tmp_path)
+    engine = open_engine(graph, component, BackendSettings(threads=1))
+    latents = 2 * torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = published.decode(latents).sample.clamp(-1, 1).permute(0, 2, 3, 1).numpy()
+    expected = 127.5 * (expected + 1)
+    assert expected.std() > 20, "a constant picture would show nothing"
+    pixels = engine.run({"latents": latents.numpy()})["pixels"]
+    assert pixels.shape == (2, 40, 64, 3)
+    assert np.abs(pixels - expected).max() <= TINY_PIXELS
+
+
+@pytest.mark.parametrize("blocks", [(3, 3, 3, 1), (1, 2, 1, 3)])
+def test_every_tensor_has_the_shape_of_diffusers(blocks):
+    module = AutoencoderTiny(
+        decoder_block_out_channels=(6,) * 4,
+        num_decoder_blocks=blocks,
+        encoder_block_out_channels=(6,) * 4,
+        latent_channels=5,
+    )
+    config = TinyDecoderConfig.from_dict({**module.config, "_class_name": "AutoencoderTiny"})
+    state = {k: tuple(v.shape) for k, v in module.state_dict().items() if k.startswith("decoder.")}
+    assert tensor_shapes(config) == state
+
+
+def test_a_small_one_of_other_widths_is_read_off_its_file(tmp_path):
+    module = AutoencoderTiny(
+        decoder_block_out_channels=(6,) * 4, num_decoder_blocks=(2, 1, 3, 1), latent_channels=7
+    )
+    config, component = open_tiny_decoder(saved("original", module, tmp_path))
+    assert (config.latent_channels, config.num_decoder_blocks) == (7, (2, 1, 3, 1))
+    assert config.decoder_block_out_channels == (6,) * 4
+    assert np.array_equal(
+        component["decoder.layers.0.weight"], module.decoder.layers[0].weight.detach()
+    )
+
+
+def changed(module, change):
+    tensors = original(module)
+    change(tensors)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("8.conv.2.bias"), "lacks 8.conv.2.bias"),
+        (lambda t: t.update({"8.conv.2.bias": torch.zeros(3)}), "8.conv.2.bias has shape"),
+        (lambda t: t.update({"21.weight": torch.zeros(3)}), "no tiny decoder such as TAESD"),
+        (lambda t: t.update({"3.pool.0.weight": torch.zeros(3)}), "holds 3.pool.0.weight"),
+        (lambda t: t.update({"8.weight": torch.zeros(3)}), "no tiny decoder"),
+        (lambda t: t.pop("1.weight"), "no tiny decoder"),
+        (lambda t: t.clear() or t.update(a=torch.zeros(1)), "no tiny decoder such as TAESD"),
+    ],
+)
+def test_another_file_is_refused_in_one_sentence(change, said, published, tmp_path):
+    path = tmp_path / "other.safetensors"
+    save_file(changed(published, change), path)
+    with pytest.raises(ModelError, match=said) as caught:
+        open_tiny_decoder(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_encoder_is_no_decoder(published, tmp_path):
+    path = tmp_path / "taesd_encoder.safetensors"
+    layers = "encoder.layers."
+    save_file(
+        {k.removeprefix(layers): v for k, v in published.state_dict().items() if layers in k}, path
+    )
+    with pytest.raises(ModelError, match="give a taesd_decoder or taesdxl_decoder file"):
+        open_tiny_decoder(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("it ran",)
+
+
+def test_no_code_of_a_file_is_run(tmp_path, capsys):
+    path = tmp_path / "taesd_decoder.pth"
+    path.write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ModelError):
+        open_tiny_decoder(path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"_class_name": "AutoencoderKL"}, "of the class 'AutoencoderKL'; an AutoencoderTiny's"),
+        ({"act_fn": "silu"}, "act_fn = 'silu'"),
+        ({"scaling_factor": 0.18215}, "scaling_factor = 0.18215"),
+        ({"upsampling_scaling_factor": 4}, "upsampling_scaling_factor = 4"),
+        ({"num_decoder_blocks": [3, 3, 3]}, "4 levels of one width"),
+        ({"decoder_block_out_channels": [64, 64, 64, 32]}, "4 levels of one width"),
+        ({"latent_channels": "4"}, "latent_channels is '4'"),
+    ],
+)
+def test_another_configuration_is_refused(change, said, published, tmp_path):
+    folder = saved("folder", published, tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | change))
+    with pytest.raises(ModelError, match=said):
+        open_tiny_decoder(folder)
+
+
+def test_one_for_other_latents_does_not_fit_the_model(tmp_path):
+    module = AutoencoderTiny(latent_channels=16)
+    path = saved("original", module, tmp_path)
+    with pytest.raises(ModelError, match=r"latents of 16 channels to 8 pixels .* have 4 and 8"):
+        Pipeline.load("pictogram", preview_decoder=path)
+
+
+def test_the_model_folder_stays_below_24_megabytes():
+    files = [path for path in find_model("pictogram").rglob("*") if path.is_file()]
+    assert 20e6 < sum(path.stat().st_size for path in files) <= 24e6

@@ -1,0 +1,172 @@
+"""The loop on a device: the same pictures as on a processor, and what it queues, counted."""
+
+from threading import Thread
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.backends.base import BackendSettings
+from engine.errors import BackendError
+from runtime import Hires, Pipeline, Request
+from tests.support.fake_cuda import FakeDevice, FakeEngine
+from tests.support.pictures import drawing
+
+PARTS = ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder")
+STEPS = 5
+REQUEST = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, "sampler": "euler_a"}
+MASK = Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (32, 0))))
+WISHES = {
+    "plain": {},
+    "several registers": {"sampler": "pndm"},
+    "unguided": {"guidance_scale": 1.0},
+    "guided for a while": {"guidance_interval": (0.0, 0.5), "guidance_scale": (7.0, 3.0)},
+    "other words on the way": {"prompt": "a [red:blue:0.5] apple"},
+    "a batch": {"prompt": ["a dog", "a cat"], "num_images_per_prompt": 2, "sampler": "dpmpp_2m"},
+    "deep features kept": {"cache_interval": 2, "guidance_interval": (0.0, 0.7)},
+    "from an image": {"image": drawing(64, 64), "strength": 0.7},
+    "inpainting": {"image": drawing(64, 64), "mask": MASK},
+    "hires": {"hires": Hires(scale=1.5), "height": 64, "width": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def host():
+    return Pipeline.load(settings=BackendSettings(threads=1))
+
+
+@pytest.fixture
+def device():
+    return FakeDevice()
+
+
+@pytest.fixture
+def pipeline(host, device):
+    found = Pipeline.load(settings=BackendSettings(threads=1))
+    for part in PARTS:
+        found.engines[part] = FakeEngine(host.engine(part), device)
+    return found
+
+
+def pixels(result):
+    return [np.asarray(image) for image in result.images]
+
+
+@pytest.mark.parametrize("name", WISHES)
+def test_pictures_are_those_of_the_processor(host, pipeline, device, name):
+    wishes = REQUEST | WISHES[name]
+    expected = pixels(host(**wishes))
+    for run in range(3):  # call by call, recorded, launched
+        np.testing.assert_array_equal(pixels(pipeline(**wishes)), expected, err_msg=f"run {run}")
+    assert device.counts["replay"] > 0 or "hires" in wishes
+
+
+@pytest.mark.parametrize("name", WISHES)
+def test_every_step_may_be_read_when_all_is_over(host, pipeline, name):
+    request = Request(**REQUEST | WISHES[name])
+    expected, found = ([*p.denoise(p.plan(request))] for p in (host, pipeline))
+    assert len(expected) == len(found)
+    for theirs, ours in zip(expected, found, strict=True):
+        assert (theirs.step, theirs.total) == (ours.step, ours.total)
+        np.testing.assert_array_equal(theirs.latents, ours.latents)
+        np.testing.assert_array_equal(theirs.denoised(), ours.denoised())
+
+
+def test_two_runs_in_turn(host, pipeline):
+    requests = [Request(**REQUEST | {"seed": seed}) for seed in (1, 2)]
+    runs = [pipeline.denoise(pipeline.plan(request)) for request in requests]
+    *_, (first, second) = zip(*runs, strict=True)
+    for request, progress in zip(requests, (first, second), strict=True):
+        *_, expected = host.denoise(host.plan(request))
+        np.testing.assert_array_equal(progress.latents, expected.latents)
+
+
+def test_nothing_waits_between_the_first_step_and_the_picture(pipeline, device):
+    plan = pipeline.plan(Request(**REQUEST))
+    device.counts.clear()
+    pipeline._denoiser.finish(plan)
+    assert device.counts["wait"] == device.counts["download"] == device.counts["run"] == 0
+    pipeline(**REQUEST)
+    device.counts.clear()
+    pipeline(**REQUEST)
+    assert device.counts["download"] == 1, "the pixels"
+
+
+def test_what_is_uploaded_once_a_picture(pipeline, device):
+    pipeline(**REQUEST | {"sampler": "ddim"})
+    device.counts.clear()
+    pipeline(**REQUEST | {"sampler": "ddim"})
+    told = {"context", "guidance", "guidance_rescale", "mask", "noise"}
+    tables = {"matrices", "outside", "timestep", "input_scale"}
+    assert device.counts["upload"] == len({"registers", *told, *tables})
+    assert device.counts["record"] == 1
+    assert device.counts["replay"] == 1
+
+
+def test_another_form_is_recorded_anew_and_its_memory_freed(pipeline, device):
+    for _ in range(2):
+        pipeline(**REQUEST)
+    held = device.allocated
+    for _ in range(2):
+        pipeline(**REQUEST | {"height": 192, "width": 192})
+    for _ in range(2):
+        pipeline(**REQUEST)
+    assert device.counts["record"] == 3
+    assert device.allocated == held
+
+
+def test_recorded_work_is_dropped_with_the_adapters_or_the_shared_memory(host, pipeline, device):
+    for _ in range(2):
+        pipeline(**REQUEST)
+    assert device.counts["record"] == 1
+    pipeline.set_loras([])
+    for _ in range(2):
+        pipeline(**REQUEST)
+    assert device.counts["record"] == 2
+    device.scratch(2**20)
+    expected = pixels(host(**REQUEST))
+    np.testing.assert_array_equal(pixels(pipeline(**REQUEST)), expected)
+    assert device.counts["record"] == 3
+
+
+def test_what_cannot_be_recorded_is_queued_call_by_call(host, pipeline, device, monkeypatch):
+    def refuse(work):
+        device.counts["record"] += 1
+        raise BackendError("the GPU failed")
+
+    monkeypatch.setattr(device, "record", refuse)
+    expected = pixels(host(**REQUEST))
+    for _ in range(3):
+        np.testing.assert_array_equal(pixels(pipeline(**REQUEST)), expected)
+    assert device.counts["record"] == 1
+    assert device.counts["replay"] == 0
+
+
+def test_tables_begin_where_tensors_may(pipeline, device, monkeypatch):
+    seen = []
+    enqueue = FakeEngine.enqueue
+
+    def watch(self, inputs, outputs):
+        seen.extend(array.address for array in (*inputs.values(), *outputs.values()))
+        enqueue(self, inputs, outputs)
+
+    monkeypatch.setattr(FakeEngine, "enqueue", watch)
+    pipeline(**REQUEST | {"prompt": ["a", "b", "c"]})
+    assert len(seen) > STEPS
+    assert not [address for address in seen if address % 256]
+
+
+def test_threads(host, pipeline):
+    found = {}
+
+    def work(seed):
+        for _ in range(3):
+            found[seed] = pixels(pipeline(**REQUEST | {"seed": seed}))
+
+    threads = [Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, pictures in found.items():
+        np.testing.assert_array_equal(pictures, pixels(host(**REQUEST | {"seed": seed})))

@@ -1,0 +1,292 @@
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, PngImagePlugin
+
+from engine.errors import RequestError
+from runtime.conditioning.syntax import parse
+from runtime.images.a1111 import (
+    NOISE_LABELS,
+    PARAMETERS_KEY,
+    SAMPLER_LABELS,
+    SCHEDULE_LABELS,
+    format_parameters,
+    parse_parameters,
+)
+from runtime.images.upscaling import UPSCALERS
+from runtime.noise import MAX_SEED, NOISES
+from runtime.samplers import SAMPLERS, SCHEDULES
+from runtime.samplers.aliases import resolve
+
+# Pieces that look like the syntax of the text, beside any characters.
+LOOKALIKES = ["\n", "Negative prompt:", "Steps: 3, Sampler: Euler", ", ", ": ", '"', "\\", " ", "x"]
+PROMPTS = st.lists(st.sampled_from(LOOKALIKES) | st.text(max_size=5), max_size=8).map("".join)
+SETTINGS = st.fixed_dictionaries(
+    {
+        "prompt": PROMPTS,
+        "negative_prompt": PROMPTS,
+        "sampler": st.sampled_from(sorted(SAMPLERS)),
+        "schedule": st.none() | st.sampled_from(SCHEDULES),
+        "seed": st.integers(0, MAX_SEED),
+        "num_inference_steps": st.integers(1, 1000),
+        "guidance_scale": st.floats(0, 1000),
+        "height": st.integers(8, 8192),
+        "width": st.integers(8, 8192),
+        "clip_skip": st.sampled_from([1, 2]),
+        "noise": st.sampled_from(sorted(NOISES)),
+    },
+    optional={
+        "hires": st.fixed_dictionaries(
+            {
+                "scale": st.floats(1, 8),
+                "strength": st.floats(0, 1, exclude_min=True),
+                "upscaler": st.sampled_from(UPSCALERS),
+            },
+            optional={"num_inference_steps": st.integers(1, 1000)},
+        )
+    },
+)
+PLAIN = {
+    "prompt": "a red apple",
+    "negative_prompt": "blurry",
+    "sampler": "dpmpp_2m",
+    "schedule": "karras",
+    "seed": 1,
+    "num_inference_steps": 20,
+    "guidance_scale": 7.0,
+    "height": 768,
+    "width": 512,
+    "clip_skip": 2,
+    "noise": "cpu",
+    "strength": 0.75,
+}
+
+
+def read_as_automatic1111(text: str) -> dict[str, str]:
+    """Read a text by the rules that Automatic1111's parse_generation_parameters follows."""
+    pattern = r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+    *lines, last = text.strip().split("\n")
+    fields, prompts, which = re.findall(pattern, last), ["", ""], 0
+    assert len(fields) >= 3
+    for line in lines:
+        line = line.strip()
+        if line.startswith("Negative prompt:"):
+            line, which = line[16:].strip(), 1
+        prompts[which] += "\n" + line if prompts[which] else line
+    read = {"Prompt": prompts[0], "Negative prompt": prompts[1]}
+    for name, value in fields:
+        read[name] = json.loads(value) if value[:1] == value[-1:] == '"' else value
+    return read
+
+
+@given(SETTINGS)
+def test_what_is_written_is_read(settings):
+    assert parse_parameters(format_parameters(settings)) == settings
+
+
+@given(SETTINGS)
+def test_automatic1111_reads_what_is_written(settings):
+    read = read_as_automatic1111(format_parameters(settings))
+    assert read["Prompt"] == settings["prompt"]
+    assert read["Negative prompt"] == settings["negative_prompt"]
+    assert int(read["Seed"]) == settings["seed"]
+    assert int(read["Steps"]) == settings["num_inference_steps"]
+    assert float(read["CFG scale"]) == settings["guidance_scale"]
+    assert read["Size"] == f"{settings['width']}x{settings['height']}"
+    assert read["RNG"] in ("CPU", "NV")
+
+
+@given(st.text() | PROMPTS)
+def test_no_text_fails(text):
+    assert isinstance(parse_parameters(text), dict)
+    after = parse_parameters(f"{text}\nSteps: 5, Sampler: {text}, Seed: {text}, Size: {text}")
+    assert isinstance(after, dict)
+
+
+@pytest.mark.parametrize("text", ["a", ':"', "a, ", '"\\', "a:"])
+def test_hostile_texts_are_read_in_one_pass(text):
+    text *= 300_000  # reading each stretch from each of its letters would take half an hour
+    parse_parameters(text)
+    parse_parameters(f"{text}\n{text}Steps: 1, Seed: 2, {text}")
+
+
+def test_a_text_of_ours():
+    settings = {**PLAIN, "model": "models/v1.5, pruned.safetensors", "latentrt": "0.1.0"}
+    assert format_parameters(settings) == (
+        "a red apple\n"
+        "Negative prompt: blurry\n"
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 1, "
+        'Size: 512x768, Model: "v1.5, pruned", Denoising strength: 0.75, Clip skip: 2, '
+        "RNG: CPU, Version: latentrt 0.1.0"
+    )
+    read = parse_parameters(format_parameters(settings))
+    assert read == PLAIN | {"model_name": "v1.5, pruned"}
+
+
+def test_prompts_that_the_format_would_change_come_once_more():
+    settings = {**PLAIN, "prompt": "a\nNegative prompt: b", "negative_prompt": ""}
+    text = format_parameters(settings)
+    assert text.endswith('Prompt: "a\\nNegative prompt: b", Negative prompt: ""')
+    assert "Prompt: " not in format_parameters(PLAIN).replace("Negative prompt", "")
+    assert parse_parameters(text) == settings
+
+
+def test_other_names_of_a_sampler_are_written_as_one():
+    text = format_parameters({"prompt": "a", "sampler": "dpmpp_2m_sde_gpu karras"})
+    assert "Sampler: DPM++ 2M SDE, Schedule type: Karras" in text
+    assert "Size" not in text
+    with pytest.raises(RequestError, match="sampler is 'magic'"):
+        format_parameters({"prompt": "a", "sampler": "magic"})
+
+
+def test_plain_prompts_are_escaped():
+    plain = {**PLAIN, "prompt": "f(x) = [x]", "prompt_syntax": False}
+    read = parse_parameters(format_parameters(plain))
+    assert [piece.text for [piece] in parse(read["prompt"])] == ["f(x) = [x]"]
+
+
+def test_a_curve_of_guidance_is_left_out():
+    assert "CFG scale" not in format_parameters({**PLAIN, "guidance_scale": [7.0, 3.0]})
+
+
+@pytest.mark.parametrize("model", ["pictogram", "a/pictogram", "pictogram.ckpt", "b/pictogram/"])
+def test_models_are_named_without_their_folder(model):
+    assert parse_parameters(format_parameters({**PLAIN, "model": model}))["model_name"] == (
+        "pictogram"
+    )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_label_of_a_sampler_is_understood(sampler):
+    label = SAMPLER_LABELS.get(sampler, sampler)
+    assert resolve(label, None, tuple(SAMPLERS), SCHEDULES) == (sampler, None)
+    assert resolve(f"{label} Karras", None, tuple(SAMPLERS), SCHEDULES) == (sampler, "karras")
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+def test_every_label_of_a_schedule_is_understood(schedule):
+    label = SCHEDULE_LABELS.get(schedule, schedule)
+    assert resolve("euler", label, tuple(SAMPLERS), SCHEDULES) == ("euler", schedule)
+
+
+def test_labels_are_of_what_there_is():
+    assert SAMPLER_LABELS.keys() <= SAMPLERS.keys()
+    assert SCHEDULE_LABELS.keys() <= {None, *SCHEDULES}
+    assert NOISE_LABELS.keys() == NOISES.keys()
+
+
+# Texts of other programs
+
+
+def test_a_text_of_automatic1111():
+    text = (
+        "masterpiece, (castle:1.2), by the sea <lora:ink:0.8>,\nsunset \n"
+        "Negative prompt: blurry, low quality\nbad anatomy\n"
+        "Steps: 28, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 6.5, Seed: 3412345678, "
+        "Size: 640x512, Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, VAE hash: 735e4c3a44, "
+        'VAE: vae-ft-mse.safetensors, Clip skip: 2, Lora hashes: "ink: 1c2d3e4f5a6b, x: 00", '
+        'TI hashes: "bad: 12, worse: 34", Version: v1.10.1\n'
+    )
+    assert parse_parameters(text) == {
+        "prompt": "masterpiece, (castle:1.2), by the sea <lora:ink:0.8>,\nsunset",
+        "negative_prompt": "blurry, low quality\nbad anatomy",
+        "num_inference_steps": 28,
+        "sampler": "dpmpp_2m",
+        "schedule": "karras",
+        "guidance_scale": 6.5,
+        "seed": 3412345678,
+        "width": 640,
+        "height": 512,
+        "clip_skip": 2,
+        "noise": "cuda",
+        "model_name": "v1-5-pruned-emaonly",
+    }
+
+
+def test_a_text_of_an_older_automatic1111_without_negative_prompt():
+    text = (
+        "a cat\nSteps: 20, Sampler: DPM++ 2S a Karras, CFG scale: 7, Seed: 5, Size: 512x512, "
+        "Model hash: 45dee52b, Denoising strength: 0.6, RNG: CPU"
+    )
+    read = parse_parameters(text)
+    assert (read["prompt"], read["negative_prompt"]) == ("a cat", "")
+    assert (read["sampler"], read["schedule"]) == ("dpmpp_2s_a", "karras")
+    assert (read["strength"], read["clip_skip"], read["noise"]) == (0.6, 1, "cpu")
+
+
+def test_a_text_of_forge_with_a_hires_fix():
+    text = (
+        "a cat\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, Schedule type: Automatic, "
+        "CFG scale: 7, Seed: 5, Size: 512x512, Model: xl, Denoising strength: 0.7, RNG: NV, "
+        'Hires prompt: "a cat, large", Hires upscale: 2, Hires upscaler: Latent, '
+        "Version: f2.0.1v1.10.1-previous-665-gae278f79"
+    )
+    read = parse_parameters(text)
+    assert "strength" not in read
+    assert (read["prompt"], read["noise"]) == ("a cat", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("written", "sampler", "schedule"),
+    [
+        ("Sampler: Euler a", "euler_a", "linspace"),
+        ("Sampler: Euler, Schedule type: Automatic", "euler", "linspace"),
+        ("Sampler: Euler, Schedule type: Uniform", "euler", "linspace"),
+        ("Sampler: Euler, Schedule type: SGM Uniform", "euler", "sgm_uniform"),
+        ("Sampler: Heun, Schedule type: DDIM", "heun", "leading"),
+        ("Sampler: Euler, Schedule type: Turbo", "euler", "trailing"),
+        ("Sampler: DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential"),
+        ("Sampler: DPM++ 2M Karras, Schedule type: Automatic", "dpmpp_2m", "karras"),
+        ("Sampler: DDIM, Schedule type: Karras", "ddim", None),
+        ("Sampler: UniPC", "unipc", None),
+        ("Sampler: LCM, Schedule type: Automatic", "lcm", None),
+        ("Sampler: LCM, Schedule type: Karras", "lcm", "karras"),
+        ("Sampler: Restart, Schedule type: Karras", "Restart", "Karras"),
+        ("Sampler: DPM++ 2M Karras, Schedule type: Beta", "DPM++ 2M Karras", "Beta"),
+        ("Sampler: Euler, Schedule type: Polyexponential", "Euler", "Polyexponential"),
+    ],
+)
+def test_samplers_of_automatic1111(written, sampler, schedule):
+    read = parse_parameters(f"a cat\nSteps: 20, {written}, Seed: 5, Version: v1.10.1")
+    assert (read["sampler"], read["schedule"]) == (sampler, schedule)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a cat",
+        "a cat\nNegative prompt: dog",
+        "a: 1, b: 2, c: 3",
+        '{"sui_image_params": {"prompt": "a cat", "steps": 20, "seed": 5}}',
+        "Steps: 20, Seed: 5",
+    ],
+)
+def test_texts_that_are_no_parameters(text):
+    assert parse_parameters(text) == {}
+
+
+def test_fields_that_cannot_be_read_are_left_out():
+    text = f"a\nSteps: many, CFG scale: , Seed: {'9' * 5000}, Size: 5x5x5, Clip skip: 2.5, RNG: ?"
+    assert parse_parameters(text) == {
+        "prompt": "a",
+        "negative_prompt": "",
+        "clip_skip": 1,
+        "noise": "cuda",
+    }
+    quoted = parse_parameters('a\nSteps: 20, Seed: 5, Model: "a\\q", Sampler: "Euler a"')
+    assert (quoted["model_name"], quoted["sampler"]) == ('"a\\q"', "euler_a")
+
+
+@given(PROMPTS)
+def test_a_png_holds_the_text(tmp_path_factory, prompt):
+    settings = {**PLAIN, "prompt": prompt}
+    path = tmp_path_factory.mktemp("png") / "apple.png"
+    chunk = PngImagePlugin.PngInfo()
+    chunk.add_text(PARAMETERS_KEY, format_parameters(settings))
+    Image.new("RGB", (1, 1)).save(path, pnginfo=chunk)
+    with Image.open(path) as file:
+        assert parse_parameters(file.info[PARAMETERS_KEY]) == settings
