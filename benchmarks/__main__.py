@@ -24,7 +24,7 @@ from benchmarks import (
 )
 from benchmarks.ledger import read_report
 from benchmarks.scenarios import SCENARIOS
-from engine.backends.base import PRECISIONS, ComputePrecision
+from engine.backends.settings import PRECISIONS, ComputePrecision
 from engine.errors import LatentrtError
 from engine.store.cache import write_atomically
 
@@ -39,9 +39,12 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a benchmark; return its exit status."""
-    parser = _parser()
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmarks") -> int:
+    """Run a benchmark; return its exit status.
+
+    prog: what the usage calls it
+    """
+    parser = _parser(prog)
     options = parser.parse_args(arguments)
     try:
         if options.benchmark == "report":
@@ -94,8 +97,8 @@ def _write(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="benchmark")
     for name, text in (
         ("prompt", "one prompt as a whole process, and its parts"),

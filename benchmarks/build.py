@@ -17,10 +17,9 @@ from benchmarks.ledger import begin, fill, keep
 from benchmarks.machine import memory, summary
 from benchmarks.scenarios import ENGINES, SCENARIOS
 from benchmarks.worker import once
-from engine.backends.base import ON_GPU, PRECISIONS, BackendSettings, processors
+from engine.backends.settings import ON_GPU, PRECISIONS, BackendSettings, processors
 from engine.errors import RequestError
-from engine.graphs.graph import Precision
-from engine.graphs.signature import Part
+from engine.graphs.graph import Part, Precision
 from engine.model import Model
 
 TRACE_S = 900  # a part's bound

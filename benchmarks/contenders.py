@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from benchmarks.peers import cpp_parts, diffusers_parts, optimum_parts
 from benchmarks.scenarios import ENGINES, MADE, SEED, WHOLE, Parts, Scenario, engine_inputs
-from engine.backends.base import PRECISIONS, BackendSettings
 from engine.backends.openvino.int8 import find_ranges
+from engine.backends.settings import PRECISIONS, BackendSettings
 from engine.engines import ranges_of
 from engine.errors import RequestError
-from engine.graphs.graph import graph_folders
-from engine.graphs.signature import Part
+from engine.graphs.graph import Part, graph_folders
 from engine.model import Model
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, wishes: Mapping[str
     inputs = engine_inputs(scenario, pipeline.model)
 
     def whole() -> NDArray[Any]:
-        pipeline.encoder = pipeline.encoder.forgetful()  # the text is encoded each time
+        pipeline.encoder = pipeline.encoder.without_cache()  # the text is encoded each time
         wished = {**scenario.wishes(), **wishes}
         drawn = pipeline(scenario.prompt, sampler="ddim", seed=SEED, **wished)
         return np.stack([np.asarray(picture) for picture in drawn.images])

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 
 Distance = Callable[[NDArray[np.uint8], NDArray[np.uint8]], float]
 EPSILON = 1e-10  # keeps a position without activation from being divided by nothing

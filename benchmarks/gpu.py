@@ -35,7 +35,7 @@ from benchmarks.ledger import begin, fill, keep
 from benchmarks.nvml import Gpu, PeakMemory, find_gpu
 from benchmarks.scenarios import LONGER_STEPS, PARTS, WHOLE, Scenario
 from benchmarks.worker import Worker
-from engine.backends.base import processors
+from engine.backends.settings import processors
 from engine.errors import RequestError
 
 SIZES = (

@@ -21,10 +21,11 @@ from benchmarks.scenarios import (
     Scenario,
     engine_inputs,
 )
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 
 if TYPE_CHECKING:
-    from engine.devices.device import DeviceArray, DeviceEngine
+    from engine.backends.base import DeviceEngine
+    from engine.devices.device import DeviceArray
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -21,7 +21,7 @@ from benchmarks.flops import request_flops
 from benchmarks.ledger import begin, fill, keep
 from benchmarks.rounds import PEAKS, summarised
 from benchmarks.scenarios import PARTS, WHOLE, Scenario
-from engine.backends.base import processors
+from engine.backends.settings import processors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

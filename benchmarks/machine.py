@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends.base import processors
+from engine.backends.settings import processors
 
 SIDE = 3000  # of the square matrices whose product is timed
 REPEATS = 5

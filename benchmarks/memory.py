@@ -16,7 +16,7 @@ from benchmarks.contenders import CONTENDERS, contenders
 from benchmarks.ledger import begin, fill, keep
 from benchmarks.scenarios import ENGINES, WHOLE, Scenario
 from benchmarks.worker import Worker
-from engine.backends.base import processors
+from engine.backends.settings import processors
 from engine.model import Model
 
 PARTS = tuple(stage for part in ENGINES for stage in (f"open {part}", part))

@@ -17,14 +17,13 @@ import numpy as np
 from benchmarks.flops import count
 from benchmarks.machine import describe, summary
 from benchmarks.prompt import Timed
+from engine.backends.settings import BackendSettings
 from engine.configs.diffusion import AutoencoderConfig
+from engine.engines import Engines
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from export.published import SD1
 from runtime import Pipeline, Plan, Request
-from runtime.denoising.denoiser import Denoiser
-from runtime.samplers.noise_schedule import NoiseSchedule
 
 STEPS = 20
 SAMPLERS = ("ddim", "euler_a", "unipc")  # one register; fresh noise at every step; four registers
@@ -34,7 +33,7 @@ SIDE, TOKENS = 64, 77
 def measure(repeats: int) -> dict[str, Any]:
     """Time the loop of each sampler at both sizes; warm-up: one run."""
     machine = describe()
-    pipeline = Pipeline.load(soon=True)
+    pipeline = Pipeline.load(fast_start=True)
     floor = _step_flops(pipeline) / (machine["peak_gflops"] * 1e9)
     report: dict[str, Any] = {
         "machine": machine,
@@ -82,7 +81,7 @@ def _beside_the_engine(pipeline: Pipeline, plan: Plan) -> float:
     for _ in pipeline.denoise(plan):
         pass
     seconds = time.perf_counter() - start - engine.seconds
-    pipeline.engines["step"] = before
+    pipeline.engines.opened["step"] = before
     return seconds / STEPS
 
 
@@ -100,9 +99,10 @@ def _of_a_large_model(plan: Plan, engine: Idle) -> float:
         width=8 * SIDE,
         conditioning=[{**told, "context": context} for told in plan.conditioning],
     )
-    schedule = NoiseSchedule.from_config(model.scheduler)
-    denoiser = Denoiser(model=model, schedule=schedule, engine=lambda part: engine)  # type: ignore[arg-type, return-value]
+    engines = Engines(model, BackendSettings(backend="cpu"), "float32")
+    engines.opened.update({"step": engine, "vae_decoder": engine})  # type: ignore[dict-item]
+    pipeline = Pipeline(engines, {})
     start = time.perf_counter()
-    for _ in denoiser.run(large):
+    for _ in pipeline.denoise(large):
         pass
     return (time.perf_counter() - start) / STEPS

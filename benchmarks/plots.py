@@ -11,7 +11,7 @@ from benchmarks.contenders import PEAK, REFERENCE
 from benchmarks.quality import LARGEST_DB, REFERENCE_NAME
 from benchmarks.scale import AXES, along
 from benchmarks.scenarios import WHOLE
-from engine.errors import BackendError
+from engine.errors import BackendError, install
 
 PLOTS = Path(__file__).parent.parent / "docs" / "plots"
 OURS = "latentrt, "
@@ -55,9 +55,7 @@ def draw(folder: Path = PLOTS) -> list[Path]:
         import matplotlib as mpl
         import matplotlib.figure
     except ImportError:
-        raise BackendError(
-            "the plots need matplotlib; install the extra 'bench': pip install 'latentrt[bench]'"
-        ) from None
+        raise BackendError(f"the plots need matplotlib; {install('matplotlib', 'bench')}") from None
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for title, plot in DRAWN.items():

@@ -21,7 +21,7 @@ from benchmarks.features import Distance, feature_distance
 from benchmarks.machine import describe, summary
 from benchmarks.match import held_out_match, read_pictograms
 from benchmarks.scenarios import SCENARIOS
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.errors import LatentrtError, RequestError
 from runtime import Pipeline
 from runtime.images.files import psnr

@@ -18,8 +18,8 @@ from benchmarks.ledger import begin, fill, keep
 from benchmarks.machine import memory, summary
 from benchmarks.scenarios import SEED, Scenario, engine_inputs
 from benchmarks.worker import once, timed
-from engine.backends.base import BackendSettings, graph_precision, processors
-from engine.graphs.signature import signature
+from engine.backends.settings import BackendSettings, graph_precision, processors
+from engine.graphs.graph import signature
 
 BATCHES, STEPS = (1, 2, 4), (5, 10, 20, 40)
 SIZES: Mapping[str, tuple[int, ...]] = {
@@ -126,7 +126,7 @@ def drawn(model: str, backend: str, precision: str, point: Mapping[str, int]) ->
     )
 
     def request() -> NDArray[Any]:
-        pipeline.encoder = pipeline.encoder.forgetful()  # the text is encoded each time
+        pipeline.encoder = pipeline.encoder.without_cache()  # the text is encoded each time
         wishes = {**scenario.wishes(), "num_images_per_prompt": chosen.batch, "seed": SEED}
         return np.asarray(pipeline(scenario.prompt, sampler="ddim", **wishes).images[0])
 

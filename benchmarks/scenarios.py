@@ -12,9 +12,8 @@ from benchmarks.diffusers_folder import write_folder
 from benchmarks.load import write_checkpoint
 from benchmarks.random_models import RANDOM_MODELS, write_random
 from engine.errors import RequestError
-from engine.graphs.signature import Part
-from engine.model import Model
-from engine.shipped import find_model
+from engine.graphs.graph import Part
+from engine.model import Model, find_model
 from engine.store.cache import cache_folder
 from runtime.conditioning.tokenizer import load_tokenizers
 

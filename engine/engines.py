@@ -1,33 +1,32 @@
-"""How a model's engines are opened: on which backend, in which precision, from which graphs."""
+"""The engines of one model: on which backend, in which precision, with which adapters."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
-from engine.backends.base import (
+from engine.adapters.adapter import Adapted, AdapterChoice, adapt_model
+from engine.backends.base import Arrays, Engine, EngineSpec, Ranges
+from engine.backends.openvino.int8 import find_ranges, ranges_name
+from engine.backends.registry import BACKENDS
+from engine.backends.settings import (
     DEFAULT,
     ON_GPU,
     PRECISIONS,
-    Arrays,
     BackendSettings,
     ComputePrecision,
-    Engine,
-    Ranges,
     graph_precision,
-    open_engine,
 )
-from engine.backends.openvino.int8 import find_ranges, ranges_name
-from engine.backends.tensorrt.library import LIBRARIES
 from engine.checkpoints.component import ComponentName
 from engine.checkpoints.shapes import tensor_shapes
-from engine.errors import BackendError
-from engine.graphs.graph import Graph, find_graph, graph_folders
-from engine.graphs.signature import Part
-from engine.model import Model
+from engine.errors import BackendError, ModelError
+from engine.graphs.graph import Graph, Part, find_graph, graph_folders
+from engine.model import COMPONENTS, Model
 
 SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a picture takes
 # The parts whose layers compute in int8, each with the component that has its weights. (A shallow
@@ -35,15 +34,32 @@ SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a p
 QUANTIZED: Mapping[Part, ComponentName] = {"step": "unet", "vae_decoder": "vae"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Opener:
-    """Opens the parts of a model; ranges: of the inputs of its layers, in int8."""
+class Engines:
+    """The engines of a model's parts, each opened when it is first asked for, and kept.
 
-    model: Model
-    folders: Sequence[Path]
-    settings: BackendSettings
-    precision: ComputePrecision
-    ranges: Ranges | None
+    settings, precision: how they run, with nothing left open
+    ranges: of the inputs of the layers that compute in int8
+    folders: where graphs are looked for
+    opened: the engines that are open
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: BackendSettings,
+        precision: ComputePrecision,
+        *,
+        ranges: Ranges | None = None,
+        folders: Sequence[Path] = (),
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.precision = precision
+        self.ranges = ranges
+        self.folders = folders
+        self.opened: dict[Part, Engine] = {}
+        self._adapted: Mapping[ComponentName, Adapted] = {}
+        self._closed = False
 
     @classmethod
     def choose(
@@ -53,7 +69,7 @@ class Opener:
         graphs: Path | None = None,
         settings: BackendSettings | None = None,
         precision: ComputePrecision | None = None,
-        soon: bool = False,
+        fast_start: bool = False,
     ) -> Self:
         """Choose what is left open: the backend of the settings, and the precision, where None.
 
@@ -61,8 +77,8 @@ class Opener:
         it, bfloat16 where the processor computes in it, float32. By `python -m benchmarks quality`
         half of bfloat16's pictures are within 48 dB of float32's, and half of int8's within 34.
 
-        soon: whether it matters more that engines open soon, as ONNX Runtime's do; only for a
-            small model, whose pictures take no longer than that
+        fast_start: whether it matters more that engines open soon, as ONNX Runtime's do; only for
+            a small model, whose pictures take no longer than that
         Raises BackendError.
         """
         settings, folders = settings or BackendSettings(), graph_folders(graphs)
@@ -71,7 +87,7 @@ class Opener:
             settings = replace(settings, backend=next(offering, None))
         if settings.backend is None:
             # Asking what OpenVINO can do takes 50 ms, so it comes last.
-            fast = not (soon and _is_small(model)) and "BF16" in capabilities()
+            fast = not (fast_start and _is_small(model)) and "BF16" in capabilities()
             settings = replace(settings, backend="openvino" if fast else "cpu")
         if precision is None:
             fast = settings.backend == "openvino" and "BF16" in capabilities()
@@ -88,26 +104,44 @@ class Opener:
                     f"and nobody has looked yet; run `python -m runtime.calibration {model.path}` "
                     "once, or choose another precision"
                 )
-        return cls(
-            model=model,
-            folders=folders,
-            settings=settings,
-            precision=precision,
-            ranges=ranges,
-        )
+        return cls(model, settings, precision, ranges=ranges, folders=folders)
 
     def graph(self, part: Part) -> Graph:
         """Find a part's graph; raises GraphError."""
         precision = graph_precision(self.settings, self.precision)
         return find_graph(part, self.model.config(part), precision, self.folders, self.model.path)
 
-    def require_memory(
-        self, parts: Collection[Part], opened: Collection[Part], **sizes: int
-    ) -> None:
+    def engine(self, part: Part) -> Engine:
+        """Return a part's engine, opening it at the first call.
+
+        Raises ModelError, GraphError or BackendError.
+        """
+        if part not in self.opened:
+            if self._closed:
+                raise BackendError(f"the engines of {self.model.path} were closed; load it again")
+            name = COMPONENTS[part]
+            found = self.model.component(name)
+            with self._naming_the_model():
+                self.opened[part] = self.open(part, self._adapted.get(name) or found)
+            found.weights.release()
+        return self.opened[part]
+
+    def open(self, part: Part, weights: Arrays) -> Engine:
+        """Open a part with its weights; raises GraphError, ModelError or BackendError."""
+        spec = EngineSpec(
+            graph=self.graph(part),
+            weights=weights,
+            settings=self.settings,
+            precision=self.precision,
+            ranges=self.ranges,
+            model=self.model,
+        )
+        return _open(spec)
+
+    def require_memory(self, parts: Collection[Part], **sizes: int) -> None:
         """Raise BackendError when a request does not fit into a GPU's memory.
 
-        parts: that it needs; opened: of these, those whose engines are open
-        sizes: fields of `engine.backends.memory_estimate.Sizes`
+        parts: that it needs; sizes: fields of `engine.backends.memory_estimate.Sizes`
         """
         if self.settings.backend not in ON_GPU:
             return
@@ -116,16 +150,79 @@ class Opener:
 
         graphs = {part: self.graph(part) for part in parts}
         configs = {part: self.model.config(part) for part in parts}
+        opened = [part for part in parts if part in self.opened]
         require_memory(find_device(), graphs, configs, Sizes(**sizes), opened)
 
-    def __call__(self, part: Part, weights: Arrays) -> Engine:
-        """Open a part with its weights; raises GraphError, ModelError or BackendError."""
-        graph = self.graph(part)
-        if self.settings.backend in LIBRARIES:
-            from engine.backends.tensorrt.engine_set import open_ladder
+    def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
+        """Put these adapters on in place of those that are on.
 
-            return open_ladder(self.model, part, graph, weights, self.settings)
-        return open_engine(graph, weights, self.settings, self.precision, self.ranges)
+        loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice; none gives the base back
+        Raises ModelError when one does not fit, and then the adapters stay as they were.
+        """
+        if not loras and not self._adapted:
+            return
+        adapted = adapt_model(self.model, loras)
+        self._rebind(adapted)
+        for weights in adapted.values():
+            weights.release()
+
+    def close(self) -> None:
+        """Let go of all engines with their memory; nothing can be opened any more."""
+        self._closed = True
+        self.opened.clear()
+        self._adapted = {}
+
+    def _rebind(self, adapted: Mapping[ComponentName, Adapted]) -> None:
+        """Hand the weights that differ to the open engines: to all of them or, failing, to none."""
+        before, changed = self._adapted, []
+        try:
+            for part, engine in self.opened.items():
+                if (name := COMPONENTS[part]) in adapted:
+                    old = before.get(name)
+                    touched = adapted[name].touched | (old.touched if old else frozenset())
+                    changed.append((engine, old or adapted[name].base, touched))
+                    with self._naming_the_model():
+                        engine.rebind(adapted[name], touched)
+        except BaseException:
+            for engine, former, touched in changed:
+                engine.rebind(former, touched)
+            raise
+        self._adapted = adapted
+
+    @contextmanager
+    def _naming_the_model(self) -> Iterator[None]:
+        """Say whose weights an engine refuses; it sees arrays and no files."""
+        try:
+            yield
+        except (BackendError, ModelError) as error:
+            raise type(error)(f"{self.model.path}: {error}") from error
+
+
+def open_engine(
+    graph: Graph,
+    weights: Arrays,
+    settings: BackendSettings,
+    precision: ComputePrecision | None = None,
+    ranges: Ranges | None = None,
+) -> Engine:
+    """Bind weights to a graph that comes without a model, and make it ready.
+
+    precision: what to compute in, from a graph of `graph_precision`; None computes in the graph's
+    ranges: of the inputs of those layers that compute in int8, when that is the precision
+    Raises BackendError, GraphError or ModelError.
+    """
+    precision = precision or graph.precision
+    graph_precision(settings, precision)
+    return _open(
+        EngineSpec(
+            graph=graph, weights=weights, settings=settings, precision=precision, ranges=ranges
+        )
+    )
+
+
+def _open(spec: EngineSpec) -> Engine:
+    engine: Engine = import_module(BACKENDS[spec.settings.backend or DEFAULT]).open_engine(spec)
+    return engine
 
 
 @cache

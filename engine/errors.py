@@ -18,6 +18,7 @@ __all__ = [
     "OutputError",
     "RequestError",
     "first_line",
+    "install",
 ]
 
 
@@ -48,3 +49,9 @@ class OutputError(LatentrtError, OSError):
 def first_line(error: Exception) -> str:
     """Make one line of what a library says, for the message of an error of ours."""
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+
+
+def install(packages: str, extra: str) -> str:
+    """Say how to install what is missing: its packages, or this project's extra in a clone."""
+    clone = f"in a clone of Latentrt `pip install '.[{extra}]'`"
+    return f"install it with `pip install {packages}` ({clone})"

@@ -4,28 +4,33 @@ It comes as a folder in diffusers' layout or as one file in the layout of the or
 code. Neither is converted: the parts' weights are found under their graphs' names on access.
 """
 
+import difflib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from engine.checkpoints.component import Component, ComponentName, diffusers_component
-from engine.checkpoints.families import EMBEDDED_GUIDANCE, Context
+from engine.checkpoints.families import EMBEDDED_GUIDANCE, Context, Family, Variant
 from engine.checkpoints.formats.files import open_weights
-from engine.checkpoints.single_file import Checkpoint, open_vae
+from engine.checkpoints.parts import TEXT_ENCODER_PLACES
+from engine.checkpoints.single_file import open_vae, read_file
 from engine.checkpoints.tiny_decoder import open_tiny_decoder
+from engine.checkpoints.unsupported import foreign_channels
 from engine.configs.diffusion import (
     XL_SCALING_FACTOR,
     AutoencoderConfig,
     Config,
     TextEncoderConfig,
+    TinyDecoderConfig,
     UNetConfig,
     read_json,
 )
-from engine.configs.tiny_decoder import TinyDecoderConfig
 from engine.errors import ModelError
-from engine.graphs.signature import Part, TextPart
+from engine.graphs.graph import Part, TextPart
+from engine.shipped import MODELS
 
 # The component of a model that holds a part's architecture and weights.
 COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
@@ -48,6 +53,7 @@ PIPELINES = tuple(
 ADVICE: Mapping[ComponentName, str] = MappingProxyType(
     {"vae": "give one with --vae", "preview_decoder": "give one with --preview-decoder FILE"}
 )
+WHOLE = "use a file of the whole model"
 C = TypeVar("C", bound=Config)
 
 
@@ -62,6 +68,7 @@ class Model:
     zeros_for_empty_prompt: whether an empty negative prompt stands for a text of zeros, as in XL
     steps, guidance_scale: what the authors of a distilled model recommend
     notes: what was concluded of a file from more than its weights, a sentence each
+    family, variant: of a file, told by its tensors' names and shapes, and by what it says of itself
     given: what `open` was given beside the path, from which another process opens the same
     """
 
@@ -74,6 +81,8 @@ class Model:
     steps: int | None = None
     guidance_scale: float | None = None
     notes: tuple[str, ...] = ()
+    family: Family | None = None
+    variant: Variant | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -85,26 +94,39 @@ class Model:
         vae: Path | None = None,
         preview_decoder: Path | None = None,
     ) -> Self:
-        """Read a model's folder or file; raises ModelError when it is not one that can be run.
+        """Read a whole model; raises ModelError when it is not one that can be run.
 
+        path: a folder or a file
         prediction_type: instead of what the model says or is taken to be
         vae: a file or folder of another autoencoder, instead of the model's own
         preview_decoder: one of a tiny decoder such as TAESD's, instead of the model's own if any
         """
-        if path.is_dir():
-            model = cls._from_folder(path, needs_vae=vae is None)
-            if prediction_type is not None:
-                scheduler = {**model.scheduler, "prediction_type": prediction_type}
-                model = replace(model, scheduler=scheduler)
-        else:
-            model = cls._from_file(path, prediction_type)
+        model = cls.read(path, prediction_type, needs_vae=vae is None)
         if vae is not None:
             model = model._with_vae(vae)
         if preview_decoder is not None:
             model = model._with_preview_decoder(preview_decoder)
-        model._check_widths()
+        model._check_whole()
         given = {"prediction_type": prediction_type, "vae": vae, "preview_decoder": preview_decoder}
         return replace(model, given=MappingProxyType(given))
+
+    @classmethod
+    def read(
+        cls, path: Path, prediction_type: str | None = None, *, needs_vae: bool = False
+    ) -> Self:
+        """Read what is there of a model, which may lack its autoencoder or text encoders.
+
+        Raises ModelError when it is none, or its parts do not belong together.
+        """
+        if path.is_dir():
+            model = cls._from_folder(path, needs_vae=needs_vae)
+            if prediction_type is not None:
+                scheduler = {**model.scheduler, "prediction_type": prediction_type}
+                model = replace(model, scheduler=scheduler)
+        else:
+            model = cls(path=path, **read_file(path, prediction_type))
+        model._check_widths()
+        return model
 
     @classmethod
     def _from_folder(cls, path: Path, *, needs_vae: bool) -> Self:
@@ -145,21 +167,6 @@ class Model:
             sample_size=sample_size,
             zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", "XL" in kind)),
             guidance_scale=EMBEDDED_GUIDANCE if config.time_cond_proj_dim else None,
-        )
-
-    @classmethod
-    def _from_file(cls, path: Path, prediction_type: str | None) -> Self:
-        file = Checkpoint.open(path, prediction_type)
-        return cls(
-            path=path,
-            configs=file.configs,
-            find=file.component,
-            scheduler=file.scheduler,
-            sample_size=file.sample_size,
-            zeros_for_empty_prompt=file.family.name == "xl",
-            steps=file.variant.steps[1] if file.variant else None,
-            guidance_scale=file.variant.guidance_scale if file.variant else None,
-            notes=file.notes,
         )
 
     def _with_vae(self, path: Path) -> Self:
@@ -231,32 +238,68 @@ class Model:
 
     def weights(self, part: Part) -> Component:
         """Open the weights of a part, memory-mapped; raises ModelError."""
-        return self.find(COMPONENTS[part])
+        return self.component(COMPONENTS[part])
+
+    def component(self, name: ComponentName) -> Component:
+        """Open a component's weights, memory-mapped; raises ModelError, also if it has none."""
+        self._config(name, Config)
+        return self.find(name)
 
     def _config(self, name: ComponentName, kind: type[C]) -> C:
         if name not in self.configs:
-            advice = ADVICE.get(name, "use a file of the whole model")
-            raise ModelError(f"{self.path} holds no {name}; {advice}")
+            raise ModelError(f"{self.path} holds no {name}; {ADVICE.get(name, WHOLE)}")
         config = self.configs[name]
         assert isinstance(config, kind)
         return config
 
     def _check_widths(self) -> None:
-        unet, latent = self.unet, self.vae.latent_channels
+        """Raise ModelError unless the parts that are there fit together."""
+        unet, latent = self.unet, self.unet.out_channels
+        if "vae" in self.configs:
+            latent = self.vae.latent_channels
         if unet.out_channels != latent:
             raise ModelError(
-                f"the UNet of {self.path} gives {unet.out_channels} channels and its autoencoder "
-                f"takes {latent}; use parts of one model"
+                f"{self.path} has a UNet that makes {unet.out_channels} channels and an "
+                f"autoencoder that takes {latent}; use parts of one model"
             )
         if unet.in_channels not in (latent, 2 * latent + 1):
-            raise ModelError(
-                f"the UNet of {self.path} takes {unet.in_channels} channels; supported are "
-                f"{latent}, the latent's, and {2 * latent + 1} of an inpainting model"
-            )
+            raise foreign_channels(self.path, unet.in_channels, latent)
+        places = TEXT_ENCODER_PLACES[self.family.name] if self.family else self.text_encoders
+        if len(self.text_encoders) == len(places):
+            self._check_texts()
+
+    def _check_whole(self) -> None:
+        """Raise ModelError unless all parts are there."""
+        self._check_widths()  # once more, with the autoencoder that was given
+        self._config("vae", AutoencoderConfig)
+        self._check_texts()
+
+    def _check_texts(self) -> None:
         widths = [config.hidden_size for config in self.text_encoders.values()]
-        if unet.cross_attention_dim != sum(widths):
+        if self.unet.cross_attention_dim != sum(widths):
             raise ModelError(
-                f"the UNet of {self.path} attends to {unet.cross_attention_dim} values and its "
-                f"text encoders make {' and '.join(map(str, widths)) or 'none'}; "
-                "use parts of one model, all of them"
+                f"{self.path} has a UNet that attends to {self.unet.cross_attention_dim} values "
+                f"and text encoders that make {' and '.join(map(str, widths)) or 'none'}; use "
+                "parts of one model, all of them"
             )
+
+
+def shipped_models() -> list[str]:
+    """Return the names of the models that ship."""
+    return sorted(path.parent.name for path in MODELS.glob("*/model_index.json"))
+
+
+def find_model(model: str | Path) -> Path:
+    """Return a model's folder or file, given its name or the path itself; raises ModelError."""
+    path = Path(model)
+    with suppress(OSError):  # a name longer than the system allows, a folder that is closed to us
+        if path.is_dir() or path.is_file():
+            return path
+    if str(model) in shipped_models():
+        return MODELS / str(model)
+    close = difflib.get_close_matches(str(model), shipped_models(), n=1)
+    raise ModelError(
+        f"the model {str(model)!r} is neither a folder or file nor one that ships "
+        f"({', '.join(shipped_models()) or 'none'}); "
+        + (f"did you mean {close[0]!r}?" if close else "give the path of a folder or file")
+    )

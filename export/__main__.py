@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import get_args
 
 from engine.errors import LatentrtError, OutputError
-from engine.graphs.graph import SHIPPED, Precision
-from engine.model import COMPONENTS, Model
-from engine.shipped import find_model
+from engine.graphs.graph import Precision
+from engine.model import COMPONENTS, Model, find_model
+from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
 from engine.store.eviction import cache_limit, parse_size
 from export.cache import as_json, as_text, list_cache, prune_cache
@@ -30,11 +30,15 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m export") -> int:
+    """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
+
+    prog: what the usage calls it
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given and given[0] in _COMMANDS else "model"
-    options = _PARSERS[command]().parse_args(given if command == "model" else given[1:])
+    named = prog if command == "model" else f"{prog} {command}"
+    options = _PARSERS[command](named).parse_args(given if command == "model" else given[1:])
     try:
         _COMMANDS[command](options)
     except LatentrtError as error:
@@ -109,9 +113,9 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _model_parser() -> argparse.ArgumentParser:
+def _model_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export",
+        prog=prog,
         description="Trace a model's parts to ONNX graphs and check each against torch, or build "
         "engines of them.",
         epilog="also: python -m export info FILE (what a file is), python -m export cache, "
@@ -127,9 +131,9 @@ def _model_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _language_model_parser() -> argparse.ArgumentParser:
+def _language_model_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export language-model",
+        prog=prog,
         description="Trace a GPT-2 to an ONNX graph with its cache and check it against torch.",
     )
     parser.add_argument(
@@ -163,9 +167,9 @@ def _add_parts(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def _info_parser() -> argparse.ArgumentParser:
+def _info_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export info",
+        prog=prog,
         description="Say what a file is: a checkpoint, an autoencoder, a LoRA or its kin, a "
         "textual inversion. Nothing in it is run.",
     )
@@ -176,9 +180,9 @@ def _info_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cache_parser() -> argparse.ArgumentParser:
+def _cache_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export cache",
+        prog=prog,
         description="List what the cache holds: what it is, its size and when it was last used.",
     )
     parser.add_argument(
@@ -196,13 +200,13 @@ def _cache_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _graphs_parser() -> argparse.ArgumentParser:
+def _graphs_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m export graphs",
+        prog=prog,
         description="Trace the published architectures without weights; minutes, not gigabytes.",
     )
     parser.add_argument(
-        "--out", type=Path, default=SHIPPED, metavar="FOLDER", help="(default: %(default)s)"
+        "--out", type=Path, default=GRAPHS, metavar="FOLDER", help="(default: %(default)s)"
     )
     _add_parts(parser, "all that ship")
     return parser

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 
-from engine.backends.base import BackendSettings, graph_precision
-from engine.backends.tensorrt.build import LEVELS, BuildSettings
+from engine.backends.settings import BackendSettings, graph_precision
+from engine.backends.tensorrt.build_request import LEVELS, BuildSettings
 from engine.backends.tensorrt.library import LIBRARIES, parse_targets
 from engine.backends.tensorrt.profiles import TOKENS, Profile, Range, parse_range
 from engine.errors import BackendError

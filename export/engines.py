@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+from engine.adapters.adapter import adapt_model
 from engine.backends.base import Arrays
-from engine.backends.tensorrt.build import BuildProgress, BuildSettings, Built, build
+from engine.backends.tensorrt.build import BuildProgress, Built, build
+from engine.backends.tensorrt.build_request import BuildSettings
 from engine.backends.tensorrt.engine_store import EngineStore, weights_hash
 from engine.backends.tensorrt.facts import build_request, engine_facts, require_to_build
 from engine.backends.tensorrt.profiles import relevant
 from engine.devices.cuda import find_device
 from engine.errors import GraphError
-from engine.graphs.graph import Graph, Precision, find_graph, graph_folders
-from engine.graphs.signature import Part
-from engine.loaded import adapted_weights
+from engine.graphs.graph import Graph, Part, Precision, find_graph, graph_folders
 from engine.model import COMPONENTS, Model
 from engine.store.cache import cache_folder
 
@@ -97,7 +97,7 @@ def _build_part(
 def _hash(model: Model, part: Part, graph: Graph, loras: Sequence[str]) -> str:
     """Hash the weights of a part as the runtime will hash those that it binds."""
     name = COMPONENTS[part]
-    adapted = adapted_weights(model, loras) if loras else {}
+    adapted = adapt_model(model, loras) if loras else {}
     weights: Arrays = adapted.get(name) or model.weights(part)
     return weights_hash({name: weights[name] for name in graph.weights})
 

@@ -10,9 +10,8 @@ from engine.adapters.adapter import read_adapter
 from engine.adapters.textual_inversion import read_embedding
 from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.formats.files import Weights, open_weights
-from engine.checkpoints.single_file import Checkpoint, open_vae
-from engine.model import Model
-from engine.shipped import find_model
+from engine.checkpoints.single_file import open_vae
+from engine.model import Model, find_model
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -49,18 +48,19 @@ def _kind(weights: Weights) -> str:
 
 
 def _checkpoint(path: Path, weights: Weights) -> dict[str, Any]:
-    file = Checkpoint.open(path)
+    file = Model.read(path)
+    assert file.family is not None
     facts = {
         "kind": "model",
         "file": str(path),
         "layout": "one file in the original layout",
         "family": file.family.title,
         "variant": file.variant.name if file.variant else None,
-        "inpainting": file.inpainting,
+        "inpainting": file.is_inpainting,
         "prediction_type": file.scheduler["prediction_type"],
         "picture": f"{file.sample_size * 8} × {file.sample_size * 8}",
     }
-    components = {str(name): part.shapes for name, part in file.components.items()}
+    components = {str(name): file.component(name).shapes for name in file.configs}
     return facts | _numbers(weights, components) | {"notes": list(file.notes)}
 
 

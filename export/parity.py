@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
 from engine.configs.gpt2 import GPT2Config
+from engine.engines import open_engine
 from engine.errors import GraphError
-from engine.graphs.graph import Graph, Precision
-from engine.graphs.signature import SIGNATURES, Part
+from engine.graphs.graph import SIGNATURES, Graph, Part, Precision
 from export.tracing import TracedPart, example_inputs, latent_multiple
 
 # Relative error (norm of the difference over the norm of the module's output) that is allowed.

@@ -1,7 +1,7 @@
 """The four graphs as modules: a reference module with what belongs to it at its borders.
 
 What an app hands over and gets back is float32, int64 or uint8 whatever the module computes in;
-the casts are in the graph. Names and shapes are those of `engine.graphs.signature`.
+the casts are in the graph. Names and shapes are those of `engine.graphs.graph`.
 """
 
 import torch

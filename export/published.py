@@ -8,10 +8,10 @@ from engine.configs.diffusion import (
     AutoencoderConfig,
     Config,
     TextEncoderConfig,
+    TinyDecoderConfig,
     UNetConfig,
 )
-from engine.configs.tiny_decoder import TinyDecoderConfig
-from engine.graphs.signature import Part
+from engine.graphs.graph import Part
 
 INPAINTING_CHANNELS = 9  # the latent, the mask and the masked picture's latents
 LCM_GUIDANCE_CHANNELS = 256  # of the embedded guidance scale that an LCM's UNet is told

@@ -20,12 +20,11 @@ from engine.configs.diffusion import (
     AutoencoderConfig,
     Config,
     TextEncoderConfig,
+    TinyDecoderConfig,
     UNetConfig,
 )
 from engine.configs.gpt2 import GPT2Config
-from engine.configs.tiny_decoder import TinyDecoderConfig
-from engine.graphs.graph import METADATA_KEY, Precision
-from engine.graphs.signature import Part, signature
+from engine.graphs.graph import METADATA_KEY, Part, Precision, signature
 from export.islands import computed_in, keep_float32
 from export.modules.autoencoder import Autoencoder
 from export.modules.clip import TextEncoder

@@ -13,8 +13,7 @@ from torch import nn
 from engine.checkpoints.gpt2 import LanguageModel
 from engine.configs.diffusion import Config
 from engine.errors import ModelError
-from engine.graphs.graph import COMPRESSED, Precision, graph_name
-from engine.graphs.signature import Part
+from engine.graphs.graph import COMPRESSED, Part, Precision, graph_name
 from engine.model import Model
 from engine.store.cache import write_atomically
 from export.parity import check

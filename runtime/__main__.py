@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from engine.backends.base import ON_GPU, BackendSettings
-from engine.errors import LatentrtError
-from runtime.images.files import check_output, write_image
+from engine.backends.settings import ON_GPU, BackendSettings
+from engine.errors import LatentrtError, RequestError
+from runtime.images.files import check_output, read_image, write_image
 from runtime.images.previews import (
     Preview,
     check_animation,
@@ -20,19 +20,23 @@ from runtime.images.previews import (
     side_by_side,
     write_animation,
 )
-from runtime.options import MODEL_OPTIONS, OWN, parse, request_of
+from runtime.options import FIELDS, HIRES, MODEL_OPTIONS, OWN, parse
 from runtime.pipeline import Pipeline
 from runtime.plan import Array
+from runtime.request import Hires, Request
 
 USER_ERROR = 2
 INTERRUPTED = 130
 BAR_WIDTH = 30
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime") -> int:
+    """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
+
+    prog: what the usage calls it
+    """
     try:
-        _draw(parse(arguments))
+        _draw(parse(arguments, prog))
     except LatentrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -51,7 +55,7 @@ def _draw(options: argparse.Namespace) -> None:
     )
     if options.expand:
         options.prompt = _expanded(options, backend)
-    request = request_of(options)
+    request = _request(options)
     tiny = options.preview_decoder
     pipeline = Pipeline.load(
         options.model,
@@ -63,11 +67,10 @@ def _draw(options: argparse.Namespace) -> None:
         graphs=options.graphs,
         precision=options.precision,
         settings=backend,
-        soon=True,
+        fast_start=True,
     )
-    if pipeline.opener:  # what was chosen makes the same picture again
-        chosen = pipeline.opener
-        options.backend, options.precision = chosen.settings.backend, chosen.precision
+    chosen = pipeline.engines  # what was chosen makes the same picture again
+    options.backend, options.precision = chosen.settings.backend, chosen.precision
     building = ["engines that the cache lacks are built first, which takes up to minutes each"]
     for note in (*pipeline.model.notes, *(building if options.build_missing else ())):
         print(f"note: {note}", file=sys.stderr)
@@ -81,7 +84,7 @@ def _draw(options: argparse.Namespace) -> None:
         _show_progress(progress.step, progress.total)
         if options.animation or progress.step in shown:
             watched[progress.step] = progress.denoised()
-    pictures = pipeline.pictures(plan, progress.latents)
+    pictures = pipeline.finish(plan, pipeline.decode(progress.latents))
     for picture, path, settings in zip(pictures, paths, plan.settings, strict=True):
         write_image(picture, path, {**settings, **_of_the_model(options)})
         print(path)
@@ -92,6 +95,20 @@ def _draw(options: argparse.Namespace) -> None:
         if plan.calls in frames:
             frames[plan.calls] = pictures
         _write_watched(options, frames, shown, paths[0])
+
+
+def _request(options: argparse.Namespace) -> Request:
+    """Make the request; reads the pictures. Raises RequestError."""
+    given = {name: getattr(options, name) for name in FIELDS}
+    for name in ("strength", "mask", "extend"):
+        if getattr(options, name) is not None and not options.image:
+            raise RequestError(f"--{name} came without --image; give the picture to start from")
+    for name in ("image", "mask"):
+        given[name] = read_image(given[name]) if given[name] else None
+    if options.hires_scale is not None:
+        hires = {f: getattr(options, name) for name, f in HIRES.items()}
+        given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
+    return Request(**given)
 
 
 def _expanded(options: argparse.Namespace, backend: BackendSettings) -> str:

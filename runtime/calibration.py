@@ -14,21 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.backends.base import (
-    Arrays,
-    BackendSettings,
-    ComputePrecision,
-    Engine,
-    Ranges,
-    open_engine,
-)
+from engine.backends.base import Arrays, Engine, Ranges
 from engine.backends.openvino.int8 import write_ranges
-from engine.engines import QUANTIZED, capabilities, ranges_of
+from engine.backends.settings import BackendSettings, ComputePrecision
+from engine.engines import QUANTIZED, Engines, capabilities, ranges_of
 from engine.errors import LatentrtError
-from engine.graphs.graph import Graph, find_graph, graph_folders
-from engine.graphs.signature import Part
-from engine.model import Model
-from engine.shipped import find_model
+from engine.graphs.graph import Part, graph_folders
+from engine.model import Model, find_model
 from runtime.conditioning.tokenizer import load_tokenizers
 from runtime.images.files import psnr
 from runtime.pipeline import Pipeline
@@ -57,6 +49,27 @@ class Calibrated:
     decoder_db: float
 
 
+class ObservingEngines(Engines):
+    """Engines of which those with layers for int8 remember how large their inputs became."""
+
+    def open(self, part: Part, weights: Arrays) -> Engine:
+        """Open a part; see `Engines`."""
+        if part not in QUANTIZED:
+            return super().open(part, weights)
+        from engine.backends.openvino.observer import ObservingEngine
+
+        graph, threads = self.graph(part), self.settings.threads
+        return ObservingEngine(graph, weights, threads, self.precision)
+
+    def ranges_seen(self, part: Part) -> Ranges:
+        """Return what a part has seen in all runs so far."""
+        from engine.backends.openvino.observer import ObservingEngine
+
+        engine = self.engine(part)
+        assert isinstance(engine, ObservingEngine)
+        return engine.ranges
+
+
 def calibrate(
     model: str | Path = "pictogram",
     *,
@@ -72,43 +85,31 @@ def calibrate(
     precision: to draw in, "float32" or "bfloat16"; None takes the faster one
     Raises ModelError, GraphError, BackendError or OutputError.
     """
-    from engine.backends.openvino.observer import ObservingEngine
-
     if precision is None:
         precision = "bfloat16" if "BF16" in capabilities() else "float32"
     opened = Model.open(find_model(model))
     settings = BackendSettings(backend="openvino", threads=threads)
     folders, tokenizers = graph_folders(folder), load_tokenizers(opened)
-    observing: dict[Part, ObservingEngine] = {}
-
-    def graph_of(part: Part) -> Graph:
-        return find_graph(part, opened.config(part), "float32", folders, opened.path)
-
-    def open_part(part: Part, weights: Arrays) -> Engine:
-        graph = graph_of(part)
-        if part not in QUANTIZED:
-            return open_engine(graph, weights, settings, precision)
-        observing[part] = ObservingEngine(graph, weights, threads, precision)
-        return observing[part]
-
-    def open_rounded(part: Part, weights: Arrays) -> Engine:
-        return open_engine(graph_of(part), weights, settings, "int8", observing[part].ranges)
-
-    pipeline = Pipeline(opened, tokenizers, open_part)
-    rounded = Pipeline(opened, tokenizers, open_rounded)
+    observing = ObservingEngines(opened, settings, precision, folders=folders)
+    pipeline = Pipeline(observing, tokenizers)
     latents = []
     for number, prompt in enumerate(prompts):
         asked = Request(prompt=prompt, num_inference_steps=steps, seed=SEED + number)
         *_, last = pipeline.denoise(pipeline.plan(asked))
         latents.append(last.latents)
     pictures = [pipeline.decode(each)[0] for each in latents]
+    seen = {part: observing.ranges_seen(part) for part in QUANTIZED}
+    ranges = {name: ends for found in seen.values() for name, ends in found.items()}
+    rounded = Pipeline(
+        Engines(opened, settings, "int8", ranges=ranges, folders=folders), tokenizers
+    )
     near = min(
         psnr(*map(np.asarray, (rounded.decode(each)[0], picture)))
         for each, picture in zip(latents, pictures, strict=True)
     )
     files = []
     for part, name in ranges_of(opened).items():
-        kept: Ranges = observing[part].ranges
+        kept = seen[part]
         if part == "vae_decoder" and near < DECODER_DB:
             kept = {}
         files.append(folders[0] / name)
@@ -116,9 +117,14 @@ def calibrate(
     return Calibrated(files=tuple(files), decoder_db=near)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m runtime.calibration", description=__doc__)
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m runtime.calibration"
+) -> int:
+    """Run the command; return its exit status.
+
+    prog: what the usage calls it
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="as --model of `python -m runtime`")
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="to draw instead; may be given often"

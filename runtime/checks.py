@@ -1,11 +1,34 @@
 """Checks of what a user hands over; each raises RequestError: what came, what is allowed."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from types import MappingProxyType
 
 from PIL import Image
 
 from engine.errors import RequestError
+
+# What other programs call a field of `Request`.
+FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("steps", "num_steps", "sampling_steps"), "num_inference_steps"),
+        **dict.fromkeys(("num_images", "n", "batch_size", "n_iter"), "num_images_per_prompt"),
+        **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "guidance_scale"),
+        **dict.fromkeys(("mask_image", "inpaint_mask"), "mask"),
+        **dict.fromkeys(("init_image", "input_image", "init_images"), "image"),
+        **dict.fromkeys(("generator", "generators", "seeds", "subseed"), "seed"),
+        **dict.fromkeys(("scheduler", "sampler_name", "sample_method"), "sampler"),
+        **dict.fromkeys(("negative", "uncond", "negative_prompts"), "negative_prompt"),
+        **dict.fromkeys(("prompts", "text", "texts"), "prompt"),
+        **dict.fromkeys(("denoising_strength", "denoise", "image_strength"), "strength"),
+        **dict.fromkeys(("enable_hr", "hires_fix", "hr_scale"), "hires"),
+        "size": "height and width",
+        "timestep_spacing": "schedule",
+        "sigma_schedule": "schedule",
+        "rng": "noise",
+    }
+)
 
 
 def check_picture(name: str, image: object) -> None:
@@ -50,3 +73,16 @@ def check_number(name: str, value: object, kind: type, low: float, high: float) 
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
         what = "whole number" if kind is Integral else "number"
         raise RequestError(f"{name} is {value!r}; give a {what} from {low} to {high}")
+
+
+def check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse options that there are none of, and name the one that is meant."""
+    for name in names:
+        if name not in known:
+            meant = FOREIGN_NAMES.get(name) or next(
+                iter(difflib.get_close_matches(name, known, 1)), ""
+            )
+            raise RequestError(
+                f"{name} is no option; "
+                + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")
+            )

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import BackendSettings, Engine, open_engine
+from engine.backends.base import Engine
+from engine.backends.settings import BackendSettings
 from engine.checkpoints.gpt2 import LanguageModel
+from engine.engines import open_engine
 from engine.errors import ModelError, RequestError
 from engine.graphs.graph import Precision, find_graph, graph_folders
 from runtime.checks import check_number

@@ -10,35 +10,35 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.backends.base import BACKENDS, ComputePrecision
+from engine.backends.registry import BACKENDS
+from engine.backends.settings import ComputePrecision
 from engine.errors import RequestError
-from engine.shipped import shipped_models
 from runtime.again import settings_of
 from runtime.images.canvas import BLUR
-from runtime.images.files import read_image
 from runtime.images.upscaling import UPSCALERS
 from runtime.noise import NOISES
-from runtime.plan import GUIDANCE_SCALE, PAINTED_STRENGTH, SAMPLER, STEPS, STRENGTH
+from runtime.plan import GUIDANCE_SCALE, PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
 from runtime.request import Hires, Request
-from runtime.samplers import SAMPLERS, SCHEDULES
+from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 
-__all__ = ["MODEL_OPTIONS", "OWN", "parse", "request_of"]
+__all__ = ["FIELDS", "HIRES", "MODEL_OPTIONS", "OWN", "parse"]
 
 # What makes a picture again beside the request: of the model, by the options' names.
 MODEL_OPTIONS = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
 OWN = "own"  # as a preview decoder: the one that comes with the model
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
-AGAIN = {*MODEL_OPTIONS, *HIRES, *(f.name for f in fields(Request))}  # and nothing else of a file
+FIELDS = tuple(f.name for f in fields(Request) if f.init)
+AGAIN = {*MODEL_OPTIONS, *HIRES, *FIELDS}  # and nothing else of a file
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> argparse.Namespace:
     """Read the command line; with `--again` what a picture was made with stands in for the rest.
 
     Raises RequestError when that picture does not say, and for an option without what it is for.
     """
-    parser = _parser()
+    parser = _parser(prog)
     options = parser.parse_args(arguments)
     if options.again:
         actions = [action for action in parser._actions if action.dest in AGAIN]
@@ -51,20 +51,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             "--preview-decoder came without a preview to draw; give --preview-steps or --animation"
         )
     return options
-
-
-def request_of(options: argparse.Namespace) -> Request:
-    """Make the request; reads the pictures. Raises RequestError."""
-    wishes = {f.name: getattr(options, f.name) for f in fields(Request)}
-    for name in ("strength", "mask", "extend"):
-        if getattr(options, name) is not None and not options.image:
-            raise RequestError(f"--{name} came without --image; give the picture to start from")
-    for name in ("image", "mask"):
-        wishes[name] = read_image(wishes[name]) if wishes[name] else None
-    if options.hires_scale is not None:
-        given = {f: getattr(options, name) for name, f in HIRES.items()}
-        wishes["hires"] = Hires(**{k: v for k, v in given.items() if v is not None})
-    return Request(**wishes)
 
 
 def _numbers(kind: type, separator: str, count: int | None = None) -> Callable[[str], Any]:
@@ -83,12 +69,22 @@ def _numbers(kind: type, separator: str, count: int | None = None) -> Callable[[
     return read
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m runtime",
+class _Parser(argparse.ArgumentParser):
+    """A parser that describes the presets when it is asked for help, and not before."""
+
+    def format_help(self) -> str:
+        """Return the help with the presets and an example below it."""
+        self.epilog = (
+            f"presets:\n{describe_presets()}\n\n"
+            f'example: {self.prog} "a red apple, fluent style" --seed 7 --out apple.png'
+        )
+        return super().format_help()
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
         description="Draw a picture from a text, with a latent-diffusion model.",
-        epilog=f"presets:\n{describe_presets()}\n\n"
-        'example: python -m runtime "a red apple, fluent style" --seed 7 --out apple.png',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(hires=None)
@@ -112,10 +108,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(group: Any) -> None:
     add = group.add_argument
     add(
+        "-m",
         "--model",
         default="pictogram",
-        help=f"a model that ships ({', '.join(shipped_models()) or 'none'}), a folder in "
-        "diffusers' layout, or a .safetensors or .ckpt file (default: %(default)s)",
+        help="a model that ships, by its name, a folder in diffusers' layout, or a .safetensors or "
+        ".ckpt file (default: %(default)s)",
     )
     add(
         "--lora",
@@ -166,7 +163,7 @@ def _add_drawing(group: Any) -> None:
     add(
         "--sampler",
         metavar="NAME",
-        help=f"one of {', '.join(SAMPLERS)} (default: {SAMPLER})",
+        help=f"one of {', '.join(SAMPLERS)} (default: {DEFAULT_SAMPLER})",
     )
     add(
         "--schedule",
@@ -198,6 +195,7 @@ def _add_drawing(group: Any) -> None:
     add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
     add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
     add(
+        "-s",
         "--seed",
         type=_numbers(int, ","),
         metavar="N",
@@ -211,6 +209,7 @@ def _add_drawing(group: Any) -> None:
         "Automatic1111's (default: %(default)s)",
     )
     add(
+        "-n",
         "--num-images",
         dest="num_images_per_prompt",
         type=int,
@@ -282,6 +281,12 @@ def _add_images(group: Any) -> None:
         help="over which the new fades into the old (default: %(default)s)",
     )
     add(
+        "--no-paste-back",
+        dest="paste_back",
+        action="store_false",
+        help="hand out what the model made outside the mask too, not the image's own pixels",
+    )
+    add(
         "--extend",
         type=_numbers(int, ",", 4),
         metavar="L,T,R,B",
@@ -312,6 +317,7 @@ def _add_images(group: Any) -> None:
 def _add_output(group: Any) -> None:
     add = group.add_argument
     add(
+        "-o",
         "--out",
         type=Path,
         metavar="FILE",

@@ -1,42 +1,44 @@
-"""From a prompt to pictures: tokenise, encode, draw noise, step, decode.
+"""From a prompt to images, as it happens: plan, start, step, decode.
 
 Image-to-image changes the starting registers and the first step, nothing else; inpainting adds two
 registers and a mask. An adapter changes weights before the first step, nothing else.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from types import TracebackType
+from typing import Any, Self, Unpack, cast
 
 from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
 from engine.adapters.textual_inversion import read_embedding
-from engine.backends.base import Arrays, BackendSettings, ComputePrecision, Engine
-from engine.devices.device import Held
-from engine.engines import Opener
-from engine.graphs.signature import Part, TextPart
-from engine.loaded import LoadedModel
-from engine.model import Model
-from engine.shipped import find_model
+from engine.backends.base import DeviceEngine, Engine
+from engine.backends.settings import BackendSettings, ComputePrecision
+from engine.devices.device import HostOrDeviceArray
+from engine.engines import Engines
+from engine.graphs.graph import Part, TextPart
+from engine.model import Model, find_model
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
-from runtime.denoising.denoiser import Denoiser, Progress
+from runtime.denoising.device_loop import DeviceLoop
+from runtime.denoising.latents import LatentSpace, Progress, State, predicted_x0
 from runtime.images import tiles
 from runtime.images.canvas import paste_back
 from runtime.images.previews import finite
 from runtime.images.upscaling import PIXELS
-from runtime.plan import Array, Plan, make_plan
-from runtime.request import Request
+from runtime.plan import Array, Plan, StepInputs, make_plan
+from runtime.request import Request, RequestOptions
 from runtime.samplers.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
-    """The pictures, in the order of the prompts, and what each was made with.
+    """The images, in the order of the prompts, and what each was made with.
 
-    settings: of each picture, as `runtime.images.files.write_image` keeps them in a file
+    settings: of each image, as `runtime.images.files.write_image` keeps them in a file
     """
 
     images: list[Image.Image]
@@ -45,23 +47,21 @@ class Result:
 
 
 class Pipeline:
-    """A model with its engines; `load` makes one, a call draws pictures.
+    """A model with its engines; `load` makes one, a call draws images.
 
-    Engines are opened when they are first needed and kept. Calls from several threads are safe
-    as far as the backend's engines are; ONNX Runtime's are.
+    Engines are opened when they are first needed and kept, until `close`, the end of a `with`, or
+    the last reference to the pipeline goes. Calls from several threads are safe as far as the
+    backend's engines are; ONNX Runtime's are.
+
+    engines: the engines, with the settings and the precision that were chosen for them
     """
 
-    def __init__(
-        self,
-        model: Model,
-        tokenizers: Mapping[TextPart, Tokenizer],
-        open_part: Callable[[Part, Arrays], Engine],
-    ) -> None:
-        self.opener: Opener | None = None  # what `load` chose
-        self._loaded = LoadedModel(model, open_part)
-        self.encoder = Encoder(model=model, tokenizers=tokenizers, engine=self.engine)
-        self.schedule = NoiseSchedule.from_config(model.scheduler)
-        self._denoiser = Denoiser(model=model, schedule=self.schedule, engine=self.engine)
+    def __init__(self, engines: Engines, tokenizers: Mapping[TextPart, Tokenizer]) -> None:
+        self.engines = engines
+        self.encoder = Encoder(model=engines.model, tokenizers=tokenizers, engine=engines.engine)
+        self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
+        self._latents = LatentSpace(model=engines.model, engine=engines.engine)
+        self._device_loop = DeviceLoop()
 
     @classmethod
     def load(
@@ -76,7 +76,7 @@ class Pipeline:
         graphs: Path | None = None,
         precision: ComputePrecision | None = None,
         settings: BackendSettings | None = None,
-        soon: bool = False,
+        fast_start: bool = False,
     ) -> Self:
         """Load a model: the one that ships, by its name, a folder or a checkpoint's file.
 
@@ -88,7 +88,8 @@ class Pipeline:
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
         precision: what the engines compute in: "float32", "bfloat16" or "int8"
         settings: how engines run; what it and the precision leave open is chosen by the processor
-        soon: whether a small model's engines should rather open soon than draw many pictures fast
+        fast_start: whether a small model's engines should rather open soon than draw many images
+            fast
         Raises ModelError, GraphError or BackendError.
         """
         opened = Model.open(
@@ -97,90 +98,91 @@ class Pipeline:
             vae=vae,
             preview_decoder=preview_decoder,
         )
-        opener = Opener.choose(
-            opened, graphs=graphs, settings=settings, precision=precision, soon=soon
+        engines = Engines.choose(
+            opened, graphs=graphs, settings=settings, precision=precision, fast_start=fast_start
         )
-        pipeline = cls(opened, load_tokenizers(opened), opener)
-        pipeline.opener = opener
-        pipeline.set_loras(loras)
-        pipeline.set_embeddings(embeddings)
+        pipeline = cls(engines, load_tokenizers(opened))
+        if loras:
+            pipeline.set_loras(loras)
+        if embeddings:
+            pipeline.set_embeddings(embeddings)
         return pipeline
 
-    def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
-        """Put these adapters on in place of those that are on; none gives the model itself back.
+    def __call__(self, prompt: str | Sequence[str], **options: Unpack[RequestOptions]) -> Result:
+        """Draw images; `options` are the other fields of `Request`.
 
-        loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice. Weights of the model that
-        no adapter changes stay bound as they are, the others are computed from the checkpoint
-        anew, so what an adapter leaves behind is the base bit for bit.
-        Raises ModelError when one does not fit, and then the adapters stay as they were.
+        Raises RequestError for an invalid request, BackendError when an engine fails.
         """
-        self._denoiser.device_loop.forget()
-        self._loaded.set_loras(loras)
-        self.encoder = self.encoder.forgetful()
-
-    def set_embeddings(self, embeddings: Sequence[Path]) -> None:
-        """Teach the text encoders these words of textual inversion in place of others.
-
-        A word is found in a prompt whatever its case. Raises ModelError when a file is none or was
-        trained for another text encoder, RequestError when its word is one already.
-        """
-        if embeddings or self.encoder.extra:
-            self.encoder = self.encoder.taught([read_embedding(Path(path)) for path in embeddings])
-
-    @property
-    def model(self) -> Model:
-        """What the model says of itself."""
-        return self._loaded.model
-
-    @property
-    def engines(self) -> dict[Part, Engine]:
-        """The engines that are open."""
-        return self._loaded.engines
-
-    @property
-    def model_path(self) -> Path:
-        """The folder or the file that the model came from."""
-        return self.model.path
-
-    def engine(self, part: Part) -> Engine:
-        """Return a part's engine, opening it at the first call."""
-        return self._loaded.engine(part)
-
-    def __call__(self, prompt: str | Sequence[str], **wishes: Any) -> Result:
-        """Draw pictures; `wishes` are the other fields of `Request`.
-
-        Raises RequestError for a wish that cannot be fulfilled, BackendError when an engine fails.
-        """
-        plan = self.plan(Request(prompt=prompt, **wishes))
-        pictures = self.pictures(plan, self._denoiser.finish(plan))
-        return Result(images=pictures, seeds=plan.seeds, settings=plan.settings)
+        plan = self.plan(Request(prompt=prompt, **cast(dict[str, Any], options)))
+        latents: HostOrDeviceArray | None = None
+        for run in plan.runs():
+            state = self.start(run, latents)
+            latents = self._run(run, state)
+        assert latents is not None
+        images = self.finish(plan, self.decode(latents))
+        return Result(images=images, seeds=plan.seeds, settings=plan.settings)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model, compute its sampler and encode its texts.
 
-        Every engine that the request needs is open then: what is damaged is found before a step.
+        Raises RequestError, and BackendError where it would not fit into a GPU's memory.
         """
         plan = make_plan(request, self.model, self.schedule, self.encoder)
-        parts: list[Part] = ["step", "vae_decoder"]
-        if not all(whole for run in plan.runs() for whole in run.whole):
-            parts.append("step_shallow")
-        if plan.image is not None or plan.upscaler == PIXELS or self.model.is_inpainting:
-            parts.append("vae_encoder")
-        if self.opener:
-            self.opener.require_memory(
-                parts, [p for p in parts if p in self.engines], **_sizes(plan)
-            )
-        for part in parts:
-            self.engine(part)
+        self.engines.require_memory(self._parts(plan), **_sizes(plan))
         return plan
 
-    def denoise(self, plan: Plan) -> Iterator[Progress]:
-        """Run the sampler; yields after every call of the UNet. To cancel, stop iterating."""
-        return self._denoiser.run(plan)
+    def start(self, plan: Plan, latents: HostOrDeviceArray | None = None) -> State:
+        """Return the state before a run's first call: noise, or a noised image.
 
-    def decode(self, latents: Held) -> list[Image.Image]:
-        """Decode latents (B, C, h, w) into pictures of 8 h by 8 w pixels."""
-        return [Image.fromarray(pixels) for pixels in self._denoiser.decode(latents)]
+        latents: (B, C, h, w) of the run before, where the plan is a second run
+        Every engine that the run needs is open then: what is damaged is found before a step.
+        Raises GraphError, ModelError or BackendError.
+        """
+        for part in self._parts(plan):
+            self.engine(part)
+        return self._latents.start(plan, latents)
+
+    def step(self, state: State, inputs: StepInputs) -> State:
+        """Call the UNet once; returns the state after it, and leaves the one before as it was.
+
+        Each state draws fresh noise once, so step it once. Raises BackendError.
+        """
+        given: dict[str, Any] = {
+            **inputs.conditioning,
+            **state.constant,
+            **inputs.per_step,
+            "registers": state.registers,
+            "noise": next(state.noise),
+        }
+        if not inputs.is_full:
+            given["deep"] = state.deep
+        outputs = self.engine(inputs.part).run(given)
+        deep = outputs.get("deep", state.deep) if state.keeps_deep else None
+        return replace(state, registers=outputs["next_registers"], deep=deep, given=given)
+
+    def denoise(self, plan: Plan) -> Iterator[Progress]:
+        """Run a plan's sampler; yields after every call of the UNet. To cancel, stop iterating."""
+        done, latents = 0, None
+        for run in plan.runs():
+            for inputs, state in self._steps(run, self.start(run, latents)):
+                done += 1
+                yield Progress(
+                    step=done,
+                    total=plan.calls,
+                    denoised=partial(predicted_x0, self.schedule, inputs, state),
+                    state=state,
+                )
+            latents = state.latents if run.hires is not None else None
+
+    def decode(self, latents: HostOrDeviceArray) -> list[Image.Image]:
+        """Decode latents (B, C, h, w) into images of 8 h by 8 w pixels."""
+        return [Image.fromarray(pixels) for pixels in self._latents.decode(latents)]
+
+    def finish(self, plan: Plan, images: list[Image.Image]) -> list[Image.Image]:
+        """Give a plan's decoded images the pixels that are the image's own outside its mask."""
+        if plan.mask is None or plan.image is None or not plan.paste_back:
+            return images
+        return [paste_back(new, plan.image, plan.mask, plan.mask_blur) for new in images]
 
     def previews(self, latents: Array) -> list[Image.Image]:
         """Draw what latents (B, C, h, w) are about to become, by the tiny decoder.
@@ -190,18 +192,93 @@ class Pipeline:
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
-    def pictures(self, plan: Plan, latents: Held) -> list[Image.Image]:
-        """Decode a plan's finished latents; outside its mask the image's own pixels come back."""
-        pictures = self.decode(latents)
-        if plan.mask is None or plan.image is None or plan.mask_blur is None:
-            return pictures
-        return [paste_back(new, plan.image, plan.mask, plan.mask_blur) for new in pictures]
+    def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
+        """Put these adapters on in place of those that are on; none gives the model itself back.
+
+        loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice. Weights of the model that
+        no adapter changes stay bound as they are, the others are computed from the checkpoint
+        anew, so what an adapter leaves behind is the base bit for bit.
+        Raises ModelError when one does not fit, and then the adapters stay as they were.
+        """
+        self._device_loop.reset()
+        self.engines.set_loras(loras)
+        self.encoder = self.encoder.without_cache()
+
+    def set_embeddings(self, embeddings: Sequence[Path]) -> None:
+        """Teach the text encoders these words of textual inversion in place of others.
+
+        A word is found in a prompt whatever its case. Raises ModelError when a file is none or was
+        trained for another text encoder, RequestError when its word is one already.
+        """
+        if embeddings or self.encoder.extra:
+            read = [read_embedding(Path(path)) for path in embeddings]
+            self.encoder = self.encoder.with_embeddings(read)
+
+    @property
+    def model(self) -> Model:
+        """What the model says of itself."""
+        return self.engines.model
+
+    @property
+    def model_path(self) -> Path:
+        """The folder or the file that the model came from."""
+        return self.model.path
+
+    def engine(self, part: Part) -> Engine:
+        """Return a part's engine, opening it at the first call."""
+        return self.engines.engine(part)
+
+    def close(self) -> None:
+        """Let go of the engines and of the memory on a device; then nothing can be drawn."""
+        self._device_loop.reset()
+        self.engines.close()
+        self.encoder = self.encoder.without_cache()
+
+    def __enter__(self) -> Self:
+        """Return the pipeline, which is closed at the end of the `with`."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the pipeline."""
+        self.close()
+
+    def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
+        """Make all calls of a run that nobody watches; returns the latents, where they are."""
+        if isinstance(self.engine("step"), DeviceEngine):
+            return self._device_loop.finish(state, plan.steps(), self.engines.engine)
+        for inputs in plan.steps():
+            state = self.step(state, inputs)
+        return state.latents
+
+    def _steps(self, plan: Plan, state: State) -> Iterator[tuple[StepInputs, State]]:
+        """Make the calls of a run one by one; yields each with the state after it."""
+        if isinstance(self.engine("step"), DeviceEngine):
+            yield from self._device_loop.steps(state, plan.steps(), self.engines.engine)
+            return
+        for inputs in plan.steps():
+            state = self.step(state, inputs)
+            yield inputs, state
+
+    def _parts(self, plan: Plan) -> list[Part]:
+        """Return the parts that a plan needs, its second run included."""
+        runs, parts = list(plan.runs()), list[Part](["step", "vae_decoder"])
+        if not all(is_full for run in runs for is_full in run.full_calls):
+            parts.append("step_shallow")
+        enlarges = any(run.upscaler == PIXELS for run in runs)
+        if plan.image is not None or enlarges or self.model.is_inpainting:
+            parts.append("vae_encoder")
+        return parts
 
 
 def _sizes(plan: Plan) -> dict[str, int]:
     """Return the sizes of a plan's largest run, by which the memory of a device is estimated."""
     *_, run = plan.runs()
-    contexts = [told["context"].shape for told in run.conditioning]
+    contexts = [conditioning["context"].shape for conditioning in run.conditioning]
     return {
         "height": run.height,
         "width": run.width,

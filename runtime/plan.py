@@ -7,7 +7,7 @@ recommend, then from the defaults here.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +17,45 @@ from engine.model import Model
 from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
-from runtime.images.canvas import extend, latent_mask
+from runtime.images.canvas import BLUR, extend, latent_mask
 from runtime.images.files import as_rgb
 from runtime.presets import preset
 from runtime.request import Request
-from runtime.samplers import Program, program
+from runtime.samplers import DEFAULT_SAMPLER, Program, program
 from runtime.samplers.noise_schedule import NoiseSchedule
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "StepInputs", "make_plan"]
 
 Array = NDArray[np.float32]
 
-SAMPLER, STEPS, GUIDANCE_SCALE = "ddim", 20, 5.0
+STEPS, GUIDANCE_SCALE = 20, 5.0
+OF_AN_IMAGE = ("strength", "mask_blur", "paste_back", "extend")  # means nothing without one
 STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepInputs:
+    """What one call of the UNet is given beside the latents, for B pictures.
+
+    Every row is a picture's own, so pictures of other samplers and at other steps may share a call.
+
+    conditioning: the texts and how much they count, context (g, B, n, D), guidance (g, B) and, by
+        the model, others, as `Encoder.condition` returns them
+    per_step: matrices (B, r, r + 2), outside (B, r + 2), timestep (B,), input_scale (B,), float32
+    is_full: whether the UNet runs whole, or around the deep features of a call before
+    signal_scale, noise_scale: alpha and sigma of the latents that go in
+    """
+
+    conditioning: Mapping[str, Array]
+    per_step: Mapping[str, Array]
+    is_full: bool
+    signal_scale: float
+    noise_scale: float
+
+    @property
+    def part(self) -> Literal["step", "step_shallow"]:
+        """The part whose engine is called."""
+        return "step" if self.is_full else "step_shallow"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,9 +67,12 @@ class Plan:
     noise: whose random numbers the seeds mean; height, width: in pixels
     image: RGB of that size, what the run starts from or is shown
     mask: white where it is painted anew; cells: (1, height // 8, width // 8), the mask of latents
+    blends: whether every call puts the image's own latents back outside the mask
     from_noise: whether the image leaves no trace in the start
+    paste_back: whether the image's own pixels come back outside the mask
     settings: of each picture, what makes it again
-    hires: the run over the enlarged latents; upscaler: how they are enlarged
+    hires: the run over the enlarged latents
+    upscaler: of such a run, how the latents before it are enlarged
     """
 
     program: Program
@@ -57,8 +86,10 @@ class Plan:
     image: Image.Image | None = None
     mask: Image.Image | None = None
     cells: Array | None = None
-    mask_blur: float | None = None
+    mask_blur: float = BLUR
+    blends: bool = False
     from_noise: bool = True
+    paste_back: bool = True
     settings: Sequence[Mapping[str, Any]] = ()
     hires: "Plan | None" = None
     upscaler: str = ""
@@ -70,18 +101,44 @@ class Plan:
             yield self.hires
 
     @property
-    def whole(self) -> list[bool]:
+    def full_calls(self) -> list[bool]:
         """Say of each call whether the UNet runs whole, or around deep features of a call before.
 
         Those are of the same texts in the same rows: at the first call with others it runs whole.
         """
-        whole: list[bool] = []
+        full: list[bool] = []
         context, age = None, 0
-        for told in self.conditioning:
-            age = age + 1 if told["context"] is context else self.cache_interval
-            context, age = told["context"], age % self.cache_interval
-            whole.append(age == 0)
-        return whole
+        for conditioning in self.conditioning:
+            age = age + 1 if conditioning["context"] is context else self.cache_interval
+            context, age = conditioning["context"], age % self.cache_interval
+            full.append(age == 0)
+        return full
+
+    def steps(self) -> list[StepInputs]:
+        """Return what each call of the UNet in this run is given beside the latents."""
+        program, batch = self.program, len(self.seeds)
+        matrices, outside = program.matrices, np.zeros(program.matrices.shape[::2])
+        if self.blends:
+            matrices, outside = program.blended()
+        tables = {
+            "matrices": matrices,
+            "outside": outside,
+            "timestep": program.timesteps,
+            "input_scale": program.input_scales,
+        }
+        rows = {name: _rows(table, batch) for name, table in tables.items()}
+        return [
+            StepInputs(
+                conditioning=conditioning,
+                per_step={name: table[call] for name, table in rows.items()},
+                is_full=is_full,
+                signal_scale=program.signal_scales[call],
+                noise_scale=program.noise_scales[call],
+            )
+            for call, (conditioning, is_full) in enumerate(
+                zip(self.conditioning, self.full_calls, strict=True)
+            )
+        ]
 
     @property
     def calls(self) -> int:
@@ -113,7 +170,9 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             mask=mask,
             cells=None if mask is None else latent_mask(mask, height, width, multiple),
             mask_blur=wanted.mask_blur,
+            blends=mask is not None and not model.is_inpainting,
             from_noise=mask is not None and strength == 1,
+            paste_back=wanted.paste_back,
         )
     first = replace(first, settings=_settings(wanted, first))
     if wanted.hires is None:
@@ -121,7 +180,8 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     hires = wanted.hires
     larger = (multiple * round(side * hires.scale / multiple) for side in (height, width))
     second = run(hires.num_inference_steps or steps, hires.strength, *larger)
-    return replace(first, hires=replace(second, from_noise=False), upscaler=hires.upscaler)
+    second = replace(second, from_noise=False, upscaler=hires.upscaler)
+    return replace(first, hires=second)
 
 
 def _filled_in(request: Request, model: Model) -> Request:
@@ -142,12 +202,12 @@ def _filled_in(request: Request, model: Model) -> Request:
         num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
         guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
         guidance_rescale=choose("guidance_rescale", 0.0),
-        sampler=choose("sampler", SAMPLER),
+        sampler=choose("sampler", DEFAULT_SAMPLER),
         schedule=choose("schedule"),
         height=choose("height", chosen.get("size")),
         width=choose("width", chosen.get("size")),
         strength=choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
-        seed=request.seeds(),  # drawn once for all runs
+        seed=request.draw_seeds(),  # once for all runs
     )
 
 
@@ -177,6 +237,7 @@ def _run(
 ) -> Plan:
     """Plan one run of the loop; strength is None where it starts from noise."""
     assert request.sampler is not None
+    assert request.seeds is not None
     assert request.guidance_scale is not None
     assert request.guidance_rescale is not None
     matrices = program(
@@ -194,7 +255,7 @@ def _run(
         request.negative_scale,
     )
     prompts, parts = request.composed()
-    negatives = [request.written(request.negative_prompts())]
+    negatives = [request.written(request.negative_prompts)]
     if request.negative_scale is not None:
         negatives.insert(0, [""] * len(negatives[0]))
     texts = Texts(
@@ -205,7 +266,7 @@ def _run(
         conditioning=encoder.condition(texts, guidance, *size, clip_skip=request.clip_skip),
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
-        seeds=request.seeds(),
+        seeds=list(request.seeds),
         noise=request.noise,
         height=size[0],
         width=size[1],
@@ -215,15 +276,22 @@ def _run(
 def _settings(request: Request, plan: Plan) -> list[dict[str, Any]]:
     """Return for every picture the fields of the request that make it again, ready for JSON."""
     own = ("prompt", "negative_prompt", "num_images_per_prompt", "preset", "seed", "image", "mask")
-    shared = {f.name: getattr(request, f.name) for f in fields(request) if f.name not in own}
+    shared = {
+        f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
+    }
     if request.hires is not None:
         shared["hires"] = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
     if request.image is None:
-        shared = {k: v for k, v in shared.items() if k not in ("strength", "mask_blur", "extend")}
+        shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
     shared |= {"height": plan.height, "width": plan.width}
-    texts = zip(request.prompts(), request.negative_prompts(), strict=True)
+    texts = zip(request.prompts, request.negative_prompts, strict=True)
     each = [pair for pair in texts for _ in range(request.num_images_per_prompt)]
     return [
         {"prompt": prompt, "negative_prompt": negative, "seed": seed, **shared}
         for (prompt, negative), seed in zip(each, plan.seeds, strict=True)
     ]
+
+
+def _rows(table: NDArray[Any], batch: int) -> Array:
+    """Repeat one picture's numbers for the whole batch, call by call: (N, …) -> (N, B, …)."""
+    return np.repeat(np.asarray(table, np.float32)[:, None], batch, axis=1)

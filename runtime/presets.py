@@ -12,8 +12,7 @@ from types import MappingProxyType
 
 from engine.errors import RequestError
 from engine.model import Model
-from runtime.samplers import SAMPLERS, SCHEDULES
-from runtime.samplers.aliases import resolve
+from runtime.samplers import resolve
 
 __all__ = ["PRESETS", "Preset", "describe_presets", "preset"]
 
@@ -167,7 +166,7 @@ def _is_distilled(model: Model) -> bool:
 def _distilled(name: str, model: Model) -> Preset:
     """Keep to the model's own; `fast` halves the steps where any small number works."""
     try:
-        sampler, _ = resolve(str(model.scheduler.get("_class_name")), None, (*SAMPLERS,), SCHEDULES)
+        sampler, _ = resolve(str(model.scheduler.get("_class_name")))
     except RequestError:  # a scheduler that is none of the samplers here
         sampler = "euler"
     steps = model.steps or (CONSISTENCY_STEPS if sampler in ("lcm", "tcd") else FEW_STEPS)

@@ -2,19 +2,22 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
+from typing import Self, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import check_choice, check_number, check_picture, texts
+from runtime.checks import check_choice, check_names, check_number, check_picture, texts
 from runtime.conditioning.syntax import Piece, compose, escape
 from runtime.images.canvas import BLUR, MAX_BLUR, MAX_SIDE
 from runtime.images.upscaling import PIXELS, UPSCALERS
 from runtime.noise import MAX_SEED, NOISES
+from runtime.presets import PRESETS
+from runtime.samplers import DEFAULT_SAMPLER, resolve
 
 MAX_IMAGES = 256
 MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
@@ -52,6 +55,9 @@ class Hires:
 class Request:
     """One call of a pipeline; names and meanings are those of diffusers where it has them.
 
+    It is checked when it is made, as far as that needs no model, and None takes a field's default.
+    Raises RequestError, also for a name that is not a field.
+
     prompt, negative_prompt: a text or one text for each picture
     num_images_per_prompt: pictures drawn of every prompt, with seeds that count up
     preset: "fast", "balanced", "quality" or "creative": what stands in for each None below
@@ -70,8 +76,9 @@ class Request:
     noise: whose random numbers a seed means, torch's on the "cpu" or on "cuda"
     image: where image-to-image starts from
     mask: where it is white the image is painted anew, where it is black it stays
-    mask_blur: pixels over which the new picture fades into the old one; None hands out what the
-        model made of the old one as well
+    mask_blur: pixels over which the new picture fades into the old one
+    paste_back: whether the image's own pixels come back outside the mask; False hands out what the
+        model made of them
     extend: pixels by which the canvas reaches beyond the image, left, top, right and bottom; they
         are painted anew
     strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
@@ -85,6 +92,9 @@ class Request:
         character is text
     clip_skip: 1, or 2 to leave out the text encoder's last layer, as XL does anyway (its number in
         Automatic1111; in diffusers it is one less)
+
+    Made of these: prompts, negative_prompts, one text for each group of pictures; seeds, one for
+    each picture, None where none was given.
     """
 
     prompt: str | Sequence[str]
@@ -104,7 +114,8 @@ class Request:
     noise: str = "cpu"
     image: Image.Image | None = None
     mask: Image.Image | None = None
-    mask_blur: float | None = BLUR
+    mask_blur: float = BLUR
+    paste_back: bool = True
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
     hires: Hires | None = None
@@ -112,30 +123,57 @@ class Request:
     eta: float = 0.0
     prompt_syntax: bool = True
     clip_skip: int = 1
+    prompts: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    negative_prompts: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    seeds: tuple[int, ...] | None = field(init=False, repr=False, compare=False)
+
+    def __new__(cls, *arguments: object, **options: object) -> Self:
+        """Refuse names that are no fields, before a dataclass does it in other words."""
+        if arguments:
+            raise RequestError("a request's fields are given by name; write Request(prompt=...)")
+        check_names(options, [f.name for f in fields(cls) if f.init])
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        """Refuse what no model could fulfil; how many steps there may be, the schedule knows."""
-        steps = self.num_inference_steps
-        if steps is not None and (not isinstance(steps, Integral) or isinstance(steps, bool)):
-            raise RequestError(f"num_inference_steps is {steps!r}; give a whole number")
+        """Fill in defaults, and refuse what no model could fulfil."""
+        for each in fields(self):
+            if each.init and getattr(self, each.name) is None:
+                if each.default is MISSING:
+                    raise RequestError(f"{each.name} is None; give a text or a list of texts")
+                object.__setattr__(self, each.name, each.default)
+        self._check_method()
+        self._check_guidance()
+        self._check_image()
+        self._check_size()
+        object.__setattr__(self, "prompts", self._prompts())
+        object.__setattr__(self, "negative_prompts", self._negative_prompts())
+        object.__setattr__(self, "seeds", self._seeds())
+
+    def _check_method(self) -> None:
+        if self.num_inference_steps is not None:
+            check_number("num_inference_steps", self.num_inference_steps, Integral, 1, MAX_STEPS)
         for name, example in (("preset", "fast"), ("sampler", "ddim"), ("schedule", "karras")):
             if not isinstance(getattr(self, name), str | None):
                 raise RequestError(
                     f"{name} is {getattr(self, name)!r}; give a name, such as {example!r}"
                 )
+        if self.preset is not None:
+            check_choice("preset", self.preset, tuple(PRESETS))
+        if self.sampler is not None or self.schedule is not None:
+            resolve(self.sampler or DEFAULT_SAMPLER, self.schedule)
         check_number("cache_interval", self.cache_interval, Integral, 1, MAX_STEPS)
         check_number("eta", self.eta, Real, 0, 1)
         check_number("clip_skip", self.clip_skip, Integral, 1, MAX_CLIP_SKIP)
-        if not isinstance(self.prompt_syntax, bool):
-            raise RequestError(f"prompt_syntax is {self.prompt_syntax!r}; give True or False")
+        for name in ("prompt_syntax", "paste_back"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
         check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)
         check_choice("noise", self.noise, tuple(NOISES))
-        self._check_guidance()
-        self._check_image()
-        if not self.prompts():
-            raise RequestError("prompt is an empty list; give one text or several")
-        self.negative_prompts()
-        self.seeds()
+
+    def _check_size(self) -> None:
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), Integral, 1, MAX_SIDE)
 
     def _check_guidance(self) -> None:
         scales = self.guidance_scale
@@ -172,8 +210,7 @@ class Request:
             raise RequestError(
                 f"extend is {self.extend!r}; give four numbers of pixels: left, top, right, bottom"
             )
-        if self.mask_blur is not None:
-            check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
+        check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
         if self.strength is not None:
             check_number("strength", self.strength, Real, 0, 1)
         if self.hires is not None and not isinstance(self.hires, Hires):
@@ -181,22 +218,47 @@ class Request:
         if self.hires is not None and (self.mask is not None or self.extend is not None):
             raise RequestError("hires and a mask came together; enlarge first, then paint anew")
 
-    def prompts(self) -> list[str]:
-        """Return the prompts as a list, one for each group of pictures."""
-        return [self.prompt] if isinstance(self.prompt, str) else texts("prompt", self.prompt)
+    def _prompts(self) -> tuple[str, ...]:
+        prompts = [self.prompt] if isinstance(self.prompt, str) else texts("prompt", self.prompt)
+        if not prompts:
+            raise RequestError("prompt is an empty list; give one text or several")
+        return tuple(prompts)
 
-    def negative_prompts(self) -> list[str]:
-        """Return one negative prompt for each prompt."""
-        count = len(self.prompts())
+    def _negative_prompts(self) -> tuple[str, ...]:
+        count = len(self.prompts)
         if isinstance(self.negative_prompt, str):
-            return [self.negative_prompt] * count
+            return (self.negative_prompt,) * count
         negative = texts("negative_prompt", self.negative_prompt)
         if len(negative) != count:
             raise RequestError(
                 f"negative_prompt has {len(negative)} texts and prompt has {count}; "
                 "give one text, or as many as there are prompts"
             )
-        return negative
+        return tuple(negative)
+
+    def _seeds(self) -> tuple[int, ...] | None:
+        count = len(self.prompts) * self.num_images_per_prompt
+        given = self.seed
+        if given is None:
+            return None
+        if isinstance(given, Sequence) and not isinstance(given, str):
+            if len(given) != count:
+                raise RequestError(
+                    f"seed has {len(given)} numbers for {count} pictures; give one number, or as "
+                    "many as there are pictures"
+                )
+            for seed in given:
+                check_number("seed", seed, Integral, 0, MAX_SEED)
+            return tuple(int(seed) for seed in given)
+        check_number("seed", given, Integral, 0, MAX_SEED)
+        return tuple((int(given) + i) % (MAX_SEED + 1) for i in range(count))
+
+    def draw_seeds(self) -> list[int]:
+        """Return one seed for each picture: those given, or counting up from one that is drawn."""
+        if self.seeds is not None:
+            return list(self.seeds)
+        first = secrets.randbelow(2**32)
+        return [first + i for i in range(len(self.prompts) * self.num_images_per_prompt)]
 
     def composed(self) -> tuple[list[list[str]], NDArray[np.float64]]:
         """Return the parts of the prompts that AND joins, (m, P) texts, and what each counts.
@@ -204,8 +266,8 @@ class Request:
         All prompts get as many parts as the longest has; those that a prompt lacks count 0.
         """
         if not self.prompt_syntax:
-            return [self.written(self.prompts())], np.ones((1, len(self.prompts())))
-        composed = [compose(text) for text in self.prompts()]
+            return [self.written(self.prompts)], np.ones((1, len(self.prompts)))
+        composed = [compose(text) for text in self.prompts]
         parts = max(len(pieces) for pieces in composed)
         if parts > MAX_PARTS:
             raise RequestError(
@@ -218,24 +280,6 @@ class Request:
     def written(self, texts: Sequence[str]) -> list[str]:
         """Return texts as the encoder is to read them: with every bracket escaped, or as given."""
         return list(texts) if self.prompt_syntax else [escape(text) for text in texts]
-
-    def seeds(self) -> list[int]:
-        """Return one seed for each picture: those given, or counting up from one."""
-        count = len(self.prompts()) * self.num_images_per_prompt
-        given = self.seed
-        if isinstance(given, Sequence) and not isinstance(given, str):
-            if len(given) != count:
-                raise RequestError(
-                    f"seed has {len(given)} numbers for {count} pictures; give one number, or as "
-                    "many as there are pictures"
-                )
-            for seed in given:
-                check_number("seed", seed, Integral, 0, MAX_SEED)
-            return [int(seed) for seed in given]
-        if given is not None:
-            check_number("seed", given, Integral, 0, MAX_SEED)
-        first = secrets.randbelow(2**32) if given is None else int(given)
-        return [(first + i) % (MAX_SEED + 1) for i in range(count)]
 
     def size(
         self, default: int, multiple: int, canvas: Image.Image | None = None
@@ -261,3 +305,33 @@ class Request:
                     f"such as {max(round(side / multiple), 1) * multiple}"
                 )
         return int(height), int(width)
+
+
+class RequestOptions(TypedDict, total=False):
+    """The fields of `Request` but the prompt, as `Pipeline.__call__` takes them."""
+
+    negative_prompt: str | Sequence[str] | None
+    num_images_per_prompt: int | None
+    preset: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | Sequence[float] | None
+    guidance_rescale: float | None
+    guidance_interval: tuple[float, float] | None
+    negative_scale: float | None
+    sampler: str | None
+    schedule: str | None
+    height: int | None
+    width: int | None
+    seed: int | Sequence[int] | None
+    noise: str | None
+    image: Image.Image | None
+    mask: Image.Image | None
+    mask_blur: float | None
+    paste_back: bool | None
+    extend: tuple[int, int, int, int] | None
+    strength: float | None
+    hires: Hires | None
+    cache_interval: int | None
+    eta: float | None
+    prompt_syntax: bool | None
+    clip_skip: int | None

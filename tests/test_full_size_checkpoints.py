@@ -20,8 +20,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.loaders import single_file_utils as diffusers_names
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
 from engine.configs.diffusion import XL_SCALING_FACTOR
+from engine.engines import open_engine
 from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model
 from export.parity import TOLERANCES, relative_error

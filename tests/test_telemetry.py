@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DRAW = """
 from runtime import Pipeline
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 settings = BackendSettings(backend="cpu", threads=1)
 Pipeline.load("pictogram", settings=settings)("a cat", num_inference_steps=1)
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import LatentrtError, RequestError
-from engine.shipped import find_model
+from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
 from runtime.conditioning.tokenizer import Tokenizer
 from training import autoencoder, card, diffusion, pictograms, preview, quality, ship

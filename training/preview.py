@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.configs.diffusion import TinyDecoderConfig
 from export.modules.autoencoder import Autoencoder
 from export.modules.tiny_autoencoder import TinyAutoencoder
 from runtime.conditioning.tokenizer import Tokenizer

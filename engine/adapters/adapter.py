@@ -23,9 +23,11 @@ from engine.adapters.lora import Change, Factor
 from engine.adapters.modules import ModuleChange, read_modules
 from engine.adapters.names import flat_name, module_index
 from engine.adapters.updates import Adapted, Update
+from engine.checkpoints.component import ComponentName
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
+from engine.model import Model
 
 __all__ = [
     "Adapted",
@@ -33,6 +35,7 @@ __all__ = [
     "AdapterChoice",
     "Update",
     "adapt",
+    "adapt_model",
     "parse_adapter",
     "read_adapter",
 ]
@@ -198,6 +201,23 @@ def adapt(
         component: Adapted(base=base, updates=MappingProxyType(dict(updates[component])))
         for component, base in bases.items()
     }
+
+
+def adapt_model(
+    model: Model, loras: Sequence[str | Path | AdapterChoice]
+) -> dict[ComponentName, Adapted]:
+    """Return the weights of a model's components that adapters may change, with these on.
+
+    loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice
+    Raises ModelError when one does not fit.
+    """
+    names = {*model.configs} - {"vae", "preview_decoder"}
+    bases = {name: model.component(name) for name in names}
+    choices = [
+        lora if isinstance(lora, AdapterChoice) else parse_adapter(str(lora)) for lora in loras
+    ]
+    adapters = [(read_adapter(choice.path), choice) for choice in choices]
+    return adapt(bases, {name: base.shapes for name, base in bases.items()}, adapters)
 
 
 def _fits(change: Change, shape: tuple[int, ...]) -> bool:

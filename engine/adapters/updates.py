@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from engine.adapters.lora import Change, Factor, decompose
 from engine.checkpoints.formats.files import release
+from engine.checkpoints.formats.tensors import add_into
 from engine.errors import ModelError
-from engine.float16 import add_into
 
 __all__ = ["Adapted", "Update"]
 

@@ -12,12 +12,16 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
-from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.configs.diffusion import (
+    AutoencoderConfig,
+    Config,
+    TextEncoderConfig,
+    TinyDecoderConfig,
+    UNetConfig,
+)
 from engine.devices.device import Device
 from engine.errors import BackendError
-from engine.graphs.graph import Graph
-from engine.graphs.signature import Part
+from engine.graphs.graph import Graph, Part
 
 GIB = 2**30
 FLOAT32 = 4  # bytes

@@ -10,8 +10,7 @@ import numpy as np
 
 from engine.checkpoints.component import Component, assemble, refuse_left_over
 from engine.checkpoints.formats.files import Weights, open_weights
-from engine.checkpoints.ldm_names import Source
-from engine.checkpoints.shapes import tensor_shapes
+from engine.checkpoints.shapes import Source, tensor_shapes
 from engine.configs.base import read_json
 from engine.configs.gpt2 import GPT2Config
 from engine.errors import ModelError

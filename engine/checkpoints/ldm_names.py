@@ -7,16 +7,11 @@ generative-models (names of 2022 and 2023), and OpenCLIP's `transformer.py`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from numpy.typing import NDArray
-
-from engine.checkpoints.shapes import Shape, tensor_shapes
+from engine.checkpoints.shapes import Source, tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 
 __all__ = [
-    "Source",
     "autoencoder_sources",
     "diffusers_autoencoder_sources",
     "open_clip_sources",
@@ -88,28 +83,6 @@ OPEN_CLIP_LAYER = (
     ("layer_norm2", "ln_2"),
 )
 FUSED = ("q_proj", "k_proj", "v_proj")  # the thirds of OpenCLIP's in_proj_weight and in_proj_bias
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """Where a tensor of a graph comes from: a stored one, a third of its rows, or its transpose."""
-
-    name: str
-    third: int | None = None
-    transposed: bool = False
-
-    def shape(self, stored: Shape) -> Shape | None:
-        """Return the shape of what is taken from a tensor of this shape; None if it cannot be."""
-        if self.third is not None:
-            return (stored[0] // 3, *stored[1:]) if stored and stored[0] % 3 == 0 else None
-        return stored[::-1] if self.transposed else stored
-
-    def view(self, stored: NDArray[Any], shape: Shape) -> NDArray[Any]:
-        """Take what this source means, in the graph's shape; a view wherever numpy can."""
-        if self.third is not None:
-            rows = stored.shape[0] // 3
-            stored = stored[self.third * rows : (self.third + 1) * rows]
-        return (stored.T if self.transposed else stored).reshape(shape)
 
 
 Sources = dict[str, Source]

@@ -16,14 +16,13 @@ from engine.checkpoints.architecture import (
 from engine.checkpoints.component import ComponentName, fits
 from engine.checkpoints.families import FAMILIES, Family, FamilyName
 from engine.checkpoints.ldm_names import (
-    Source,
     Sources,
     autoencoder_sources,
     open_clip_sources,
     text_encoder_sources,
     unet_sources,
 )
-from engine.checkpoints.shapes import Shape, tensor_shapes
+from engine.checkpoints.shapes import Shape, Source, tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
 
@@ -43,13 +42,15 @@ XL_CLIP = (
 )
 
 # Where the text encoders of each family are; the first prefix that a file has counts.
-TEXT_ENCODERS: Mapping[FamilyName, Mapping[ComponentName, tuple[str, ...]]] = MappingProxyType(
-    {
-        "sd1": {"text_encoder": CLIP},
-        "sd2": {"text_encoder": OPEN_CLIP},
-        "xl": {"text_encoder": XL_CLIP, "text_encoder_2": XL_OPEN_CLIP},
-        "xl-refiner": {"text_encoder_2": REFINER_OPEN_CLIP},
-    }
+TEXT_ENCODER_PLACES: Mapping[FamilyName, Mapping[ComponentName, tuple[str, ...]]] = (
+    MappingProxyType(
+        {
+            "sd1": {"text_encoder": CLIP},
+            "sd2": {"text_encoder": OPEN_CLIP},
+            "xl": {"text_encoder": XL_CLIP, "text_encoder_2": XL_OPEN_CLIP},
+            "xl-refiner": {"text_encoder_2": REFINER_OPEN_CLIP},
+        }
+    )
 )
 POOLED = 1280  # width of XL's pooled text, where its encoder is not in the file
 REFINER_CONTEXT = 1280  # what the refiner attends to; XL attends to 2048
@@ -78,7 +79,7 @@ def find_family(path: Path, shapes: Shapes) -> Family:
 
 def find_parts(shapes: Shapes, family: Family) -> dict[ComponentName, str]:
     """Return the prefix of each part that a file has, text encoders first."""
-    places = {**TEXT_ENCODERS[family.name], "unet": (UNET,), "vae": (VAE,)}
+    places = {**TEXT_ENCODER_PLACES[family.name], "unet": (UNET,), "vae": (VAE,)}
     found = {name: _first(shapes, prefixes) for name, prefixes in places.items()}
     return {name: prefix for name, prefix in found.items() if prefix is not None}
 

@@ -1,20 +1,50 @@
 """The tensors of a part: every name and shape that its architecture has, in the graph's order.
 
 The names are those of diffusers' UNet2DConditionModel, AutoencoderKL and AutoencoderTiny and of
-transformers'
-CLIPTextModel (under `text_model.`), CLIPTextModelWithProjection and GPT2LMHeadModel.
+transformers' CLIPTextModel (under `text_model.`), CLIPTextModelWithProjection and GPT2LMHeadModel.
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
+from numpy.typing import NDArray
+
+from engine.configs.diffusion import (
+    AutoencoderConfig,
+    Config,
+    TextEncoderConfig,
+    TinyDecoderConfig,
+    UNetConfig,
+)
 from engine.configs.gpt2 import GPT2Config
-from engine.configs.tiny_decoder import TinyDecoderConfig
 
-__all__ = ["tensor_shapes"]
+__all__ = ["Shape", "Source", "tensor_shapes"]
 
 Shape = tuple[int, ...]
 Tensors = Iterator[tuple[str, Shape]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a tensor of a graph comes from: a stored one, a third of its rows, or its transpose."""
+
+    name: str
+    third: int | None = None
+    transposed: bool = False
+
+    def shape(self, stored: Shape) -> Shape | None:
+        """Return the shape of what is taken from a tensor of this shape; None if it cannot be."""
+        if self.third is not None:
+            return (stored[0] // 3, *stored[1:]) if stored and stored[0] % 3 == 0 else None
+        return stored[::-1] if self.transposed else stored
+
+    def view(self, stored: NDArray[Any], shape: Shape) -> NDArray[Any]:
+        """Take what this source means, in the graph's shape; a view wherever numpy can."""
+        if self.third is not None:
+            rows = stored.shape[0] // 3
+            stored = stored[self.third * rows : (self.third + 1) * rows]
+        return (stored.T if self.transposed else stored).reshape(shape)
 
 
 def tensor_shapes(config: Config) -> dict[str, Shape]:

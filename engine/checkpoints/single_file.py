@@ -1,11 +1,10 @@
 """A whole model in one file, in the layout of the original training code; an autoencoder alone."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, TypedDict
 
 from engine.checkpoints.architecture import Stored, autoencoder_config
 from engine.checkpoints.component import (
@@ -19,7 +18,6 @@ from engine.checkpoints.families import Family, Variant
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.parts import (
     AVERAGED,
-    TEXT_ENCODERS,
     UNET,
     VAE,
     Shapes,
@@ -30,109 +28,60 @@ from engine.checkpoints.parts import (
     sources_of,
 )
 from engine.checkpoints.prediction import Conclusion, Told, conclude
-from engine.checkpoints.unsupported import foreign_channels, refuse_foreign
+from engine.checkpoints.unsupported import refuse_foreign
 from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
 
-__all__ = ["Checkpoint", "open_vae"]
+__all__ = ["FileFields", "open_vae", "read_file"]
 
 SCALING_FACTOR = 0.18215  # of the autoencoders of Stable Diffusion 1 and 2
-ADVICE: Mapping[ComponentName, str] = MappingProxyType(
-    {
-        "text_encoder": "use a file of the whole model",
-        "text_encoder_2": "use a file of the whole model",
-        "unet": "use a file of the whole model",
-        "vae": "give one with --vae",
-    }
-)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Checkpoint:
-    """What one file holds; no weights are read yet.
+class FileFields(TypedDict):
+    """What a file says of the model in it; the fields of `engine.model.Model` of these names.
 
-    configs: the architectures of the parts that the file has. XL's text_encoder is CLIP's and its
+    configs, find: of the parts that the file has. XL's text_encoder is CLIP's and its
         text_encoder_2 OpenCLIP's; the refiner has the second alone
-    components: the parts' weights under their graphs' names
-    variant: of a model distilled to few steps
-    scheduler: a `scheduler_config.json`
-    sample_size: side of the latents in training
-    notes: what was concluded from more than the weights, and why, a sentence each
     """
 
-    path: Path
-    weights: Weights
     family: Family
-    inpainting: bool
     variant: Variant | None
     configs: Mapping[ComponentName, Config]
-    components: Mapping[ComponentName, Component]
+    find: Callable[[ComponentName], Component]
     scheduler: Mapping[str, Any]
     sample_size: int
+    zeros_for_empty_prompt: bool
+    steps: int | None
+    guidance_scale: float | None
     notes: tuple[str, ...]
 
-    @classmethod
-    def open(cls, path: Path, prediction_type: str | None = None) -> Self:
-        """Read what a file is, and check that every tensor of it has its place.
 
-        prediction_type: "epsilon", "v_prediction" or "sample", where it is not to be guessed
-        Raises ModelError when the file is damaged or of another architecture, and when a tensor
-        is missing, left over or of a wrong shape.
-        """
-        weights = open_weights(path)
-        shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-        refuse_foreign(path, shapes)
-        family = find_family(path, shapes)
-        configs, components, notes = _parts(path, weights, shapes, family)
-        _check_widths(path, family, configs)
-        conclusion = _conclude(path, weights, family, configs, prediction_type)
-        return cls(
-            path=path,
-            weights=weights,
-            family=family,
-            inpainting=_is_inpainting(configs["unet"]),
-            variant=conclusion.variant,
-            configs=MappingProxyType(configs),
-            components=MappingProxyType(components),
-            scheduler=conclusion.scheduler,
-            sample_size=conclusion.sample_size,
-            notes=(*notes, *conclusion.notes),
-        )
+def read_file(path: Path, prediction_type: str | None = None) -> FileFields:
+    """Read what a file is, and check that every tensor of it has its place; no weights are read.
 
-    @property
-    def unet(self) -> UNetConfig:
-        """The UNet's architecture."""
-        config = self.configs["unet"]
-        assert isinstance(config, UNetConfig)
-        return config
-
-    @property
-    def vae(self) -> AutoencoderConfig | None:
-        """The autoencoder's architecture; None if the file has none."""
-        config = self.configs.get("vae")
-        assert config is None or isinstance(config, AutoencoderConfig)
-        return config
-
-    @property
-    def text_encoder(self) -> TextEncoderConfig | None:
-        """The first text encoder's architecture; None if the file, or the refiner, has none."""
-        return self._text_encoder("text_encoder")
-
-    @property
-    def text_encoder_2(self) -> TextEncoderConfig | None:
-        """The architecture of XL's second text encoder; None if there is none."""
-        return self._text_encoder("text_encoder_2")
-
-    def component(self, name: ComponentName) -> Component:
-        """Return a part's weights under its graph's names; raises ModelError if it has none."""
-        if name not in self.components:
-            raise ModelError(f"{self.path} holds no {name}; {ADVICE[name]}")
-        return self.components[name]
-
-    def _text_encoder(self, name: ComponentName) -> TextEncoderConfig | None:
-        config = self.configs.get(name)
-        assert config is None or isinstance(config, TextEncoderConfig)
-        return config
+    prediction_type: "epsilon", "v_prediction" or "sample", where it is not to be guessed
+    Raises ModelError when the file is damaged or of another architecture, and when a tensor is
+    missing, left over or of a wrong shape.
+    """
+    weights = open_weights(path)
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    refuse_foreign(path, shapes)
+    family = find_family(path, shapes)
+    configs, components, notes = _parts(path, weights, shapes, family)
+    conclusion = _conclude(path, weights, family, configs, prediction_type)
+    variant = conclusion.variant
+    return {
+        "family": family,
+        "variant": variant,
+        "configs": MappingProxyType(configs),
+        "find": components.__getitem__,
+        "scheduler": conclusion.scheduler,
+        "sample_size": conclusion.sample_size,
+        "zeros_for_empty_prompt": family.name == "xl",
+        "steps": variant.steps[1] if variant else None,
+        "guidance_scale": variant.guidance_scale if variant else None,
+        "notes": (*notes, *conclusion.notes),
+    }
 
 
 def _parts(
@@ -168,27 +117,6 @@ def _parts(
     return configs, components, notes
 
 
-def _check_widths(path: Path, family: Family, configs: Mapping[ComponentName, Config]) -> None:
-    """Raise ModelError unless the parts fit together."""
-    unet, vae = configs["unet"], configs.get("vae")
-    assert isinstance(unet, UNetConfig)
-    latent = vae.latent_channels if isinstance(vae, AutoencoderConfig) else unet.out_channels
-    if unet.in_channels not in (latent, 2 * latent + 1):
-        raise foreign_channels(path, unet.in_channels, latent)
-    if unet.out_channels != latent:
-        raise ModelError(
-            f"{path} has a UNet that makes {unet.out_channels} channels and an autoencoder that "
-            f"takes {latent}; use a file whose parts belong together"
-        )
-    texts = [config for config in configs.values() if isinstance(config, TextEncoderConfig)]
-    width = sum(text.hidden_size for text in texts)
-    if len(texts) == len(TEXT_ENCODERS[family.name]) and width != unet.cross_attention_dim:
-        raise ModelError(
-            f"{path} has a UNet that attends to {unet.cross_attention_dim} values and text "
-            f"encoders that make {width}; use a file whose parts belong together"
-        )
-
-
 def _conclude(
     path: Path,
     weights: Weights,
@@ -201,17 +129,11 @@ def _conclude(
     return conclude(
         Told(path=path, metadata=weights.metadata, names=weights.tensors),
         family,
-        inpainting=_is_inpainting(unet),
+        inpainting=unet.in_channels != unet.out_channels,  # it is shown a mask and a picture
         time_condition=bool(unet.time_cond_proj_dim),
         compression=vae.compression if isinstance(vae, AutoencoderConfig) else 8,
         asked=asked,
     )
-
-
-def _is_inpainting(unet: Config) -> bool:
-    """A mask and the masked picture's latents are given beside the latents."""
-    assert isinstance(unet, UNetConfig)
-    return unet.in_channels != unet.out_channels
 
 
 def open_vae(

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from engine.checkpoints.component import Component, assemble, refuse_left_over
 from engine.checkpoints.formats.files import open_weights
-from engine.checkpoints.ldm_names import Source
-from engine.checkpoints.shapes import Shape, tensor_shapes
-from engine.configs.tiny_decoder import LEVELS, TinyDecoderConfig
+from engine.checkpoints.shapes import Shape, Source, tensor_shapes
+from engine.configs.diffusion import TINY_LEVELS, TinyDecoderConfig
 from engine.errors import ModelError
 
 __all__ = ["open_tiny_decoder"]
@@ -43,14 +42,14 @@ def _config(path: Path, shapes: Mapping[str, Shape], prefix: str, shift: int) ->
     blocks = _numbers(shapes, rf"{re.escape(prefix)}(\d{{1,4}})\.conv\.0\.weight")
     counts = [sum(a < block < b for block in blocks) for a, b in pairwise(layers)]
     first = shapes.get(f"{prefix}{shift}.weight", ())
-    if len(counts) != LEVELS or not all(counts) or len(first) != 4:
+    if len(counts) != TINY_LEVELS or not all(counts) or len(first) != 4:
         raise ModelError(
             f"{path} holds no tiny decoder such as TAESD's; give a taesd_decoder or "
             "taesdxl_decoder file, or a folder of diffusers' AutoencoderTiny"
         )
     return TinyDecoderConfig(
         latent_channels=first[1],
-        decoder_block_out_channels=(first[0],) * LEVELS,
+        decoder_block_out_channels=(first[0],) * TINY_LEVELS,
         num_decoder_blocks=tuple(counts),
     )
 

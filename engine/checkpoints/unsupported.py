@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from engine.checkpoints.component import shown
 from engine.checkpoints.shapes import Shape
-from engine.checkpoints.unused import shown
 from engine.errors import ModelError
 
 __all__ = ["foreign_channels", "refuse_foreign"]

@@ -2,6 +2,9 @@
 
 The field names are those of diffusers and transformers. A value that this project does not
 implement is refused here, so that nothing downstream meets it.
+
+A tiny decoder for previews is that of TAESD (Bohan, "Tiny AutoEncoder for Stable Diffusion"), which
+takes the latents scaled, as they are in the sampler; diffusers calls it AutoencoderTiny.
 """
 
 from collections.abc import Mapping
@@ -264,4 +267,54 @@ _AUTOENCODER_FIXED: dict[str, tuple[Any, ...]] = {
 _AUTOENCODER_BLOCKS = {
     "down_block_types": "DownEncoderBlock2D",
     "up_block_types": "UpDecoderBlock2D",
+}
+
+
+TINY_LEVELS = 4  # and twice the size between them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyDecoderConfig(Config):
+    """The half of a tiny autoencoder that previews need; all its levels have one width."""
+
+    latent_channels: int = 4
+    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
+    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+
+    def __post_init__(self) -> None:
+        """Refuse widths that change, and other numbers of levels."""
+        super(TinyDecoderConfig, self).__post_init__()
+        widths, blocks = self.decoder_block_out_channels, self.num_decoder_blocks
+        if len(widths) != TINY_LEVELS or len(blocks) != TINY_LEVELS or len(set(widths)) > 1:
+            raise ModelError(
+                f"a tiny decoder of the widths {widths} and blocks {blocks} is not supported; it "
+                f"must have {TINY_LEVELS} levels of one width, as TAESD has"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read an AutoencoderTiny's configuration; refuse variants that change the maths."""
+        kind = values.get("_class_name")
+        if kind != "AutoencoderTiny":
+            raise ModelError(
+                f"config.json is of the class {kind!r}; an AutoencoderTiny's is expected, of TAESD "
+                "or its kin"
+            )
+        require_fixed(values, _TINY_FIXED)
+        return super(TinyDecoderConfig, cls).from_dict(values)
+
+    @property
+    def compression(self) -> int:
+        """Pixels along one side of the square that one latent value stands for."""
+        return int(2 ** (TINY_LEVELS - 1))
+
+
+# Fields of diffusers' configuration with the only values that are implemented.
+_TINY_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("relu",),
+    "out_channels": (3,),
+    "scaling_factor": (1.0,),
+    "shift_factor": (0.0, None),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
 }

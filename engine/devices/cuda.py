@@ -15,10 +15,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.devices.device import DeviceArray, Shape
-from engine.devices.out_of_memory import out_of_memory
+from engine.devices.device import DeviceArray, Shape, out_of_memory
 from engine.devices.pinned_memory import Staging
-from engine.errors import BackendError, first_line
+from engine.errors import BackendError, first_line, install
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +44,7 @@ def find_device(index: int = 0) -> "CudaDevice":
     except ImportError as error:
         raise BackendError(
             f"NVIDIA's packages for a GPU are not installed ({first_line(error)}); "
-            "install them with `pip install 'latentrt[cuda]'`"
+            + install("cuda-core cuda-bindings", "cuda")
         ) from error
     try:
         return CudaDevice(core, driver, index)

@@ -1,19 +1,19 @@
-"""A device beside the processor: its memory, its queue of work, and the engines that live there.
+"""A device beside the processor: its memory and its queue of work.
 
 Work is queued on one stream and done in order, while the processor goes on. Only `download` and
 `wait` wait for it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Engine
+from engine.errors import BackendError
 
 Shape = tuple[int, ...]
 
@@ -52,7 +52,7 @@ class DeviceArray:
         return replace(self, shape=shape)
 
 
-Held = NDArray[Any] | DeviceArray
+HostOrDeviceArray = NDArray[Any] | DeviceArray
 
 
 class Device(Protocol):
@@ -112,36 +112,24 @@ class Device(Protocol):
         ...
 
 
-class DeviceEngine(Engine, Protocol):
-    """An engine whose inputs and outputs may stay on its device.
-
-    `run` also takes arrays of the device as inputs; what it returns is the processor's.
-    """
-
-    @property
-    def device(self) -> Device:
-        """Where it runs."""
-        ...
-
-    def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
-        """Get ready for inputs of these shapes; return outputs of the shapes that they make.
-
-        The outputs are newly allocated. Raises BackendError when these shapes cannot be run.
-        """
-        ...
-
-    def enqueue(
-        self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
-    ) -> None:
-        """Queue a run of shapes that `prepare` has once taken; allocates and waits for nothing."""
-        ...
-
-
-def is_on_device(engine: Engine) -> TypeGuard[DeviceEngine]:
-    """Tell whether an engine's arrays may stay on a device."""
-    return hasattr(engine, "device")
-
-
-def on_host(array: Held) -> NDArray[Any]:
+def on_host(array: HostOrDeviceArray) -> NDArray[Any]:
     """Return an array that the processor can read; waits for a device's."""
     return array.device.download(array) if isinstance(array, DeviceArray) else array
+
+
+def out_of_memory(asked: int, free: int, total: int) -> BackendError:
+    """Make the error for a piece of memory that a device has not, in bytes."""
+    missing = (
+        f"{_size(asked - free)} are missing"
+        if asked > free
+        else "these are in pieces which are too small"
+    )
+    return BackendError(
+        f"{_size(asked)} of the GPU's memory were asked for and {_size(free)} of {_size(total)} "
+        f"are free, so {missing}; ask for a smaller picture or fewer at once, or close other "
+        "programs that use the GPU"
+    )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.1f} MiB"

@@ -1,8 +1,15 @@
-"""Graphs: an architecture without weights, as ONNX, found by what the architecture is.
+"""Graphs: an architecture without weights, as ONNX, and the signature of each.
 
 A graph's file name says the part, the architecture's key and the precision, so one graph serves
 every checkpoint of its architecture. Graphs of known architectures ship with the package,
 compressed; `python -m export` traces the others.
+
+The inputs and outputs of every graph, their names, dtypes and symbolic shapes, are written once,
+here. Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
+C latent channels, h and w the latent's size, n tokens, D the width of the context, P that of the
+pooled text, T the sizes that XL is told, e tokens of textual inversion, X channels that an
+inpainting UNet sees beside the latent, F channels of the UNet's first level, H = 8 h and W = 8 w
+pixels (or whatever the autoencoder's compression is).
 """
 
 import gzip
@@ -11,25 +18,155 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, Self, get_args
 
-from engine.configs.diffusion import Config
+from engine.configs.diffusion import Config, UNetConfig
 from engine.errors import GraphError
 from engine.graphs.onnx_bytes import metadata, outputs
-from engine.graphs.signature import Part, signature
+from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
+
+Part = Literal[
+    "text_encoder",
+    "text_encoder_2",
+    "step",
+    "step_shallow",
+    "vae_decoder",
+    "vae_encoder",
+    "preview_decoder",
+    "language_model",
+]
+TextPart = Literal["text_encoder", "text_encoder_2"]
+Symbol = str | int
+Dtype = Literal["float32", "int64", "uint8"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """A graph's input or output as an app sees it, whatever precision the graph computes in."""
+
+    dtype: Dtype
+    shape: tuple[Symbol, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What goes into a graph and what comes out, in the order of its arguments."""
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+
+
+def _tensor(dtype: Dtype, *shape: Symbol) -> Tensor:
+    return Tensor(dtype=dtype, shape=shape)
+
+
+_TEXT_ENCODER = Signature(
+    inputs={
+        "input_ids": _tensor("int64", "B", "n"),
+        # Rows for the ids from vocab_size on: textual inversion changes no weight.
+        "extra_embeddings": _tensor("float32", "e", "D"),
+    },
+    outputs={
+        "last_hidden_state": _tensor("float32", "B", "n", "D"),
+        "penultimate_hidden_state": _tensor("float32", "B", "n", "D"),
+        "pooled": _tensor("float32", "B", "P"),
+    },
+)
+
+_STEP_INPUTS = {
+    "registers": _tensor("float32", "B", "r", "C", "h", "w"),
+    "matrices": _tensor("float32", "B", "r", "r + 2"),
+    "timestep": _tensor("float32", "B"),
+    "input_scale": _tensor("float32", "B"),
+    "context": _tensor("float32", "g", "B", "n", "D"),
+    "guidance": _tensor("float32", "g", "B"),
+    "guidance_rescale": _tensor("float32", "B"),
+    "noise": _tensor("float32", "B", "C", "h", "w"),
+    "mask": _tensor("float32", "B", 1, "h", "w"),
+    "outside": _tensor("float32", "B", "r + 2"),
+}
+_NEXT_REGISTERS = _tensor("float32", "B", "r", "C", "h", "w")
+# What enters the last residual block of the UNet: a step gives it, a shallow step begins there.
+_DEEP = _tensor("float32", "g", "B", "F", "h", "w")
+
+SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
+    {
+        "text_encoder": _TEXT_ENCODER,
+        "text_encoder_2": _TEXT_ENCODER,
+        "step": Signature(
+            inputs=_STEP_INPUTS, outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP}
+        ),
+        "step_shallow": Signature(
+            inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
+        ),
+        "vae_decoder": Signature(
+            inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+            outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
+        ),
+        "vae_encoder": Signature(
+            inputs={
+                "pixels": _tensor("uint8", "B", "H", "W", 3),
+                "noise": _tensor("float32", "B", "C", "h", "w"),
+            },
+            outputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+        ),
+        "preview_decoder": Signature(
+            inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+            outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
+        ),
+        # Keys and values of the p tokens so far go in, those of all p + n come out; logits follow
+        # the last token. l layers, a heads of width d, V tokens in the vocabulary.
+        "language_model": Signature(
+            inputs={
+                "input_ids": _tensor("int64", "B", "n"),
+                "past": _tensor("float32", "l", 2, "B", "a", "p", "d"),
+            },
+            outputs={
+                "logits": _tensor("float32", "B", "V"),
+                "present": _tensor("float32", "l", 2, "B", "a", "p + n", "d"),
+            },
+        ),
+    }
+)
+
+# XL's second conditioning; only graphs whose UNet has `addition_embed_type: text_time` take it.
+_TEXT_TIME = {
+    "text_embeds": _tensor("float32", "g", "B", "P"),
+    "time_ids": _tensor("float32", "g", "B", "T"),
+}
+# The embedded guidance scale of a distilled model; only with `time_cond_proj_dim`.
+_TIMESTEP_COND = {"timestep_cond": _tensor("float32", "B", "E")}
+# What an inpainting model sees unscaled beside the latent: the mask, the masked picture's latents.
+_IMAGE_CONDITIONING = {"image_conditioning": _tensor("float32", "B", "X", "h", "w")}
+
+
+def signature(part: Part, config: Config) -> Signature:
+    """Return what a part of this architecture takes and gives."""
+    described = SIGNATURES[part]
+    if not isinstance(config, UNetConfig):
+        return described
+    inputs = dict(described.inputs)
+    if config.addition_embed_type == "text_time":
+        inputs |= _TEXT_TIME
+    if config.time_cond_proj_dim:
+        inputs |= _TIMESTEP_COND
+    if config.in_channels > config.out_channels:
+        inputs |= _IMAGE_CONDITIONING
+    return Signature(inputs=inputs, outputs=described.outputs)
+
 
 Precision = Literal["float32", "float16"]
 METADATA_KEY = "latentrt"
 COMPRESSED = ".gz"
-SHIPPED = Path(__file__).parents[1] / "shipped" / "graphs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
     """An ONNX file and what it says of itself.
 
-    inputs, outputs: their names, in the order of `engine.graphs.signature`; graphs of other
+    inputs, outputs: their names, in the order of `engine.graphs.graph`; graphs of other
         versions have others
     weights: the checkpoint's tensors that it wants, by name, with their shapes
     """
@@ -87,7 +224,7 @@ def graph_name(part: Part, config: Config, precision: Precision) -> str:
 
 def graph_folders(chosen: Path | None = None) -> Sequence[Path]:
     """Return where graphs are looked for: the chosen folder, else the cache and the package."""
-    return (chosen,) if chosen else (cache_folder() / "graphs", SHIPPED)
+    return (chosen,) if chosen else (cache_folder() / "graphs", GRAPHS)
 
 
 def find_graph(

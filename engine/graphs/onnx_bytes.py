@@ -1,30 +1,32 @@
 """ONNX files as bytes: what a backend reads and changes of one without the onnx library.
 
 An ONNX file is one protobuf message (https://protobuf.dev/programming-guides/encoding), a
-ModelProto, whose fields are numbered in onnx.proto.
+ModelProto, whose fields are numbered in onnx.proto. Nodes are found, written and replaced too,
+since ONNX Runtime has operators of its own that do in one pass what ONNX's take several for.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
-# Fields of ModelProto, GraphProto, NodeProto and AttributeProto, TensorProto, ValueInfoProto,
-# TypeProto and its tensor's type.
-MODEL_GRAPH, MODEL_METADATA = 7, 14
+# Fields of ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, ValueInfoProto,
+# TypeProto and its tensor's type, and OperatorSetIdProto.
+MODEL_GRAPH, MODEL_OPSET, MODEL_METADATA = 7, 8, 14
 GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
-NODE_OPERATOR, NODE_ATTRIBUTE, ATTRIBUTE_NAME = 4, 5, 1
+INPUT, OUTPUT, NAME, OP_TYPE, ATTRIBUTE, DOMAIN = 1, 2, 3, 4, 5, 7
+ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 3, 8, 20
 TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_LOCATION = 1, 2, 8, 14
-VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TYPE_DTYPE, TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = (
-    1,
-    2,
-    1,
-    1,
-    2,
-    1,
-    1,
-)
+VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TYPE_DTYPE = 1, 2, 1, 1
+TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = 2, 1, 1
+OPSET_DOMAIN, OPSET_VERSION = 1, 2
 EXTERNAL = 1  # TensorProto.DataLocation
+INT, INTS = 2, 7  # AttributeProto.AttributeType
 NUMBER, TEXT = 0, 2  # protobuf's wire types: a varint, and strings, bytes or messages
+CONTRIB = b"com.microsoft"  # the domain of ONNX Runtime's own operators
 
 Field = tuple[int, bytes | int]
+Node = list[Field]
 
 
 def metadata(data: bytes) -> dict[str, str]:
@@ -57,12 +59,12 @@ def without_attribute(data: bytes, operator: str, attribute: str) -> bytes:
 
     def node(content: bytes) -> bytes:
         found = list(fields(content))
-        if (NODE_OPERATOR, operator.encode()) not in found:
+        if (OP_TYPE, operator.encode()) not in found:
             return content
         return b"".join(
             encode(field, value)
             for field, value in found
-            if field != NODE_ATTRIBUTE or next(fields(_bytes(value)), None) != named
+            if field != ATTRIBUTE or next(fields(_bytes(value)), None) != named
         )
 
     return _mapped(data, MODEL_GRAPH, lambda graph: _mapped(graph, GRAPH_NODE, node))
@@ -166,3 +168,112 @@ def _bytes(value: bytes | int) -> bytes:
     if isinstance(value, int):
         raise ValueError("a message is expected, and there is a number")
     return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nodes:
+    """The nodes of a serialised GraphProto, each by its place among the graph's fields.
+
+    kinds: their operators; readers: how often each value is read, by nodes or as an output
+    """
+
+    graph: bytes
+    nodes: Mapping[int, Node]
+    kinds: Mapping[int, bytes]
+    readers: Mapping[bytes, int]
+
+    @classmethod
+    def read(cls, graph: bytes) -> Self:
+        """Read a graph's nodes; raises ValueError or IndexError where there are none."""
+        nodes = {
+            i: list(fields(value))
+            for i, (field, value) in enumerate(fields(graph))
+            if field == GRAPH_NODE and isinstance(value, bytes)
+        }
+        readers = Counter(name for node in nodes.values() for name in named(node, INPUT))
+        readers.update(
+            named(list(fields(value)), VALUE_NAME)[0]
+            for field, value in fields(graph)
+            if field == GRAPH_OUTPUT and isinstance(value, bytes)
+        )
+        kinds = {i: next(iter(named(node, OP_TYPE)), b"") for i, node in nodes.items()}
+        return cls(graph=graph, nodes=nodes, kinds=kinds, readers=readers)
+
+    def replaced(self, written: Mapping[int, bytes]) -> bytes:
+        """Return the graph with other fields, any number of them, in these places."""
+        return b"".join(
+            written[i] if i in written else encode(field, value)
+            for i, (field, value) in enumerate(fields(self.graph))
+        )
+
+
+def with_own_operators(data: bytes, change: Callable[[Nodes], bytes]) -> bytes:
+    """Return a serialised ModelProto with another graph, which may use ONNX Runtime's operators."""
+    opset = encode(OPSET_DOMAIN, CONTRIB) + encode(OPSET_VERSION, 1)
+    return b"".join(
+        encode(
+            field,
+            change(Nodes.read(value))
+            if field == MODEL_GRAPH and isinstance(value, bytes)
+            else value,
+        )
+        for field, value in fields(data)
+    ) + encode(MODEL_OPSET, opset)
+
+
+def written_node(
+    kind: bytes,
+    inputs: Sequence[bytes],
+    out: bytes,
+    attributes: Sequence[bytes],
+    domain: bytes = b"",
+) -> bytes:
+    """Write a node as a field of a graph; it is named after its one output."""
+    content = [encode(INPUT, name) for name in inputs]
+    content += [encode(OUTPUT, out), encode(NAME, out), encode(OP_TYPE, kind)]
+    content += [encode(ATTRIBUTE, attribute) for attribute in attributes]
+    return encode(GRAPH_NODE, b"".join(content) + (encode(DOMAIN, domain) if domain else b""))
+
+
+def int_attribute(name: bytes, value: int) -> bytes:
+    """Write an attribute that is a number."""
+    kind = encode(ATTRIBUTE_TYPE, INT)
+    return encode(ATTRIBUTE_NAME, name) + encode(ATTRIBUTE_INT, value) + kind
+
+
+def ints_attribute(name: bytes, values: Sequence[int]) -> bytes:
+    """Write an attribute that is a list of numbers."""
+    content = b"".join(encode(ATTRIBUTE_INTS, value) for value in values)
+    return encode(ATTRIBUTE_NAME, name) + content + encode(ATTRIBUTE_TYPE, INTS)
+
+
+def named(node: Node, kind: int) -> list[bytes]:
+    """Return the texts and messages of one field."""
+    return [value for field, value in node if field == kind and isinstance(value, bytes)]
+
+
+def attributes_of(node: Node) -> dict[bytes, bytes]:
+    """Return a node's attributes, as they are written, by their names."""
+    # Not all of each is read: further on may be floats, which `fields` does not know.
+    return {
+        next(value for _, value in fields(attribute) if isinstance(value, bytes)): attribute
+        for attribute in named(node, ATTRIBUTE)
+    }
+
+
+def int_of(attribute: bytes) -> int:
+    """Return the number that an attribute holds."""
+    return next(
+        value
+        for field, value in fields(attribute)
+        if field == ATTRIBUTE_INT and isinstance(value, int)
+    )
+
+
+def ints_of(attribute: bytes) -> tuple[int, ...]:
+    """Return the numbers that an attribute holds, which are written one by one."""
+    return tuple(
+        value
+        for field, value in fields(attribute)
+        if field == ATTRIBUTE_INTS and isinstance(value, int)
+    )

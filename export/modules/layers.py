@@ -112,3 +112,16 @@ def for_groups(values: Tensor, groups: int | None) -> Tensor:
     if groups is None:
         return values
     return values[None].expand(groups, *values.shape).flatten(0, 1)
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with GELU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * hidden)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, n, channels) -> (B, n, hidden)."""
+        value, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return value * F.gelu(gate)

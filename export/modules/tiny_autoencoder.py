@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.configs.diffusion import TinyDecoderConfig
 
 LIMIT = 3.0  # latents are bent smoothly into -3 to 3
 

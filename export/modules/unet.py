@@ -12,22 +12,9 @@ from torch import Tensor, nn
 
 from engine.configs.diffusion import UNetConfig
 from export.modules.embeddings import TextEmbedding, TimestepEmbedding, sinusoids
-from export.modules.layers import Attention, Downsample, ResnetBlock, Upsample, for_groups
+from export.modules.layers import GEGLU, Attention, Downsample, ResnetBlock, Upsample, for_groups
 
 TRANSFORMER_EPS = 1e-6  # the group norm before a transformer; the residual blocks' is configured
-
-
-class GEGLU(nn.Module):
-    """Gated linear unit with GELU (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, n, channels) -> (B, n, hidden)."""
-        value, gate = self.proj(hidden_states).chunk(2, dim=-1)
-        return value * F.gelu(gate)
 
 
 class FeedForward(nn.Module):

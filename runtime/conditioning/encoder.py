@@ -5,7 +5,9 @@ are read as `runtime.conditioning.syntax` says, by which they may change from ca
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,13 +16,18 @@ from numpy.typing import NDArray
 from engine.adapters.textual_inversion import Embedding
 from engine.backends.base import Engine
 from engine.errors import RequestError
-from engine.graphs.signature import Part, TextPart
+from engine.graphs.graph import Part, TextPart
 from engine.model import Model
-from runtime.conditioning.chunks import Chunk, emphasize, make_chunks
-from runtime.conditioning.embedding_cache import Kept
 from runtime.conditioning.guidance import Guidance
 from runtime.conditioning.syntax import schedule
-from runtime.conditioning.tokenizer import Tokenizer, check_text, load_tokenizers
+from runtime.conditioning.tokenizer import (
+    Chunk,
+    Tokenizer,
+    check_text,
+    emphasize,
+    load_tokenizers,
+    make_chunks,
+)
 
 __all__ = ["Encoder", "Texts"]
 
@@ -31,6 +38,7 @@ Groups = tuple[tuple[str, ...], ...]  # of texts, at one call
 # (Podell et al. 2023, arXiv:2307.01952; the numbers are those of the published pipeline.)
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 MAX_ROWS = 256  # of one call of a text encoder, which bounds its memory
+CACHE_BYTES = 2**26  # some fifty pairs of prompts in XL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,25 +62,56 @@ class Texts:
         return len(self.prompts[0]) * self.repeats
 
 
+class EmbeddingCache:
+    """What text encoders gave for the latest keys, as much as fits; safe for several threads."""
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self._limit = limit
+        self._arrays: OrderedDict[Hashable, tuple[NDArray[np.float32], ...]] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> tuple[NDArray[np.float32], ...] | None:
+        """Return what was put there, None for what was not or is gone."""
+        with self._lock:
+            found = self._arrays.get(key)
+            if found is not None:
+                self._arrays.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, arrays: tuple[NDArray[np.float32], ...]) -> None:
+        """Keep arrays in place of those that were not asked for the longest."""
+        with self._lock:
+            self._bytes += _size(arrays) - _size(self._arrays.pop(key, ()))
+            self._arrays[key] = arrays
+            while self._bytes > self._limit:
+                _, gone = self._arrays.popitem(last=False)
+                self._bytes -= _size(gone)
+
+
+def _size(arrays: tuple[NDArray[np.float32], ...]) -> int:
+    return sum(array.nbytes for array in arrays)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Encoder:
     """The text encoders of a model with their tokenizers.
 
     extra: (e, D) for each, the rows of the words that textual inversion taught them
-    kept: what the engines gave lately; new weights need another
+    cache: of what the engines gave lately; new weights need another
     """
 
     model: Model
     tokenizers: Mapping[TextPart, Tokenizer]
     engine: Callable[[Part], Engine]
     extra: Mapping[TextPart, Array] = field(default_factory=dict)
-    kept: Kept = field(default_factory=Kept)
+    cache: EmbeddingCache = field(default_factory=EmbeddingCache)
 
-    def forgetful(self) -> "Encoder":
-        """Return the encoder for other weights: it keeps nothing that was encoded before."""
-        return replace(self, kept=Kept())
+    def without_cache(self) -> "Encoder":
+        """Return the encoder for other weights, whose cache is empty."""
+        return replace(self, cache=EmbeddingCache())
 
-    def taught(self, embeddings: Sequence[Embedding]) -> "Encoder":
+    def with_embeddings(self, embeddings: Sequence[Embedding]) -> "Encoder":
         """Return encoders that know these words and no others; raises ModelError, RequestError."""
         encoders = self.model.text_encoders
         for embedding in embeddings:
@@ -91,7 +130,7 @@ class Encoder:
                 first += count
             tokenizers[name] = tokenizers[name].with_words(words)
             extra[name] = np.concatenate([embedding.vectors[name] for embedding in embeddings])
-        return replace(self, tokenizers=tokenizers, extra=extra, kept=Kept())
+        return replace(self, tokenizers=tokenizers, extra=extra, cache=EmbeddingCache())
 
     def condition(
         self, texts: Texts, guidance: Guidance, height: int, width: int, *, clip_skip: int = 1
@@ -193,10 +232,10 @@ class Encoder:
         """
         before_last = clip_skip == 2 and self.model.context == "last_hidden_state"
         key = (name, before_last, input_ids.shape, input_ids.tobytes())
-        found = self.kept.get(key)
+        found = self.cache.get(key)
         if found is None:
             found = self._run_rows(name, input_ids, before_last)
-            self.kept.put(key, found)
+            self.cache.put(key, found)
         return found
 
     def _run_rows(

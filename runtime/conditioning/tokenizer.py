@@ -7,28 +7,30 @@ transformers' `CLIPTokenizer` for the same folder.
 
 A row is [start, tokens of the prompt, end, padding]. The padding is the model's own: Stable
 Diffusion 1.x pads with the end token, 2.x with "!".
+
+A prompt of any length is a list of chunks, rows with what each token counts: a text encoder sees
+one at a time, and the UNet attends to their states one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from engine.errors import ModelError, RequestError
-from engine.graphs.signature import TextPart
+from engine.graphs.graph import TextPart
 from engine.model import Model
+from runtime.conditioning.syntax import parse
 from runtime.conditioning.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
-
-__all__ = ["Tokenizer", "Tokens", "check_tokenizers", "load_tokenizers", "word_splitter"]
 
 PAD_TOKENS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # CLIP's own encoders, and OpenCLIP's
 WORD_PATTERN = (
@@ -39,14 +41,9 @@ WORD_PATTERN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokens:
-    """The ids of some prompts, and what did not fit.
+    """The ids of some prompts; input_ids: (batch, max_length), int64."""
 
-    input_ids: (batch, max_length), int64
-    cuts: for each prompt the end of its own text that did not fit, None where all of it did
-    """
-
-    input_ids: npt.NDArray[np.int64]
-    cuts: tuple[str | None, ...]
+    input_ids: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -136,31 +133,23 @@ class Tokenizer:
                 f"The prompts came as {type(prompts).__name__}; give a list of strings."
             )
         room = self.max_length - 2
-        rows, cuts = [], []
+        rows = []
         for prompt in prompts:
-            words = self.words_of(prompt)
-            ids = [index for meant, _ in words for index in meant]
-            starts = [start for meant, start in words for _ in meant]
+            ids = [index for meant in self.words_of(prompt) for index in meant]
             rows.append(self.row(ids[:room]))
-            cuts.append(prompt[starts[room] :] if len(ids) > room else None)
-        input_ids = np.array(rows, np.int64).reshape(len(rows), self.max_length)
-        return Tokens(input_ids=input_ids, cuts=tuple(cuts))
+        return Tokens(input_ids=np.array(rows, np.int64).reshape(len(rows), self.max_length))
 
-    def words_of(self, prompt: str) -> list[tuple[Sequence[int], int]]:
-        """Return the ids of each token, with where in the text it starts.
+    def words_of(self, prompt: str) -> list[Sequence[int]]:
+        """Return the ids of each token; a word of textual inversion is one of several ids.
 
-        A word of textual inversion is one token of several ids. Raises RequestError for a prompt
-        that is no string or is not text.
+        Raises RequestError for a prompt that is no string or is not text.
         """
         check_text(prompt)
         # One by one: the library's batches start threads, which do not survive a later fork.
         encoding = self.encoder.encode(prompt, add_special_tokens=False)
-        return [
-            (self.words.get(given, (given,)), start)
-            for given, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)
-        ]
+        return [self.words.get(given, (given,)) for given in encoding.ids]
 
-    def row(self, ids: Sequence[int]) -> npt.NDArray[np.int64]:
+    def row(self, ids: Sequence[int]) -> NDArray[np.int64]:
         """Return (max_length,): the start, up to max_length - 2 ids, the end and padding."""
         row = np.full(self.max_length, self.pad_token_id, np.int64)
         row[: len(ids) + 2] = [self.bos_token_id, *ids, self.eos_token_id]
@@ -251,3 +240,90 @@ def build_encoder(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
         if encoder.token_to_id(fields["content"]) != index:
             raise ValueError(f"the added token {fields['content']!r} cannot have the id {index}")
     return encoder
+
+
+# How far back a chunk may end at a comma rather than within a phrase, as in Automatic1111.
+COMMA_TOKENS = 20
+MAX_CHUNKS = 64  # some 4,800 tokens; a longer prompt is a slip, and would take the memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Chunk:
+    """A row of tokens: input_ids (n,) int64; weights (n,) float32, 1 for start, end, padding."""
+
+    input_ids: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    @property
+    def key(self) -> bytes:
+        """What equal rows have in common, whatever their weights."""
+        return self.input_ids.tobytes()
+
+    @classmethod
+    def of(cls, tokens: list[tuple[int, float]], tokenizer: Tokenizer) -> Chunk:
+        """Make the row of these ids and weights."""
+        row = tokenizer.row([index for index, _ in tokens])
+        weights = np.ones(len(row), np.float32)
+        weights[1 : len(tokens) + 1] = [weight for _, weight in tokens]
+        return cls(input_ids=row, weights=weights)
+
+
+def make_chunks(text: str, tokenizer: Tokenizer) -> list[Chunk]:
+    """Return the chunks of a prompt, at least one.
+
+    BREAK ends a chunk; a full one ends after its last comma if that is near. The words of textual
+    inversion stay whole if one fits a chunk at all. Raises RequestError for what is not text, and
+    for more than 64 chunks.
+    """
+    room, comma = tokenizer.max_length - 2, tokenizer.encoder.token_to_id(",</w>")
+    full: list[list[tuple[int, float]]] = []
+    for stretch in parse(text):
+        chunk: list[tuple[int, float]] = []
+        after_comma = 0  # where in the chunk a phrase began, 0 for none
+        for piece in stretch:
+            for ids in _words(tokenizer, piece.text, room):
+                is_comma = tuple(ids) == (comma,)
+                if len(chunk) + len(ids) > room:
+                    near = after_comma and room - after_comma < COMMA_TOKENS
+                    moved = near and len(chunk) == room and not is_comma
+                    end = after_comma if moved else len(chunk)
+                    full.append(chunk[:end])
+                    chunk, after_comma = chunk[end:], 0
+                    if len(chunk) + len(ids) > room:  # a word of many tokens, after what moved
+                        full.append(chunk)
+                        chunk = []
+                chunk += [(index, piece.weight) for index in ids]
+                if is_comma:
+                    after_comma = len(chunk)
+        full.append(chunk)
+    if len(full) > 1 and not full[-1]:
+        full.pop()  # a BREAK at the end
+    if len(full) > MAX_CHUNKS:
+        raise RequestError(
+            f"A prompt has {len(full)} chunks of {room} tokens; up to {MAX_CHUNKS} fit, shorten it "
+            f"(it begins {text[:40]!r})."
+        )
+    return [Chunk.of(tokens, tokenizer) for tokens in full]
+
+
+def _words(tokenizer: Tokenizer, text: str, room: int) -> Iterator[tuple[int, ...]]:
+    """Yield the ids that must stay in one chunk."""
+    for ids in tokenizer.words_of(text):
+        for start in range(0, len(ids), room):
+            yield tuple(ids[start : start + room])
+
+
+def emphasize(
+    hidden_states: NDArray[np.float32], weights: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Multiply the states of a chunk, (n, D), by its tokens' weights, (n,), and keep their mean.
+
+    Weights of 1 change no bit. The mean is that of all numbers, as in Automatic1111.
+    """
+    if np.all(weights == 1):
+        return hidden_states
+    weighted = hidden_states.astype(np.float64) * weights[:, None]
+    mean = weighted.mean()
+    if mean:
+        weighted *= hidden_states.mean(dtype=np.float64) / mean
+    return weighted.astype(np.float32)

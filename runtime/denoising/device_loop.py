@@ -5,61 +5,67 @@ run that nobody watches sends its registers to and fro between two buffers; when
 form, the buffers are filled anew and all calls are launched as one recorded graph.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.devices.device import Device, DeviceArray, DeviceEngine
+from engine.backends.base import DeviceEngine, Engine
+from engine.devices.device import Device, DeviceArray, HostOrDeviceArray
 from engine.errors import BackendError
-from engine.graphs.signature import Part
-from runtime.denoising.host_loop import Calls
+from engine.graphs.graph import Part
+from runtime.denoising.latents import State
+from runtime.plan import StepInputs
 
-Place = tuple[int, int | None, tuple[int, ...]]
-Placed = dict[str, DeviceArray]
-Engines = Callable[[Part], DeviceEngine]
+BufferView = tuple[int, int | None, tuple[int, ...]]
+"""Which array of a run; which row of it, None for all; and the shape."""
+Inputs = dict[str, DeviceArray]
+FindEngine = Callable[[Part], Engine]
 FLOAT32 = np.dtype(np.float32)
 ALIGNMENT = 256  # bytes; where a tensor may begin in a device's memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Contents:
+class RunBuffers:
     """What a run uploads, and where each call finds its inputs in it.
 
     arrays: each once, however many calls use it; the first is what the registers start from
-    places: of every call, by name: which array; which row of it, None for all; and the shape
+    views: of every call, where each input is, by name
     """
 
     arrays: list[NDArray[Any]]
-    places: list[dict[str, Place]]
+    views: list[dict[str, BufferView]]
 
     @classmethod
-    def of(cls, calls: Calls) -> "Contents":
+    def of(cls, state: State, steps: Sequence[StepInputs]) -> "RunBuffers":
         """Collect what a run uploads; its noise is drawn here, all at once."""
-        arrays: list[NDArray[Any]] = [calls.registers]
+        assert isinstance(state.registers, np.ndarray)
+        arrays: list[NDArray[Any]] = [state.registers]
         index: dict[int, int] = {}
 
-        def place(array: NDArray[Any]) -> Place:
+        def view(array: NDArray[Any]) -> BufferView:
             if id(array) not in index:
                 index[id(array)] = len(arrays)
                 arrays.append(array)
             return index[id(array)], None, array.shape
 
-        tables = {name: place(_aligned(table))[0] for name, table in calls.tables.items()}
-        places = []
-        for call, noise in enumerate([*calls.fresh()]):
-            given = {**calls.told[call], **calls.constant, "noise": noise}
-            rows = {name: (at, call, calls.tables[name].shape[1:]) for name, at in tables.items()}
-            places.append({**{name: place(array) for name, array in given.items()}, **rows})
-        return cls(arrays=arrays, places=places)
+        tables = {}
+        for name in steps[0].per_step:
+            tables[name] = view(_aligned(np.stack([step.per_step[name] for step in steps])))[0]
+        views = []
+        for call, (step, noise) in enumerate(zip(steps, [*state.noise], strict=True)):
+            given = {**step.conditioning, **state.constant, "noise": noise}
+            rows = {name: (at, call, step.per_step[name].shape) for name, at in tables.items()}
+            views.append({**{name: view(array) for name, array in given.items()}, **rows})
+        return cls(arrays=arrays, views=views)
 
     def form(self) -> Hashable:
         """Say what makes two runs use the same buffers in the same way."""
         shapes = tuple((array.shape, array.dtype.str) for array in self.arrays)
-        return shapes, tuple(tuple(sorted(found.items())) for found in self.places)
+        return shapes, tuple(tuple(sorted(found.items())) for found in self.views)
 
     def empty(self, device: Device) -> list[DeviceArray]:
         """Allocate memory for the arrays."""
@@ -67,14 +73,14 @@ class Contents:
 
     def upload(self, device: Device, to: list[DeviceArray]) -> None:
         """Queue the copies of all arrays."""
-        for array, place in zip(self.arrays, to, strict=True):
-            device.upload(array, place)
+        for array, buffer in zip(self.arrays, to, strict=True):
+            device.upload(array, buffer)
 
-    def inputs(self, call: int, uploaded: list[DeviceArray]) -> Placed:
-        """Return what a call is told, but for the registers and deep features."""
+    def inputs(self, call: int, uploaded: list[DeviceArray]) -> Inputs:
+        """Return the inputs of a call, but for the registers and deep features."""
         return {
             name: uploaded[at] if row is None else uploaded[at][row].head(shape)
-            for name, (at, row, shape) in self.places[call].items()
+            for name, (at, row, shape) in self.views[call].items()
         }
 
 
@@ -119,81 +125,102 @@ class DeviceLoop:
     _recording: Recording | None = None
     _lock: Lock = field(default_factory=Lock)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Let go of buffers and of what was recorded, as when engines have changed."""
         with self._lock:
             self._form = self._recording = None
 
-    def steps(self, calls: Calls, engine: Engines) -> Iterator[tuple[dict[str, Any], DeviceArray]]:
-        """Queue the calls one by one; yields what each was told and the registers that it makes.
+    def steps(
+        self, state: State, steps: Sequence[StepInputs], engine: FindEngine
+    ) -> Iterator[tuple[StepInputs, State]]:
+        """Queue the calls one by one; yields each with the state after it.
 
-        What it was told are the processor's arrays, but for the registers before it.
+        The registers are arrays of the device; all other inputs that a state was given are the
+        processor's.
         """
-        device, contents = engine("step").device, Contents.of(calls)
-        uploaded = contents.empty(device)
-        contents.upload(device, uploaded)
-        registers, deep = uploaded[0], None
-        for call, whole in enumerate(calls.whole):
-            given = {**contents.inputs(call, uploaded), "registers": registers}
-            if deep is not None and not whole:
-                given["deep"] = deep
-            chosen = engine("step" if whole else "step_shallow")
+        device, buffers = _find(engine, "step").device, RunBuffers.of(state, steps)
+        uploaded = buffers.empty(device)
+        buffers.upload(device, uploaded)
+        state = replace(state, registers=uploaded[0])
+        for call, inputs in enumerate(steps):
+            given = buffers.inputs(call, uploaded)
+            given["registers"] = _on_device(state.registers)
+            if not inputs.is_full:
+                given["deep"] = _on_device(state.deep)
+            chosen = _find(engine, inputs.part)
             outputs = chosen.prepare({name: array.shape for name, array in given.items()})
             chosen.enqueue(given, outputs)
-            noise = contents.arrays[contents.places[call]["noise"][0]]
-            told = {**calls.inputs(call), "noise": noise, "registers": registers}
-            registers, deep = outputs["next_registers"], outputs.get("deep", deep)
-            yield told, registers
+            noise = buffers.arrays[buffers.views[call]["noise"][0]]
+            told = {
+                **inputs.conditioning,
+                **state.constant,
+                **inputs.per_step,
+                "noise": noise,
+                "registers": state.registers,
+            }
+            deep = outputs.get("deep", state.deep) if state.keeps_deep else None
+            state = replace(state, registers=outputs["next_registers"], deep=deep, given=told)
+            yield inputs, state
 
-    def finish(self, calls: Calls, engine: Engines) -> DeviceArray:
+    def finish(self, state: State, steps: Sequence[StepInputs], engine: FindEngine) -> DeviceArray:
         """Queue all calls; return the latents (B, C, h, w) that they make, of nobody else."""
-        device, contents = engine("step").device, Contents.of(calls)
-        parts: set[Part] = {"step" if whole else "step_shallow" for whole in calls.whole}
-        engines = tuple(id(engine(part)) for part in sorted(parts))
-        form = (contents.form(), tuple(calls.whole), engines)
+        device, buffers = _find(engine, "step").device, RunBuffers.of(state, steps)
+        engines = tuple(id(engine(part)) for part in sorted({step.part for step in steps}))
+        form = (buffers.form(), tuple(step.is_full for step in steps), engines)
         with self._lock:
             if self._recording is None or self._form != form:
                 self._form = self._recording = None  # its memory goes before the next comes
-                self._recording, self._form = _recording(calls, contents, engine), form
-            contents.upload(device, self._recording.uploaded)
+                self._recording, self._form = _recording(buffers, steps, engine), form
+            buffers.upload(device, self._recording.uploaded)
             self._recording.run(device)
             latents = device.empty(self._recording.latents.shape, FLOAT32)
             device.copy(self._recording.latents, latents)
         return latents
 
 
-def _recording(calls: Calls, contents: Contents, engine: Engines) -> Recording:
+def _recording(buffers: RunBuffers, steps: Sequence[StepInputs], engine: FindEngine) -> Recording:
     """Allocate the buffers of all calls, and write down what is queued on them."""
-    device = engine("step").device
-    uploaded = contents.empty(device)
+    device = _find(engine, "step").device
+    uploaded = buffers.empty(device)
     first = uploaded[0]
-    buffers = [device.empty(first.shape, first.dtype) for _ in range(2)]
+    ends = [device.empty(first.shape, first.dtype) for _ in range(2)]
     prepared: dict[Hashable, Mapping[str, DeviceArray]] = {}
-    deep: Placed = {}
-    queued: list[tuple[Part, Placed, Placed]] = []
+    deep: Inputs = {}
+    queued: list[tuple[DeviceEngine, Inputs, Inputs]] = []
     registers = first
-    for call, whole in enumerate(calls.whole):
-        part: Part = "step" if whole else "step_shallow"
-        given = {**contents.inputs(call, uploaded), "registers": registers}
-        given |= {} if whole else deep
+    for call, step in enumerate(steps):
+        given = {**buffers.inputs(call, uploaded), "registers": registers}
+        given |= {} if step.is_full else deep
         shapes = {name: array.shape for name, array in given.items()}
-        form = (part, tuple(sorted(shapes.items())))
+        form = (step.part, tuple(sorted(shapes.items())))
         if form not in prepared:
-            prepared[form] = engine(part).prepare(shapes)
-        if whole:
+            prepared[form] = _find(engine, step.part).prepare(shapes)
+        if step.is_full:
             deep = {"deep": prepared[form]["deep"]}
-        registers = buffers[call % 2]
-        queued.append((part, given, {"next_registers": registers, **(deep if whole else {})}))
+        registers = ends[call % 2]
+        outputs = {"next_registers": registers, **(deep if step.is_full else {})}
+        queued.append((_find(engine, step.part), given, outputs))
     batch, _, *latent = first.shape
     latents = device.empty((batch, *latent), FLOAT32)
 
     def work() -> None:
-        for part, inputs, outputs in queued:
-            engine(part).enqueue(inputs, outputs)
-        for picture in range(batch):  # between two pictures' latents lie their other registers
-            device.copy(registers[picture][0], latents[picture])
+        for chosen, inputs, outputs in queued:
+            chosen.enqueue(inputs, outputs)
+        for image in range(batch):  # between two images' latents lie their other registers
+            device.copy(registers[image][0], latents[image])
 
     return Recording(uploaded=uploaded, latents=latents, work=work)
+
+
+def _find(engine: FindEngine, part: Part) -> DeviceEngine:
+    found = engine(part)
+    assert isinstance(found, DeviceEngine)
+    return found
+
+
+def _on_device(array: HostOrDeviceArray | None) -> DeviceArray:
+    assert isinstance(array, DeviceArray)
+    return array
 
 
 def _aligned(table: NDArray[Any]) -> NDArray[Any]:

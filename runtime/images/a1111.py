@@ -19,8 +19,7 @@ from typing import Any
 from engine.errors import RequestError
 from runtime.conditioning.syntax import escape
 from runtime.images.upscaling import MODES
-from runtime.samplers import SAMPLERS, SCHEDULES, TRAINED_TIMESTEPS
-from runtime.samplers.aliases import resolve
+from runtime.samplers import SAMPLERS, TRAINED_TIMESTEPS, resolve
 
 __all__ = ["PARAMETERS_KEY", "format_parameters", "parse_parameters"]
 
@@ -140,9 +139,7 @@ def _numbers(
 
 def _fields(settings: Mapping[str, Any]) -> dict[str, str | float]:
     """Name what the last line holds, in Automatic1111's order."""
-    sampler, schedule = resolve(
-        settings["sampler"], settings.get("schedule"), tuple(SAMPLERS), SCHEDULES
-    )
+    sampler, schedule = resolve(settings["sampler"], settings.get("schedule"))
     scale, model = settings.get("guidance_scale"), settings.get("model")
     size = (settings.get("width"), settings.get("height"))
     fields = {
@@ -175,7 +172,7 @@ def _method(fields: Mapping[str, str]) -> tuple[str, str | None]:
     given = _OTHER_SCHEDULES.get(label, label)
     schedule = None if given in ("", "Automatic") else given
     try:
-        sampler, schedule = resolve(sampler, schedule, tuple(SAMPLERS), SCHEDULES)
+        sampler, schedule = resolve(sampler, schedule)
     except RequestError:
         return sampler, schedule
     if fields.get("Version", "").startswith(_OURS):

@@ -105,6 +105,25 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) and settings else None
 
 
+def is_image(path: Path) -> bool:
+    """Tell by its content whether a file is a picture that is read here; raises OSError."""
+    with path.open("rb") as file:
+        start = file.read(12)
+    webp = start.startswith(b"RIFF") and start[8:] == b"WEBP"
+    return webp or start.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+
+
+def describe_image(path: Path) -> dict[str, Any]:
+    """Say what a picture is and what it was made with, as values of JSON, `kind` first.
+
+    Raises RequestError when it cannot be read.
+    """
+    settings = read_settings(path)
+    image = read_image(path)
+    facts = {"kind": "picture", "file": str(path), "size": f"{image.width} × {image.height}"}
+    return facts | ({"settings": settings} if settings else {"settings": "none in the file"})
+
+
 def _chunk(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
     chunk = PngImagePlugin.PngInfo()
     chunk.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False), zip=False)

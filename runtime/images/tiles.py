@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.devices.device import DeviceArray, Held, on_host
+from engine.devices.device import DeviceArray, HostOrDeviceArray, on_host
 from engine.errors import RequestError
 
 # Up to this area a picture is computed whole: 1024 × 1024 pixels, which is what XL is trained on.
@@ -41,7 +41,7 @@ Cut = tuple[slice, slice]  # rows and columns
 
 
 def decode(
-    run: Run, latents: Held, compression: int, *, tile: int | None = None
+    run: Run, latents: HostOrDeviceArray, compression: int, *, tile: int | None = None
 ) -> NDArray[np.uint8]:
     """Decode latents (B, C, h, w) into pixels (B, H, W, 3), uint8, in tiles where it must be.
 

@@ -17,19 +17,22 @@ Timesteps and noise draws are those of diffusers' scheduler; steps that do not f
 raise RequestError.
 """
 
+import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 from engine.errors import RequestError
 from runtime.samplers import discrete, k_diffusion, multistep
-from runtime.samplers.aliases import resolve
 from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS, NoiseSchedule, TimestepSpacing
 from runtime.samplers.program import Call, Program, Run, assemble
 from runtime.samplers.sigma_schedules import SCHEDULES
 
-__all__ = ["SAMPLERS", "SCHEDULES", "Program", "program"]
+__all__ = ["DEFAULT_SAMPLER", "SAMPLERS", "SCHEDULES", "Program", "program", "resolve"]
+
+DEFAULT_SAMPLER = "ddim"
 
 TRAINED_TIMESTEPS = (discrete.ddpm, discrete.ddim, discrete.plms, discrete.lcm, discrete.tcd)
 IN_SIGMA = (
@@ -43,6 +46,18 @@ IN_LAMBDA = (
 )
 SAMPLERS: Mapping[str, Callable[..., Iterator[Call]]] = {
     method.__name__: method for method in (*TRAINED_TIMESTEPS, *IN_SIGMA, *IN_LAMBDA)
+}
+
+# The names that diffusers, Automatic1111 and ComfyUI give them, written as `_key` writes them.
+SAMPLER_NAMES: Mapping[str, str] = {
+    **{"pndm": "plms", "kdpm2": "dpm2", "kdpm2a": "dpm2_a", "dpmsolversde": "dpmpp_sde"},
+    **{"dpmsolvermultistep": "dpmpp_2m", "dpmsolversinglestep": "dpmpp_2s"},
+    **{"deismultistep": "deis", "unipcmultistep": "unipc", "unipcbh2": "unipc"},
+}
+SCHEDULE_NAMES: Mapping[str, str | None] = {
+    **{"automatic": None, "uniform": "linspace", "normal": "linspace", "ddimuniform": "leading"},
+    **dict.fromkeys(("ays", "alignyoursteps15"), "align_your_steps"),
+    **dict.fromkeys(("aysxl", "alignyourstepssdxl"), "align_your_steps_xl"),
 }
 
 
@@ -70,7 +85,7 @@ def program(
         RequestError: an argument is outside what is listed above.
         ModelError: the schedule begins at zero signal, and the model's eps says nothing about x0.
     """
-    sampler, curve = resolve(name, schedule, tuple(SAMPLERS), SCHEDULES)
+    sampler, curve = resolve(name, schedule)
     method = SAMPLERS[sampler]
     options: dict[str, Any] = {"eta": eta} if sampler in ("ddim", "tcd") else {}
     if not 0 <= eta <= bool(options):
@@ -88,6 +103,47 @@ def program(
         noise=noise_schedule, num_inference_steps=num_inference_steps, first=first, schedule=curve
     )
     return assemble(run, list(method(run, **options)), exploding=method in IN_SIGMA)
+
+
+def resolve(name: str, schedule: str | None = None) -> tuple[str, str | None]:
+    """Return the names that this package uses for a sampler and a schedule.
+
+    Case, spaces, underscores and dashes do not matter. A schedule may follow the sampler's name.
+
+    Raises:
+        RequestError: a name is unknown, or a schedule is given twice and differs.
+    """
+    methods = {_key(known): known for known in SAMPLERS} | dict(SAMPLER_NAMES)
+    curves: dict[str, str | None] = {_key(known): known for known in SCHEDULES}
+    curves |= SCHEDULE_NAMES
+    if schedule is not None and _key(schedule) not in curves:
+        raise RequestError(_unknown("schedule", schedule, SCHEDULES, curves))
+    chosen = None if schedule is None else curves[_key(schedule)]
+    key = _key(name)
+    for suffix in ("", *sorted(filter(key.endswith, curves), key=len, reverse=True)):
+        method = methods.get(_key(key.removesuffix(suffix)))
+        curve = curves[suffix] if suffix else chosen
+        if method is not None:
+            if schedule is not None and chosen != curve:
+                raise RequestError(
+                    f"sampler {name!r} names the schedule {curve!r}, but schedule is {schedule!r}; "
+                    f"give one of them"
+                )
+            return method, curve
+    raise RequestError(_unknown("sampler", name, tuple(SAMPLERS), methods))
+
+
+def _key(name: object) -> str:
+    """Write a name in lower case, without punctuation, pp for ++, a for ancestral."""
+    key = str(name).lower().replace("++", "pp").replace("ancestral", "a")
+    key = re.sub(r"[^a-z0-9]", "", key).removesuffix("scheduler")
+    return key.removesuffix("discrete").removesuffix("gpu")
+
+
+def _unknown(what: str, name: object, known: Sequence[str], keys: Mapping[str, str | None]) -> str:
+    close = difflib.get_close_matches(_key(name), keys, n=1, cutoff=0.5)
+    hint = f" (did you mean {keys[close[0]]!r}?)" if close else ""
+    return f"{what} is {name!r}; choose one of {', '.join(known)}{hint}"
 
 
 def _first_step(num_inference_steps: int, strength: float) -> int:

@@ -53,6 +53,23 @@ class Program:
         if not np.isfinite(self.matrices).all():
             raise ValueError("a program's matrices must be finite")
 
+    def blended(self) -> tuple[Array, Array]:
+        """Return matrices (N, r + 2, r + 4) and `outside` (N, r + 4) that keep an image.
+
+        After every call the latents outside the mask are the image's own, noised as the next call
+        expects them, as diffusers does with the starting noise every time. That is linear in two
+        more registers, the last, which hold the image's latents and the starting noise throughout.
+        """
+        steps, registers, _ = self.matrices.shape
+        matrices = np.zeros((steps, registers + 2, registers + 4))
+        matrices[:, :registers, :registers] = self.matrices[:, :, :registers]
+        matrices[:, :registers, -2:] = self.matrices[:, :, registers:]
+        outside = np.zeros((steps, registers + 4))
+        for kept, scales in enumerate((self.signal_scales, self.noise_scales), start=registers):
+            matrices[:, kept, kept] = 1.0
+            outside[:, kept] = scales[1:]
+        return matrices, outside
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:

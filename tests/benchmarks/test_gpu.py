@@ -23,7 +23,7 @@ from benchmarks.gpu_contenders import (
 from benchmarks.peers import pipeline_parts
 from benchmarks.scenarios import LONGER, STEPS, WHOLE, Scenario, engine_inputs
 from benchmarks.worker import ContenderError
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.errors import BackendError, OutputError, RequestError
 from engine.model import Model
 from export.tracing import build_module
@@ -121,7 +121,7 @@ def on_the_processor(monkeypatch):
 
     def loaded(scenario, precision, settings):
         pipeline = load(scenario, "float32", settings)
-        pipeline.engines["step"] = FakeEngine(pipeline.engine("step"), FakeDevice())
+        pipeline.engines.opened["step"] = FakeEngine(pipeline.engine("step"), FakeDevice())
         return pipeline
 
     def missing(scenario, threads):

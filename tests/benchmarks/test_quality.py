@@ -13,8 +13,7 @@ from benchmarks.__main__ import main
 from benchmarks.features import feature_distance
 from benchmarks.match import held_out_match
 from engine.errors import BackendError
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from runtime import Pipeline, Request
 from tests.support import pictures
 from tests.support.tolerances import FEATURES_RTOL

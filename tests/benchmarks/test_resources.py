@@ -11,11 +11,10 @@ from benchmarks.machine import memory as own_memory
 from benchmarks.resource_tables import build_table, memory_table, scale_table
 from benchmarks.scenarios import WHOLE
 from benchmarks.worker import ContenderError, once
-from engine.backends.base import ON_GPU, PRECISIONS
+from engine.backends.settings import ON_GPU, PRECISIONS
 from engine.errors import BackendError, OutputError, RequestError
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from export.tracing import TracedPart
 
 POINT = {"batch": 2, "size": 64, "steps": 1, "threads": 1}

@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
 
-from engine import engines as opening
-from engine.backends.base import PRECISIONS, BackendSettings
+from engine import engines as module
 from engine.backends.openvino.int8 import write_ranges
-from engine.engines import Opener, ranges_of
+from engine.backends.settings import PRECISIONS, BackendSettings
+from engine.engines import Engines, ranges_of
 from engine.errors import BackendError
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 
 MODEL = Model.open(find_model("pictogram"))
 OPENVINO = BackendSettings(backend="openvino")
@@ -21,7 +20,7 @@ def _empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fast(monkeypatch):
-    monkeypatch.setattr(opening, "capabilities", lambda: frozenset({"FP32", "BF16", "INT8"}))
+    monkeypatch.setattr(module, "capabilities", lambda: frozenset({"FP32", "BF16", "INT8"}))
 
 
 @pytest.fixture
@@ -30,8 +29,8 @@ def calibrated(tmp_path):
 
 
 def chosen(**wishes):
-    opener = Opener.choose(MODEL, **wishes)
-    return opener.settings.backend, opener.precision
+    engines = Engines.choose(MODEL, **wishes)
+    return engines.settings.backend, engines.precision
 
 
 def test_without_openvino_or_bfloat16():
@@ -49,7 +48,7 @@ def test_a_processor_with_bfloat16():
 @pytest.mark.usefixtures("fast", "calibrated")
 def test_a_calibrated_model():
     assert chosen() == ("openvino", "int8")
-    assert Opener.choose(MODEL).ranges == {"a.weight": (-1.0, 1.0)}
+    assert Engines.choose(MODEL).ranges == {"a.weight": (-1.0, 1.0)}
     assert chosen(precision="bfloat16") == ("openvino", "bfloat16")
     assert chosen(settings=BackendSettings(backend="cpu")) == ("cpu", "float32")
 
@@ -60,20 +59,20 @@ def test_a_decoder_is_rounded_beside_a_unet(tmp_path):
     write_ranges(folder / NAMES["vae_decoder"], {"b.weight": (0.0, 2.0)})
     assert chosen() == ("openvino", "bfloat16"), "its UNet is not calibrated"
     write_ranges(folder / NAMES["step"], {"a.weight": (-1.0, 1.0)})
-    assert Opener.choose(MODEL).ranges == {"a.weight": (-1.0, 1.0), "b.weight": (0.0, 2.0)}
+    assert Engines.choose(MODEL).ranges == {"a.weight": (-1.0, 1.0), "b.weight": (0.0, 2.0)}
 
 
 @pytest.mark.usefixtures("calibrated")
 def test_ranges_are_for_int8_alone():
-    opener = Opener.choose(MODEL, settings=OPENVINO)
-    assert (opener.precision, opener.ranges) == ("float32", None)
+    engines = Engines.choose(MODEL, settings=OPENVINO)
+    assert (engines.precision, engines.ranges) == ("float32", None)
 
 
 @pytest.mark.usefixtures("fast")
 def test_a_small_model_opens_soon_and_a_large_one_draws_fast(monkeypatch):
-    assert chosen(soon=True) == ("cpu", "float32")
-    monkeypatch.setattr(opening, "SMALL", 2)
-    assert chosen(soon=True) == ("openvino", "bfloat16")
+    assert chosen(fast_start=True) == ("cpu", "float32")
+    monkeypatch.setattr(module, "SMALL", 2)
+    assert chosen(fast_start=True) == ("openvino", "bfloat16")
 
 
 @pytest.mark.usefixtures("fast")
@@ -98,8 +97,8 @@ def test_int8_without_ranges_says_how_to_find_them():
 
 
 def test_threads_stay(monkeypatch):
-    opener = Opener.choose(MODEL, settings=BackendSettings(threads=1))
-    assert opener.settings == BackendSettings(backend="cpu", threads=1)
-    engine = opener("vae_decoder", dict(MODEL.weights("vae_decoder")))
+    engines = Engines.choose(MODEL, settings=BackendSettings(threads=1))
+    assert engines.settings == BackendSettings(backend="cpu", threads=1)
+    engine = engines.open("vae_decoder", dict(MODEL.weights("vae_decoder")))
     pixels = engine.run({"latents": np.zeros((1, 4, 2, 2), np.float32)})["pixels"]
     assert pixels.shape == (1, 16, 16, 3)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine import float16
-from engine.float16 import add_into, widen
+from engine.checkpoints.formats import tensors as float16
+from engine.checkpoints.formats.tensors import add_into, widen
 
 EVERY = np.arange(2**16, dtype=np.uint16).view(np.float16)
 QUIET = EVERY[~np.isnan(EVERY)]

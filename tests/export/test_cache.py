@@ -4,7 +4,7 @@ import shutil
 import pytest
 
 from engine.backends.tensorrt.engine_store import EngineFacts, EngineStore
-from engine.graphs.graph import SHIPPED
+from engine.shipped import GRAPHS
 from engine.store.eviction import facts_path
 from export.__main__ import main
 
@@ -45,7 +45,7 @@ def cache(tmp_path, monkeypatch):
             store.get_or_build(facts, lambda path, size=size: path.write_bytes(b"x" * size))
         )
     (tmp_path / "graphs").mkdir()
-    shutil.copy(SHIPPED / GRAPH, tmp_path / "graphs")
+    shutil.copy(GRAPHS / GRAPH, tmp_path / "graphs")
     return tmp_path
 
 

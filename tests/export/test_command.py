@@ -2,8 +2,9 @@ import pytest
 
 from engine.checkpoints.shapes import tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig
-from engine.graphs.graph import SHIPPED, Graph, find_graph, graph_name
-from engine.shipped import find_model
+from engine.graphs.graph import Graph, find_graph, graph_name
+from engine.model import find_model
+from engine.shipped import GRAPHS
 from export.__main__ import main
 from tests.support.small_parts import TEXT, trace_once
 
@@ -13,13 +14,13 @@ def test_exporting_writes_a_graph_that_the_runtime_finds(tmp_path, capsys):
     assert main(["pictogram", "--out", str(out), "--parts", "text_encoder"]) == 0
     (path,) = out.iterdir()
     assert Graph.read(path).part == "text_encoder"
-    assert (SHIPPED / path.name).is_file()
+    assert (GRAPHS / path.name).is_file()
     assert "relative error" in capsys.readouterr().out
 
 
 def test_the_graphs_that_ship_are_those_of_the_model_that_ships():
     vae = AutoencoderConfig.load(find_model("pictogram") / "vae")
-    assert {path.name for path in SHIPPED.glob("vae*.onnx")} == {
+    assert {path.name for path in GRAPHS.glob("vae*.onnx")} == {
         graph_name(part, vae, precision)
         for part in ("vae_decoder", "vae_encoder")
         for precision in ("float32", "float16")

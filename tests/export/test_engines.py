@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from engine.adapters.adapter import adapt_model
 from engine.backends.tensorrt.engine_store import EngineStore, weights_hash
 from engine.backends.tensorrt.profiles import GROUPS, Range, relevant
 from engine.errors import BackendError
-from engine.loaded import LoadedModel
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from export.__main__ import USER_ERROR, main
 from export.engine_options import add_engine_options, engine_choices
 
@@ -123,9 +122,7 @@ def test_adapters_are_built_in_under_the_hash_of_what_the_runtime_binds(tmp_path
     built_in = {facts.weights for facts, _ in EngineStore().find(part="text_encoder")}
     bound = set()
     for loras in ([], [lora]):
-        taken = []
-        loaded = LoadedModel(MODEL, lambda part, weights, taken=taken: taken.append(weights))
-        loaded.set_loras(loras)
-        loaded.engine("text_encoder")
-        bound.add(weights_hash({name: taken[0][name] for name in taken[0]}))
+        adapted = adapt_model(MODEL, loras) if loras else {}
+        weights = adapted.get("text_encoder") or MODEL.weights("text_encoder")
+        bound.add(weights_hash({name: weights[name] for name in weights}))
     assert built_in == bound

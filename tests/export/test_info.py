@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from engine.checkpoints.formats.files import open_weights
 from engine.errors import ModelError
-from engine.shipped import find_model
+from engine.model import find_model
 from export.__main__ import main
 from export.info import as_table, describe
 from tests.support.original_layout import (

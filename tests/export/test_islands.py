@@ -13,8 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig
-from engine.graphs.graph import SHIPPED, Graph, graph_name
+from engine.graphs.graph import Graph, graph_name
 from engine.graphs.onnx_bytes import weights_as_inputs
+from engine.shipped import GRAPHS
 from export.islands import computed_in
 from export.parity import TOLERANCES, relative_error
 from export.published import XL
@@ -41,7 +42,7 @@ def attributes(node: onnx.NodeProto) -> dict[str, object]:
     return {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
 
 
-PUBLISHED = {path.name: path for path in sorted(SHIPPED.glob("*-float16.onnx.gz"))}
+PUBLISHED = {path.name: path for path in sorted(GRAPHS.glob("*-float16.onnx.gz"))}
 # These have no attention, or neither that nor norms: the tiny decoder, and XL's last block.
 BARE = re.compile("preview_decoder|step_shallow")
 

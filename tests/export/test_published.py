@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from engine.checkpoints.shapes import tensor_shapes
-from engine.checkpoints.single_file import Checkpoint
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
-from engine.graphs.graph import SHIPPED, find_graph
-from engine.model import COMPONENTS
+from engine.graphs.graph import find_graph
+from engine.model import COMPONENTS, Model
+from engine.shipped import GRAPHS
 from export.published import published_parts
 from tests.support import published_configs as published
 from tests.support.original_layout import FULL, inpainting, model_names, write_sparse
@@ -50,7 +50,7 @@ VARIANTS |= {f"{name}-lcm": told_its_guidance(FULL[name]) for name in ("sd1", "x
 def test_every_family_of_one_file_has_its_graphs(params, tmp_path):
     """What is concluded from a file's shapes must name a graph that ships."""
     path = write_sparse(tmp_path / "model.safetensors", model_names(params))
-    configs = Checkpoint.open(path).configs
+    configs = Model.read(path).configs
     assert configs
     for part, name in COMPONENTS.items():
         if name in configs:
@@ -61,19 +61,19 @@ def test_every_family_of_one_file_has_its_graphs(params, tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize(("part", "config"), PARTS, ids=[f"{p}-{c.key()}" for p, c in PARTS])
 def test_the_graph_ships_and_wants_the_weights_of_its_architecture(part, config, precision):
-    graph = find_graph(part, config, precision, [SHIPPED], "the published model")
+    graph = find_graph(part, config, precision, [GRAPHS], "the published model")
     assert graph.precision == precision
     expected = tensor_shapes(config)
     assert graph.weights.items() <= expected.items()
     if part == "vae_decoder":
-        other = find_graph("vae_encoder", config, precision, [SHIPPED], "the published model")
+        other = find_graph("vae_encoder", config, precision, [GRAPHS], "the published model")
         assert {**graph.weights, **other.weights} == expected
     elif part == "step_shallow":
-        shared = find_graph("step", config, precision, [SHIPPED], "the published model").weights
+        shared = find_graph("step", config, precision, [GRAPHS], "the published model").weights
         assert graph.weights.items() < shared.items()
     elif part != "vae_encoder":
         assert dict(graph.weights) == expected
 
 
 def test_the_graphs_take_a_few_megabytes():
-    assert 0 < sum(path.stat().st_size for path in SHIPPED.iterdir()) < 5e6
+    assert 0 < sum(path.stat().st_size for path in GRAPHS.iterdir()) < 5e6

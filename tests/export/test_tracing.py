@@ -6,13 +6,12 @@ import onnx
 import pytest
 import torch
 
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
 from engine.checkpoints.shapes import tensor_shapes
+from engine.engines import open_engine
 from engine.errors import GraphError, ModelError
-from engine.graphs.graph import METADATA_KEY, Graph
-from engine.graphs.signature import signature
-from engine.model import Model
-from engine.shipped import find_model
+from engine.graphs.graph import METADATA_KEY, Graph, signature
+from engine.model import Model, find_model
 from export.parity import TOLERANCES, check, relative_error
 from export.tracing import example_inputs, trace
 from export.writing import export_part, load_weights

@@ -5,12 +5,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engine.backends.base import BackendSettings, open_engine
 from engine.backends.openvino.int8 import is_quantized
-from engine.engines import ranges_of
+from engine.backends.settings import BackendSettings
+from engine.engines import open_engine, ranges_of
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from runtime import Pipeline, calibration
 from runtime import __main__ as command
 from tests.support.pictures import psnr
@@ -71,7 +70,6 @@ def test_pictures_are_near_those_of_float32(folder):
 
 def test_the_shallow_graph_computes_in_int8_too(folder):
     opened = pipeline(folder, "int8")
-    assert opened.opener is not None
     assert opened.engine("step_shallow")._ranges
 
 
@@ -129,9 +127,9 @@ def test_a_step_is_near_that_of_float32(folder):
             given.update(inputs)
             return self.engine.run(inputs)
 
-    opened.engines["step"] = Noting(opened.engine("step"))
+    opened.engines.opened["step"] = Noting(opened.engine("step"))
     opened("a red apple", seed=1, num_inference_steps=4)
-    expected = opened.engines["step"].engine.run(given)["next_registers"]
+    expected = opened.engines.opened["step"].engine.run(given)["next_registers"]
     engine = open_engine(graph, weights, SETTINGS, "int8", ranges)
     actual = engine.run(given)["next_registers"]
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)

@@ -13,8 +13,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import runtime.__main__ as command
-from engine.backends.base import BackendSettings
-from engine.shipped import find_model
+from engine.backends.settings import BackendSettings
+from engine.model import find_model
 from runtime import Pipeline, options
 from runtime.images.files import read_settings
 from tests.support.pictures import drawing
@@ -293,7 +293,7 @@ def test_a_long_prompt_needs_no_warning(capsys):
         (("--height", "100"), "height is 100; it must be a multiple of 8, such as 96"),
         (("--width", "0"), "width is 0"),
         (("--height", "9000"), "height is 9000"),
-        (("--steps", "0"), "num_inference_steps is 0; this model allows whole numbers from 1"),
+        (("--steps", "0"), "num_inference_steps is 0; give a whole number from 1"),
         (("--steps", "1001"), "from 1 to 1000"),
         (("--guidance-scale", "nan"), "guidance_scale is nan"),
         (("--guidance-scale", "-1"), "guidance_scale is -1"),
@@ -403,7 +403,7 @@ def test_help_names_every_option(capsys):
         command.main(["--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    for action in options._parser()._actions:
+    for action in options._parser("latentrt")._actions:
         assert action.help, "every option is explained"
         assert all(name in said for name in action.option_strings)
     assert "pictogram" in said

@@ -8,10 +8,9 @@ import pytest
 
 from benchmarks.flops import count
 from benchmarks.scenarios import SCENARIOS, engine_inputs
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from runtime import Pipeline, Request
 
 MODEL = Model.open(find_model("pictogram"))
@@ -46,12 +45,12 @@ def counted():
     """Return a pipeline and the calls of its engines."""
     pipeline = Pipeline.load(settings=BackendSettings(threads=1))
     for part in ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder"):
-        pipeline.engines[part] = Counting(pipeline.engine(part))
+        pipeline.engines.opened[part] = Counting(pipeline.engine(part))
     return pipeline
 
 
 def calls(pipeline):
-    return {part: engine.calls for part, engine in pipeline.engines.items() if engine.calls}
+    return {part: engine.calls for part, engine in pipeline.engines.opened.items() if engine.calls}
 
 
 @pytest.mark.parametrize(
@@ -76,13 +75,13 @@ def test_calls_of_engines(counted, wishes, expected):
 def test_rows_of_the_batch(counted):
     wishes = {"num_inference_steps": STEPS, "seed": 1, "sampler": "ddim"}
     counted("a", guidance_interval=(0.0, 0.5), **wishes)
-    rows = [inputs["context"].shape[0] for inputs in counted.engines["step"].inputs]
+    rows = [inputs["context"].shape[0] for inputs in counted.engines.opened["step"].inputs]
     assert rows == [2] * 3 + [1] * 3, "outside the interval the batch is halved"
 
 
 def test_nothing_is_copied_between_two_calls(counted):
     counted("a red apple", seed=1, num_inference_steps=STEPS, sampler="ddim")
-    engine = counted.engines["step"]
+    engine = counted.engines.opened["step"]
     for inputs in engine.inputs[1:]:
         assert inputs["registers"] is engine.outputs["next_registers"]
     constant = {"context", "guidance_rescale", "mask", "noise"}

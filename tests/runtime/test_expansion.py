@@ -16,7 +16,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.checkpoints.gpt2 import LanguageModel
 from engine.errors import GraphError, ModelError, RequestError
 from runtime.conditioning.syntax import parse

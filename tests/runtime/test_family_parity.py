@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.errors import LatentrtError, ModelError, RequestError
 from engine.model import Model
 from runtime import Pipeline
@@ -186,11 +186,11 @@ def test_deep_features_of_nine_channels_are_kept(loaded):
     small, pipeline, _, graphs = loaded("inpainting")
     trace_graphs(pipeline.model, graphs, ["step_shallow"])
     image, mask = drawing(PIXELS, PIXELS), half()
-    ours = draw(pipeline, image=image, mask=mask, mask_blur=None, cache_interval=2)
+    ours = draw(pipeline, image=image, mask=mask, paste_back=False, cache_interval=2)
     with keeping_deep_features(small.reference.unet, 2):
         expected = reference(small.reference, image=image, mask_image=mask, strength=1.0)
     assert psnr(ours, expected) >= PICTURE_PSNR_DB, "its gray is between two bytes"
-    exact = draw(pipeline, image=image, mask=mask, mask_blur=None)
+    exact = draw(pipeline, image=image, mask=mask, paste_back=False)
     assert psnr(exact, expected) < PICTURE_PSNR_DB
 
 
@@ -200,10 +200,10 @@ def test_inpainting_with_nine_channels(loaded, strength, sampler):
     small, pipeline, _, _ = loaded("inpainting")
     image, mask = drawing(PIXELS, PIXELS), half()
     wishes = {"image": image, "strength": strength, "sampler": sampler}
-    ours = draw(pipeline, mask=mask, mask_blur=None, **wishes)
+    ours = draw(pipeline, mask=mask, paste_back=False, **wishes)
     expected = reference(small.reference, mask_image=mask, **wishes)
     assert psnr(ours, expected) >= PICTURE_PSNR_DB, "its gray is between two bytes"
-    assert psnr(draw(pipeline, mask_blur=None, **wishes), expected) < PICTURE_PSNR_DB
+    assert psnr(draw(pipeline, paste_back=False, **wishes), expected) < PICTURE_PSNR_DB
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
@@ -217,9 +217,9 @@ def test_inpainting_with_ordinary_models(loaded, name, strength):
     twin = kind(**small.reference.components, **options)
     twin.set_progress_bar_config(disable=True)
     wishes = {"image": drawing(PIXELS, PIXELS), "strength": strength}
-    ours = draw(pipeline, mask=half(), mask_blur=None, **wishes)
+    ours = draw(pipeline, mask=half(), paste_back=False, **wishes)
     expected = reference(twin, mask_image=half(), **wishes)
-    assert_same_picture(ours, expected, draw(pipeline, mask_blur=None, **wishes))
+    assert_same_picture(ours, expected, draw(pipeline, paste_back=False, **wishes))
 
 
 def test_a_distilled_model_recommends_steps_and_guidance(loaded):
@@ -577,7 +577,7 @@ def test_a_textual_inversion_of_another_family_is_refused(loaded, tmp_path):
 NO_TORCH = """
 import json, sys
 from pathlib import Path
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from runtime import Pipeline
 model, lora, graphs, wishes = json.loads(sys.argv[1])
 settings = BackendSettings(backend="cpu", threads=1)

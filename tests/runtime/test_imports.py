@@ -14,7 +14,7 @@ CHOSEN = {"cuda", "openvino", "tensorrt", "tensorrt_bindings", "tensorrt_rtx"}
 CHOSEN |= {"tensorrt_rtx_bindings"}
 NVIDIA = ("libcuda", "libcudart", "libnvinfer", "libtensorrt", "libnvrtc", "libcudnn")
 DRAW = """
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from runtime import Pipeline
 pipeline = Pipeline.load("pictogram", settings=BackendSettings(backend="cpu", threads=1))
 image = pipeline("a", num_inference_steps=1).images[0]
@@ -57,10 +57,8 @@ def test_importing_maps_no_library_of_a_gpu():
 
 def test_public_names():
     import runtime
-    from runtime import errors
 
-    names = {"Hires", "Pipeline", "Plan", "Progress", "Request", "Result"}
+    names = {"Hires", "Pipeline", "Plan", "Progress", "Request", "Result", "State", "StepInputs"}
     assert set(runtime.__all__) == names
-    for module in (runtime, errors):
-        for name in module.__all__:
-            assert isinstance(getattr(module, name), type)
+    for name in runtime.__all__:
+        assert isinstance(getattr(runtime, name), type)

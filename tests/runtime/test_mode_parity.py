@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from runtime import Hires, Pipeline
 from tests.support.pictures import drawing, psnr
 from tests.support.schedulers import CLASSES, make_scheduler
@@ -100,9 +100,9 @@ def half(height, width):
 
 def drawn(pipeline, sampler, **wishes):
     """Draw the picture as it is decoded, before the old one's pixels are put back."""
-    return pipeline(PROMPT, sampler=sampler, seed=SEED, mask_blur=None, **WISHES, **wishes).images[
-        0
-    ]
+    return pipeline(
+        PROMPT, sampler=sampler, seed=SEED, paste_back=False, **WISHES, **wishes
+    ).images[0]
 
 
 def assert_same(actual, expected):

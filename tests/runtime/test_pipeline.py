@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
+from engine.engines import Engines
 from engine.errors import GraphError, ModelError, RequestError
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from runtime import Hires, Pipeline, Progress, Request, Result
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.presets import preset
@@ -64,14 +64,18 @@ def recorded():
     """Give a pipeline on fake engines, and the engines that it has opened."""
     model, engines = Model.open(find_model("pictogram")), {}
 
-    def open_part(part, weights):
-        assert part not in engines, "an engine is opened once"
-        width = model.text_encoders["text_encoder"].hidden_size
-        return engines.setdefault(part, FakeEngine(part, width, weights))
+    class FakeEngines(Engines):
+        def open(self, part, weights):
+            assert part not in engines, "an engine is opened once"
+            width = model.text_encoders["text_encoder"].hidden_size
+            return engines.setdefault(part, FakeEngine(part, width, weights))
 
-    tokenizers = {"text_encoder": Tokenizer.load(model.path / "tokenizer")}
-    draw = Pipeline(model, tokenizers, open_part)
-    return SimpleNamespace(draw=draw, engines=engines, open_part=open_part)
+    def load(model):
+        tokenizers = {"text_encoder": Tokenizer.load(model.path / "tokenizer")}
+        settings = BackendSettings(backend="cpu")
+        return Pipeline(FakeEngines(model, settings, "float32"), tokenizers)
+
+    return SimpleNamespace(draw=load(model), engines=engines, load=load)
 
 
 def pixels(image):
@@ -94,7 +98,7 @@ def test_the_same_wish_gives_the_same_picture(pipeline):
 
 
 def test_every_engine_gets_the_weights_of_its_part(recorded):
-    recorded.draw.plan(Request(prompt="a", image=drawing(64, 64)))
+    recorded.draw.start(recorded.draw.plan(Request(prompt="a", image=drawing(64, 64))))
     for part, engine in recorded.engines.items():
         assert set(engine.weights) == set(recorded.draw.model.weights(part))
 
@@ -183,7 +187,7 @@ def test_a_wish_the_models_recommendation_or_the_default(
     recorded, recommended, wished, steps, scale
 ):
     model = replace(recorded.draw.model, **recommended)
-    draw = Pipeline(model, recorded.draw.encoder.tokenizers, recorded.open_part)
+    draw = recorded.load(model)
     plan = draw.plan(Request(prompt="a", **wished))
     (settings,) = plan.settings
     assert (settings["num_inference_steps"], settings["guidance_scale"]) == (steps, scale)
@@ -383,7 +387,7 @@ def test_an_interval_counts_calls(recorded, sampler, steps, calls):
 def test_other_rows_or_texts_make_a_call_whole(recorded):
     def whole(prompt, **wishes):
         wishes = {"num_inference_steps": 10, "cache_interval": 4} | wishes
-        return recorded.draw.plan(Request(prompt=prompt, **wishes)).whole
+        return recorded.draw.plan(Request(prompt=prompt, **wishes)).full_calls
 
     def calls(*numbers):
         return [call in numbers for call in range(10)]
@@ -411,13 +415,23 @@ def test_the_second_run_of_hires_begins_whole(recorded):
     assert (got, whole) == ([1, 1, 3, 3], 3)
 
 
+def start(pipeline, **wishes):
+    return pipeline.start(pipeline.plan(Request(prompt="a", **wishes)))
+
+
 def test_the_shallow_step_is_opened_only_if_it_is_called(recorded):
-    recorded.draw.plan(Request(prompt="a"))
-    recorded.draw.plan(Request(prompt="a", cache_interval=1, num_inference_steps=1))
-    recorded.draw.plan(Request(prompt="[a|b]", cache_interval=2, num_inference_steps=4))
+    start(recorded.draw)
+    start(recorded.draw, cache_interval=1, num_inference_steps=1)
+    plan = recorded.draw.plan(Request(prompt="[a|b]", cache_interval=2, num_inference_steps=4))
+    recorded.draw.start(plan)
     assert "step_shallow" not in recorded.engines
-    recorded.draw.plan(Request(prompt="a", cache_interval=2, num_inference_steps=2))
+    start(recorded.draw, cache_interval=2, num_inference_steps=2)
     assert not recorded.engines["step_shallow"].calls
+
+
+def test_a_plan_opens_nothing_but_what_encodes_its_texts(recorded):
+    recorded.draw.plan(Request(prompt="a", image=drawing(64, 64)))
+    assert set(recorded.engines) == {"text_encoder"}
 
 
 @pytest.mark.parametrize(
@@ -428,7 +442,6 @@ def test_the_shallow_step_is_opened_only_if_it_is_called(recorded):
         (1.5, "cache_interval is 1.5; give a whole number from 1"),
         (True, "cache_interval is True; give a whole number from 1"),
         ("2", "cache_interval is '2'; give a whole number from 1"),
-        (None, "cache_interval is None; give a whole number from 1"),
         (5, "cache_interval is 5; give a whole number from 1 to 4"),
     ],
 )
@@ -542,7 +555,8 @@ def test_wishes_of_the_wrong_kind(recorded):
         ({"image": drawing(64, 64), "strength": 0.01}, "runs no step"),
         ({"eta": 0.5, "sampler": "euler"}, "eta"),
         ({"clip_skip": 3}, "clip_skip is 3; give a whole number from 1 to 2"),
-        ({"prompt_syntax": None}, "prompt_syntax is None; give True or False"),
+        ({"prompt_syntax": 1}, "prompt_syntax is 1; give True or False"),
+        ({"steps": 3}, "did you mean num_inference_steps"),
         ({"preset": "best"}, "preset is 'best'; choose one of fast"),
         ({"noise": "mps"}, "noise is 'mps'; choose one of cpu, cuda"),
         ({"guidance_scale": "7"}, "guidance_scale is '7'; give a number from 0 to 1000"),
@@ -575,7 +589,7 @@ def test_wishes_of_the_wrong_kind(recorded):
 
 
 def test_what_is_damaged_is_found_before_the_first_step(recorded):
-    recorded.draw.plan(Request(prompt="a", image=drawing(64, 64)))
+    start(recorded.draw, image=drawing(64, 64))
     assert set(recorded.engines) == {"text_encoder", "step", "vae_decoder", "vae_encoder"}
     assert not recorded.engines["step"].calls
 
@@ -624,7 +638,7 @@ def lora(tmp_path):
 
 
 def test_an_adapter_rebinds_what_it_changes_in_open_engines(recorded, lora):
-    recorded.draw.plan(Request(prompt="a"))
+    start(recorded.draw)
     recorded.draw.set_loras([])
     assert not any(engine.rebound for engine in recorded.engines.values())
     recorded.draw.set_loras([lora])
@@ -643,7 +657,7 @@ def test_an_adapter_rebinds_what_it_changes_in_open_engines(recorded, lora):
 
 def test_an_adapter_is_in_the_weights_of_engines_that_open_later(recorded, lora):
     recorded.draw.set_loras([f"{lora}:0.5"])
-    recorded.draw.plan(Request(prompt="a"))
+    start(recorded.draw)
     name = f"{CHANGED['unet']}.weight"
     base = recorded.draw.model.find("unet")
     given = recorded.engines["step"].weights
@@ -654,7 +668,7 @@ def test_an_adapter_is_in_the_weights_of_engines_that_open_later(recorded, lora)
 
 @pytest.mark.parametrize("part", ["step", "text_encoder"])
 def test_an_adapter_is_in_all_engines_or_in_none(recorded, lora, part):
-    recorded.draw.plan(Request(prompt="a"))
+    start(recorded.draw)
     recorded.engines[part].refusing = 1
     with pytest.raises(ModelError, match="not finite"):
         recorded.draw.set_loras([lora])
@@ -669,16 +683,15 @@ def test_an_adapter_is_in_all_engines_or_in_none(recorded, lora, part):
 
 
 def test_an_adapter_is_in_both_engines_of_the_unet(recorded, lora):
-    plan = Request(prompt="a", cache_interval=2)
-    recorded.draw.plan(plan)
+    start(recorded.draw, cache_interval=2)
     recorded.draw.set_loras([lora])
     for part in ("step", "step_shallow"):
         ((_, names),) = recorded.engines[part].rebound
         assert names == {f"{CHANGED['unet']}.weight"}
-    recorded.draw.engines.clear()
+    recorded.draw.engines.opened.clear()
     del recorded.engines["step"], recorded.engines["step_shallow"]
     del recorded.engines["vae_decoder"], recorded.engines["text_encoder"]
-    recorded.draw.plan(plan)
+    start(recorded.draw, cache_interval=2)
     name = f"{CHANGED['unet']}.weight"
     base = recorded.draw.model.find("unet")
     for part in ("step", "step_shallow"):
@@ -722,3 +735,71 @@ def test_taking_an_adapter_off_restores_the_picture(lora):
     assert adapted != before
     pipeline.set_loras([])
     assert pixels(pipeline("a", **wishes).images[0]) == before
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"sampler": "euler_a"},
+        {"cache_interval": 2, "num_inference_steps": 5},
+        {"image": drawing(128, 128), "strength": 0.6, "sampler": "dpmpp_2m"},
+        {"image": drawing(128, 128), "mask": Image.new("L", (128, 128), 255)},
+        {"hires": Hires(scale=1.5), "height": 64, "width": 64},
+        {"prompt": ["a", "b [c:d:0.5]"], "num_images_per_prompt": 2},
+    ],
+)
+def test_a_run_can_be_driven_step_by_step(pipeline, wishes):
+    """`start`, `step` and a step's inputs are all that a call of the pipeline does."""
+    given = {"prompt": "a", "seed": 4, "num_inference_steps": STEPS} | wishes
+    plan, latents, calls = pipeline.plan(Request(**given)), None, 0
+    for run in plan.runs():
+        state = pipeline.start(run, latents)
+        steps = run.steps()
+        for inputs in steps:
+            rows = [array.shape[0] for array in inputs.per_step.values()]
+            assert rows == [len(run.seeds)] * 4
+            assert inputs.conditioning["guidance"].shape[1] == len(run.seeds)
+            before, state = state, pipeline.step(state, inputs)
+            assert before.registers is not state.registers
+            calls += 1
+        latents = state.latents
+    assert calls == plan.calls
+    images = pipeline.finish(plan, pipeline.decode(latents))
+    expected = pipeline(**given).images
+    assert [pixels(image) for image in images] == [pixels(image) for image in expected]
+
+
+def test_rows_of_two_requests_may_share_a_call(pipeline):
+    """Each row has its own matrix, timestep and guidance, whatever its sampler and its step."""
+    requests = [
+        {"prompt": "a red apple", "sampler": "ddim", "num_inference_steps": 6, "seed": 1},
+        {"prompt": "a hat", "sampler": "euler_a", "num_inference_steps": 4, "guidance_scale": 3.0},
+    ]
+    plans = [pipeline.plan(Request(**{"seed": 2} | each)) for each in requests]
+    alone = [[progress.latents for progress in pipeline.denoise(plan)] for plan in plans]
+    states, steps = [pipeline.start(plan) for plan in plans], [plan.steps() for plan in plans]
+    states[0] = pipeline.step(states[0], steps[0][0])  # one is a step ahead
+    pair = [steps[0][1], steps[1][0]]
+    merged = replace(
+        pair[0],
+        conditioning={
+            name: np.concatenate([inputs.conditioning[name] for inputs in pair], axis=1)
+            for name in pair[0].conditioning
+        },
+        per_step={
+            name: np.concatenate([inputs.per_step[name] for inputs in pair])
+            for name in pair[0].per_step
+        },
+    )
+    both = replace(
+        states[0],
+        registers=np.concatenate([state.registers for state in states]),
+        constant={
+            name: np.concatenate([state.constant[name] for state in states])
+            for name in states[0].constant
+        },
+        noise=iter([np.concatenate([next(state.noise) for state in states])]),
+    )
+    after = pipeline.step(both, merged)
+    np.testing.assert_array_equal(after.latents[0], alone[0][1][0])
+    np.testing.assert_array_equal(after.latents[1], alone[1][0][0])

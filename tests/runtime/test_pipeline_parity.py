@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from runtime import Pipeline, Request
 from tests.support.deep_features import keeping_deep_features
 from tests.support.parity import relative_error
@@ -127,7 +127,7 @@ def test_deep_features_are_kept_between_calls(pipeline, text_to_image, sampler):
         expected = reference(
             text_to_image, sampler, 3, prompt=PROMPTS[:1], steps=10, output_type="latent"
         )
-    assert whole == plan.whole == [call in (0, 3, 6, 9) for call in range(10)]
+    assert whole == plan.full_calls == [call in (0, 3, 6, 9) for call in range(10)]
     assert relative_error(torch.from_numpy(last.latents), expected) < CACHED_LATENTS_RTOL
     assert relative_error(torch.from_numpy(other.latents), expected) > 10 * CACHED_LATENTS_RTOL
 

@@ -6,8 +6,7 @@ import pytest
 from engine.checkpoints.families import VARIANTS
 from engine.configs.diffusion import AutoencoderConfig, UNetConfig
 from engine.errors import RequestError
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from runtime import Request
 from runtime.presets import KINDS, PRESETS, Preset, describe_presets, preset
 from runtime.samplers import program

@@ -1,13 +1,19 @@
+import copy
 import io
 import math
+import pickle
+import re
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from engine.errors import LatentrtError, RequestError
+from runtime.checks import FOREIGN_NAMES
+from runtime.images.canvas import BLUR
 from runtime.noise import MAX_SEED
-from runtime.request import MAX_IMAGES, MAX_SIDE, Hires, Request
+from runtime.request import MAX_IMAGES, MAX_SIDE, Hires, Request, RequestOptions
 
 ONE = {"prompt": "a"}
 
@@ -15,13 +21,13 @@ ONE = {"prompt": "a"}
 @pytest.mark.parametrize(
     ("wishes", "said"),
     [
-        ({"prompt": None}, "prompt came as NoneType; give a text or a list of texts"),
+        ({"prompt": None}, "prompt is None; give a text or a list of texts"),
         ({"prompt": 7}, "prompt came as int"),
         ({"prompt": b"a"}, "prompt came as bytes"),
         ({"prompt": {"a", "b"}}, "prompt came as set"),
         ({"prompt": []}, "prompt is an empty list"),
         ({"prompt": ["a", None]}, "prompt holds a NoneType; every prompt is a text"),
-        ({"negative_prompt": None}, "negative_prompt came as NoneType"),
+        ({"negative_prompt": 3}, "negative_prompt came as int"),
         ({"negative_prompt": [3]}, "negative_prompt holds a int"),
         ({"negative_prompt": ["a", "b"]}, "negative_prompt has 2 texts and prompt has 1"),
         ({"prompt": ["a", "b"], "negative_prompt": []}, "negative_prompt has 0 texts"),
@@ -62,7 +68,7 @@ ONE = {"prompt": "a"}
         ({"strength": math.nan}, "strength is nan"),
         ({"strength": "half"}, "strength is 'half'"),
         ({"eta": 2}, "eta is 2"),
-        ({"eta": None}, "eta is None"),
+        ({"eta": "0"}, "eta is '0'"),
         ({"image": "apple.png"}, "image came as str; give a PIL image"),
         ({"image": np.zeros((8, 8, 3), np.uint8)}, "image came as ndarray"),
         ({"image": Image.new("RGB", (0, 8))}, "image has 0 x 8 pixels"),
@@ -131,7 +137,7 @@ def test_an_image_whose_file_ends_early():
     ("side", "said"),
     [
         (100, "is 100; it must be a multiple of 8, such as 96"),
-        (0, f"is 0; give a whole number from 8 to {MAX_SIDE}"),
+        (0, f"is 0; give a whole number from 1 to {MAX_SIDE}"),
         (-8, "is -8; give a whole number"),
         (4, "is 4; give a whole number from 8"),
         (9, "is 9; it must be a multiple of 8, such as 8"),
@@ -169,18 +175,100 @@ def test_what_is_left_to_the_model():
 
 
 def test_texts():
-    assert Request(prompt="a").prompts() == ["a"]
-    assert Request(prompt=("a", "b")).negative_prompts() == ["", ""]
-    assert Request(prompt=["a", "b"], negative_prompt="c").negative_prompts() == ["c", "c"]
-    assert Request(prompt=["a", "b"], negative_prompt=["c", ""]).negative_prompts() == ["c", ""]
-    assert Request(prompt="").prompts() == [""], "an empty prompt is one"
+    assert Request(prompt="a").prompts == ("a",)
+    assert Request(prompt=("a", "b")).negative_prompts == ("", "")
+    assert Request(prompt=["a", "b"], negative_prompt="c").negative_prompts == ("c", "c")
+    assert Request(prompt=["a", "b"], negative_prompt=["c", ""]).negative_prompts == ("c", "")
+    assert Request(prompt="").prompts == ("",), "an empty prompt is one"
 
 
 def test_seeds_count_up():
-    assert Request(prompt="a", seed=0).seeds() == [0]
-    assert Request(prompt=["a", "b"], num_images_per_prompt=2, seed=7).seeds() == [7, 8, 9, 10]
-    assert Request(prompt=["a", "b"], seed=MAX_SEED).seeds() == [MAX_SEED, 0]
-    drawn = Request(prompt="a", num_images_per_prompt=3).seeds()
+    assert Request(prompt="a", seed=0).seeds == (0,)
+    assert Request(prompt=["a", "b"], num_images_per_prompt=2, seed=7).seeds == (7, 8, 9, 10)
+    assert Request(prompt=["a", "b"], seed=MAX_SEED).seeds == (MAX_SEED, 0)
+    assert Request(prompt=["a", "b"], seed=(9, 7)).seeds == (9, 7)
+    request = Request(prompt="a", num_images_per_prompt=3)
+    assert request.seeds is None
+    drawn = request.draw_seeds()
     assert drawn == [drawn[0] + i for i in range(3)]
-    assert Request(prompt="a").seeds() != Request(prompt="a").seeds()
-    assert Request(prompt=["a", "b"], seed=(9, 7)).seeds() == [9, 7]
+    assert request.draw_seeds() != drawn
+    assert Request(prompt="a", seed=5).draw_seeds() == [5]
+
+
+def test_none_takes_every_default():
+    plain = Request(prompt="a")
+    given = {f.name: None for f in fields(Request) if f.init and f.name != "prompt"}
+    assert Request(prompt="a", **given) == plain
+    assert plain.mask_blur == BLUR
+    assert plain.paste_back is True
+
+
+def test_the_options_of_a_call_are_the_fields():
+    init = {f.name for f in fields(Request) if f.init}
+    assert {"prompt", *RequestOptions.__annotations__} == init
+    assert RequestOptions.__total__ is False
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("steps", "num_inference_steps"),
+        ("num_images", "num_images_per_prompt"),
+        ("mask_image", "mask"),
+        ("generator", "seed"),
+        ("cfg_scale", "guidance_scale"),
+        ("scheduler", "sampler"),
+        ("denoising_strength", "strength"),
+        ("guidance_scal", "guidance_scale"),
+        ("heigth", "height"),
+        ("negative_prompts", "negative_prompt"),
+        ("Sampler", "sampler"),
+    ],
+)
+def test_a_foreign_or_misspelt_name_names_the_right_one(name, meant):
+    with pytest.raises(RequestError, match=rf"^{name} is no option; did you mean {meant}\?$"):
+        Request(prompt="a", **{name: 1})
+
+
+def test_every_foreign_name_means_a_field():
+    names = {f.name for f in fields(Request) if f.init}
+    for foreign, meant in FOREIGN_NAMES.items():
+        assert foreign not in names
+        assert set(meant.split(" and ")) <= names
+
+
+def test_a_name_like_none_lists_them_all():
+    with pytest.raises(RequestError, match="zzz is no option; there are prompt, negative_prompt,"):
+        Request(prompt="a", zzz=1)
+
+
+def test_fields_are_given_by_name():
+    with pytest.raises(RequestError, match="by name"):
+        Request("a")
+
+
+def test_a_request_is_copied_and_changed():
+    request = Request(prompt=["a", "b"], seed=7, image=Image.new("RGB", (8, 8)))
+    assert copy.copy(request).prompts == ("a", "b")
+    assert pickle.loads(pickle.dumps(replace(request, image=None))).seeds == (7, 8)
+    assert replace(request, seed=1).seeds == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"width": "512"}, "width is '512'; give a whole number"),
+        ({"height": 64.0}, "height is 64.0"),
+        ({"sampler": "nope"}, "sampler is 'nope'; choose one of"),
+        ({"sampler": "dpmpp-4m"}, "did you mean 'dpmpp_2m'"),
+        ({"schedule": "nope"}, "schedule is 'nope'; choose one of"),
+        ({"sampler": "DPM++ 2M Karras", "schedule": "beta"}, "give one of them"),
+        ({"preset": "best"}, "preset is 'best'; choose one of fast"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; give a whole number from 1"),
+        ({"num_inference_steps": True}, "num_inference_steps is True"),
+        ({"paste_back": 1}, "paste_back is 1; give True or False"),
+    ],
+)
+def test_what_needs_no_model_is_checked_when_a_request_is_made(wishes, said):
+    with pytest.raises(RequestError, match=re.escape(said)):
+        Request(prompt="a", **wishes)

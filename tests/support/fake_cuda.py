@@ -18,10 +18,8 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Arrays, Engine
-from engine.devices.device import Device, DeviceArray, Shape
-from engine.devices.host_arrays import Given, run_from_host
-from engine.devices.out_of_memory import out_of_memory
+from engine.backends.base import Arrays, Engine, run_from_host
+from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape, out_of_memory
 
 Work = Callable[[], None]
 Place = tuple[int, Shape, np.dtype[Any]]
@@ -202,7 +200,7 @@ class FakeEngine:
         self._fake = device
         self._prepared: list[dict[str, Shape]] = []
 
-    def run(self, inputs: Given) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
         return run_from_host(self, inputs)
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
@@ -234,5 +232,5 @@ def output_shapes(
 
 
 def input_dtype(name: str) -> np.dtype[Any]:
-    """Return the dtype that `engine.graphs.signature` gives an input of this name."""
+    """Return the dtype that `engine.graphs.graph` gives an input of this name."""
     return np.dtype({"input_ids": np.int64, "pixels": np.uint8}.get(name, np.float32))

@@ -4,10 +4,10 @@ from collections import Counter
 
 import numpy as np
 
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
+from engine.engines import open_engine
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 
 MODEL = Model.open(find_model("pictogram"))
 

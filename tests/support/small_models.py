@@ -26,8 +26,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from engine.graphs.graph import COMPRESSED, graph_name
-from engine.graphs.signature import Part
+from engine.graphs.graph import COMPRESSED, Part, graph_name
 from engine.model import Model
 from export.writing import write_published
 from runtime.conditioning.vocabulary import Vocabulary

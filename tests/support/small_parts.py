@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
-from engine.graphs.signature import Part
+from engine.graphs.graph import Part
 from export.tracing import build_module, trace
 
 TEXT = TextEncoderConfig(

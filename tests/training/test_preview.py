@@ -5,8 +5,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from engine.configs.tiny_decoder import TinyDecoderConfig
-from engine.shipped import find_model
+from engine.configs.diffusion import TinyDecoderConfig
+from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
 from export.modules.tiny_autoencoder import TinyAutoencoder
 from runtime.conditioning.tokenizer import Tokenizer

@@ -7,14 +7,16 @@ processor's cache (Dao et al. 2022, FlashAttention, arXiv:2205.14135), and split
 
 from collections.abc import Mapping
 
-from engine.graphs.onnx_bytes import GRAPH_INITIALIZER, TENSOR_NAME, fields
-from engine.graphs.onnx_nodes import (
+from engine.graphs.onnx_bytes import (
     CONTRIB,
+    GRAPH_INITIALIZER,
     INPUT,
     OUTPUT,
+    TENSOR_NAME,
     Node,
     Nodes,
     attributes_of,
+    fields,
     int_attribute,
     int_of,
     ints_of,

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Arrays, bind, portions
+from engine.backends.base import Arrays, Engine, EngineSpec
+from engine.backends.binding import bind, weight_chunks
 from engine.backends.onnxruntime.attention import fuse_attention
 from engine.checkpoints.formats.files import release
-from engine.errors import BackendError, GraphError, first_line
+from engine.errors import BackendError, GraphError, first_line, install
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
 
@@ -18,6 +19,11 @@ from engine.graphs.onnx_bytes import weights_as_inputs
 # them for its fastest convolutions, a quarter faster in a small model; of a larger part that would
 # take seconds and the weights' memory again, for a few percent.
 CONSTANT_BYTES = 2**28
+
+
+def open_engine(spec: EngineSpec) -> Engine:
+    """Open a graph with its weights; raises BackendError, GraphError or ModelError."""
+    return OnnxRuntimeEngine(spec.graph, spec.weights, spec.settings.threads)
 
 
 class OnnxRuntimeEngine:
@@ -60,8 +66,8 @@ class OnnxRuntimeEngine:
 
     def _take(self, weights: Arrays, names: Collection[str]) -> None:
         """Wrap weights for the library, which reads these arrays and owns no copy."""
-        for piece in portions(self._graph, names):
-            for name, array in bind(self._graph, weights, piece):
+        for chunk in weight_chunks(self._graph, names):
+            for name, array in bind(self._graph, weights, chunk):
                 self._weights[name] = self._library.OrtValue.ortvalue_from_numpy(array)
             if self._graph.precision == "float32":  # what came as float16 was read for its copy
                 release(weights)
@@ -97,7 +103,7 @@ def _import() -> Any:
     except ImportError as error:
         raise BackendError(
             "the backend 'cpu' needs onnxruntime, which is not installed; "
-            "install it with `pip install 'latentrt[cpu]'`"
+            + install("onnxruntime", "cpu")
         ) from error
     onnxruntime.disable_telemetry_events()  # where an app had imported it before `engine`
     return onnxruntime

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Arrays, bind
+from engine.backends.base import Arrays, Engine, EngineSpec, run_from_host
+from engine.backends.binding import bind
 from engine.backends.onnxruntime.group_norm import fuse_group_norms
-from engine.devices.device import Device, DeviceArray, Shape
-from engine.devices.host_arrays import Given, run_from_host
-from engine.errors import BackendError, GraphError, first_line
+from engine.devices.cuda import find_device
+from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape
+from engine.errors import BackendError, GraphError, first_line, install
 from engine.graphs.graph import Graph
 
 PROVIDER = "CUDAExecutionProvider"
+PACKAGES = "'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas cuda-core cuda-bindings"
 NEEDS_PROVIDER = "implementation for GroupNorm"  # missing, says the library: no other has one
 DTYPES = {
     "tensor(float)": np.float32,
@@ -23,6 +25,11 @@ DTYPES = {
     "tensor(int64)": np.int64,
     "tensor(uint8)": np.uint8,
 }
+
+
+def open_engine(spec: EngineSpec) -> Engine:
+    """Open a graph with its weights; raises BackendError, GraphError or ModelError."""
+    return OnnxRuntimeCudaEngine(spec.graph, spec.weights, find_device())
 
 
 class OnnxRuntimeCudaEngine:
@@ -45,12 +52,12 @@ class OnnxRuntimeCudaEngine:
         self._asynchronous = self._library.RunOptions()
         self._asynchronous.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def run(self, inputs: Given) -> dict[str, NDArray[Any]]:
-        """Run once; see `engine.devices.device.DeviceEngine`."""
+    def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
+        """Run once; see `engine.backends.base.DeviceEngine`."""
         return run_from_host(self, inputs)
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
-        """Get ready for these shapes; see `engine.devices.device.DeviceEngine`.
+        """Get ready for these shapes; see `engine.backends.base.DeviceEngine`.
 
         New shapes are run once on zeros: the library knows what it makes of them only then, and it
         chooses its convolutions and takes its memory, which it must not do in a recorded graph.
@@ -67,7 +74,7 @@ class OnnxRuntimeCudaEngine:
     def enqueue(
         self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> None:
-        """Queue a run; see `engine.devices.device.DeviceEngine`."""
+        """Queue a run; see `engine.backends.base.DeviceEngine`."""
         binding = self._bind(inputs)
         for name, array in outputs.items():
             binding.bind_output(
@@ -166,12 +173,12 @@ def _import() -> Any:
     except ImportError as error:
         raise BackendError(
             "the backend 'cuda' needs onnxruntime-gpu, which is not installed; "
-            "install it with `pip install 'latentrt[gpu]'`"
+            + install(PACKAGES, "gpu")
         ) from error
     if PROVIDER not in onnxruntime.get_available_providers():
         raise BackendError(
             "the backend 'cuda' needs onnxruntime-gpu, and the onnxruntime that is installed has "
-            "no CUDA provider; `pip uninstall onnxruntime`, then `pip install 'latentrt[gpu]'`"
+            "no CUDA provider; `pip uninstall onnxruntime`, then " + install(PACKAGES, "gpu")
         )
     onnxruntime.disable_telemetry_events()  # where an app had imported it before `engine`
     with redirect_stdout(StringIO()):  # what it misses is said when a session is opened
@@ -182,6 +189,7 @@ def _import() -> Any:
 def _not_started() -> BackendError:
     return BackendError(
         "ONNX Runtime could not start its CUDA provider, which needs an NVIDIA GPU with its "
-        "driver, CUDA and cuDNN 9; install the latter with `pip install 'latentrt[gpu]'`, or "
-        "choose another backend"
+        "driver, CUDA and cuDNN 9; for the latter "
+        + install(PACKAGES, "gpu")
+        + ", or choose another backend"
     )

@@ -10,7 +10,7 @@ them stays ONNX's.
 from collections.abc import Iterator, Mapping
 
 from engine.devices.device import Shape
-from engine.graphs.onnx_nodes import (
+from engine.graphs.onnx_bytes import (
     CONTRIB,
     INPUT,
     OUTPUT,

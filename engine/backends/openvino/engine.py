@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Arrays, ComputePrecision, Ranges, bind, portions, processors
+from engine.backends.base import Arrays, Engine, EngineSpec, Ranges
+from engine.backends.binding import bind, weight_chunks
 from engine.backends.openvino.gates import part_gates
 from engine.backends.openvino.int8 import QuantizedWeight, is_quantized, quantize
 from engine.backends.openvino.layers import put_weight, round_inputs
 from engine.backends.openvino.winograd import transform_convolutions
+from engine.backends.settings import ComputePrecision, processors
 from engine.checkpoints.formats.files import release
-from engine.errors import BackendError, GraphError, LatentrtError
+from engine.errors import BackendError, GraphError, LatentrtError, install
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.store.scratch import Scratch
@@ -29,6 +31,13 @@ CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 
 Shapes = Mapping[str, tuple[int, ...]]
 ANY = -1  # size of a dimension
+
+
+def open_engine(spec: EngineSpec) -> Engine:
+    """Open a graph with its weights; raises BackendError, GraphError or ModelError."""
+    return OpenVinoEngine(
+        spec.graph, spec.weights, spec.settings.threads, spec.precision, spec.ranges
+    )
 
 
 class OpenVinoEngine:
@@ -169,7 +178,7 @@ class OpenVinoEngine:
             return name, quantize(array) if name in self._ranges else array
 
         with ThreadPoolExecutor(processors()) as pool:
-            for names in portions(self._graph):
+            for names in weight_chunks(self._graph):
                 bound = bind(self._graph, self._weights, names, keep_float16=True)
                 for name, weight in pool.map(taken, bound):
                     if scratch and isinstance(weight, QuantizedWeight):  # the library copies it
@@ -239,7 +248,7 @@ def _import() -> Any:
     except ImportError as error:
         raise BackendError(
             "the backend 'openvino' needs openvino, which is not installed; "
-            "install it with `pip install 'latentrt[openvino]'`"
+            + install("openvino", "openvino")
         ) from error
     finally:
         if absent:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from engine.backends.openvino.layers import CONVOLUTION, as_constant, as_float32
-from engine.float16 import widen
+from engine.checkpoints.formats.tensors import widen
 from engine.store.scratch import Scratch
 
 IN_PLACE = {"strides": [1, 1], "dilations": [1, 1], "pads_begin": [1, 1], "pads_end": [1, 1]}

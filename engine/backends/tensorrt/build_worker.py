@@ -13,16 +13,16 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any
 
-from engine.backends.base import Arrays, bind
-from engine.backends.tensorrt.build import PATIENCE, BuildRequest
+from engine.adapters.adapter import adapt_model
+from engine.backends.base import Arrays
+from engine.backends.binding import bind
+from engine.backends.tensorrt.build_request import TERMINATION_GRACE_S, BuildRequest
 from engine.backends.tensorrt.library import library
 from engine.backends.tensorrt.network import build_engine
 from engine.backends.tensorrt.profiles import input_shapes
 from engine.errors import LatentrtError, OutputError
 from engine.graphs.graph import Graph
-from engine.graphs.signature import Part
-from engine.loaded import LoadedModel
-from engine.model import Model
+from engine.model import COMPONENTS, Model
 
 Tell = Callable[..., None]
 Phases = dict[str, tuple[str | None, int, int]]
@@ -32,7 +32,7 @@ Phases = dict[str, tuple[str | None, int, int]]
 def main() -> None:
     """Read a request, build, and say how it went."""
     pipe = os.dup(1)
-    os.dup2(2, 1)  # the library's own words go where they are kept for an obituary
+    os.dup2(2, 1)  # the library's own words go where they are kept for an crash message
     asked = json.loads(sys.stdin.buffer.readline())
     cancelled = Event()
     Thread(target=_watch, args=(cancelled,), daemon=True).start()
@@ -64,22 +64,20 @@ def build_part(request: BuildRequest, to: Path, tell: Tell, cancelled: Event) ->
     ]
     monitor = _monitor(module, tell, cancelled)
 
-    def build(part: Part, weights: Arrays) -> Any:
-        # What is bound must stay until the engine is built: the parser copies nothing.
-        bound = list(bind(graph, weights))
-        plan = build_engine(module, graph.data(), bound, shapes, request, monitor)
-        try:
-            with to.open("wb") as file:
-                file.write(plan)
-        except OSError as error:
-            raise OutputError(
-                f"the engine cannot be written to {to.parent} ({error.strerror}); check the "
-                "permissions and the disk's space, or set LATENTRT_CACHE"
-            ) from error
-
-    loaded = LoadedModel(model, build)
-    loaded.set_loras(request.loras)
-    loaded.engine(request.part)
+    name = COMPONENTS[request.part]
+    adapted = adapt_model(model, request.loras) if request.loras else {}
+    weights: Arrays = adapted.get(name) or model.component(name)
+    # What is bound must stay until the engine is built: the parser copies nothing.
+    bound = list(bind(graph, weights))
+    plan = build_engine(module, graph.data(), bound, shapes, request, monitor)
+    try:
+        with to.open("wb") as file:
+            file.write(plan)
+    except OSError as error:
+        raise OutputError(
+            f"the engine cannot be written to {to.parent} ({error.strerror}); check the "
+            "permissions and the disk's space, or set LATENTRT_CACHE"
+        ) from error
 
 
 def _monitor(module: Any, tell: Tell, cancelled: Event) -> Any:
@@ -125,7 +123,7 @@ def _watch(cancelled: Event) -> None:
     """Stop when the parent closes the pipe, or dies: first as the library would have it."""
     os.read(0, 1)
     cancelled.set()
-    time.sleep(PATIENCE)
+    time.sleep(TERMINATION_GRACE_S)
     os._exit(1)
 
 

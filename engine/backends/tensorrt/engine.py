@@ -13,10 +13,10 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engine.backends.base import Arrays, bind
+from engine.backends.base import Arrays, run_from_host
+from engine.backends.binding import bind
 from engine.backends.tensorrt.plan_file import LoadedPlan, load_shared, take_own
-from engine.devices.device import Device, DeviceArray, Shape
-from engine.devices.host_arrays import Given, run_from_host
+from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape
 from engine.errors import BackendError, OutputError
 from engine.graphs.graph import Graph
 from engine.store.cache import write_atomically
@@ -49,12 +49,12 @@ class TensorRTEngine:
         """Whether its weights can be changed."""
         return bool(self._loaded.engine.refittable)
 
-    def run(self, inputs: Given) -> dict[str, NDArray[Any]]:
-        """Run once; see `engine.devices.device.DeviceEngine`."""
+    def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
+        """Run once; see `engine.backends.base.DeviceEngine`."""
         return run_from_host(self, inputs)
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
-        """Get ready for these shapes; see `engine.devices.device.DeviceEngine`.
+        """Get ready for these shapes; see `engine.backends.base.DeviceEngine`.
 
         What was recorded of other shapes stays good: each has an execution context.
         """

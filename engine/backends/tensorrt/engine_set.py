@@ -14,18 +14,19 @@ from typing import Any
 from numpy.typing import NDArray
 
 from engine.adapters.adapter import Adapted
-from engine.backends.base import Arrays, BackendSettings
-from engine.backends.tensorrt.build import BuildSettings, build
+from engine.backends.base import Arrays, DeviceEngine, EngineSpec
+from engine.backends.settings import BackendSettings
+from engine.backends.tensorrt.build import build
+from engine.backends.tensorrt.build_request import BuildSettings
 from engine.backends.tensorrt.engine import TensorRTEngine
 from engine.backends.tensorrt.engine_store import EngineFacts, EngineStore, weights_hash
 from engine.backends.tensorrt.facts import build_request, engine_facts, require_to_build
 from engine.backends.tensorrt.library import LIBRARIES, library
 from engine.backends.tensorrt.profiles import GROUPS, Profile, Range, input_shapes, relevant
 from engine.devices.cuda import CudaDevice, find_device
-from engine.devices.device import DeviceArray, DeviceEngine, Shape
+from engine.devices.device import DeviceArray, HostOrDeviceArray, Shape
 from engine.errors import BackendError
-from engine.graphs.graph import Graph
-from engine.graphs.signature import Part, signature
+from engine.graphs.graph import Graph, Part, signature
 from engine.model import Model
 from engine.store.cache import Cache
 
@@ -33,29 +34,33 @@ Shapes = Mapping[str, Shape]
 SAME = ("library", "version", "graph", "precision", "sm", "device", "driver")
 
 
-def open_ladder(
-    model: Model, part: Part, graph: Graph, weights: Arrays, settings: BackendSettings
-) -> DeviceEngine:
+def open_engine(spec: EngineSpec) -> DeviceEngine:
     """Open a part on the GPU; raises BackendError when that is missing, or has no engine.
 
     Of the engines in the cache those of this graph, these weights (or any, where an engine takes
     them by a refit), this library, GPU and driver are used.
     """
-    assert settings.backend is not None
-    ladder = Ladder(
-        name=settings.backend,
+    name, model = spec.settings.backend, spec.model
+    assert name is not None
+    if model is None:
+        raise BackendError(
+            f"the backend {name!r} opens the parts of a model, and {spec.graph.path.name} came "
+            "alone; open the model with `runtime.Pipeline.load`"
+        )
+    engines = EngineSet(
+        name=name,
         model=model,
-        part=part,
-        graph=graph,
-        settings=settings,
+        part=spec.graph.part,
+        graph=spec.graph,
+        settings=spec.settings,
         device=find_device(),
     )
-    ladder.take(weights)
-    return ladder
+    engines.take(spec.weights)
+    return engines
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Ladder:
+class EngineSet:
     """The engines of one part, each for other sizes; a `DeviceEngine` of whichever fits a run."""
 
     name: str
@@ -67,33 +72,33 @@ class Ladder:
     store: EngineStore = field(default_factory=EngineStore)
     _weights: Arrays = field(default_factory=dict)
     _hash: str | None = None
-    _rungs: dict[str, TensorRTEngine] = field(default_factory=dict)  # by the key of their facts
+    _engines: dict[str, TensorRTEngine] = field(default_factory=dict)  # by the key of their facts
     _chosen: dict[tuple[tuple[str, Shape], ...], TensorRTEngine] = field(default_factory=dict)
 
-    def run(self, inputs: Mapping[str, NDArray[Any] | DeviceArray]) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
         """Run once; see `DeviceEngine`."""
-        return self._rung({name: a.shape for name, a in inputs.items()}).run(inputs)
+        return self._engine_for({name: a.shape for name, a in inputs.items()}).run(inputs)
 
     def prepare(self, inputs: Shapes) -> Mapping[str, DeviceArray]:
         """Get ready for inputs of these shapes; see `DeviceEngine`."""
-        return self._rung(inputs).prepare(inputs)
+        return self._engine_for(inputs).prepare(inputs)
 
     def enqueue(
         self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> None:
         """Queue a run; see `DeviceEngine`."""
-        self._rung({name: a.shape for name, a in inputs.items()}).enqueue(inputs, outputs)
+        self._engine_for({name: a.shape for name, a in inputs.items()}).enqueue(inputs, outputs)
 
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
         """Refit the open engines that can be, and leave those that cannot for others."""
         if not any(name in self.graph.weights for name in names):
             return
         self.device.wait()  # work that is queued may still read what goes
-        for key, engine in list(self._rungs.items()):
+        for key, engine in list(self._engines.items()):
             if engine.refittable:
                 engine.rebind(weights, names)
             else:
-                del self._rungs[key]
+                del self._engines[key]
         self.take(weights)
 
     def take(self, weights: Arrays) -> None:
@@ -119,20 +124,20 @@ class Ladder:
             self._hash = weights_hash({name: self._weights[name] for name in self.graph.weights})
         return self._hash
 
-    def _rung(self, shapes: Shapes) -> TensorRTEngine:
+    def _engine_for(self, shapes: Shapes) -> TensorRTEngine:
         """Return the engine for these shapes, opening it, and building it where that is wanted."""
         key = tuple(sorted(shapes.items()))
         with self.device.lock:  # two threads open it once
             if key not in self._chosen:
-                rooms = [(self._room(facts, shapes), facts) for facts in self._found()]
-                fits = [(room, facts) for room, facts in rooms if room is not None]
+                volumes = [(self._profile_volume(facts, shapes), facts) for facts in self._found()]
+                fits = [(volume, facts) for volume, facts in volumes if volume is not None]
                 _, facts = min(fits, key=lambda found: found[0], default=(0, None))
                 self._chosen[key] = self._open(facts or self._built(shapes))
             return self._chosen[key]
 
-    def _room(self, facts: EngineFacts, shapes: Shapes) -> int | None:
+    def _profile_volume(self, facts: EngineFacts, shapes: Shapes) -> int | None:
         """Return how many numbers the inputs of the closest profile may have; None if none fits."""
-        rooms = []
+        volumes = []
         for profile in map(Profile.from_dict, facts.profiles):
             allowed = self._shapes(profile)
             if allowed.keys() == shapes.keys() and all(
@@ -140,12 +145,12 @@ class Ladder:
                 and all(a <= n <= z for a, n, z in zip(least, shape, most, strict=True))
                 for (least, _, most), shape in ((allowed[n], shapes[n]) for n in shapes)
             ):
-                rooms.append(sum(prod(most) for _, _, most in allowed.values()))
-        return min(rooms, default=None)
+                volumes.append(sum(prod(most) for _, _, most in allowed.values()))
+        return min(volumes, default=None)
 
     def _open(self, facts: EngineFacts) -> TensorRTEngine:
         key = facts.key()
-        if key not in self._rungs:
+        if key not in self._engines:
             path = self.store.get(facts)
             if path is None:  # damaged, or gone since it was listed
                 raise BackendError(
@@ -157,8 +162,8 @@ class Ladder:
             )
             if facts.refit:
                 engine.rebind(self._weights, self.graph.weights)
-            self._rungs[key] = engine
-        return self._rungs[key]
+            self._engines[key] = engine
+        return self._engines[key]
 
     def _kernels(self, key: str) -> Path | None:
         """Name the file of what TensorRT-RTX compiles on this GPU of an engine."""

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.backends.memory_estimate import Sizes, estimate_build
-from engine.backends.tensorrt.build import BuildRequest, BuildSettings, timings_path
+from engine.backends.tensorrt.build import timings_path
+from engine.backends.tensorrt.build_request import BuildRequest, BuildSettings
 from engine.backends.tensorrt.engine_store import EngineFacts
 from engine.backends.tensorrt.library import LIBRARIES, library, version
 from engine.configs.diffusion import Config
 from engine.devices.cuda import CudaDevice, find_device
 from engine.devices.device import Device
-from engine.graphs.graph import Graph
-from engine.graphs.signature import Part
+from engine.graphs.graph import Graph, Part
 from engine.model import Model
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
-from engine.errors import BackendError
+from engine.errors import BackendError, install
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,13 +14,14 @@ class Library:
     """What is known of a library without loading it.
 
     modules: the names under which Python finds it, in this order
-    extra: what installs it with this project
+    packages, extra: what installs it, and this project's extra of the same
     targets: the GPUs for which it builds engines, wherever it runs, one or all of them; none
         where it builds for the GPU at hand alone
     keeps_timings: whether it times kernels while it builds, and keeps the times in a file
     """
 
     modules: tuple[str, ...]
+    packages: str
     extra: str
     targets: tuple[str, ...] = ()
     keeps_timings: bool = False
@@ -29,10 +30,14 @@ class Library:
 LIBRARIES: Mapping[str, Library] = MappingProxyType(
     {
         "tensorrt": Library(
-            modules=("tensorrt", "tensorrt_bindings"), extra="tensorrt", keeps_timings=True
+            modules=("tensorrt", "tensorrt_bindings"),
+            packages="tensorrt cuda-core cuda-bindings",
+            extra="tensorrt",
+            keeps_timings=True,
         ),
         "tensorrt_rtx": Library(
             modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
+            packages="tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs cuda-core cuda-bindings",
             extra="tensorrt-rtx",
             targets=("sm80", "sm86", "sm89", "sm120", "sm121"),
         ),
@@ -60,7 +65,7 @@ def library(name: str) -> Any:
             failures.append(str(error))
     raise BackendError(
         f"the backend {name!r} cannot be loaded ({'; '.join(failures)}); "
-        f"pip install 'latentrt[{known.extra}]'"
+        + install(known.packages, known.extra)
     )
 
 

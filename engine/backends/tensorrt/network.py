@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engine.backends.tensorrt.build import BuildRequest, BuildSettings
+from engine.backends.tensorrt.build_request import BuildRequest, BuildSettings
 from engine.backends.tensorrt.library import LIBRARIES, compute_capability
 from engine.backends.tensorrt.profiles import Shapes
 from engine.errors import BackendError, GraphError, LatentrtError

@@ -10,10 +10,15 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Self
 
-from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
-from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.configs.diffusion import (
+    AutoencoderConfig,
+    Config,
+    TextEncoderConfig,
+    TinyDecoderConfig,
+    UNetConfig,
+)
 from engine.errors import BackendError
-from engine.graphs.signature import Part, Symbol, signature
+from engine.graphs.graph import Part, Symbol, signature
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -160,7 +165,7 @@ def _shapes(sizes: list[Range]) -> tuple[Shape, Shape, Shape]:
 
 
 def _size(symbol: Symbol, sizes: Mapping[str, Range | int]) -> Range:
-    """Evaluate a symbol of `engine.graphs.signature`: a number, a name, or "r + 2"."""
+    """Evaluate a symbol of `engine.graphs.graph`: a number, a name, or "r + 2"."""
     name, _, more = str(symbol).partition(" + ")
     size = int(name) if name.isdecimal() else sizes[name]
     if isinstance(size, int):

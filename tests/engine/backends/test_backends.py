@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.backends.base import BackendSettings, bind, graph_precision, open_engine
+from engine.backends.binding import bind
 from engine.backends.onnxruntime.cpu import CONSTANT_BYTES
+from engine.backends.settings import BackendSettings, graph_precision
+from engine.engines import open_engine
 from engine.errors import BackendError, GraphError, ModelError
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from runtime import Pipeline
 
 MODEL = Model.open(find_model("pictogram"))
@@ -169,7 +170,7 @@ def test_a_library_is_not_installed(graph, weights, monkeypatch, backend, module
 
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(BackendError, match=rf"pip install 'latentrt\[{extra}\]'"):
+    with pytest.raises(BackendError, match=rf"pip install '\.\[{extra}\]'"):
         open_engine(graph, weights, replace(SETTINGS, backend=backend))
 
 

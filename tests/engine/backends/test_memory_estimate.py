@@ -11,8 +11,7 @@ from engine.backends.memory_estimate import (
     estimate_build,
     weight_bytes,
 )
-from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig
-from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig, TinyDecoderConfig
 from engine.errors import BackendError
 from engine.graphs.graph import find_graph, graph_folders
 from export.published import CLIP_L, SD1, SD2, XL

@@ -8,10 +8,10 @@ import diffusers
 import pytest
 
 from engine.checkpoints.families import FAMILIES, VARIANTS
-from engine.checkpoints.single_file import Checkpoint
 from engine.checkpoints.unsupported import SIGNATURES
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
+from engine.model import Model
 from runtime.samplers.noise_schedule import NoiseSchedule
 from tests.support import original_layout as original
 from tests.support import published_configs as published
@@ -36,7 +36,7 @@ def full_size(path, family, *, unet=None, drop=(), add=None, **options):
     names = original.model_names(params)
     names = {name: shape for name, shape in names.items() if not name.startswith(tuple(drop))}
     file = original.write_sparse(path / "model.safetensors", names | (add or {}), **options)
-    return Checkpoint.open(file)
+    return Model.read(file)
 
 
 @pytest.mark.parametrize("added", ADDED)
@@ -48,13 +48,13 @@ def test_a_published_size_finds_its_graphs(family, added, tmp_path):
     assert checkpoint.family is FAMILIES[family]
     assert checkpoint.unet == UNetConfig.from_dict(unet | ours)
     assert checkpoint.unet.key() == UNetConfig.from_dict(unet | ours).key()
-    assert checkpoint.vae is not None
     assert checkpoint.vae.key() == AutoencoderConfig.from_dict(vae).key()
-    for found, values in ((checkpoint.text_encoder, text), (checkpoint.text_encoder_2, text_2)):
+    for name, values in (("text_encoder", text), ("text_encoder_2", text_2)):
+        found = checkpoint.configs.get(name)
         expected = TextEncoderConfig.from_dict(values) if values else None
         assert found == expected
         assert found is None or found.key() == expected.key()
-    assert checkpoint.inpainting == (added == "inpainting")
+    assert checkpoint.is_inpainting == (added == "inpainting")
     assert (checkpoint.variant is not None) == (added == "lcm")
 
 
@@ -63,7 +63,7 @@ def test_a_unet_and_autoencoder_without_text_encoders_tell_the_family(family, tm
     checkpoint = full_size(tmp_path, family, drop=("cond_stage_model.", "conditioner."))
     assert checkpoint.family is FAMILIES[family]
     assert checkpoint.unet == UNetConfig.from_dict(PUBLISHED[family][0])
-    assert checkpoint.text_encoder is checkpoint.text_encoder_2 is None
+    assert not checkpoint.text_encoders
     for name in ("text_encoder", "text_encoder_2"):
         with pytest.raises(ModelError, match=f"holds no {name}; use a file of the whole model"):
             checkpoint.component(name)
@@ -72,7 +72,7 @@ def test_a_unet_and_autoencoder_without_text_encoders_tell_the_family(family, tm
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_a_file_without_an_autoencoder_asks_for_one(family, tmp_path):
     checkpoint = full_size(tmp_path, family, drop=("first_stage_model.",))
-    assert checkpoint.vae is None
+    assert "vae" not in checkpoint.configs
     with pytest.raises(ModelError, match=r"model\.safetensors holds no vae; give one with --vae"):
         checkpoint.component("vae")
 
@@ -80,7 +80,8 @@ def test_a_file_without_an_autoencoder_asks_for_one(family, tmp_path):
 def test_openclip_files_that_lost_the_last_layer_are_whole(tmp_path):
     lost = (f"{original.OPEN_CLIP}transformer.resblocks.23.", f"{original.OPEN_CLIP}text_proj")
     checkpoint = full_size(tmp_path, "sd2", drop=lost)
-    assert checkpoint.text_encoder == TextEncoderConfig.from_dict(published.TEXT_SD21)
+    (found,) = checkpoint.text_encoders.values()
+    assert found == TextEncoderConfig.from_dict(published.TEXT_SD21)
     lost = (f"{original.OPEN_CLIP}transformer.resblocks.22.",)
     with pytest.raises(ModelError, match=r"lacks cond_stage_model\.model\..*\.22\."):
         full_size(tmp_path, "sd2", drop=lost)
@@ -180,7 +181,7 @@ def test_another_architecture_is_refused_by_its_name(what, name, tmp_path):
         names["model.diffusion_model.out.2.weight"] = (4, 320, 3, 3)
     file = original.write_sparse(tmp_path / "other.safetensors", names)
     with pytest.raises(ModelError, match=re.escape(what)) as caught:
-        Checkpoint.open(file)
+        Model.read(file)
     assert str(file) in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(file))
 
@@ -196,20 +197,20 @@ def test_other_channels_are_refused(channels, what, tmp_path):
 def test_a_file_of_no_tensors_is_refused(tmp_path):
     file = original.write_sparse(tmp_path / "empty.safetensors", {})
     with pytest.raises(ModelError, match="holds no tensors"):
-        Checkpoint.open(file)
+        Model.read(file)
 
 
 def test_a_file_of_too_many_tensors_is_refused(tmp_path):
     names = {f"model.diffusion_model.{i}": (1,) for i in range(20_001)}
     file = original.write_sparse(tmp_path / "many.safetensors", names)
     with pytest.raises(ModelError, match="20001 tensors"):
-        Checkpoint.open(file)
+        Model.read(file)
 
 
 def small(path, family, unet=None, **changes):
     params = original.SMALL[family]
     params = replace(params, unet=replace(params.unet, **(unet or {})), **changes)
-    return Checkpoint.open(
+    return Model.read(
         original.write_sparse(path / "small.safetensors", original.model_names(params))
     )
 
@@ -225,7 +226,7 @@ def test_transformers_of_uneven_depth_are_refused(tmp_path):
     }
     file = original.write_sparse(tmp_path / "uneven.safetensors", names)
     with pytest.raises(ModelError, match=r"level 0 has transformers of \[1, 2\] blocks"):
-        Checkpoint.open(file)
+        Model.read(file)
 
 
 def test_a_middle_of_another_depth_is_refused(tmp_path):

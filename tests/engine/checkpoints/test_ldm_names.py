@@ -12,17 +12,16 @@ import safetensors.numpy
 import torch
 from diffusers.loaders import single_file_utils as reference
 
+from engine.checkpoints.component import UNUSED, left_over
 from engine.checkpoints.ldm_names import (
-    Source,
     autoencoder_sources,
     open_clip_sources,
     text_encoder_sources,
     unet_sources,
 )
-from engine.checkpoints.shapes import tensor_shapes
-from engine.checkpoints.single_file import Checkpoint
-from engine.checkpoints.unused import UNUSED, left_over
+from engine.checkpoints.shapes import Source, tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.model import Model
 from tests.support import original_layout as original
 from tests.support import published_configs as published
 
@@ -112,7 +111,7 @@ def written(request, tmp_path):
     params = SMALL[request.param]
     tensors = original.random_tensors(original.model_names(params))
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    return params, tensors, Checkpoint.open(tmp_path / "model.safetensors")
+    return params, tensors, Model.read(tmp_path / "model.safetensors")
 
 
 def equal(component, expected):
@@ -174,7 +173,7 @@ def test_averaged_weights_are_what_diffusers_extracts(tmp_path, caplog):
     params = SMALL["sd1"]
     tensors = original.random_tensors(original.model_names(params, ema=True))
     safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
-    checkpoint = Checkpoint.open(tmp_path / "model.safetensors")
+    checkpoint = Model.read(tmp_path / "model.safetensors")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     converted = reference.convert_ldm_unet_checkpoint(
         torch_tensors(tensors), {"layers_per_block": 2}, extract_ema=True

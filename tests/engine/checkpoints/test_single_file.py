@@ -16,9 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from engine.checkpoints.component import Component, diffusers_component
 from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.shapes import tensor_shapes
-from engine.checkpoints.single_file import Checkpoint, open_vae
+from engine.checkpoints.single_file import open_vae
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig
 from engine.errors import ModelError
+from engine.model import Model
 from tests.support import original_layout as original
 from tests.support.parity import text_checkpoint
 
@@ -34,8 +35,12 @@ def write(path, tensors, **options):
     return path
 
 
+def components(model):
+    return {name: model.component(name) for name in model.configs}
+
+
 def opened(path, tensors, **options):
-    return Checkpoint.open(write(path / "model.safetensors", tensors, **options))
+    return Model.read(write(path / "model.safetensors", tensors, **options))
 
 
 @pytest.fixture(params=SMALL)
@@ -46,14 +51,14 @@ def small(request):
 def test_every_part_has_its_graphs_names_and_shapes(small, tmp_path):
     params, tensors = small
     checkpoint = opened(tmp_path, tensors)
-    assert set(checkpoint.components) == set(checkpoint.configs)
-    assert len(checkpoint.components) == len(original.parts(params))
-    for name, component in checkpoint.components.items():
+    assert set(components(checkpoint)) == set(checkpoint.configs)
+    assert len(components(checkpoint)) == len(original.parts(params))
+    for name, component in components(checkpoint).items():
         shapes = tensor_shapes(checkpoint.configs[name])
         assert {key: array.shape for key, array in component.items()} == shapes
         assert len(component) == len(shapes)
         assert checkpoint.component(name) is component
-    assert checkpoint.inpainting == (params.unet.in_channels == 9)
+    assert checkpoint.is_inpainting == (params.unet.in_channels == 9)
     assert checkpoint.unet.time_cond_proj_dim == (params.unet.time_cond or 0)
     if params.unet.adm_in_channels:
         assert checkpoint.unet.addition_time_embed_dim == 16
@@ -63,7 +68,7 @@ def test_every_part_has_its_graphs_names_and_shapes(small, tmp_path):
 def test_every_number_is_used_once(small, tmp_path):
     params, tensors = small
     checkpoint = opened(tmp_path, tensors)
-    used = [array for part in checkpoint.components.values() for array in part.values()]
+    used = [array for part in components(checkpoint).values() for array in part.values()]
     unused = set(original.SCHEDULE) | {"denoiser.sigmas"}
     unused |= {name for name in tensors if name.endswith("logit_scale")}
     if checkpoint.family.name == "sd2":
@@ -78,7 +83,7 @@ def test_every_number_is_used_once(small, tmp_path):
 
 def test_arrays_are_views_of_the_file(tmp_path):
     checkpoint = opened(tmp_path, original.random_tensors(original.model_names(SMALL["xl"])))
-    for component in checkpoint.components.values():
+    for component in components(checkpoint).values():
         for name in component:
             assert component[name].base is not None
             assert not component[name].flags.writeable
@@ -95,9 +100,9 @@ def test_a_pickled_checkpoint_is_read_as_well(tmp_path):
     tensors = original.random_tensors(original.model_names(SMALL["sd2"]))
     state = {name: torch.from_numpy(value) for name, value in tensors.items()}
     torch.save({"state_dict": state, "global_step": 4}, tmp_path / "512-base-ema.ckpt")
-    checkpoint = Checkpoint.open(tmp_path / "512-base-ema.ckpt")
+    checkpoint = Model.read(tmp_path / "512-base-ema.ckpt")
     same = opened(tmp_path, tensors)
-    for name, component in checkpoint.components.items():
+    for name, component in components(checkpoint).items():
         for key, array in component.items():
             assert np.array_equal(array, same.component(name)[key])
     assert checkpoint.scheduler["prediction_type"] == "epsilon"
@@ -108,14 +113,14 @@ def test_a_pickled_checkpoint_is_read_as_well(tmp_path):
 def test_every_missing_tensor_is_named(family, tmp_path):
     names = original.model_names(original.SMALL[family])
     unused = set(original.SCHEDULE) | {"denoiser.sigmas"}
-    checkpoint = Checkpoint.open(original.write_sparse(tmp_path / "whole.safetensors", names))
-    used = set().union(*(part.used() for part in checkpoint.components.values()))
+    checkpoint = Model.read(original.write_sparse(tmp_path / "whole.safetensors", names))
+    used = set().union(*(part.used() for part in components(checkpoint).values()))
     assert used <= names.keys() - unused
     for name in sorted(used)[::29]:
         lacking = {other: shape for other, shape in names.items() if other != name}
         file = original.write_sparse(tmp_path / "lacking.safetensors", lacking)
         with pytest.raises(ModelError, match=re.escape(f"{file} lacks {name}")):
-            Checkpoint.open(file)
+            Model.read(file)
 
 
 @pytest.mark.parametrize("family", original.SMALL)
@@ -123,13 +128,13 @@ def test_every_wrong_shape_is_found(family, tmp_path):
     names = original.model_names(original.SMALL[family])
     # what an architecture may have more of, without any other tensor
     free = {name for name in names if "token_embedding" in name or "position" in name}
-    checkpoint = Checkpoint.open(original.write_sparse(tmp_path / "whole.safetensors", names))
-    used = set().union(*(part.used() for part in checkpoint.components.values()))
+    checkpoint = Model.read(original.write_sparse(tmp_path / "whole.safetensors", names))
+    used = set().union(*(part.used() for part in components(checkpoint).values()))
     for name in sorted(used - free)[1::41]:
         for shape in ((), (*names[name], 1), (names[name][0] + 1, *names[name][1:])):
             file = original.write_sparse(tmp_path / "wrong.safetensors", names | {name: shape})
             with pytest.raises(ModelError, match=re.escape(str(file))):
-                Checkpoint.open(file)
+                Model.read(file)
 
 
 def test_a_wrong_shape_is_explained(tmp_path):
@@ -138,7 +143,7 @@ def test_a_wrong_shape_is_explained(tmp_path):
     file = original.write_sparse(tmp_path / "wrong.safetensors", names)
     message = f"{file}: {name} has shape [33], and down_blocks.0.resnets.0.conv2.bias"
     with pytest.raises(ModelError, match=re.escape(message)):
-        Checkpoint.open(file)
+        Model.read(file)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +164,7 @@ def test_a_tensor_left_over_is_named(name, tmp_path):
         file = original.write_sparse(tmp_path / "more.safetensors", names | added)
         more = " and 1 more tensors" if "zzz" in added else ""
         with pytest.raises(ModelError, match=re.escape(f"{file} holds {name}{more}, for which")):
-            Checkpoint.open(file)
+            Model.read(file)
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "x" * 10_000, "\x1b[31m"])
@@ -167,7 +172,7 @@ def test_a_hostile_name_is_shown_on_one_short_line(name, tmp_path):
     for names in ({name: (1,)}, original.model_names(SMALL["sd1"]) | {name: (1,)}):
         file = original.write_sparse(tmp_path / "hostile.safetensors", names)
         with pytest.raises(ModelError) as caught:
-            Checkpoint.open(file)
+            Model.read(file)
         message = str(caught.value)
         assert message.isprintable()
         assert len(message) < 500 + len(str(file))
@@ -178,7 +183,7 @@ def test_a_layer_too_many_is_left_over(tmp_path):
     layer = f"{original.OPEN_CLIP}transformer.resblocks.7."
     file = original.write_sparse(tmp_path / "m.safetensors", names | {f"{layer}ln_1.bias": (128,)})
     with pytest.raises(ModelError, match=re.escape(layer)):
-        Checkpoint.open(file)
+        Model.read(file)
 
 
 def test_quantised_weights_are_refused(tmp_path):
@@ -192,7 +197,7 @@ def test_quantised_weights_are_refused(tmp_path):
 def test_weights_stay_as_they_are_stored(dtype, tmp_path):
     tensors = original.random_tensors(original.model_names(SMALL["sd2"]))
     checkpoint = opened(tmp_path, {name: value.astype(dtype) for name, value in tensors.items()})
-    for component in checkpoint.components.values():
+    for component in components(checkpoint).values():
         assert {array.dtype for array in component.values()} == {np.dtype(dtype)}
 
 
@@ -238,10 +243,10 @@ def test_notes_say_what_was_concluded(tmp_path):
         "its prediction type is v_prediction, from the tensor v_pred in the file",
         "its noise schedule ends in pure noise, from the tensor ztsnr in the file",
     )
-    asked = Checkpoint.open(tmp_path / "model.safetensors", "epsilon")
+    asked = Model.read(tmp_path / "model.safetensors", "epsilon")
     assert asked.scheduler["prediction_type"] == "epsilon"
     with pytest.raises(ModelError, match="'noise' is unknown"):
-        Checkpoint.open(tmp_path / "model.safetensors", "noise")
+        Model.read(tmp_path / "model.safetensors", "noise")
 
 
 def test_metadata_are_read(tmp_path):
@@ -271,7 +276,7 @@ def test_any_change_of_names_and_shapes_is_read_or_refused(data, tmp_path):
     file = original.write_sparse(tmp_path / "mutated.safetensors", names)
     message = f"{file} is fine"
     try:
-        Checkpoint.open(file)
+        Model.read(file)
     except ModelError as error:
         message = str(error)
     assert str(file) in message

@@ -9,13 +9,15 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
 from engine.checkpoints.shapes import tensor_shapes
 from engine.checkpoints.tiny_decoder import open_tiny_decoder
-from engine.configs.tiny_decoder import TinyDecoderConfig
+from engine.configs.diffusion import TinyDecoderConfig
+from engine.engines import open_engine
 from engine.errors import ModelError
-from engine.graphs.graph import SHIPPED, find_graph
-from engine.shipped import find_model
+from engine.graphs.graph import find_graph
+from engine.model import find_model
+from engine.shipped import GRAPHS
 from runtime import Pipeline
 from tests.support.tolerances import TINY_PIXELS
 
@@ -64,7 +66,7 @@ def saved(kind, module, folder):
 def test_pixels_are_those_of_diffusers(kind, published, tmp_path):
     config, component = open_tiny_decoder(saved(kind, published, tmp_path))
     assert config == TinyDecoderConfig()
-    graph = find_graph("preview_decoder", config, "float32", [SHIPPED], tmp_path)
+    graph = find_graph("preview_decoder", config, "float32", [GRAPHS], tmp_path)
     engine = open_engine(graph, component, BackendSettings(threads=1))
     latents = 2 * torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

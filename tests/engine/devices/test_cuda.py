@@ -250,7 +250,7 @@ def test_without_the_packages_one_sentence_says_what_to_install(monkeypatch):
 
     find_device.cache_clear()
     monkeypatch.setattr(builtins, "__import__", importing)
-    with pytest.raises(BackendError, match=r"pip install 'latentrt\[cuda\]'"):
+    with pytest.raises(BackendError, match=r"pip install cuda-core cuda-bindings`.*'\.\[cuda\]'"):
         find_device()
 
 

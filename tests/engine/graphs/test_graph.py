@@ -15,10 +15,9 @@ from engine.graphs.graph import (
     find_graph,
     graph_folders,
     graph_name,
+    signature,
 )
-from engine.graphs.signature import signature
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 
 onnx = pytest.importorskip("onnx")
 

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
+from engine.engines import open_engine
 from engine.errors import GraphError
-from engine.graphs.graph import SHIPPED, Graph
+from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import fields, metadata, weights_as_inputs, without_attribute
+from engine.shipped import GRAPHS
 
 WEIGHTS = {
     "scalar": (TensorProto.FLOAT, []),
@@ -115,7 +117,7 @@ def test_packed_dims():
     check(data)
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.onnx")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(GRAPHS.glob("*.onnx")), ids=lambda path: path.name)
 def test_graphs_that_ship(path):
     data = path.read_bytes()
     check(data)
@@ -134,7 +136,7 @@ def test_a_graph_without_weights_stays_as_it_is():
     assert weights_as_inputs(b"") == b""
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("step*float16*")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(GRAPHS.glob("step*float16*")), ids=lambda path: path.name)
 def test_an_attribute_is_left_out_of_one_operator(path):
     data = Graph.read(path).data()
     expected, marked = onnx.ModelProto.FromString(data), 0

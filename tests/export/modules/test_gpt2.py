@@ -3,10 +3,11 @@ import torch
 from transformers import GPT2Config as ReferenceConfig
 from transformers import GPT2LMHeadModel
 
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
 from engine.checkpoints.gpt2 import LanguageModel
 from engine.checkpoints.shapes import tensor_shapes
 from engine.configs.gpt2 import GPT2Config
+from engine.engines import open_engine
 from engine.graphs.graph import find_graph
 from export.__main__ import main
 from export.modules.gpt2 import GPT2

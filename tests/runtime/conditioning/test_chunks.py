@@ -7,19 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline
-from runtime.conditioning.chunks import emphasize, make_chunks
 from runtime.conditioning.encoder import Texts
 from runtime.conditioning.guidance import Guidance
-from runtime.conditioning.tokenizer import Tokenizer
+from runtime.conditioning.tokenizer import Tokenizer, emphasize, make_chunks
 from tests.support.tolerances import PARITY_RTOL
 
 TOKENIZER = Tokenizer.clip("!")
 TAUGHT = TOKENIZER.with_words({"<many>": range(49408, 49418), "<all>": range(49500, 49600)})
 START, END, PAD, COMMA = 49406, 49407, 0, 267
-A, CAT = (TOKENIZER.words_of(word)[0][0][0] for word in ("a", "cat"))
+A, CAT = (TOKENIZER.words_of(word)[0][0] for word in ("a", "cat"))
 
 
 def rows(text, tokenizer=TOKENIZER):
@@ -65,7 +64,7 @@ def rows(text, tokenizer=TOKENIZER):
 def test_where_chunks_end(text, lengths):
     found = rows(text)
     assert [len(row) for row in found] == lengths
-    flat = [index for ids, _ in TOKENIZER.words_of(text.replace("BREAK", " ")) for index in ids]
+    flat = [index for ids in TOKENIZER.words_of(text.replace("BREAK", " ")) for index in ids]
     assert [index for row in found for index in row] == flat
 
 

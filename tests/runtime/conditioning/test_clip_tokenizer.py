@@ -140,19 +140,6 @@ def test_words_are_added_to_those_that_are_known(clip):
     assert words(twice(["<s1> <s2>"]).input_ids[0]) == [49408, 49409, 49410]
 
 
-@pytest.mark.parametrize(("room", "cut"), [(74, "<S1> b"), (73, "<S1> b"), (72, " b"), (71, None)])
-def test_a_cut_names_the_words_own_text(clip, room, cut):
-    """A word of three vectors that does not fit whole is named from its beginning."""
-    taught = clip.with_words({"<s1>": range(49408, 49411)})
-    prompt = "1 " * room + "<S1> b"
-    tokens = taught([prompt])
-    assert (tokens.cuts[0] or "").strip() == (cut or "").strip()
-    assert tokens.input_ids[0, 76] == END
-    kept = words(tokens.input_ids[0])
-    assert kept[:room] == clip(["1 " * room]).input_ids[0].tolist()[1 : room + 1]
-    assert kept[room:] == [49408, 49409, 49410, 321][: 75 - room]
-
-
 @pytest.mark.parametrize(
     "word", ["cat</w>", "cat", "!", "<|endoftext|>", "<|EndOfText|>", "<s1>", "<S1>"]
 )

@@ -11,10 +11,9 @@ from diffusers import LatentConsistencyModelPipeline
 from engine.adapters.textual_inversion import Embedding
 from engine.configs.diffusion import TextEncoderConfig, UNetConfig
 from engine.errors import ModelError, RequestError
-from engine.model import Model
-from engine.shipped import find_model
-from runtime.conditioning.embedding_cache import Kept
+from engine.model import Model, find_model
 from runtime.conditioning.encoder import (
+    EmbeddingCache,
     Encoder,
     Texts,
     embedded_guidance,
@@ -265,13 +264,13 @@ def test_the_same_texts_are_not_encoded_again():
     (again,) = condition(ours, ["no"], ["cat"], repeats=2, scale=3.0, size=(512, 512))
     np.testing.assert_array_equal(again["context"][:, :1], told[1]["context"])
     condition(ours, ["no"], ["dog"])
-    condition(ours.forgetful(), ["no"], ["cat"])
+    condition(ours.without_cache(), ["no"], ["cat"])
     assert [len(engine.calls) for engine in engines.values()] == [3, 3]
 
 
 def test_what_is_kept_is_bounded():
     arrays = {key: (np.zeros(5, "f"), np.zeros(5, "f")) for key in "abc"}
-    kept = Kept(limit=100)
+    kept = EmbeddingCache(limit=100)
     kept.put("a", arrays["a"])
     kept.put("a", arrays["a"])
     kept.put("b", arrays["b"])
@@ -300,7 +299,7 @@ def teachable(monkeypatch):
 def test_taught_words_are_rows_after_the_vocabulary(teachable, tmp_path):
     ours, engines = teachable
     widths = {"text_encoder": 768, "text_encoder_2": 1280}
-    taught = ours.taught(
+    taught = ours.with_embeddings(
         [embedding("<one>", 1, tmp_path, **widths), embedding("<two>", 2, tmp_path, **widths)]
     )
     condition(taught, ["<two> <one>"])
@@ -309,7 +308,7 @@ def test_taught_words_are_rows_after_the_vocabulary(teachable, tmp_path):
         assert call["input_ids"][0, 1:5].tolist() == [49409, 49410, 49408, 49407]
         np.testing.assert_array_equal(call["extra_embeddings"][:, 0], [1, 2, 2])
         assert call["extra_embeddings"].shape == (3, width)
-    again = taught.taught([])
+    again = taught.with_embeddings([])
     condition(again, ["<two> <one>"])
     assert engines["text_encoder"].calls[-1]["input_ids"].max() == 49407
     assert engines["text_encoder"].calls[-1]["extra_embeddings"].shape == (1, 768)
@@ -318,11 +317,11 @@ def test_taught_words_are_rows_after_the_vocabulary(teachable, tmp_path):
 def test_words_that_cannot_be_taught(teachable, tmp_path):
     ours, _ = teachable
     with pytest.raises(ModelError, match="1 numbers for the text_encoder"):
-        ours.taught([embedding("<one>", 1, tmp_path, text_encoder=1)])
+        ours.with_embeddings([embedding("<one>", 1, tmp_path, text_encoder=1)])
     widths = {"text_encoder": 768, "text_encoder_2": 1280}
     same = [embedding("<one>", 1, tmp_path, **widths)] * 2
     with pytest.raises(RequestError, match="'<one>'"):
-        ours.taught(same)
+        ours.with_embeddings(same)
 
 
 def test_a_file_gets_the_tokenizers_of_its_encoders(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from engine.errors import RequestError
-from engine.shipped import FOLDER
+from engine.shipped import MODELS
 from runtime.conditioning.tokenizer import Tokenizer
 from training.vocabulary import caption_words, cut_vocabulary, write_tokenizer
 
@@ -18,7 +18,7 @@ TEXT = [
     "café naïve Ünïcode 東京タワー 北京 привет мир שלום مرحبا हिन्दी ไทย 한국어 😀 👩‍👩‍👧",
 ]
 TOY = "<Cat-Toy>"
-PICTOGRAM = FOLDER / "pictogram" / "tokenizer"
+PICTOGRAM = MODELS / "pictogram" / "tokenizer"
 
 PROMPTS = [
     *("", " ", "!", "\x00", "a\x00b"),
@@ -180,34 +180,6 @@ def test_any_prompts_equal_transformers(pair, prompts):
     assert_equal(pair, prompts)
 
 
-def test_a_cut_is_the_end_of_the_prompt_exactly_when_it_does_not_fit(pair):
-    tokenizer, reference = pair
-    reference.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
-    prompts = PROMPTS + TEXT + random_prompts(1, 300)
-    lengths = [len(row) for row in reference(prompts)["input_ids"]]
-    cuts = tokenizer(prompts).cuts
-    for prompt, length, cut in zip(prompts, lengths, cuts, strict=True):
-        assert (cut is None) == (length <= tokenizer.max_length), ascii(prompt[:200])
-        assert cut is None or (cut and prompt.endswith(cut))
-
-
-@pytest.mark.parametrize(
-    ("prompt", "cut"),
-    [
-        ("a red horse, \t", None),
-        ("A  red\tHORSE ,  Astronaut,  RIDING ", "Astronaut,  RIDING "),
-        ("a red horse, <|endoftext|>", "<|endoftext|>"),
-        ("a a a cafe\u0301 Cafe\u0301 😀", "Cafe\u0301 😀"),
-        ("a a a red-apple", "-apple"),
-        ("a a a zebra", "ebra"),
-        ("a a a 🍎 a", "🍎 a"),
-    ],
-)
-def test_a_cut_is_the_prompts_own_text(folder, prompt, cut):
-    change(folder / "tokenizer_config.json", model_max_length=6)
-    assert Tokenizer.load(folder)([prompt, "a"]).cuts == (cut, None)
-
-
 def test_special_ids_and_padding(folder):
     vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
     end = len(vocab) - 1
@@ -223,7 +195,6 @@ def test_special_ids_and_padding(folder):
 def test_no_prompts_give_no_rows(folder):
     tokens = Tokenizer.load(folder)([])
     assert tokens.input_ids.shape == (0, 77)
-    assert tokens.cuts == ()
 
 
 @pytest.mark.parametrize("prompt", [None, 3, b"bytes", ["a"], 1.5])

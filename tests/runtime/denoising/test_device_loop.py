@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.errors import BackendError
 from runtime import Hires, Pipeline, Request
 from tests.support.fake_cuda import FakeDevice, FakeEngine
@@ -44,7 +44,7 @@ def device():
 def pipeline(host, device):
     found = Pipeline.load(settings=BackendSettings(threads=1))
     for part in PARTS:
-        found.engines[part] = FakeEngine(host.engine(part), device)
+        found.engines.opened[part] = FakeEngine(host.engine(part), device)
     return found
 
 
@@ -84,7 +84,7 @@ def test_two_runs_in_turn(host, pipeline):
 def test_nothing_waits_between_the_first_step_and_the_picture(pipeline, device):
     plan = pipeline.plan(Request(**REQUEST))
     device.counts.clear()
-    pipeline._denoiser.finish(plan)
+    pipeline._run(plan, pipeline.start(plan))
     assert device.counts["wait"] == device.counts["download"] == device.counts["run"] == 0
     pipeline(**REQUEST)
     device.counts.clear()

@@ -18,8 +18,7 @@ from runtime.images.a1111 import (
 )
 from runtime.images.upscaling import UPSCALERS
 from runtime.noise import MAX_SEED, NOISES
-from runtime.samplers import SAMPLERS, SCHEDULES
-from runtime.samplers.aliases import resolve
+from runtime.samplers import SAMPLERS, SCHEDULES, resolve
 
 # Pieces that look like the syntax of the text, beside any characters.
 LOOKALIKES = ["\n", "Negative prompt:", "Steps: 3, Sampler: Euler", ", ", ": ", '"', "\\", " ", "x"]
@@ -162,14 +161,14 @@ def test_models_are_named_without_their_folder(model):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_label_of_a_sampler_is_understood(sampler):
     label = SAMPLER_LABELS.get(sampler, sampler)
-    assert resolve(label, None, tuple(SAMPLERS), SCHEDULES) == (sampler, None)
-    assert resolve(f"{label} Karras", None, tuple(SAMPLERS), SCHEDULES) == (sampler, "karras")
+    assert resolve(label, None) == (sampler, None)
+    assert resolve(f"{label} Karras", None) == (sampler, "karras")
 
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 def test_every_label_of_a_schedule_is_understood(schedule):
     label = SCHEDULE_LABELS.get(schedule, schedule)
-    assert resolve("euler", label, tuple(SAMPLERS), SCHEDULES) == ("euler", schedule)
+    assert resolve("euler", label) == ("euler", schedule)
 
 
 def test_labels_are_of_what_there_is():

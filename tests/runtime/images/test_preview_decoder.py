@@ -10,9 +10,9 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.errors import ModelError
-from engine.shipped import find_model
+from engine.model import find_model
 from runtime import Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.previews import Preview

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.errors import OutputError, RequestError
 from runtime import Pipeline, Request
 from runtime.images.previews import (

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
+from engine.engines import open_engine
 from engine.errors import RequestError
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from runtime.images import tiles
 from tests.support.pictures import drawing, psnr
 from tests.support.tolerances import (
@@ -182,7 +182,8 @@ MEASURED = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from engine.backends.base import BackendSettings, open_engine
+from engine.backends.settings import BackendSettings
+from engine.engines import open_engine
 from engine.configs.diffusion import AutoencoderConfig
 from engine.graphs.graph import find_graph, graph_folders
 from runtime.images import tiles

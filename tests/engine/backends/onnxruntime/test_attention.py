@@ -7,10 +7,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from engine.backends.onnxruntime.attention import fuse_attention
-from engine.graphs.graph import SHIPPED, Graph
+from engine.graphs.graph import Graph
+from engine.shipped import GRAPHS
 from tests.support.tolerances import PARITY_RTOL
 
-GRAPHS = sorted({*SHIPPED.glob("*-float32.onnx*")})
+PATHS = sorted({*GRAPHS.glob("*-float32.onnx*")})
 HEADS, WIDTH = 2, 6  # of a model that is as small as the shapes allow
 KERNEL_RTOL = 10 * PARITY_RTOL  # two kernels that sum in different orders
 
@@ -86,7 +87,7 @@ def test_heads_that_are_split_otherwise_stay():
     assert operators(fuse_attention(plain)) == operators(plain)
 
 
-@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.name.split(".")[0])
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name.split(".")[0])
 def test_graphs_that_ship(path):
     graph = Graph.read(path)
     before, after = operators(graph.data()), operators(fuse_attention(graph.data()))

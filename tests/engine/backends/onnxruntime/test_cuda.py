@@ -10,8 +10,7 @@ from engine.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engine.backends.onnxruntime.cuda import PROVIDER, OnnxRuntimeCudaEngine
 from engine.errors import BackendError, GraphError, ModelError
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from tests.support.fake_cuda import FakeDevice
 from tests.support.real_signatures import check_call, strict
 
@@ -21,6 +20,7 @@ GRAPH = find_graph(
 )
 WEIGHTS = dict(MODEL.weights("preview_decoder"))
 BIAS = "decoder.layers.0.bias"
+INSTALL = r"pip install 'onnxruntime-gpu.*'\.\[gpu\]'"
 
 
 class FakeLibrary:
@@ -194,7 +194,7 @@ def test_a_failing_run_is_one_error(library, device):
 
 def test_a_provider_that_does_not_start_is_an_error(library, device):
     library.started = ["CPUExecutionProvider"]
-    with pytest.raises(BackendError, match=r"NVIDIA GPU.*cuDNN 9.*latentrt\[gpu\]"):
+    with pytest.raises(BackendError, match=rf"NVIDIA GPU.*cuDNN 9.*{INSTALL}"):
         OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
     decoder = find_graph(
         "vae_decoder", MODEL.config("vae_decoder"), "float32", graph_folders(), MODEL.path
@@ -214,7 +214,7 @@ def test_a_graph_that_cannot_be_opened_is_named(library, device, monkeypatch):
 def test_the_package_without_the_provider_is_said(monkeypatch):
     if PROVIDER in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed")
-    with pytest.raises(BackendError, match=r"pip uninstall onnxruntime.*latentrt\[gpu\]"):
+    with pytest.raises(BackendError, match=rf"pip uninstall onnxruntime.*{INSTALL}"):
         OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, FakeDevice())
 
 
@@ -227,5 +227,5 @@ def test_a_missing_package_is_said(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", importing)
-    with pytest.raises(BackendError, match=r"onnxruntime-gpu.*latentrt\[gpu\]"):
+    with pytest.raises(BackendError, match=rf"onnxruntime-gpu.*{INSTALL}"):
         OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, FakeDevice())

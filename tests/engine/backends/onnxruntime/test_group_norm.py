@@ -8,12 +8,13 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from engine.backends.onnxruntime.group_norm import fuse_group_norms
-from engine.graphs.graph import SHIPPED, Graph
+from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
+from engine.shipped import GRAPHS
 from tests.support.tolerances import GROUP_NORM_FLOAT16
 
-GRAPHS = sorted(SHIPPED.glob("*-float16.onnx.gz"))
-WITH_NORMS = [path for path in GRAPHS if path.name.split("-")[0] in ("step", "vae_decoder")]
+PATHS = sorted(GRAPHS.glob("*-float16.onnx.gz"))
+WITH_NORMS = [path for path in PATHS if path.name.split("-")[0] in ("step", "vae_decoder")]
 CHANNELS, GROUPS = 8, 4
 SHAPES = dict.fromkeys(("scale", "scale2"), (CHANNELS,))
 
@@ -127,14 +128,14 @@ def test_all_norms_of_the_shipped_graphs_are_fused(path):
 
 
 def test_a_graph_without_norms_keeps_its_nodes():
-    path = next(path for path in GRAPHS if path.name.startswith("text_encoder"))
+    path = next(path for path in PATHS if path.name.startswith("text_encoder"))
     data = gzip.decompress(path.read_bytes())
     made = onnx.load_from_string(fuse_group_norms(data, Graph.read(path).weights))
     assert made.graph == onnx.load_from_string(data).graph
 
 
 def test_groups_of_an_odd_number_of_channels_stay_as_they_are():
-    graph = Graph.read(next(SHIPPED.glob("step-d7f755bed1fb-float32.onnx")))
+    graph = Graph.read(next(GRAPHS.glob("step-d7f755bed1fb-float32.onnx")))
     made = kinds(onnx.load_from_string(fuse_group_norms(graph.data(), graph.weights)))
     sizes = {name: shape[0] // 16 for name, shape in graph.weights.items() if ".norm" in name}
     assert {9, 6} <= set(sizes.values())  # 144 and 96 channels in 16 groups

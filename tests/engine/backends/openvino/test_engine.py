@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.backends.base import BackendSettings, open_engine, processors
 from engine.backends.openvino import layers as openvino_layers
+from engine.backends.settings import BackendSettings, processors
+from engine.engines import open_engine
 from engine.errors import BackendError, GraphError, ModelError
-from engine.graphs.graph import find_graph, graph_folders
-from engine.graphs.signature import signature
-from engine.model import Model
-from engine.shipped import find_model
+from engine.graphs.graph import find_graph, graph_folders, signature
+from engine.model import Model, find_model
 from runtime import Pipeline
 from runtime import __main__ as command
 from tests.support.pictures import psnr
@@ -358,7 +357,7 @@ import json, socket, sys
 def refuse(*arguments, **keywords):
     raise AssertionError("the network is used")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from runtime import Pipeline
 Pipeline.load(settings=BackendSettings(backend="openvino", threads=1))("a", num_inference_steps=1)
 print(json.dumps(list(sys.modules)))

@@ -15,20 +15,13 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from engine.backends.tensorrt import build as tensorrt_build
-from engine.backends.tensorrt.build import (
-    BuildProgress,
-    BuildRequest,
-    BuildSettings,
-    build,
-    timings_path,
-)
+from engine.backends.tensorrt.build import BuildProgress, build, timings_path
+from engine.backends.tensorrt.build_request import BuildRequest, BuildSettings
 from engine.backends.tensorrt.build_worker import fraction
 from engine.backends.tensorrt.profiles import Profile, Range
 from engine.errors import BackendError, GraphError, ModelError, OutputError
-from engine.graphs.graph import METADATA_KEY, Graph, find_graph, graph_folders
-from engine.graphs.signature import signature
-from engine.model import COMPONENTS, Model
-from engine.shipped import find_model
+from engine.graphs.graph import METADATA_KEY, Graph, find_graph, graph_folders, signature
+from engine.model import COMPONENTS, Model, find_model
 
 PICTOGRAM = find_model("pictogram")
 MODEL = Model.open(PICTOGRAM)
@@ -318,7 +311,7 @@ def test_cancelling_leaves_no_child_and_no_file(children, tmp_path):
 def test_a_builder_that_does_not_stop_is_killed(children, monkeypatch, tmp_path):
     code = 'import time; print(\'{"phase": "p", "fraction": 0}\', flush=True); time.sleep(60)'
     child_that(monkeypatch, code)
-    monkeypatch.setattr(tensorrt_build, "PATIENCE", 0.1)
+    monkeypatch.setattr(tensorrt_build, "TERMINATION_GRACE_S", 0.1)
 
     def interrupt(step):
         raise KeyboardInterrupt

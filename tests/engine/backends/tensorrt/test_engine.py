@@ -8,8 +8,7 @@ from engine.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engine.backends.tensorrt.engine import TensorRTEngine
 from engine.errors import BackendError
 from engine.graphs.graph import find_graph, graph_folders
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from tests.support.fake_cuda import FakeDevice
 from tests.support.fake_tensorrt import FakeTensorRT
 

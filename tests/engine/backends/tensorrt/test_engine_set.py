@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engine.backends.base import BackendSettings, bind
+from engine.adapters.adapter import adapt_model
+from engine.backends.binding import bind
+from engine.backends.settings import BackendSettings
 from engine.backends.tensorrt import engine_set as tensorrt_ladder
 from engine.backends.tensorrt import facts as tensorrt_facts
-from engine.backends.tensorrt.build import BuildSettings
+from engine.backends.tensorrt.build_request import BuildSettings
 from engine.backends.tensorrt.engine_store import EngineStore, weights_hash
 from engine.backends.tensorrt.facts import engine_facts
 from engine.backends.tensorrt.profiles import Profile, Range, input_shapes, relevant
 from engine.errors import BackendError
 from engine.graphs.graph import find_graph, graph_folders
-from engine.loaded import LoadedModel
-from engine.model import Model
-from engine.shipped import find_model
+from engine.model import Model, find_model
 from runtime import Pipeline
 from tests.support.fake_cuda import FakeDevice
 from tests.support.fake_tensorrt import FakeTensorRT
@@ -115,7 +115,7 @@ def host():
 def test_pictures_are_those_of_the_same_graphs_on_the_processor(host, library, device):
     put(library, WHOLE)
     drawn = pipeline()
-    assert (drawn.opener.settings.backend, drawn.opener.precision) == ("tensorrt_rtx", "float16")
+    assert (drawn.engines.settings.backend, drawn.engines.precision) == ("tensorrt_rtx", "float16")
     for wishes in ({"height": 64, "width": 64}, {"height": 128, "width": 64, "prompt": ["a", "b"]}):
         wishes = REQUEST | wishes
         expected = pixels(host(**wishes))
@@ -131,14 +131,14 @@ def test_each_size_takes_the_engine_that_fits_it_most_closely(library, device):
     drawn(**REQUEST, height=64, width=64)
     assert device.counts["load"] == 3
     ladder = drawn.engine("step")
-    (rung,) = ladder._rungs.values()
+    (rung,) = ladder._engines.values()
     wanted = relevant("step", SMALL).to_dict()
     (small,) = (f for f, _ in EngineStore().find(part="step") if f.profiles == (wanted,))
-    assert [*ladder._rungs] == [small.key()]
+    assert [*ladder._engines] == [small.key()]
     drawn(**REQUEST, height=128, width=128)
     assert device.counts["load"] == 4
-    assert len(ladder._rungs) == 2
-    assert rung in ladder._rungs.values()
+    assert len(ladder._engines) == 2
+    assert rung in ladder._engines.values()
 
 
 def test_a_size_that_no_engine_takes(library):
@@ -208,11 +208,8 @@ def test_adapters_on_and_off(host, library, device, tmp_path, refit):
         with pytest.raises(BackendError, match="and with --refit if adapters are to change it"):
             drawn.set_loras([path])
         np.testing.assert_array_equal(pixels(drawn(**REQUEST, **size)), expected[()])
-        taken = []
-        loaded = LoadedModel(MODEL, lambda part, weights: taken.append(weights))
-        loaded.set_loras([path])
-        loaded.engine("text_encoder")
-        put(library, WHOLE, parts=("text_encoder",), weights={"text_encoder": taken[0]})
+        adapted = adapt_model(MODEL, [path])
+        put(library, WHOLE, parts=("text_encoder",), weights=adapted)
     for loras in ((), (path,), ()):
         drawn.set_loras(loras)
         np.testing.assert_array_equal(pixels(drawn(**REQUEST, **size)), expected[loras])

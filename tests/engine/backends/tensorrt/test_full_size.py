@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from engine.backends.tensorrt.build import BuildRequest, BuildSettings, build
+from engine.backends.tensorrt.build import build
+from engine.backends.tensorrt.build_request import BuildRequest, BuildSettings
 from engine.backends.tensorrt.profiles import Profile, Range
 from engine.graphs.graph import find_graph, graph_folders
 from engine.model import COMPONENTS, Model

@@ -14,6 +14,8 @@ from engine.backends.tensorrt.library import (
 )
 from engine.errors import BackendError
 
+INSTALL = r"`pip install tensorrt` .*'\.\[tensorrt\]'"
+
 
 def test_tensorrt_rtx_is_found_by_its_bindings_alone():
     module = library("tensorrt_rtx")
@@ -22,9 +24,11 @@ def test_tensorrt_rtx_is_found_by_its_bindings_alone():
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):
-    missing = Library(modules=("not_there", "not_there_either"), extra="tensorrt")
+    missing = Library(
+        modules=("not_there", "not_there_either"), packages="tensorrt", extra="tensorrt"
+    )
     monkeypatch.setattr(tensorrt_library, "LIBRARIES", MappingProxyType({"tensorrt": missing}))
-    with pytest.raises(BackendError, match=r"not_there_either.*pip install 'latentrt\[tensorrt\]'"):
+    with pytest.raises(BackendError, match=rf"not_there_either.*{INSTALL}"):
         library("tensorrt")
 
 
@@ -32,9 +36,9 @@ def test_a_library_whose_shared_objects_are_missing_names_the_extra(monkeypatch,
     code = "raise OSError('libnvinfer.so.11: cannot open shared object file')"
     (tmp_path / "broken_bindings.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    broken = Library(modules=("broken_bindings",), extra="tensorrt")
+    broken = Library(modules=("broken_bindings",), packages="tensorrt", extra="tensorrt")
     monkeypatch.setattr(tensorrt_library, "LIBRARIES", MappingProxyType({"tensorrt": broken}))
-    with pytest.raises(BackendError, match=r"libnvinfer.so.11.*latentrt\[tensorrt\]"):
+    with pytest.raises(BackendError, match=rf"libnvinfer.so.11.*{INSTALL}"):
         library("tensorrt")
 
 

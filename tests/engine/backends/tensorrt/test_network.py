@@ -10,7 +10,7 @@ import tensorrt_rtx_bindings
 from onnx import TensorProto, helper
 
 from engine.backends.tensorrt import network as tensorrt_network
-from engine.backends.tensorrt.build import BuildRequest, BuildSettings
+from engine.backends.tensorrt.build_request import BuildRequest, BuildSettings
 from engine.backends.tensorrt.library import LIBRARIES
 from engine.backends.tensorrt.network import build_engine
 from engine.backends.tensorrt.profiles import Profile, Range

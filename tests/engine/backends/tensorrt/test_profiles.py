@@ -4,11 +4,10 @@ import pytest
 
 from engine.backends.tensorrt.profiles import REGISTERS, Profile, Range, input_shapes, parse_range
 from engine.errors import BackendError
-from engine.graphs.graph import SHIPPED, Graph
+from engine.graphs.graph import Graph, signature
 from engine.graphs.onnx_bytes import fields
-from engine.graphs.signature import signature
-from engine.model import COMPONENTS, Model
-from engine.shipped import find_model
+from engine.model import COMPONENTS, Model, find_model
+from engine.shipped import GRAPHS
 from export.published import published_parts
 from runtime.samplers import SAMPLERS, program
 from runtime.samplers.noise_schedule import NoiseSchedule
@@ -119,7 +118,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize(("part", "config"), CONFIGS)
 def test_what_a_graph_fixes_every_profile_has(part, config):
-    [path] = SHIPPED.glob(f"{part}-{config.key()}-float32.onnx*")
+    [path] = GRAPHS.glob(f"{part}-{config.key()}-float32.onnx*")
     inputs = declared(Graph.read(path))
     shapes = input_shapes(part, config, PROFILE)
     assert list(shapes) == list(inputs) == list(signature(part, config).inputs)

@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.checkpoints.formats.files import open_weights, require_finite
-from engine.checkpoints.formats.safetensors import MAX_HEADER
-from engine.checkpoints.formats.tensors import DTYPES
+from engine.checkpoints.formats.tensors import DTYPES, MAX_HEADER
 from engine.errors import ModelError
 
 PLAIN_DTYPES = sorted(DTYPES.keys() - {"BF16"})

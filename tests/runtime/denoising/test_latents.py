@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.backends.base import BackendSettings
+from engine.backends.settings import BackendSettings
 from runtime import Pipeline, Request
-from runtime.denoising.denoiser import denoised
+from runtime.denoising.latents import solved_x0
 from runtime.samplers import SAMPLERS, program
 from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
@@ -37,7 +37,7 @@ def test_what_the_model_believed_in_is_found_again(sampler, prediction_type):
             "noise": noise,
             "outside": np.zeros((2, len(matrix) + 2), np.float32),
         }
-        found = denoised(inputs, after[:, 0], x0_row)
+        found = solved_x0(inputs, after[:, 0], x0_row)
         assert found.dtype == np.float32
         expected = x0_row[0] * x + x0_row[1] * out
         largest = max(np.abs(x).max(), np.abs(after[:, 0]).max())
@@ -74,7 +74,7 @@ def test_noise_drawn_ahead_is_that_of_each_call(monkeypatch, sampler):
     wishes = {"prompt": ["a", "b"], "sampler": sampler, "seed": 1, "num_inference_steps": 5}
     drawn = []
     for ahead in (1, 2**14, 2**24):  # one call, two calls, all at once
-        monkeypatch.setattr("runtime.denoising.host_loop.AHEAD_BYTES", ahead)
+        monkeypatch.setattr("runtime.denoising.latents.AHEAD_BYTES", ahead)
         *_, last = pipeline.denoise(pipeline.plan(Request(**wishes)))
         drawn.append(last.latents)
     np.testing.assert_array_equal(drawn[0], drawn[1])

@@ -1,0 +1,78 @@
+"""How engines run: the backends by name, what each computes in, and the settings that choose."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import BackendError
+from engine.graphs.graph import Precision
+
+ComputePrecision = Literal["float32", "float16", "bfloat16", "int8"]
+
+# What each computes in, its default first, and the precision of the graph that it does this from.
+PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {
+    "cpu": {"float32": "float32", "float16": "float16"},
+    "openvino": {"float32": "float32", "bfloat16": "float32", "int8": "float32"},
+    "cuda": {"float16": "float16", "float32": "float32"},
+    "tensorrt": {"float16": "float16", "float32": "float32"},
+    "tensorrt_rtx": {"float16": "float16"},  # no fused attention of its takes float32
+}
+DEFAULT = "cpu"
+ON_GPU = ("cuda", "tensorrt", "tensorrt_rtx")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendSettings:
+    """Choices of how engines run.
+
+    backend: "cpu" is ONNX Runtime, "openvino"; on an NVIDIA GPU "tensorrt", "tensorrt_rtx" or
+        "cuda", which is ONNX Runtime there; None lets `engine.engines` choose for a model, and is
+        "cpu" for an engine alone
+    threads: of one engine's computation; None takes one for each processor core.
+    build_missing: whether engines of TensorRT that the cache lacks are built when they are needed
+    """
+
+    backend: str | None = None
+    threads: int | None = None
+    build_missing: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse unknown backends and impossible thread counts."""
+        if self.backend not in (None, *PRECISIONS):
+            raise BackendError(
+                f"the backend {self.backend!r} is not known; choose {', '.join(PRECISIONS)}"
+            )
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise BackendError(
+                f"threads is {self.threads!r}; give a whole number from 1, or leave it out"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Write a choice as a sentence has it: "a", "a or b", "a, b or c"."""
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> Precision:
+    """Return the precision of the graphs from which a backend computes in this one.
+
+    Raises BackendError when it cannot.
+    """
+    backend = settings.backend or DEFAULT
+    offered = PRECISIONS[backend]
+    if precision not in offered:
+        others = [name for name in PRECISIONS if precision in PRECISIONS[name]]
+        raise BackendError(
+            f"the backend {backend!r} does not compute in {precision}; choose the "
+            f"precision {', '.join(offered)}"
+            + (f", or the backend {_listed(others)}" if others else "")
+        )
+    return offered[precision]
+
+
+def processors() -> int:
+    """Count the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,224 @@
+"""Where a run starts, and the way between latents and pixels.
+
+The draws of each picture's noise come in diffusers' order: the posterior of the image, the start,
+the posterior of the masked image, then the calls that draw.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.backends.base import DeviceEngine, Engine
+from engine.devices.device import DeviceArray, HostOrDeviceArray, on_host
+from engine.graphs.graph import Part
+from engine.model import Model
+from runtime.images import tiles
+from runtime.images.canvas import GRAY, masked_pixels
+from runtime.images.upscaling import PIXELS, upscale_latents, upscale_pixels
+from runtime.noise import Noise, draw, make_noise
+from runtime.plan import Array, Plan, StepInputs
+from runtime.samplers.noise_schedule import NoiseSchedule
+from runtime.samplers.program import predict
+
+AHEAD_BYTES = 2**24  # of noise that is drawn before it is needed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class State:
+    """A run between two calls of the UNet, of B pictures.
+
+    registers: (B, r, C, h, w) float32, the latents and what the sampler remembers; an array of the
+        device where the engines live on one
+    constant: inputs of every call that stay the same, each (B, ...)
+    noise: yields each call's fresh noise, (B, C, h, w)
+    keeps_deep: whether a later call takes the deep features of a call before
+    deep: those of the last call that ran the whole UNet, if they are kept
+    given: all inputs of the call that made this state, None at the start
+    """
+
+    registers: HostOrDeviceArray
+    constant: Mapping[str, Array]
+    noise: Iterator[Array]
+    keeps_deep: bool
+    deep: HostOrDeviceArray | None = None
+    given: Mapping[str, Any] | None = None
+
+    @property
+    def latents(self) -> Array:
+        """(B, C, h, w) float32, at the noise level of the next call; waits for a device's."""
+        return _on_host(self.registers)[:, 0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Progress:
+    """The state after a call of the UNet, for progress and previews.
+
+    step: 1 to total
+    denoised: computes the x0 that the model predicted at this call, (B, C, h, w) float32
+    """
+
+    step: int
+    total: int
+    denoised: Callable[[], Array]
+    state: State
+
+    @property
+    def latents(self) -> Array:
+        """(B, C, height // 8, width // 8) float32, at the noise level of the next call.
+
+        On a device, waits for them.
+        """
+        return self.state.latents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LatentSpace:
+    """The latents of a model; engine: returns the engine of a part."""
+
+    model: Model
+    engine: Callable[[Part], Engine]
+
+    def start(self, plan: Plan, latents: HostOrDeviceArray | None = None) -> State:
+        """Return what a run's first call starts from.
+
+        latents: (B, C, h, w) of the run before, which are enlarged to this one's size
+        Raises BackendError when an engine fails.
+        """
+        rngs = [make_noise(plan.noise, seed) for seed in plan.seeds]
+        if latents is not None:
+            latents = self._enlarged(_on_host(latents), plan, rngs)
+        program, shape, batch = plan.program, self._shape(plan), len(rngs)
+        if plan.image is not None and (plan.blends or not plan.from_noise):
+            latents = self._encode(np.asarray(plan.image), rngs)
+        noise = draw(rngs, shape)
+        if plan.from_noise:
+            x = np.float32(program.initial_noise) * noise
+        else:
+            assert latents is not None
+            x = np.float32(program.signal_scales[0]) * latents
+            x += np.float32(program.noise_scales[0]) * noise
+        mask = np.ones((batch, 1, *shape[1:]), np.float32)
+        rescale = np.full(batch, plan.guidance_rescale, np.float32)
+        constant: dict[str, Array] = {"guidance_rescale": rescale, "mask": mask}
+        if self.model.is_inpainting:
+            constant["image_conditioning"] = self._image_conditioning(plan, rngs)
+        elif plan.cells is not None:
+            constant["mask"] = np.repeat(plan.cells[None], batch, axis=0)
+            draw(rngs, shape)  # of the masked image, which diffusers encodes here for nothing
+        registers = np.zeros((batch, program.matrices.shape[1], *shape), np.float32)
+        if plan.blends:
+            assert latents is not None
+            registers = np.concatenate([registers, np.stack([latents, noise], axis=1)], axis=1)
+        registers[:, 0] = x
+        return State(
+            registers=registers,
+            constant=constant,
+            noise=fresh_noise(rngs, shape, program.needs_noise),
+            keeps_deep=not all(plan.full_calls),
+        )
+
+    def decode(self, latents: HostOrDeviceArray) -> NDArray[np.uint8]:
+        """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
+        engine = self.engine("vae_decoder")
+        if not isinstance(engine, DeviceEngine):
+            latents = _on_host(latents)
+        if math.prod(latents.shape[2:]) <= tiles.WHOLE:
+            if not isinstance(latents, DeviceArray):
+                latents = np.ascontiguousarray(latents)
+            whole: NDArray[np.uint8] = engine.run({"latents": latents})["pixels"]  # type: ignore[dict-item]
+            return whole
+        return tiles.decode(engine.run, latents, self.model.vae.compression)
+
+    def _image_conditioning(self, plan: Plan, rngs: Sequence[Noise]) -> Array:
+        """Return what a nine-channel model sees beside the latent, (B, 1 + C, h, w).
+
+        The mask, and the latents of the image without what it covers; without a mask that is all.
+        """
+        if plan.cells is None or plan.mask is None or plan.image is None:
+            mask = np.ones((1, *self._shape(plan)[1:]), np.float32)
+            pixels = np.full((plan.height, plan.width, 3), GRAY, np.uint8)
+        else:
+            mask, pixels = plan.cells, masked_pixels(plan.image, plan.mask)
+        masks = np.repeat(mask[None], len(rngs), axis=0)
+        return np.concatenate([masks, self._encode(pixels, rngs)], axis=1)
+
+    def _enlarged(self, latents: Array, plan: Plan, rngs: Sequence[Noise]) -> Array:
+        """Enlarge finished latents to a plan's size, by way of the pixels or directly."""
+        if plan.upscaler != PIXELS:
+            compression = self.model.vae.compression
+            sides = plan.height // compression, plan.width // compression
+            return upscale_latents(latents, *sides, plan.upscaler)
+        images = [Image.fromarray(pixels) for pixels in self.decode(latents)]
+        size = {"height": plan.height, "width": plan.width}
+        larger = [np.asarray(upscale_pixels(image, **size)) for image in images]
+        return self._encode(np.stack(larger), rngs)
+
+    def _encode(self, pixels: NDArray[np.uint8], rngs: Sequence[Noise]) -> Array:
+        """Encode one image for all, (H, W, 3), or one for each; each draws its own posterior."""
+        compression = self.model.vae.compression
+        height, width = (side // compression for side in pixels.shape[-3:-1])
+        noise = draw(rngs, (self.model.vae.latent_channels, height, width))
+        pixels = np.broadcast_to(pixels, (len(rngs), *pixels.shape[-3:]))
+        run = self.engine("vae_encoder").run
+        return tiles.encode(run, np.ascontiguousarray(pixels), noise, compression)
+
+    def _shape(self, plan: Plan) -> tuple[int, int, int]:
+        vae = self.model.vae
+        return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
+
+
+def fresh_noise(
+    rngs: Sequence[Noise], shape: tuple[int, int, int], needs_noise: NDArray[np.bool_]
+) -> Iterator[Array]:
+    """Yield the noise of each call, (B, C, h, w), drawn some calls ahead.
+
+    A draw between two calls takes ten times as long as draws in a row: the engine has emptied the
+    processor's caches.
+    """
+    silence = np.zeros((len(rngs), *shape), np.float32)
+    ahead = max(1, AHEAD_BYTES // silence.nbytes)
+    waiting: list[Array] = []
+    for call, draws in enumerate(needs_noise):
+        if draws and not waiting:
+            left = int(needs_noise[call:].sum())
+            waiting = [draw(rngs, shape) for _ in range(min(ahead, left))]
+        yield waiting.pop(0) if draws else silence
+
+
+def predicted_x0(schedule: NoiseSchedule, inputs: StepInputs, state: State) -> Array:
+    """Return the x0 that the model predicted at the call that made a state, (B, C, h, w).
+
+    The call made the latents by row 0 of its matrix, which is solved for the model's output.
+    Outside a mask it is the image that is kept there.
+    """
+    assert state.given is not None
+    x, out = np.eye(2)
+    x0_row, _ = predict(schedule, inputs.noise_scale, x, out, inputs.signal_scale)
+    given = {**state.given, "registers": _on_host(state.given["registers"])}
+    return solved_x0(given, state.latents, x0_row)
+
+
+def solved_x0(
+    given: Mapping[str, NDArray[Any]], latents: Array, x0_row: NDArray[np.float64]
+) -> Array:
+    """Solve a call for its predicted x0, (B, C, h, w).
+
+    given: the inputs of the step; latents: (B, C, h, w) that it gave, by a row that is not 0 for
+    the output; x0_row: (2,), weights of x and of the output in x0
+    """
+    registers, weights = given["registers"], given["matrices"][0, 0]
+    of_x, of_out = x0_row.astype(np.float32)
+    known = np.einsum("r,brchw->bchw", weights[:-2], registers) + weights[-1] * given["noise"]
+    x0: Array = of_x * registers[:, 0] + of_out / weights[-2] * (latents - known)
+    if given["outside"].any():
+        x0 = given["mask"] * x0 + (1 - given["mask"]) * registers[:, -2]
+    return x0
+
+
+def _on_host(array: HostOrDeviceArray) -> NDArray[Any]:
+    return array if isinstance(array, np.ndarray) else on_host(array)
