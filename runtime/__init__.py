@@ -1,8 +1,33 @@
 """Text-to-image latent diffusion without torch: `Pipeline.load("pictogram")("a red apple")`."""
 
-from runtime.denoising.denoiser import Progress
+import sys
+from pathlib import Path
+
+import engine
+
+# A folder or a file of this name may stand where Python looks first, such as the working folder.
+if Path(engine.__file__ or "").resolve().parent.parent != Path(__file__).resolve().parent.parent:
+    _message = (
+        f"{engine.__file__} is found in place of Latentrt's package `engine`; rename it, run the "
+        "command from another folder, or use the command `latentrt`"
+    )
+    if sys.argv[:1] == ["-m"]:  # `python -m runtime`, which would print a traceback
+        print(f"error: {_message}", file=sys.stderr)
+        sys.exit(2)
+    raise ImportError(_message)
+
+from runtime.denoising.latents import Progress, State
 from runtime.pipeline import Pipeline, Result
-from runtime.plan import Plan
+from runtime.plan import Plan, StepInputs
 from runtime.request import Hires, Request
 
-__all__ = ["Hires", "Pipeline", "Plan", "Progress", "Request", "Result"]
+__all__ = [
+    "Hires",
+    "Pipeline",
+    "Plan",
+    "Progress",
+    "Request",
+    "Result",
+    "State",
+    "StepInputs",
+]

@@ -1,0 +1,66 @@
+"""Everything public of Latentrt in one import: `from latentrt import Pipeline, Request`."""
+
+from engine.adapters.choice import AdapterChoice, parse_adapter
+from engine.backends.settings import BackendSettings, ComputePrecision
+from engine.engines import Engines
+from engine.errors import (
+    BackendError,
+    GraphError,
+    LatentrtError,
+    ModelError,
+    OutputError,
+    RequestError,
+)
+from engine.model import Model, find_model, shipped_models
+from runtime.calibration import calibrate
+from runtime.denoising.latents import Progress, State
+from runtime.expansion import PromptExpander
+from runtime.images.files import read_image, read_settings, write_image
+from runtime.images.previews import Preview, probe
+from runtime.images.upscaling import UPSCALERS
+from runtime.noise import NOISES
+from runtime.pipeline import Pipeline, Result
+from runtime.plan import Plan, StepInputs
+from runtime.presets import PRESETS, Preset, preset
+from runtime.request import Hires, Request, RequestOptions
+from runtime.samplers import SAMPLERS, SCHEDULES
+
+__all__ = [
+    "NOISES",
+    "PRESETS",
+    "SAMPLERS",
+    "SCHEDULES",
+    "UPSCALERS",
+    "AdapterChoice",
+    "BackendError",
+    "BackendSettings",
+    "ComputePrecision",
+    "Engines",
+    "GraphError",
+    "Hires",
+    "LatentrtError",
+    "Model",
+    "ModelError",
+    "OutputError",
+    "Pipeline",
+    "Plan",
+    "Preset",
+    "Preview",
+    "Progress",
+    "PromptExpander",
+    "Request",
+    "RequestError",
+    "RequestOptions",
+    "Result",
+    "State",
+    "StepInputs",
+    "calibrate",
+    "find_model",
+    "parse_adapter",
+    "preset",
+    "probe",
+    "read_image",
+    "read_settings",
+    "shipped_models",
+    "write_image",
+]

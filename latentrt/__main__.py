@@ -1,0 +1,69 @@
+"""The command `latentrt`: a subcommand where the first word is one, else a prompt to draw.
+
+latentrt "a red apple"     is short for     latentrt draw "a red apple"
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import MappingProxyType
+
+DRAW = "draw"
+
+
+@dataclass(frozen=True, slots=True)
+class Subcommand:
+    """A subcommand: the module whose `main(arguments, prog)` runs it, and a line for the help."""
+
+    module: str
+    help: str
+
+
+# Whatever comes later registers here.
+SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(
+    {
+        DRAW: Subcommand("runtime.__main__", "draw pictures from a prompt"),
+        "export": Subcommand("export.__main__", "trace graphs, build engines, tend the cache"),
+        "info": Subcommand("latentrt.info", "say what a checkpoint, an adapter or a picture is"),
+        "calibrate": Subcommand("runtime.calibration", "find the ranges that int8 needs, once"),
+        "bench": Subcommand("benchmarks.__main__", "measure, beside peers"),
+    }
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given in (["-h"], ["--help"]):
+        print(usage())
+        return 0
+    if given[0] in SUBCOMMANDS:
+        name, given = given[0], given[1:]
+        return _run(name)(given, f"latentrt {name}")
+    return _run(DRAW)(given, "latentrt")
+
+
+def usage() -> str:
+    """Return the help: every subcommand with its line."""
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:{width}}  {each.help}" for name, each in SUBCOMMANDS.items()]
+    return "\n".join(
+        (
+            'usage: latentrt "a red apple, fluent style" -o apple.png',
+            "       latentrt SUBCOMMAND ...",
+            "",
+            *lines,
+            "",
+            f"`latentrt SUBCOMMAND --help` lists the options; those of {DRAW} need no subcommand.",
+        )
+    )
+
+
+def _run(name: str) -> Callable[[Sequence[str], str], int]:
+    main: Callable[[Sequence[str], str], int] = import_module(SUBCOMMANDS[name].module).main
+    return main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""`latentrt info FILE`: what a checkpoint, an adapter, a textual inversion or a picture is."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from engine.errors import LatentrtError
+from export.info import as_table, describe
+from runtime.images.files import describe_image, is_image
+
+USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "latentrt info") -> int:
+    """Run the command; return its exit status: 0, or 2 for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Say what a checkpoint, an adapter, a textual inversion or a picture is.",
+    )
+    parser.add_argument("file", metavar="FILE", help="or a model's folder, or one that ships")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    try:
+        facts = find_facts(options.file)
+    except LatentrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else as_table(facts))
+    return 0
+
+
+def find_facts(file: str) -> dict[str, Any]:
+    """Return what a file is, as values of JSON, `kind` first.
+
+    Raises ModelError or RequestError when it is nothing that is known here, or damaged.
+    """
+    path = Path(file)
+    with suppress(OSError):  # a name longer than the system allows
+        if path.is_file() and is_image(path):
+            return describe_image(path)
+    return describe(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
