@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,3 +125,19 @@ def test_a_folder_without_code_does_no_harm(foreign):
     (foreign / "engine" / "__init__.py").unlink()
     done = run(foreign, "-m", "runtime", "a hat", *DRAW, "-o", "hat.png")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("package", ["runtime", "export"])
+def test_a_package_looks_whose_engine_it_has(package, monkeypatch, capsys):
+    """The same in this process: what an import raises, and what `python -m` prints."""
+    stranger = SimpleNamespace(__file__="/app/engine/__init__.py")
+    monkeypatch.setitem(sys.modules, "engine", stranger)
+    path = ROOT / package / "__init__.py"
+    code = compile(path.read_text(), str(path), "exec")
+    with pytest.raises(ImportError, match=r"^/app/engine/__init__\.py is found in place"):
+        exec(code, {"__file__": str(path)})
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    with pytest.raises(SystemExit) as ended:
+        exec(code, {"__file__": str(path)})
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: /app/engine/__init__.py is found in place")

@@ -1,14 +1,18 @@
 import builtins
+import inspect
 import sys
 import threading
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
 
+from engine.backends.base import EngineSpec
 from engine.backends.binding import bind
 from engine.backends.onnxruntime.cpu import CONSTANT_BYTES
-from engine.backends.settings import BackendSettings, graph_precision
+from engine.backends.registry import BACKENDS
+from engine.backends.settings import PRECISIONS, BackendSettings, graph_precision
 from engine.engines import open_engine
 from engine.errors import BackendError, GraphError, ModelError
 from engine.graphs.graph import find_graph, graph_folders
@@ -318,3 +322,23 @@ def test_a_run_that_has_begun_keeps_its_weights(graph, weights):
     if isinstance(engine._session, Slow):
         engine._session = session
     assert draw(engine).mean() > before.mean()
+
+
+@pytest.mark.parametrize("backend", PRECISIONS)
+def test_every_backend_has_one_door(backend):
+    """Each name of the table of precisions is registered, and its module takes a spec."""
+    module = import_module(BACKENDS[backend])
+    (parameter,) = inspect.signature(module.open_engine).parameters.values()
+    assert parameter.annotation is EngineSpec
+    assert list(BACKENDS) == list(PRECISIONS)
+
+
+def test_cuda_comes_through_the_same_door(monkeypatch, graph, weights):
+    from engine.backends.onnxruntime import cuda
+
+    opened = []
+    monkeypatch.setattr(cuda, "find_device", lambda: "the GPU")
+    monkeypatch.setattr(cuda, "OnnxRuntimeCudaEngine", lambda *given: opened.append(given))
+    settings = BackendSettings(backend="cuda")
+    open_engine(graph, weights, settings, graph.precision)
+    assert opened == [(graph, weights, "the GPU")]
