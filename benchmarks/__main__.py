@@ -21,6 +21,7 @@ from benchmarks import (
     repeated,
     report,
     scale,
+    watermark,
 )
 from benchmarks.ledger import read_report
 from benchmarks.scenarios import SCENARIOS
@@ -29,7 +30,12 @@ from engine.errors import LatentrtError
 from engine.store.cache import write_atomically
 
 EXCEEDED, USER_ERROR = 1, 2
-_MEASURES = {"prompt": prompt.measure, "load": load.measure, "overhead": overhead.measure}
+_MEASURES = {
+    "prompt": prompt.measure,
+    "load": load.measure,
+    "overhead": overhead.measure,
+    "watermark": watermark.measure,
+}
 _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "memory": memory.measure,
     "build": build.measure,
@@ -104,6 +110,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ("prompt", "one prompt as a whole process, and its parts"),
         ("load", "from a checkpoint's file to the first step, and switching an adapter"),
         ("overhead", "what the loop itself costs a step, engines excluded"),
+        ("watermark", "what a watermark withstands, and what it costs a picture"),
     ):
         added = commands.add_parser(name, help=text)
         added.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")

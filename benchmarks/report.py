@@ -28,6 +28,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "scale-sd15",
     ),
     README.parent / "docs" / "gpu.md": ("gpu",),
+    README.parent / "docs" / "marking.md": ("watermark",),
 }
 BEGIN, END = "<!-- begin: python -m benchmarks report: {} -->", "<!-- end: {} -->"
 # Rows of each benchmark: what a figure is called, and how it is shown.
@@ -96,6 +97,33 @@ def _heading(name: str, report: Mapping[str, Any]) -> str:
     return f"{place}; {request['model']}, {size:.1f} GB of float16, {repeats}."
 
 
+def watermark_table(report: Mapping[str, Any]) -> str:
+    """Render what a watermark withstands as Markdown."""
+    request, quality = report["request"], report["psnr_db"]
+    sizes = ", ".join(map(str, request["sizes"]))
+    lines = [
+        f"{request['pictures']} pictures of the model that ships, {sizes} pixels wide; a marked "
+        f"one beside the one without: {quality['median']:.1f} dB ({quality['min']:.1f} to "
+        f"{quality['max']:.1f}). Found in those without one: {report['found_without_one']:.0%}.",
+        "",
+        "| after | bits read wrong, mean | at most | text found |",
+        "|---|---|---|---|",
+    ]
+    for name, text in WATERMARK_ROWS.items():
+        error = report[name]["bit_error"]
+        found = report[name]["found"]
+        lines.append(f"| {text} | {error['mean']:.2%} | {error['max']:.1%} | {found:.0%} |")
+    return "\n".join(lines)
+
+
+WATERMARK_ROWS: Mapping[str, str] = {
+    "unchanged": "nothing",
+    "jpeg_75": "JPEG, quality 75",
+    "half": "resizing to half",
+    "cropped_tenth": "cropping a tenth of each side",
+    "cropped_tenth_jpeg_75": "cropping, then JPEG 75",
+    "half_jpeg_75": "resizing to half, then JPEG 75",
+}
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     **{name: partial(table, name) for name in ROWS},
     "latency": latency_table,
@@ -107,6 +135,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "gpu": gpu_table,
     "scale": scale_table,
     "scale-sd15": scale_table,
+    "watermark": watermark_table,
 }
 
 

@@ -15,9 +15,11 @@ from engine.model import Model, find_model, shipped_models
 from runtime.calibration import calibrate
 from runtime.denoising.latents import Progress, State
 from runtime.expansion import PromptExpander
+from runtime.images.credentials import Credentials
 from runtime.images.files import read_image, read_settings, write_image
 from runtime.images.previews import Preview, probe
 from runtime.images.upscaling import UPSCALERS
+from runtime.images.watermark import embed_watermark, read_watermark
 from runtime.noise import NOISES
 from runtime.pipeline import Pipeline, Result
 from runtime.plan import Plan, StepInputs
@@ -35,6 +37,7 @@ __all__ = [
     "BackendError",
     "BackendSettings",
     "ComputePrecision",
+    "Credentials",
     "Engines",
     "GraphError",
     "Hires",
@@ -55,12 +58,14 @@ __all__ = [
     "State",
     "StepInputs",
     "calibrate",
+    "embed_watermark",
     "find_model",
     "parse_adapter",
     "preset",
     "probe",
     "read_image",
     "read_settings",
+    "read_watermark",
     "shipped_models",
     "write_image",
 ]

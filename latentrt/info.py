@@ -10,7 +10,8 @@ from typing import Any
 
 from engine.errors import LatentrtError
 from export.info import as_table, describe
-from runtime.images.files import describe_image, is_image
+from runtime.images.files import is_image
+from runtime.images.info import describe_image
 
 USER_ERROR = 2
 

@@ -4,7 +4,6 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,16 @@ from PIL import Image
 
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import LatentrtError, RequestError
-from runtime.images.files import check_output, read_image, write_image
+from runtime.again import settings_of
+from runtime.images.files import (
+    SOURCE_KEY,
+    Sign,
+    SourceType,
+    check_output,
+    program_version,
+    read_image,
+    write_image,
+)
 from runtime.images.previews import (
     Preview,
     check_animation,
@@ -20,7 +28,8 @@ from runtime.images.previews import (
     side_by_side,
     write_animation,
 )
-from runtime.options import FIELDS, HIRES, MODEL_OPTIONS, OWN, parse
+from runtime.images.watermark import check_watermark, embed_watermark
+from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, OWN, make_parser
 from runtime.pipeline import Pipeline
 from runtime.plan import Array
 from runtime.request import Hires, Request
@@ -36,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
     prog: what the usage calls it
     """
     try:
-        _draw(parse(arguments, prog))
+        _draw(_parse(arguments, prog))
     except LatentrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -46,10 +55,31 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
     return 0
 
 
+def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> argparse.Namespace:
+    """Read the command line; with `--again` what a picture was made with stands in for the rest.
+
+    Raises RequestError when that picture does not say, and for an option without what it is for.
+    """
+    parser = make_parser(prog)
+    options = parser.parse_args(arguments)
+    if options.again:
+        actions = [action for action in parser._actions if action.dest in AGAIN]
+        parser.set_defaults(**settings_of(options.again, actions))
+        options = parser.parse_args(arguments)
+    if options.prompt is None:
+        parser.error("give a PROMPT, or --again with a picture")
+    if options.preview_decoder and not (options.preview_steps or options.animation):
+        raise RequestError(
+            "--preview-decoder came without a preview to draw; give --preview-steps or --animation"
+        )
+    return options
+
+
 def _draw(options: argparse.Namespace) -> None:
     for path, check in ((options.out, check_output), (options.animation, check_animation)):
         if path:
             check(path)
+    sign = _sign(options)
     backend = BackendSettings(
         backend=options.backend, threads=options.threads, build_missing=options.build_missing
     )
@@ -85,8 +115,11 @@ def _draw(options: argparse.Namespace) -> None:
         if options.animation or progress.step in shown:
             watched[progress.step] = progress.denoised()
     pictures = pipeline.finish(plan, pipeline.decode(progress.latents))
+    if options.watermark:
+        pictures = [embed_watermark(picture, options.watermark) for picture in pictures]
     for picture, path, settings in zip(pictures, paths, plan.settings, strict=True):
-        write_image(picture, path, {**settings, **_of_the_model(options)})
+        made_with = {**settings, **_made_with(options)}
+        write_image(picture, path, made_with, mark=options.mark, sign=sign)
         print(path)
     if watched:
         draw = pipeline.previews if tiny else Preview.fit(progress.latents, pictures).draw
@@ -94,7 +127,22 @@ def _draw(options: argparse.Namespace) -> None:
         frames = {step: [f.resize(size) for f in draw(seen)] for step, seen in watched.items()}
         if plan.calls in frames:
             frames[plan.calls] = pictures
-        _write_watched(options, frames, shown, paths[0])
+        _write_watched(options, frames, shown, paths[0], plan.source_type, sign)
+
+
+def _sign(options: argparse.Namespace) -> Sign | None:
+    """Return what signs files, if they are to be signed; checks what is written before all work."""
+    if options.watermark is not None:
+        check_watermark(options.watermark)
+    if not options.c2pa_cert and not options.c2pa_key:
+        return None
+    if not options.c2pa_cert or not options.c2pa_key:
+        raise RequestError(
+            "--c2pa-cert and --c2pa-key belong together; give the certificate and its private key"
+        )
+    from runtime.images.credentials import Credentials
+
+    return Credentials.read(options.c2pa_cert, options.c2pa_key).sign
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -129,17 +177,23 @@ def _write_watched(
     frames: Mapping[int, Sequence[Image.Image]],
     shown: Sequence[int],
     first: Path,
+    source_type: SourceType,
+    sign: Sign | None,
 ) -> None:
     """Write the strip of steps and the animations; frames: by step, one for each picture."""
     count = len(next(iter(frames.values())))
     if shown:
         strip = first.with_name(f"{first.stem}-steps.png")
         rows = [[frames[step][i] for step in shown] for i in range(count)]
-        write_image(side_by_side(rows, [f"step {step}" for step in shown]), strip, {})
+        sheet = side_by_side(rows, [f"step {step}" for step in shown])
+        sheet.info[SOURCE_KEY] = source_type
+        write_image(sheet, strip, {}, mark=options.mark, sign=sign)
         print(strip)
     if options.animation:
         for i, path in enumerate(_numbered(options.animation, count)):
-            write_animation(path, [frames[step][i] for step in sorted(frames)])
+            shots = [frames[step][i] for step in sorted(frames)]
+            marked_as = source_type if options.mark else None
+            write_animation(path, shots, source_type=marked_as, sign=sign)
             print(path)
 
 
@@ -163,17 +217,14 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
 
 
-def _of_the_model(options: argparse.Namespace) -> dict[str, Any]:
+def _made_with(options: argparse.Namespace) -> dict[str, Any]:
     """Collect what makes a picture again beside the request."""
-    try:
-        latentrt = version("latentrt")
-    except PackageNotFoundError:  # run from a checkout
-        latentrt = "unknown"
-    names = (*MODEL_OPTIONS, *(("image", "mask") if options.image else ()))
+    names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
+    names += ("watermark",) if options.watermark else ()
     given = {name: getattr(options, name) for name in names}
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
-        "latentrt": latentrt,
+        "latentrt": program_version(),
     }
 
 

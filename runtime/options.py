@@ -5,17 +5,16 @@ a picture's file are options too.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import ComputePrecision
-from engine.errors import RequestError
-from runtime.again import settings_of
 from runtime.images.canvas import BLUR
 from runtime.images.upscaling import UPSCALERS
+from runtime.images.watermark import MAX_CHARACTERS
 from runtime.noise import NOISES
 from runtime.plan import GUIDANCE_SCALE, PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
@@ -23,34 +22,14 @@ from runtime.request import Hires, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 
-__all__ = ["FIELDS", "HIRES", "MODEL_OPTIONS", "OWN", "parse"]
+__all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "OWN", "make_parser"]
 
-# What makes a picture again beside the request: of the model, by the options' names.
-MODEL_OPTIONS = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
+# What makes a picture again beside the request, by the options' names.
+MADE_WITH = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
 OWN = "own"  # as a preview decoder: the one that comes with the model
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
-AGAIN = {*MODEL_OPTIONS, *HIRES, *FIELDS}  # and nothing else of a file
-
-
-def parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> argparse.Namespace:
-    """Read the command line; with `--again` what a picture was made with stands in for the rest.
-
-    Raises RequestError when that picture does not say, and for an option without what it is for.
-    """
-    parser = _parser(prog)
-    options = parser.parse_args(arguments)
-    if options.again:
-        actions = [action for action in parser._actions if action.dest in AGAIN]
-        parser.set_defaults(**settings_of(options.again, actions))
-        options = parser.parse_args(arguments)
-    if options.prompt is None:
-        parser.error("give a PROMPT, or --again with a picture")
-    if options.preview_decoder and not (options.preview_steps or options.animation):
-        raise RequestError(
-            "--preview-decoder came without a preview to draw; give --preview-steps or --animation"
-        )
-    return options
+AGAIN = {*MADE_WITH, "watermark", *HIRES, *FIELDS}  # and nothing else of a file
 
 
 def _numbers(kind: type, separator: str, count: int | None = None) -> Callable[[str], Any]:
@@ -81,7 +60,8 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of all options; prog: what the usage calls the command."""
     parser = _Parser(
         prog=prog,
         description="Draw a picture from a text, with a latent-diffusion model.",
@@ -343,3 +323,17 @@ def _add_output(group: Any) -> None:
         f"{OWN} for the model's own (default: linear, coarse and quick)",
     )
     add("--animation", type=Path, metavar="FILE.webp", help="write the denoising as an animation")
+    add(
+        "--no-mark",
+        dest="mark",
+        action="store_false",
+        help="leave out that a trained model made the picture, which files say by XMP",
+    )
+    add(
+        "--watermark",
+        metavar="TEXT",
+        help=f"up to {MAX_CHARACTERS} characters, hidden in the picture's brightness",
+    )
+    for name in ("cert", "key"):
+        text = "certificate with its chain" if name == "cert" else "private key"
+        add(f"--c2pa-{name}", type=Path, metavar="PEM", help=f"sign files with this {text}")

@@ -27,6 +27,7 @@ from runtime.denoising.device_loop import DeviceLoop
 from runtime.denoising.latents import LatentSpace, Progress, State, predicted_x0
 from runtime.images import tiles
 from runtime.images.canvas import paste_back
+from runtime.images.files import SOURCE_KEY
 from runtime.images.previews import finite
 from runtime.images.upscaling import PIXELS
 from runtime.plan import Array, Plan, StepInputs, make_plan
@@ -179,10 +180,15 @@ class Pipeline:
         return [Image.fromarray(pixels) for pixels in self._latents.decode(latents)]
 
     def finish(self, plan: Plan, images: list[Image.Image]) -> list[Image.Image]:
-        """Give a plan's decoded images the pixels that are the image's own outside its mask."""
-        if plan.mask is None or plan.image is None or not plan.paste_back:
-            return images
-        return [paste_back(new, plan.image, plan.mask, plan.mask_blur) for new in images]
+        """Give a plan's decoded images the pixels that are the image's own outside its mask.
+
+        What they are then is in their `info`, where `write_image` looks.
+        """
+        if plan.mask is not None and plan.image is not None and plan.paste_back:
+            images = [paste_back(new, plan.image, plan.mask, plan.mask_blur) for new in images]
+        for image in images:
+            image.info[SOURCE_KEY] = plan.source_type
+        return images
 
     def previews(self, latents: Array) -> list[Image.Image]:
         """Draw what latents (B, C, h, w) are about to become, by the tiny decoder.

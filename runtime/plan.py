@@ -18,7 +18,7 @@ from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.images.canvas import BLUR, extend, latent_mask
-from runtime.images.files import as_rgb
+from runtime.images.files import SourceType, as_rgb
 from runtime.presets import preset
 from runtime.request import Request
 from runtime.samplers import DEFAULT_SAMPLER, Program, program
@@ -139,6 +139,12 @@ class Plan:
                 zip(self.conditioning, self.full_calls, strict=True)
             )
         ]
+
+    @property
+    def source_type(self) -> SourceType:
+        """What its images are, by IPTC's name: whole ones, or with a part of another."""
+        painted = self.mask is not None
+        return "compositeWithTrainedAlgorithmicMedia" if painted else "trainedAlgorithmicMedia"
 
     @property
     def calls(self) -> int:

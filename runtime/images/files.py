@@ -1,12 +1,20 @@
-"""Picture files: reading one to start from, writing results with their settings inside."""
+"""Picture files: reading one to start from, writing results with their settings and mark inside.
 
+The mark says by XMP that a picture was made by a trained model (IPTC's DigitalSourceType,
+https://cv.iptc.org/newscodes/digitalsourcetype); docs/marking.md says what that proves.
+"""
+
+import io
 import json
 import math
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +26,24 @@ from runtime.images.a1111 import PARAMETERS_KEY, format_parameters, parse_parame
 
 SETTINGS_KEY = "latentrt"  # the PNG text chunk that holds the settings as JSON
 WHITE = 255
+SourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
+"""Of a whole picture, and of one that keeps a part of another: inpainting and outpainting."""
+Sign = Callable[[bytes, str, SourceType], bytes]
+"""Takes a picture's file, its format and its source; returns the file with a signature in it."""
+
+SOURCE_KEY = "digital_source_type"  # in an image's `info`
+XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about=""
+    xmlns:xmp="http://ns.adobe.com/xap/1.0/"
+    xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+    xmp:CreatorTool="Latentrt {version}"
+    Iptc4xmpExt:DigitalSourceType="{source}"/>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="w"?>"""
+PNG_XMP, JPEG_XMP = "XML:com.adobe.xmp", b"http://ns.adobe.com/xap/1.0/\0"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -74,20 +100,73 @@ def check_output(path: Path) -> None:
         raise OutputError(f"the folder {folder} may not be written to; choose another")
 
 
-def write_image(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+def write_image(
+    image: Image.Image,
+    path: Path,
+    settings: Mapping[str, Any],
+    *,
+    mark: bool = True,
+    sign: Sign | None = None,
+) -> None:
     """Write a picture, whole or not at all; a PNG also holds the settings it was made with.
 
     They are there as JSON and, where they name a prompt and a sampler, as Automatic1111 has them.
+    mark: whether the file says that a trained model made the picture
+    sign: such as `Credentials.sign`
     Raises OutputError when it cannot be written; a file that was there then stays as it was.
     """
     check_output(path)
-    kind = FORMATS[path.suffix.lower()]
-    options: dict[str, Any] = {"quality": 95} if kind != "PNG" else {"pnginfo": _chunk(settings)}
+    kind, source_type = FORMATS[path.suffix.lower()], source_type_of(image)
+    packet = xmp_packet(source_type) if mark else b""
+    options: dict[str, Any] = {"quality": 95}
+    if kind == "PNG":
+        options = {"pnginfo": _chunk(settings, packet)}
+    elif kind == "WEBP":
+        options["xmp"] = packet
 
-    def write(file: BinaryIO) -> None:
+    def write(target: BinaryIO) -> None:
+        file = io.BytesIO()
         image.save(file, format=kind, **options)
+        data = file.getvalue()
+        if kind == "JPEG" and mark:
+            data = _with_segment(data, JPEG_XMP + packet)
+        target.write(data if sign is None else sign(data, kind, source_type))
 
     write_atomically(path, write)
+
+
+def source_type_of(image: Image.Image) -> SourceType:
+    """Return what an image is, by IPTC's name: what its pipeline said, or a whole one."""
+    return cast(SourceType, image.info.get(SOURCE_KEY, "trainedAlgorithmicMedia"))
+
+
+def source_type_url(source_type: SourceType) -> str:
+    """Return the term of IPTC's vocabulary."""
+    return f"http://cv.iptc.org/newscodes/digitalsourcetype/{source_type}"
+
+
+def xmp_packet(source_type: SourceType) -> bytes:
+    """Return the XMP that marks a picture."""
+    return XMP.format(version=program_version(), source=source_type_url(source_type)).encode()
+
+
+def read_source_type(path: Path) -> str | None:
+    """Return what a picture's XMP says that it is, by IPTC's name; None where it does not say.
+
+    Raises OSError when the file cannot be read.
+    """
+    packet = re.search(rb"<x:xmpmeta\b.*?</x:xmpmeta>", path.read_bytes(), re.DOTALL)
+    found = packet and re.search(rb"/newscodes/digitalsourcetype/(\w{1,80})", packet[0])
+    return found[1].decode() if found else None
+
+
+@cache
+def program_version() -> str:
+    """Return the version of this program, "unknown" in a checkout that is not installed."""
+    try:
+        return version("latentrt")
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
@@ -113,19 +192,18 @@ def is_image(path: Path) -> bool:
     return webp or start.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
 
 
-def describe_image(path: Path) -> dict[str, Any]:
-    """Say what a picture is and what it was made with, as values of JSON, `kind` first.
-
-    Raises RequestError when it cannot be read.
-    """
-    settings = read_settings(path)
-    image = read_image(path)
-    facts = {"kind": "picture", "file": str(path), "size": f"{image.width} × {image.height}"}
-    return facts | ({"settings": settings} if settings else {"settings": "none in the file"})
+def _with_segment(data: bytes, content: bytes) -> bytes:
+    """Put an application's segment into a JPEG file, behind those that must come first."""
+    at = 2
+    while data[at : at + 2] == b"\xff\xe0":  # JFIF's
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data[:at] + b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content + data[at:]
 
 
-def _chunk(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
+def _chunk(settings: Mapping[str, Any], packet: bytes) -> PngImagePlugin.PngInfo:
     chunk = PngImagePlugin.PngInfo()
+    if packet:
+        chunk.add_itxt(PNG_XMP, packet.decode(), zip=False)
     chunk.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False), zip=False)
     if {"prompt", "sampler"} <= settings.keys():
         chunk.add_text(PARAMETERS_KEY, format_parameters(settings))

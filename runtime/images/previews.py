@@ -7,6 +7,7 @@ gives latents that serve all pictures nearly as well as their own would. Sharper
 price, are a tiny decoder's: `Pipeline.previews`.
 """
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from engine.errors import OutputError, RequestError
 from engine.store.cache import write_atomically
-from runtime.images.files import check_output
+from runtime.images.files import Sign, SourceType, check_output, xmp_packet
 
 Array = NDArray[np.float32]
 
@@ -143,17 +144,26 @@ def check_animation(path: Path) -> None:
 
 
 def write_animation(
-    path: Path, frames: Sequence[Image.Image], *, frame_ms: int = 100, hold_ms: int = 2000
+    path: Path,
+    frames: Sequence[Image.Image],
+    *,
+    frame_ms: int = 100,
+    hold_ms: int = 2000,
+    source_type: SourceType | None = "trainedAlgorithmicMedia",
+    sign: Sign | None = None,
 ) -> None:
     """Write a WebP that plays again and again, whole or not at all.
 
     frames: one or more of one size; frame_ms: how long each is shown; hold_ms: the last one
+    source_type: what the file is marked as, None to leave the mark out
+    sign: such as `Credentials.sign`
     Raises OutputError when it cannot be written; a file that was there then stays as it was.
     """
     check_animation(path)
     durations = [frame_ms] * (len(frames) - 1) + [hold_ms]
 
-    def write(file: BinaryIO) -> None:
+    def write(target: BinaryIO) -> None:
+        file = io.BytesIO()
         frames[0].save(
             file,
             format="WEBP",
@@ -162,6 +172,9 @@ def write_animation(
             duration=durations,
             loop=0,
             quality=QUALITY,
+            xmp=xmp_packet(source_type) if source_type else b"",
         )
+        data = file.getvalue()
+        target.write(sign(data, "WEBP", source_type or "trainedAlgorithmicMedia") if sign else data)
 
     write_atomically(path, write)

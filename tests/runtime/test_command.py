@@ -403,7 +403,7 @@ def test_help_names_every_option(capsys):
         command.main(["--help"])
     assert caught.value.code == 0
     said = capsys.readouterr().out
-    for action in options._parser("latentrt")._actions:
+    for action in options.make_parser("latentrt")._actions:
         assert action.help, "every option is explained"
         assert all(name in said for name in action.option_strings)
     assert "pictogram" in said
