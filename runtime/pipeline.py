@@ -5,7 +5,7 @@ registers and a mask. An adapter changes weights before the first step, nothing 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
 from engine.adapters.textual_inversion import read_embedding
-from engine.backends.base import DeviceEngine, Engine
+from engine.backends.base import Engine
 from engine.backends.settings import BackendSettings, ComputePrecision
 from engine.devices.device import HostOrDeviceArray
 from engine.engines import Engines
@@ -158,18 +158,17 @@ class Pipeline:
         if not inputs.is_full:
             given["deep"] = state.deep
         outputs = self.engine(inputs.part).run(given)
-        deep = outputs.get("deep", state.deep) if state.keeps_deep else None
-        return replace(state, registers=outputs["next_registers"], deep=deep, given=given)
+        return state.after(outputs, given)
 
     def denoise(self, plan: Plan) -> Iterator[Progress]:
         """Run a plan's sampler; yields after every call of the UNet. To cancel, stop iterating."""
-        done, latents = 0, None
+        done, total, latents = 0, plan.calls, None
         for run in plan.runs():
             for inputs, state in self._steps(run, self.start(run, latents)):
                 done += 1
                 yield Progress(
                     step=done,
-                    total=plan.calls,
+                    total=total,
                     denoised=partial(predicted_x0, self.schedule, inputs, state),
                     state=state,
                 )
@@ -255,7 +254,7 @@ class Pipeline:
 
     def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
         """Make all calls of a run that nobody watches; returns the latents, where they are."""
-        if isinstance(self.engine("step"), DeviceEngine):
+        if hasattr(self.engine("step"), "device"):
             return self._device_loop.finish(state, plan.steps(), self.engines.engine)
         for inputs in plan.steps():
             state = self.step(state, inputs)
@@ -263,7 +262,7 @@ class Pipeline:
 
     def _steps(self, plan: Plan, state: State) -> Iterator[tuple[StepInputs, State]]:
         """Make the calls of a run one by one; yields each with the state after it."""
-        if isinstance(self.engine("step"), DeviceEngine):
+        if hasattr(self.engine("step"), "device"):
             yield from self._device_loop.steps(state, plan.steps(), self.engines.engine)
             return
         for inputs in plan.steps():

@@ -106,6 +106,8 @@ class Plan:
 
         Those are of the same texts in the same rows: at the first call with others it runs whole.
         """
+        if self.cache_interval == 1:
+            return [True] * len(self.conditioning)
         full: list[bool] = []
         context, age = None, 0
         for conditioning in self.conditioning:
@@ -126,18 +128,18 @@ class Plan:
             "timestep": program.timesteps,
             "input_scale": program.input_scales,
         }
-        rows = {name: _rows(table, batch) for name, table in tables.items()}
+        rows = zip(*(_rows(table, batch) for table in tables.values()), strict=True)
+        scales = zip(program.signal_scales.tolist(), program.noise_scales.tolist(), strict=True)
+        calls = zip(self.conditioning, rows, self.full_calls, scales, strict=False)
         return [
             StepInputs(
                 conditioning=conditioning,
-                per_step={name: table[call] for name, table in rows.items()},
+                per_step=dict(zip(tables, row, strict=True)),
                 is_full=is_full,
-                signal_scale=program.signal_scales[call],
-                noise_scale=program.noise_scales[call],
+                signal_scale=signal,
+                noise_scale=noise,
             )
-            for call, (conditioning, is_full) in enumerate(
-                zip(self.conditioning, self.full_calls, strict=True)
-            )
+            for conditioning, row, is_full, (signal, noise) in calls
         ]
 
     @property

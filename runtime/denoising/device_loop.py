@@ -158,8 +158,7 @@ class DeviceLoop:
                 "noise": noise,
                 "registers": state.registers,
             }
-            deep = outputs.get("deep", state.deep) if state.keeps_deep else None
-            state = replace(state, registers=outputs["next_registers"], deep=deep, given=told)
+            state = state.after(outputs, told)
             yield inputs, state
 
     def finish(self, state: State, steps: Sequence[StepInputs], engine: FindEngine) -> DeviceArray:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.backends.base import DeviceEngine, Engine
+from engine.backends.base import Engine
 from engine.devices.device import DeviceArray, HostOrDeviceArray, on_host
 from engine.graphs.graph import Part
 from engine.model import Model
@@ -28,9 +28,9 @@ from runtime.samplers.program import predict
 AHEAD_BYTES = 2**24  # of noise that is drawn before it is needed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class State:
-    """A run between two calls of the UNet, of B pictures.
+    """A run between two calls of the UNet, of B pictures; a call makes another.
 
     registers: (B, r, C, h, w) float32, the latents and what the sampler remembers; an array of the
         device where the engines live on one
@@ -47,6 +47,17 @@ class State:
     keeps_deep: bool
     deep: HostOrDeviceArray | None = None
     given: Mapping[str, Any] | None = None
+
+    def after(self, outputs: Mapping[str, HostOrDeviceArray], given: Mapping[str, Any]) -> "State":
+        """Return the state that a call makes; outputs: of the step's engine, given: its inputs."""
+        return State(  # `replace` would take as long as all else between two calls
+            registers=outputs["next_registers"],
+            constant=self.constant,
+            noise=self.noise,
+            keeps_deep=self.keeps_deep,
+            deep=outputs.get("deep", self.deep) if self.keeps_deep else None,
+            given=given,
+        )
 
     @property
     def latents(self) -> Array:
@@ -125,7 +136,7 @@ class LatentSpace:
     def decode(self, latents: HostOrDeviceArray) -> NDArray[np.uint8]:
         """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
         engine = self.engine("vae_decoder")
-        if not isinstance(engine, DeviceEngine):
+        if not hasattr(engine, "device"):
             latents = _on_host(latents)
         if math.prod(latents.shape[2:]) <= tiles.WHOLE:
             if not isinstance(latents, DeviceArray):
