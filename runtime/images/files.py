@@ -12,7 +12,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -163,6 +162,8 @@ def read_source_type(path: Path) -> str | None:
 @cache
 def program_version() -> str:
     """Return the version of this program, "unknown" in a checkout that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # takes 20 ms
+
     try:
         return version("latentrt")
     except PackageNotFoundError:
