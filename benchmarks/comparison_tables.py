@@ -47,6 +47,32 @@ def latency_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+SPEED_ROWS = (  # of the short table: the fastest precision, the next, and the peers of that one
+    "latentrt, OpenVINO int8",
+    "latentrt, OpenVINO bfloat16",
+    "optimum-intel, OpenVINO bfloat16",
+    "diffusers, torch.compile bfloat16",
+)
+
+
+def speed_table(report: Mapping[str, Any]) -> str:
+    """Render four contenders and the machine in a line."""
+    machine, request = report["machine"], report["request"]
+    found = {name: report["contenders"][name] for name in SPEED_ROWS}
+    slowest = SPEED_ROWS[-1]
+    lines = [
+        f"| {request['model']}, {request['size']} × {request['size']}, {request['steps']} steps "
+        "| whole request | times as fast | memory |",
+        "|---|---|---|---|",
+    ]
+    for name, each in found.items():
+        median = each["parts"][WHOLE]["median"]
+        faster = summary(ratios(report, slowest, name)) if name != slowest else {"median": 1.0}
+        memory = f"{each['peak_bytes'] / GIB:.1f} GiB"
+        lines.append(f"| {name} | {median:.0f} s | {faster['median']:.2f} | {memory} |")
+    return "\n".join([*lines, "", f"{machine['processor']}, {request['threads']} threads."])
+
+
 def _speedups(report: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
     """Say how many times faster the project's own contenders are than what they compare with."""
     rows = []

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison_tables import latency_table, quality_table
+from benchmarks.comparison_tables import latency_table, quality_table, speed_table
 from benchmarks.gpu_summary import gpu_table
 from benchmarks.resource_tables import build_table, memory_table, scale_table
 from engine.errors import OutputError
@@ -15,9 +15,11 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 # The pages, and which benchmarks' tables are in each.
 PAGES: Mapping[Path, Sequence[str]] = {
-    README: ("prompt", "latency-sd15"),
+    README: ("speed",),
     README.parent / "docs" / "benchmarks.md": (
+        "latency-sd15",
         "latency",
+        "prompt",
         "quality",
         "memory",
         "memory-sd15",
@@ -30,6 +32,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
     README.parent / "docs" / "gpu.md": ("gpu",),
     README.parent / "docs" / "marking.md": ("watermark",),
 }
+SOURCES = {"speed": "latency-sd15"}  # tables that are made of another's figures
 BEGIN, END = "<!-- begin: python -m benchmarks report: {} -->", "<!-- end: {} -->"
 # Rows of each benchmark: what a figure is called, and how it is shown.
 ROWS: Mapping[str, Mapping[str, tuple[str, str]]] = {
@@ -135,6 +138,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "gpu": gpu_table,
     "scale": scale_table,
     "scale-sd15": scale_table,
+    "speed": speed_table,
     "watermark": watermark_table,
 }
 
@@ -148,7 +152,7 @@ def pages() -> dict[Path, str]:
     for page, names in PAGES.items():
         text = page.read_text(encoding="utf-8")
         for name in names:
-            if (RESULTS / f"{name}.json").is_file():
+            if _file(name).is_file():
                 text = inserted(text, name, page.name)
         made[page] = text
     return made
@@ -166,5 +170,9 @@ def inserted(text: str, name: str, page: str) -> str:
 
 def committed(name: str) -> dict[str, Any]:
     """Read a benchmark's committed report."""
-    values: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads(_file(name).read_text(encoding="utf-8"))
     return values
+
+
+def _file(name: str) -> Path:
+    return RESULTS / f"{SOURCES.get(name, name)}.json"

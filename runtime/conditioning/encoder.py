@@ -62,14 +62,14 @@ class Texts:
         return len(self.prompts[0]) * self.repeats
 
 
+@dataclass(slots=True, eq=False)
 class EmbeddingCache:
     """What text encoders gave for the latest keys, as much as fits; safe for several threads."""
 
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
-        self._limit = limit
-        self._arrays: OrderedDict[Hashable, tuple[NDArray[np.float32], ...]] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
+    limit: int = CACHE_BYTES
+    _arrays: OrderedDict[Hashable, tuple[Array, ...]] = field(default_factory=OrderedDict)
+    _bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, key: Hashable) -> tuple[NDArray[np.float32], ...] | None:
         """Return what was put there, None for what was not or is gone."""
@@ -84,7 +84,7 @@ class EmbeddingCache:
         with self._lock:
             self._bytes += _size(arrays) - _size(self._arrays.pop(key, ()))
             self._arrays[key] = arrays
-            while self._bytes > self._limit:
+            while self._bytes > self.limit:
                 _, gone = self._arrays.popitem(last=False)
                 self._bytes -= _size(gone)
 

@@ -46,7 +46,7 @@ PNG_XMP, JPEG_XMP = "XML:com.adobe.xmp", b"http://ns.adobe.com/xap/1.0/\0"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """Read a picture as RGB, turned as its camera says; raises RequestError.
 
     Transparent parts become white.
@@ -101,7 +101,7 @@ def check_output(path: Path) -> None:
 
 def write_image(
     image: Image.Image,
-    path: Path,
+    path: str | Path,
     settings: Mapping[str, Any],
     *,
     mark: bool = True,
@@ -114,6 +114,7 @@ def write_image(
     sign: such as `Credentials.sign`
     Raises OutputError when it cannot be written; a file that was there then stays as it was.
     """
+    path = Path(path)
     check_output(path)
     kind, source_type = FORMATS[path.suffix.lower()], source_type_of(image)
     packet = xmp_packet(source_type) if mark else b""
@@ -149,12 +150,12 @@ def xmp_packet(source_type: SourceType) -> bytes:
     return XMP.format(version=program_version(), source=source_type_url(source_type)).encode()
 
 
-def read_source_type(path: Path) -> str | None:
+def read_source_type(path: str | Path) -> str | None:
     """Return what a picture's XMP says that it is, by IPTC's name; None where it does not say.
 
     Raises OSError when the file cannot be read.
     """
-    packet = re.search(rb"<x:xmpmeta\b.*?</x:xmpmeta>", path.read_bytes(), re.DOTALL)
+    packet = re.search(rb"<x:xmpmeta\b.*?</x:xmpmeta>", Path(path).read_bytes(), re.DOTALL)
     found = packet and re.search(rb"/newscodes/digitalsourcetype/(\w{1,80})", packet[0])
     return found[1].decode() if found else None
 
@@ -170,7 +171,7 @@ def program_version() -> str:
         return "unknown"
 
 
-def read_settings(path: Path) -> dict[str, Any] | None:
+def read_settings(path: str | Path) -> dict[str, Any] | None:
     """Return the settings that a PNG of ours or of Automatic1111 was made with, or None.
 
     Raises RequestError when it is no picture.
