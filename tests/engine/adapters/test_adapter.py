@@ -186,7 +186,7 @@ LINEAR = ["to_q", "to_k", "linear_1"]
             r=8, alpha=3, target_modules=LINEAR, rank_pattern={"to_q": 9}, alpha_pattern={"to_k": 2}
         ),
     ],
-    ids=lambda config: f"{config.peft_type.value}-{'-'.join(config.target_modules)}"[:30],
+    ids=lambda config: f"{config.peft_type.value}-{'-'.join(sorted(config.target_modules))}"[:30],
 )
 def test_files_that_peft_saves_agree_with_peft(tmp_path: Path, config: Any) -> None:
     model = Model()
