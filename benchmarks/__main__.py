@@ -26,7 +26,7 @@ from benchmarks import (
 from benchmarks.ledger import read_report
 from benchmarks.scenarios import SCENARIOS
 from engine.backends.settings import PRECISIONS, ComputePrecision
-from engine.errors import LatentrtError
+from engine.errors import LatentrtError, libraries_of
 from engine.store.cache import write_atomically
 
 EXCEEDED, USER_ERROR = 1, 2
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
         for name in ("repeats", "threads"):
             if (number := getattr(options, name, None)) is not None and number < 1:
                 parser.error(f"--{name} is {number}; give 1 or more")
-        measured = _measure(options)
+        with libraries_of("bench"):
+            measured = _measure(options)
         text = json.dumps(measured, indent=2) + "\n"
         if options.out:
             _write(options.out, text)

@@ -19,7 +19,7 @@ from benchmarks.scenarios import ENGINES, MADE, SEED, WHOLE, Parts, Scenario, en
 from engine.backends.openvino.int8 import find_ranges
 from engine.backends.settings import PRECISIONS, BackendSettings
 from engine.engines import ranges_of
-from engine.errors import RequestError
+from engine.errors import BackendError, RequestError
 from engine.graphs.graph import Part, graph_folders
 from engine.model import Model
 
@@ -110,9 +110,9 @@ def calibrate(scenario: Scenario) -> None:
         command = [sys.executable, "-m", "runtime.calibration", str(scenario.model())]
         # Random weights are as random at each step and for each prompt.
         few = ["--precision", "bfloat16", "--steps", "2", "--prompt", scenario.prompt]
-        subprocess.run(
-            [*command, *(few if scenario.name in MADE else ())], check=True, stdout=sys.stderr
-        )
+        command += few if scenario.name in MADE else ()
+        if subprocess.run(command, stdout=sys.stderr).returncode:  # it has said why
+            raise BackendError("int8's ranges were not found; see the line above")
 
 
 def _peak(scenario: Scenario, threads: int) -> Parts:

@@ -7,17 +7,16 @@ else (norms, activations, softmax, the sampler) is under one percent of a UNet.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import onnx
-import onnx_ir
-from onnxscript import optimizer
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.rounds import total
 from benchmarks.scenarios import ENGINES, WHOLE, Scenario, engine_inputs
 from engine.graphs.graph import find_graph, graph_folders
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.model import Model
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 Shape = tuple[int, ...]
 
@@ -28,6 +27,10 @@ def count(graph: bytes, inputs: Mapping[str, Shape]) -> int:
     inputs: the shape of each of its inputs, weights aside; raises ValueError when one is missing
     or the shapes do not determine those inside.
     """
+    import onnx  # here and not above: the other benchmarks do without these libraries
+    import onnx_ir
+    from onnxscript import optimizer
+
     model = onnx.load_model_from_string(weights_as_inputs(graph))
     for value in model.graph.input:
         sizes = value.type.tensor_type.shape.dim
@@ -61,18 +64,18 @@ def request_flops(scenario: Scenario) -> dict[str, int]:
     return {**counted, WHOLE: total(counted, scenario.steps)}
 
 
-def _convolution(node: onnx_ir.Node) -> int:
+def _convolution(node: "onnx_ir.Node") -> int:
     _, per_group, *kernel = _shape(node, node.inputs[1])
     return 2 * math.prod(_shape(node, node.outputs[0])) * per_group * math.prod(kernel)
 
 
-def _product(node: onnx_ir.Node) -> int:
+def _product(node: "onnx_ir.Node") -> int:
     shared = _shape(node, node.inputs[0])
     transposed = node.attributes.get_int("transA", 0) if node.op_type == "Gemm" else 0
     return 2 * math.prod(_shape(node, node.outputs[0])) * shared[0 if transposed else -1]
 
 
-def _attention(node: onnx_ir.Node) -> int:
+def _attention(node: "onnx_ir.Node") -> int:
     """Count softmax(Q Kᵀ) V of (batch, heads, tokens, width)."""
     query, key, value = (_shape(node, given) for given in node.inputs[:3])
     if len(query) != 4:
@@ -81,7 +84,7 @@ def _attention(node: onnx_ir.Node) -> int:
     return 2 * batch * heads * tokens * key[2] * (width + value[3])
 
 
-COUNTED: Mapping[str, Callable[[onnx_ir.Node], int]] = {
+COUNTED: Mapping[str, Callable[["onnx_ir.Node"], int]] = {
     "Conv": _convolution,
     "MatMul": _product,
     "Gemm": _product,
@@ -89,7 +92,7 @@ COUNTED: Mapping[str, Callable[[onnx_ir.Node], int]] = {
 }
 
 
-def _shape(node: onnx_ir.Node, value: Any) -> Shape:
+def _shape(node: "onnx_ir.Node", value: Any) -> Shape:
     if value is None or value.shape is None or not all(isinstance(n, int) for n in value.shape):
         raise ValueError(f"the shapes of {node.op_type} {node.name} are not known from the inputs'")
     return tuple(value.shape)

@@ -10,6 +10,9 @@ LatentrtError
 Every message is one sentence or two: what came, what is allowed, what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "BackendError",
     "GraphError",
@@ -19,7 +22,10 @@ __all__ = [
     "RequestError",
     "first_line",
     "install",
+    "libraries_of",
 ]
+
+OURS = frozenset({"benchmarks", "engine", "export", "latentrt", "runtime", "training"})
 
 
 class LatentrtError(Exception):
@@ -55,3 +61,18 @@ def install(packages: str, extra: str) -> str:
     """Say how to install what is missing: its packages, or this project's extra in a clone."""
     clone = f"in a clone of Latentrt `pip install '.[{extra}]'`"
     return f"install it with `pip install {packages}` ({clone})"
+
+
+@contextmanager
+def libraries_of(extra: str) -> Iterator[None]:
+    """Raise BackendError where a library of one of this project's extras is missing within."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if not library or library in OURS:
+            raise
+        packages = library.replace("_", "-")
+        raise BackendError(
+            f"this needs {library}, which is not installed; {install(packages, extra)}"
+        ) from error

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from engine.errors import LatentrtError, OutputError
+from engine.errors import LatentrtError, OutputError, libraries_of
 from engine.graphs.graph import Precision
 from engine.model import COMPONENTS, Model, find_model
 from engine.shipped import GRAPHS
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m export")
     named = prog if command == "model" else f"{prog} {command}"
     options = _PARSERS[command](named).parse_args(given if command == "model" else given[1:])
     try:
-        _COMMANDS[command](options)
+        with libraries_of("export"):
+            _COMMANDS[command](options)
     except LatentrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -12,9 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from engine.errors import LatentrtError, RequestError, install
 
-from engine.errors import LatentrtError, RequestError
+try:
+    import torch
+except ModuleNotFoundError:
+    needs = "training needs torch, which is not installed"
+    print(f"error: {needs}; {install('torch', 'train')}", file=sys.stderr)
+    sys.exit(2)
+
 from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
 from runtime.conditioning.tokenizer import Tokenizer

@@ -82,9 +82,12 @@ def foreign(tmp_path):
     return tmp_path
 
 
-def run(folder, *arguments):
-    """Run Python in a folder where this project is installed, not the working folder."""
-    code = f"import sys; sys.path.append({str(ROOT)!r})"
+def run(folder, *arguments, hidden=()):
+    """Run Python in a folder where this project is installed, not the working folder.
+
+    hidden: libraries that the process does not find
+    """
+    code = f"import sys; sys.path.append({str(ROOT)!r}); sys.modules |= dict.fromkeys({hidden})"
     site = folder.parent / f"site-{folder.name}"
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(code)
@@ -104,6 +107,24 @@ def test_the_command_runs_the_installed_package_whatever_lies_in_the_folder(fore
     assert (foreign / "hat.png").is_file()
     done = run(foreign, str(script), "export", "cache")
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (["latentrt", "export", "pictogram"], "export"),
+        (["export", "graphs"], "export"),
+        (["latentrt", "bench", "latency"], "bench"),
+        (["training", "data"], "train"),
+    ],
+)
+def test_a_missing_library_is_one_sentence_that_names_the_extra(tmp_path, command, extra):
+    done = run(tmp_path, "-m", *command, hidden=("onnx", "torch"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "is not installed; install it with `pip install " in done.stderr
+    assert f"'.[{extra}]'" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("module", ["runtime", "latentrt", "runtime.calibration"])
