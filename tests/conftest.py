@@ -1,16 +1,21 @@
 """What every test shares: one thread, so that tests disturb nobody and results repeat.
 
 What a processor runs fastest is not chosen by the tests' machine: it is ONNX Runtime's float32
-wherever a test does not say.
+wherever a test does not say. Files whose imports reach a library of `tests/support/oracles.py` are
+marked `oracle`, and are left out where that library is not installed.
 """
 
+import os
 import sys
+from pathlib import Path
 
-import torch
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are loaded; of tests' processes too
 
 from engine import engines
+from tests.support.oracles import missing, oracles
 
-torch.set_num_threads(1)
 engines.capabilities = frozenset
 
 if sys.platform == "darwin":  # for which NVIDIA's libraries are not made
@@ -21,3 +26,28 @@ if sys.platform == "darwin":  # for which NVIDIA's libraries are not made
         "engine/backends/tensorrt/*",
         "export/test_engines.py",
     ]
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if not collection_path.name.startswith("test_") or collection_path.suffix != ".py":
+        return None
+    absent = missing(collection_path)
+    for name in absent:
+        count = config.stash.setdefault(LEFT_OUT, {})
+        count[name] = count.get(name, 0) + 1
+    unasked = "not oracle" in config.option.markexpr and oracles(collection_path)
+    return True if absent or unasked else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if oracles(item.path):
+            item.add_marker(pytest.mark.oracle)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    left_out = terminalreporter.config.stash.get(LEFT_OUT, {})
+    if left_out:
+        needed = ", ".join(f"{name} ({count})" for name, count in sorted(left_out.items()))
+        terminalreporter.write_line(f"files of tests left out, for want of: {needed}")

@@ -22,6 +22,7 @@ def test_the_prompt_benchmark_measures_and_writes_json(tmp_path, capsys):
 
 
 def test_the_overhead_benchmark_measures_every_sampler(capsys):
+    pytest.importorskip("onnx")
     assert main(["overhead", "--repeats", "1"]) == 0
     measured = json.loads(capsys.readouterr().out)
     assert set(report.ROWS["overhead"]) == measured.keys() - {"machine", "request"}
@@ -59,6 +60,7 @@ def test_a_page_without_a_place_for_the_table_is_refused():
 
 
 def test_the_files_of_the_load_benchmark_are_a_model_and_its_adapter(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
     small = replace(load.SD1, block_out_channels=(32, 32, 32, 32), cross_attention_dim=64)
     text = replace(load.CLIP_L, hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
     monkeypatch.setattr(load, "SD1", small)

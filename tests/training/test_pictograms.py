@@ -46,6 +46,7 @@ def icon_set(colour):
 @pytest.fixture
 def fetched(monkeypatch):
     """Stand in for the packages: four sets of plain squares."""
+    pytest.importorskip("resvg_py")
     files = {
         "data-by-emoji.json": FACTS,
         "dist/emoji-en-US.json": {"🍎": ["red_apple", "fruit", "a1"]},
@@ -95,6 +96,7 @@ def test_training_captions_tell_what_the_picture_shows(fetched, tmp_path):
 
 
 def test_pictures_are_drawn_inside_a_white_margin():
+    pytest.importorskip("resvg_py")
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">{SQUARE.format("red")}</svg>'
     pixels = render(svg)
     inside = (pixels == (255, 0, 0)).all(axis=2)
