@@ -26,10 +26,10 @@ from benchmarks import (
 from benchmarks.ledger import read_report
 from benchmarks.scenarios import SCENARIOS
 from engine.backends.settings import PRECISIONS, ComputePrecision
-from engine.errors import LatentrtError, libraries_of
+from engine.errors import exit_status, libraries_of
 from engine.store.cache import write_atomically
 
-EXCEEDED, USER_ERROR = 1, 2
+EXCEEDED = 1
 _MEASURES = {
     "prompt": prompt.measure,
     "load": load.measure,
@@ -50,32 +50,34 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m benchmar
 
     prog: what the usage calls it
     """
-    parser = _parser(prog)
+    return exit_status(
+        lambda: _run(_parser(prog), arguments),
+        cancelled="cancelled",
+    )
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
     options = parser.parse_args(arguments)
-    try:
-        if options.benchmark == "report":
-            for page, text in report.pages().items():
-                _write(page, text)
-            for path in plots.draw():
-                print(path)
-            return 0
-        for name in ("repeats", "threads"):
-            if (number := getattr(options, name, None)) is not None and number < 1:
-                parser.error(f"--{name} is {number}; give 1 or more")
-        with libraries_of("bench"):
-            measured = _measure(options)
-        text = json.dumps(measured, indent=2) + "\n"
-        if options.out:
-            _write(options.out, text)
-        if options.benchmark == "gpu":
-            text = gpu_summary.gpu_table(measured) + "\n"
-        print(text, end="")
-        if measured.get("exceeded"):
-            print(f"error: beyond their bounds: {', '.join(measured['exceeded'])}", file=sys.stderr)
-            return EXCEEDED
-    except LatentrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    if options.benchmark == "report":
+        for page, text in report.pages().items():
+            _write(page, text)
+        for path in plots.draw():
+            print(path)
+        return 0
+    for name in ("repeats", "threads"):
+        if (number := getattr(options, name, None)) is not None and number < 1:
+            parser.error(f"--{name} is {number}; give 1 or more")
+    with libraries_of("bench"):
+        measured = _measure(options)
+    text = json.dumps(measured, indent=2) + "\n"
+    if options.out:
+        _write(options.out, text)
+    if options.benchmark == "gpu":
+        text = gpu_summary.gpu_table(measured) + "\n"
+    print(text, end="")
+    if measured.get("exceeded"):
+        print(f"error: beyond their bounds: {', '.join(measured['exceeded'])}", file=sys.stderr)
+        return EXCEEDED
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree.
+"""What can go wrong, as a tree, and how a command ends by it.
 
 LatentrtError
 ├── ModelError      a model folder, its configuration or its weights cannot be used
@@ -10,8 +10,10 @@ LatentrtError
 Every message is one sentence or two: what came, what is allowed, what to do.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 __all__ = [
     "BackendError",
@@ -20,11 +22,13 @@ __all__ = [
     "ModelError",
     "OutputError",
     "RequestError",
+    "exit_status",
     "first_line",
     "install",
     "libraries_of",
 ]
 
+USER_ERROR, INTERRUPTED = 2, 130  # what a shell is told
 OURS = frozenset({"benchmarks", "engine", "export", "latentrt", "runtime", "training"})
 
 
@@ -76,3 +80,24 @@ def libraries_of(extra: str) -> Iterator[None]:
         raise BackendError(
             f"this needs {library}, which is not installed; {install(packages, extra)}"
         ) from error
+
+
+def exit_status(command: Callable[[], int | None], *, cancelled: str = "cancelled") -> int:
+    """Run a command; return its exit status, 2 for an error of ours and 130 for Ctrl-C.
+
+    command: returns its status, None being 0
+    cancelled: what to tell after Ctrl-C
+
+    Where the output's encoding lacks a character, as that of Windows' pipes does, it is written as
+    an escape, and nothing ends in an error of encoding.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        return command() or 0
+    except LatentrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\n{cancelled}", file=sys.stderr)
+        return INTERRUPTED

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from engine.errors import LatentrtError, OutputError, libraries_of
+from engine.errors import OutputError, exit_status, libraries_of
 from engine.graphs.graph import Precision
 from engine.model import COMPONENTS, Model, find_model
 from engine.shipped import GRAPHS
@@ -26,29 +26,24 @@ from export.engine_options import add_engine_options, engine_choices
 from export.engines import build_engines
 from export.info import as_table, describe
 
-USER_ERROR = 2
-INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m export") -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C.
 
     prog: what the usage calls it
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_status(
+        lambda: _run(list(sys.argv[1:] if arguments is None else arguments), prog),
+        cancelled="cancelled; the graphs listed above are whole",
+    )
+
+
+def _run(given: list[str], prog: str) -> None:
     command = given[0] if given and given[0] in _COMMANDS else "model"
     named = prog if command == "model" else f"{prog} {command}"
     options = _PARSERS[command](named).parse_args(given if command == "model" else given[1:])
-    try:
-        with libraries_of("export"):
-            _COMMANDS[command](options)
-    except LatentrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("\ncancelled; the graphs listed above are whole", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    with libraries_of("export"):
+        _COMMANDS[command](options)
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -8,16 +8,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from engine.errors import LatentrtError
+from engine.errors import exit_status
 from export.info import as_table, describe
 from runtime.images.files import is_image
 from runtime.images.info import describe_image
 
-USER_ERROR = 2
-
 
 def main(arguments: Sequence[str] | None = None, prog: str = "latentrt info") -> int:
     """Run the command; return its exit status: 0, or 2 for a user's mistake."""
+    return exit_status(lambda: _tell(arguments, prog))
+
+
+def _tell(arguments: Sequence[str] | None, prog: str) -> None:
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Say what a checkpoint, an adapter, a textual inversion or a picture is.",
@@ -25,13 +27,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "latentrt info") ->
     parser.add_argument("file", metavar="FILE", help="or a model's folder, or one that ships")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
-    try:
-        facts = find_facts(options.file)
-    except LatentrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    print(json.dumps(facts, indent=2, ensure_ascii=False) if options.json else as_table(facts))
-    return 0
+    facts = find_facts(options.file)
+    print(json.dumps(facts, indent=2) if options.json else as_table(facts))
 
 
 def find_facts(file: str) -> dict[str, Any]:

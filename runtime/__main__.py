@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from engine.backends.settings import ON_GPU, BackendSettings
-from engine.errors import LatentrtError, RequestError
+from engine.errors import RequestError, exit_status
 from runtime.again import settings_of
 from runtime.images.files import (
     SOURCE_KEY,
@@ -34,8 +34,6 @@ from runtime.pipeline import Pipeline
 from runtime.plan import Array
 from runtime.request import Hires, Request
 
-USER_ERROR = 2
-INTERRUPTED = 130
 BAR_WIDTH = 30
 
 
@@ -44,15 +42,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
 
     prog: what the usage calls it
     """
-    try:
-        _draw(_parse(arguments, prog))
-    except LatentrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("\ncancelled; only the pictures named above were written", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return exit_status(
+        lambda: _draw(_parse(arguments, prog)),
+        cancelled="cancelled; only the pictures named above were written",
+    )
 
 
 def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> argparse.Namespace:

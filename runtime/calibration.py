@@ -18,7 +18,7 @@ from engine.backends.base import Arrays, Engine, Ranges
 from engine.backends.openvino.int8 import write_ranges
 from engine.backends.settings import BackendSettings, ComputePrecision
 from engine.engines import QUANTIZED, Engines, capabilities, ranges_of
-from engine.errors import LatentrtError
+from engine.errors import exit_status
 from engine.graphs.graph import Part, graph_folders
 from engine.model import Model, find_model
 from runtime.conditioning.tokenizer import load_tokenizers
@@ -35,7 +35,6 @@ PROMPTS = (
 STEPS = 10
 SEED = 1000
 DECODER_DB = 40.0  # of each picture beside the same latents decoded in floating point
-USER_ERROR = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,6 +123,10 @@ def main(
 
     prog: what the usage calls it
     """
+    return exit_status(lambda: _calibrate(_parser(prog).parse_args(arguments)))
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="as --model of `python -m runtime`")
     parser.add_argument(
@@ -141,19 +144,18 @@ def main(
         "--graphs", type=Path, metavar="FOLDER", help="where to write, and look for graphs"
     )
     parser.add_argument("--threads", type=int, metavar="N")
-    options = parser.parse_args(arguments)
-    try:
-        found = calibrate(
-            options.model,
-            prompts=options.prompt or PROMPTS,
-            steps=options.steps,
-            folder=options.graphs,
-            precision=options.precision,
-            threads=options.threads,
-        )
-    except LatentrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    return parser
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    found = calibrate(
+        options.model,
+        prompts=options.prompt or PROMPTS,
+        steps=options.steps,
+        folder=options.graphs,
+        precision=options.precision,
+        threads=options.threads,
+    )
     for path in found.files:
         print(path)
     if found.decoder_db < DECODER_DB:
@@ -162,7 +164,6 @@ def main(
             f"{DECODER_DB:.0f} are wanted: it stays in floating point",
             file=sys.stderr,
         )
-    return 0
 
 
 if __name__ == "__main__":

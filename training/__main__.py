@@ -12,14 +12,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import LatentrtError, RequestError, install
+from engine.errors import USER_ERROR, RequestError, exit_status, install, libraries_of
 
 try:
     import torch
 except ModuleNotFoundError:
     needs = "training needs torch, which is not installed"
     print(f"error: {needs}; {install('torch', 'train')}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(USER_ERROR)
 
 from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
@@ -30,23 +30,19 @@ from training.dataset import PictogramTrainingSet, TrainingSet, load_training_se
 from training.loop import LoopSettings
 from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
 
-USER_ERROR = 2
-INTERRUPTED = 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        options.work.mkdir(parents=True, exist_ok=True)
+    return exit_status(
+        lambda: _run(_parser().parse_args(arguments)),
+        cancelled="stopped; the last checkpoint is kept, run the command again",
+    )
+
+
+def _run(options: argparse.Namespace) -> None:
+    options.work.mkdir(parents=True, exist_ok=True)
+    with libraries_of("train"):
         options.command(options)
-    except LatentrtError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        print("\nstopped; the last checkpoint is kept, run the command again", file=sys.stderr)
-        return INTERRUPTED
-    return 0
 
 
 def _data(options: argparse.Namespace) -> None:

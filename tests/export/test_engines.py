@@ -10,9 +10,9 @@ from safetensors.numpy import save_file
 from engine.adapters.adapter import adapt_model
 from engine.backends.tensorrt.engine_store import EngineStore, weights_hash
 from engine.backends.tensorrt.profiles import GROUPS, Range, relevant
-from engine.errors import BackendError
+from engine.errors import USER_ERROR, BackendError
 from engine.model import Model, find_model
-from export.__main__ import USER_ERROR, main
+from export.__main__ import main
 from export.engine_options import add_engine_options, engine_choices
 
 MODEL = Model.open(find_model("pictogram"))

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.errors import INTERRUPTED, USER_ERROR
 from training import __main__ as command
-from training.__main__ import USER_ERROR, main
+from training.__main__ import main
 
 STEPS = ["--steps", "2", "--batch-size", "2"]
 
@@ -117,5 +118,5 @@ def test_a_key_press_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "load_training_set", interrupted)
-    assert main(["autoencoder", "--work", str(tmp_path)]) == command.INTERRUPTED
+    assert main(["autoencoder", "--work", str(tmp_path)]) == INTERRUPTED
     assert "the last checkpoint is kept" in capsys.readouterr().err
