@@ -8,6 +8,7 @@ marked `oracle`, and are left out where that library is not installed.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,17 @@ if sys.platform == "darwin":  # for which NVIDIA's libraries are not made
         "engine/backends/tensorrt/*",
         "export/test_engines.py",
     ]
+# A worker takes a file after the other, so that none waits for the longest at the end: in this order.
+FIRST = (
+    "runtime/test_family_parity.py",
+    "export/test_islands.py",
+    "export/test_tracing.py",
+    "engine/checkpoints/formats/test_reader_fuzz.py",
+    "engine/backends/openvino/test_engine.py",
+    "runtime/denoising/test_device_loop.py",
+    "engine/backends/tensorrt",
+    "benchmarks",
+)
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
@@ -44,6 +56,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if oracles(item.path):
             item.add_marker(pytest.mark.oracle)
+    items.sort(key=lambda item: _place(item.nodeid))
+
+
+def _place(nodeid: str) -> int:
+    found = (i for i, path in enumerate(FIRST) if nodeid.startswith(f"tests/{path}"))
+    return next(found, len(FIRST))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole files to workers: what a file prepares is prepared once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

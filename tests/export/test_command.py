@@ -6,7 +6,8 @@ from engine.graphs.graph import Graph, find_graph, graph_name
 from engine.model import find_model
 from engine.shipped import GRAPHS
 from export.__main__ import main
-from tests.support.small_parts import TEXT, trace_once
+from tests.support.small_parts import TEXT
+from tests.support.traced import trace_once
 
 
 def test_exporting_writes_a_graph_that_the_runtime_finds(tmp_path, capsys):

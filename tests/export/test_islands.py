@@ -29,9 +29,9 @@ from tests.support.small_parts import (
     UNET,
     VAE,
     build,
-    trace_once,
     weights_of,
 )
+from tests.support.traced import trace_once
 
 ISLAND = dataclasses.replace(VAE, scaling_factor=XL_SCALING_FACTOR)
 LARGEST = 65504

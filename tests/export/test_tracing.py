@@ -15,19 +15,32 @@ from engine.model import Model, find_model
 from export.parity import TOLERANCES, check, relative_error
 from export.tracing import example_inputs, trace
 from export.writing import export_part, load_weights
+from tests.support.small_models import SMALL
 from tests.support.small_parts import (
     HALF,
     INPAINTING,
-    PARTS,
     TEXT,
-    UNET,
     VAE,
-    XL,
     build,
-    trace_once,
     weights_of,
 )
 from tests.support.tolerances import SHALLOW_RTOL
+from tests.support.traced import trace_once
+
+SD1, SD2, XL, LCM = (SMALL[name].configs for name in ("sd1", "sd2 base", "xl", "lcm"))
+# Those whose pictures `tests/runtime/test_family_parity.py` compares.
+PARTS = {
+    "text_encoder": ("text_encoder", SD1["text_encoder"]),
+    "text_encoder_2": ("text_encoder_2", XL["text_encoder_2"]),
+    "step-sd2": ("step", SD2["unet"]),
+    "step-xl": ("step", XL["unet"]),
+    "step-lcm": ("step", LCM["unet"]),
+    "step_shallow-sd2": ("step_shallow", SD2["unet"]),
+    "step_shallow-xl": ("step_shallow", XL["unet"]),
+    "step_shallow-lcm": ("step_shallow", LCM["unet"]),
+    "vae_decoder": ("vae_decoder", VAE),
+    "vae_encoder": ("vae_encoder", VAE),
+}
 
 
 @pytest.fixture(scope="module", params=PARTS)
@@ -93,8 +106,9 @@ def test_a_graph_that_does_not_agree_is_refused(traced):
 
 def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
     path = tmp_path / "step.onnx"
-    path.write_bytes(trace_once("step", UNET, "float32").model.SerializeToString())
-    weights = weights_of(build("step", UNET))
+    unet = SD2["unet"]
+    path.write_bytes(trace_once("step", unet, "float32").model.SerializeToString())
+    weights = weights_of(build("step", unet))
     engine = open_engine(Graph.read(path), weights, BackendSettings(threads=1))
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
@@ -103,7 +117,7 @@ def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
         "matrices": draw(3, 2, 4),
         "timestep": np.array([3, 500, 999], np.float32),
         "input_scale": np.array([1, 0.5, 0.1], np.float32),
-        "context": draw(2, 3, 5, 16),
+        "context": draw(2, 3, 5, unet.cross_attention_dim),
         "guidance": draw(2, 3),
         "guidance_rescale": np.array([0, 0.7, 1], np.float32),
         "noise": draw(3, 4, 8, 8),
@@ -121,8 +135,13 @@ def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "precision"),
-    [(UNET, "float32"), (XL, "float32"), (INPAINTING, "float16")],
-    ids=["sd1", "xl-lcm", "inpainting-float16"],
+    [
+        (SD2["unet"], "float32"),
+        (XL["unet"], "float32"),
+        (LCM["unet"], "float32"),
+        (INPAINTING, "float16"),
+    ],
+    ids=["sd2", "xl", "lcm", "inpainting-float16"],
 )
 def test_a_shallow_step_around_its_own_deep_features_is_the_step(tmp_path, config, precision):
     engines, weights = {}, weights_of(build("step", config))

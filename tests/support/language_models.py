@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 from engine.configs.gpt2 import GPT2Config
 from engine.graphs.graph import graph_name
 from tests.support.parity import randomised
-from tests.support.small_parts import trace_once
+from tests.support.traced import trace_once
 
 END_OF_TEXT = "<|endoftext|>"
 TEXTS = (

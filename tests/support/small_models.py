@@ -6,6 +6,7 @@ keep to what `engine/checkpoints/architecture.py` reads off shapes, and the voca
 """
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -26,12 +27,13 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from engine.graphs.graph import COMPRESSED, Part, graph_name
+from engine.configs.diffusion import Config
+from engine.graphs.graph import Part, graph_name
 from engine.model import Model
-from export.writing import write_published
 from runtime.conditioning.vocabulary import Vocabulary
 from tests.support import original_layout as original
 from tests.support.original_layout import AutoencoderParams, ModelParams, TextParams, UNetParams
+from tests.support.traced import trace_once
 
 SIDE = 8  # of the latents: pictures of 64 by 64 pixels
 TIME_EMBED = 32  # of each of the numbers that XL is told
@@ -136,6 +138,12 @@ class SmallModel:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         return trained(original.model_names(self.params), self.seed)
+
+    @cached_property
+    def configs(self) -> Mapping[str, Config]:
+        """Read what the file says of its parts, by the names of components."""
+        with tempfile.TemporaryDirectory() as folder:
+            return dict(Model.open(self.write_file(Path(folder))).configs)
 
     @cached_property
     def reference(self) -> DiffusionPipeline:
@@ -328,8 +336,9 @@ def trace_graphs(model: Model, folder: Path, parts: Sequence[Part] = ()) -> None
     for part in parts or usual:
         config = model.config(part)
         name = graph_name(part, config, "float32")
-        if not (folder / f"{name}{COMPRESSED}").exists():
-            write_published(part, config, "float32", folder)
+        if not (folder / name).exists():
+            data = trace_once(part, config, "float32").model.SerializeToString()
+            (folder / name).write_bytes(data)
 
 
 SMALL: Mapping[str, SmallModel] = {

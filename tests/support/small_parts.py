@@ -1,7 +1,6 @@
-"""Small parts of every kind, traced once for all tests: tracing is what takes their time."""
+"""Small parts of every kind, smaller than any model that is published."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
 from engine.graphs.graph import Part
-from export.tracing import build_module, trace
+from export.tracing import build_module
 
 TEXT = TextEncoderConfig(
     vocab_size=50,
@@ -30,28 +29,9 @@ UNET = UNetConfig(
     attention_head_dim=2,
     norm_num_groups=4,
 )
-XL = dataclasses.replace(
-    UNET,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=4,
-    projection_class_embeddings_input_dim=24 + 12,
-    time_cond_proj_dim=6,
-    use_linear_projection=True,
-)
 VAE = AutoencoderConfig(
     block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, scaling_factor=0.5
 )
-PARTS = {
-    "text_encoder": ("text_encoder", TEXT),
-    "step": ("step", UNET),
-    "step-xl": ("step", XL),
-    "step_shallow": ("step_shallow", UNET),
-    "step_shallow-xl": ("step_shallow", XL),
-    "vae_decoder": ("vae_decoder", VAE),
-    "vae_encoder": ("vae_encoder", VAE),
-}
-
-
 INPAINTING = dataclasses.replace(UNET, in_channels=9)
 PROJECTED = dataclasses.replace(TEXT, projection_dim=12, hidden_act="gelu", eos_token_id=7)
 HALF = {
@@ -62,7 +42,6 @@ HALF = {
     "vae_decoder": ("vae_decoder", VAE),
     "vae_encoder": ("vae_encoder", VAE),
 }
-trace_once = functools.cache(trace)  # the slow part of these tests
 
 
 def build(part: Part, config: Config) -> nn.Module:

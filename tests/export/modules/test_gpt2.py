@@ -15,8 +15,8 @@ from export.parity import TOLERANCES
 from export.parity import relative_error as array_error
 from tests.support.language_models import SMALL, small_gpt2, write_folder
 from tests.support.parity import relative_error
-from tests.support.small_parts import trace_once
 from tests.support.tolerances import LOGITS_RTOL
+from tests.support.traced import trace_once
 
 KINDS = {
     "base": {},
