@@ -4,13 +4,14 @@ import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from engine.backends.settings import ON_GPU, BackendSettings
-from engine.errors import RequestError, exit_status
+from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from runtime.again import settings_of
 from runtime.images.files import (
     SOURCE_KEY,
@@ -42,10 +43,19 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
 
     prog: what the usage calls it
     """
-    return exit_status(
-        lambda: _draw(_parse(arguments, prog)),
-        cancelled="cancelled; only the pictures named above were written",
-    )
+    # As engine.errors.exit_status does for the other commands; here, so that a prompt's way to its
+    # pixels leads through no file more.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        _draw(_parse(arguments, prog))
+    except LatentrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("\ncancelled; only the pictures named above were written", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> argparse.Namespace:

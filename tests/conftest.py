@@ -27,7 +27,7 @@ if sys.platform == "darwin":  # for which NVIDIA's libraries are not made
         "engine/backends/tensorrt/*",
         "export/test_engines.py",
     ]
-# A worker takes a file after the other, so that none waits for the longest at the end: in this order.
+# Workers take one file after the other, the longest first: nobody waits for one of them at the end.
 FIRST = (
     "runtime/test_family_parity.py",
     "export/test_islands.py",
