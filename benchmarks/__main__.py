@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks import (
+    agreement,
     build,
     gpu,
     gpu_summary,
@@ -18,12 +19,11 @@ from benchmarks import (
     plots,
     prompt,
     quality,
-    repeated,
     report,
     scale,
     watermark,
 )
-from benchmarks.ledger import read_report
+from benchmarks.resumable import read_report
 from benchmarks.scenarios import SCENARIOS
 from engine.backends.settings import PRECISIONS, ComputePrecision
 from engine.errors import exit_status, libraries_of
@@ -92,7 +92,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         )
         return latency.measure(choice, options.out)
     if options.benchmark == "agree":
-        return repeated.compared(read_report(options.first), read_report(options.second))
+        return agreement.compared(read_report(options.first), read_report(options.second))
     measure = _COMPARED.get(options.benchmark)
     if measure is None:
         return _MEASURES[options.benchmark](options.repeats)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from benchmarks.contenders import EMULATED
-from benchmarks.ledger import begin, fill, keep
 from benchmarks.machine import memory, summary
+from benchmarks.resumable import begin, fill, keep
 from benchmarks.scenarios import ENGINES, SCENARIOS
 from benchmarks.worker import once
 from engine.backends.settings import ON_GPU, PRECISIONS, BackendSettings, processors

@@ -53,13 +53,13 @@ class Contender:
 
 
 def _ours(
-    precision: str, backend: str, wishes: Mapping[str, Any], scenario: Scenario, threads: int
+    precision: str, backend: str, options: Mapping[str, Any], scenario: Scenario, threads: int
 ) -> Parts:
     if precision == "int8":
         calibrate(scenario)
     settings = BackendSettings(backend=backend, threads=threads)
     pipeline = load_pipeline(scenario, precision, settings)
-    return pipeline_parts(pipeline, scenario, wishes)
+    return pipeline_parts(pipeline, scenario, options)
 
 
 def load_pipeline(scenario: Scenario, precision: str, settings: BackendSettings) -> "Pipeline":
@@ -73,14 +73,14 @@ def load_pipeline(scenario: Scenario, precision: str, settings: BackendSettings)
     )
 
 
-def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, wishes: Mapping[str, Any]) -> Parts:
-    """Return the parts of the project's own pipeline; wishes: of a whole request."""
+def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, options: Mapping[str, Any]) -> Parts:
+    """Return the parts of the project's own pipeline; options: of a whole request."""
     inputs = engine_inputs(scenario, pipeline.model)
 
     def whole() -> NDArray[Any]:
         pipeline.encoder = pipeline.encoder.without_cache()  # the text is encoded each time
-        wished = {**scenario.wishes(), **wishes}
-        drawn = pipeline(scenario.prompt, sampler="ddim", seed=SEED, **wished)
+        given = {**scenario.options(), **options}
+        drawn = pipeline(scenario.prompt, sampler="ddim", seed=SEED, **given)
         return np.stack([np.asarray(picture) for picture in drawn.images])
 
     def text() -> NDArray[Any]:

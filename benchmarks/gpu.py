@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.field import WARM_UPS, ContenderError, Field, available_bytes
 from benchmarks.flops import request_flops
 from benchmarks.gpu_contenders import (
     CEILINGS,
@@ -31,8 +30,9 @@ from benchmarks.gpu_contenders import (
     UPLOAD,
 )
 from benchmarks.gpu_summary import summarised
-from benchmarks.ledger import begin, fill, keep
 from benchmarks.nvml import Gpu, PeakMemory, find_gpu
+from benchmarks.race import WARM_UPS, ContenderError, Race, available_bytes
+from benchmarks.resumable import begin, fill, keep
 from benchmarks.scenarios import LONGER_STEPS, PARTS, WHOLE, Scenario
 from benchmarks.worker import Worker
 from engine.backends.settings import processors
@@ -162,7 +162,7 @@ class _Stage:
             found["flops"] = request_flops(scenario)
         expected = self._expected(found)
         with tempfile.TemporaryDirectory() as outputs:
-            field = Field(
+            race = Race(
                 scenario,
                 processors(),
                 _parts,
@@ -175,28 +175,28 @@ class _Stage:
                     taken,
                     names,
                     self.choice.repeats,
-                    lambda name: self._take(field, name, taken[name]),
+                    lambda name: self._take(race, name, taken[name]),
                     written,
                 )
             finally:
-                field.close()
+                race.close()
 
-    def _take(self, field: Field, name: str, taken: dict[str, Any]) -> dict[str, float]:
+    def _take(self, race: Race, name: str, taken: dict[str, Any]) -> dict[str, float]:
         """Measure a contender once; returns seconds by part."""
         used = self.gpu.memory()[1]
         try:
-            opened = field.open(name, taken, self.choice.left())
+            opened = race.open(name, taken, self.choice.left())
             if opened and name != CEILINGS:
                 with PeakMemory(self.gpu) as peak:
-                    field.measure(name, [WHOLE])
+                    race.measure(name, [WHOLE])
                 taken["peak_bytes"] = max(0, peak.used - used)
-            seconds, _ = field.measure(name)
+            seconds, _ = race.measure(name)
         except ContenderError:
-            field.drop(name)
+            race.drop(name)
             self.choice.left()  # what was cut short is no failure
             raise
         if min(available_bytes(), self.gpu.memory()[0]) < self.scenario.headroom_bytes:
-            field.drop(name)
+            race.drop(name)
         return seconds
 
     def _expected(self, found: dict[str, Any]) -> dict[str, Path]:

@@ -94,7 +94,7 @@ def gpu_diffusers_parts(
         pipe.vae.decode = compiling(pipe.vae.decode)
     if widened:
         decode = pipe.vae.decode
-        pipe.vae.decode = lambda latents, **wishes: decode(latents.float(), **wishes)
+        pipe.vae.decode = lambda latents, **options: decode(latents.float(), **options)
     return peer_parts(pipe, dtype, scenario, device)
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.contenders import CONTENDERS, PEAK, contenders
-from benchmarks.field import WARM_UPS, ContenderError, Field
 from benchmarks.flops import request_flops
-from benchmarks.ledger import begin, fill, keep
+from benchmarks.race import WARM_UPS, ContenderError, Race
+from benchmarks.resumable import begin, fill, keep
 from benchmarks.rounds import PEAKS, summarised
 from benchmarks.scenarios import PARTS, WHOLE, Scenario
 from engine.backends.settings import processors
@@ -39,11 +39,11 @@ class Choice:
     whole: bool
 
     @classmethod
-    def of(cls, model: str, *, whole: bool, threads: int | None, **wishes: Any) -> Self:
+    def of(cls, model: str, *, whole: bool, threads: int | None, **options: Any) -> Self:
         """Fill in the defaults of a model; raises RequestError for a model that is not known."""
         scenario = Scenario.of(model)
         runs_whole = whole or scenario.name == "pictogram"
-        return cls(scenario=scenario, whole=runs_whole, threads=threads or processors(), **wishes)
+        return cls(scenario=scenario, whole=runs_whole, threads=threads or processors(), **options)
 
     def parts(self, contender: str) -> tuple[str, ...]:
         """Return what is measured of a contender that can do it."""
@@ -84,29 +84,29 @@ def measure(choice: Choice, out: Path | None = None) -> dict[str, Any]:
     )
     taken = report["contenders"]
     with tempfile.TemporaryDirectory() as folder:
-        field = Field(choice.scenario, choice.threads, choice.parts, Path(folder))
+        race = Race(choice.scenario, choice.threads, choice.parts, Path(folder))
         try:
             fill(
                 taken,
                 names,
                 choice.repeats,
-                lambda name: _take(field, name, taken[name]),
+                lambda name: _take(race, name, taken[name]),
                 lambda: keep(summarised(report), out),
             )
         finally:
-            field.close()
+            race.close()
     return summarised(report)
 
 
-def _take(field: Field, name: str, taken: dict[str, Any]) -> dict[str, float]:
+def _take(race: Race, name: str, taken: dict[str, Any]) -> dict[str, float]:
     """Measure a contender once; returns seconds by part; raises ContenderError."""
     try:
-        field.open(name, taken)
-        seconds, peak = field.measure(name)
+        race.open(name, taken)
+        seconds, peak = race.measure(name)
     except ContenderError:
-        field.drop(name)
+        race.drop(name)
         raise
     finally:
-        field.make_room(name)
+        race.make_room(name)
     taken["peak_bytes"] = max(peak, taken.get("peak_bytes", 0))
     return seconds

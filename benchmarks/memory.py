@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS, contenders
-from benchmarks.ledger import begin, fill, keep
+from benchmarks.resumable import begin, fill, keep
 from benchmarks.scenarios import ENGINES, WHOLE, Scenario
 from benchmarks.worker import Worker
 from engine.backends.settings import processors

@@ -208,10 +208,10 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         pictures = pipe.image_processor.postprocess(image, output_type="pil")
         return np.stack([np.asarray(picture) for picture in pictures])
 
-    def whole(**wishes: Any) -> NDArray[Any]:
+    def whole(**options: Any) -> NDArray[Any]:
         noise = [torch.Generator().manual_seed(SEED + i) for i in range(scenario.batch)]
-        wishes = {**scenario.wishes(), **wishes}
-        drawn = pipe(scenario.prompt, generator=noise if noise[1:] else noise[0], **wishes)
+        options = {**scenario.options(), **options}
+        drawn = pipe(scenario.prompt, generator=noise if noise[1:] else noise[0], **options)
         return np.stack([np.asarray(picture) for picture in drawn.images])
 
     parts = {

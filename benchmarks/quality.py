@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from benchmarks.contenders import calibrate
 from benchmarks.distances import ssim
 from benchmarks.features import Distance, feature_distance
+from benchmarks.held_out import held_out_match, read_pictograms
 from benchmarks.machine import describe, summary
-from benchmarks.match import held_out_match, read_pictograms
 from benchmarks.scenarios import SCENARIOS
 from engine.backends.settings import BackendSettings
 from engine.errors import LatentrtError, RequestError
@@ -50,7 +50,7 @@ class Setting:
 
     psnr_db, ssim: the least that half of the pictures must reach
     features: the largest `benchmarks.features` distance that half of them may have; None for any
-    wishes: fields of `runtime.Request` that save time at a price
+    options: fields of `runtime.Request` that save time at a price
     """
 
     precision: str
@@ -58,7 +58,7 @@ class Setting:
     psnr_db: float
     ssim: float
     features: float | None = None
-    wishes: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def engines(self) -> tuple[str, str]:
         """Return what pipeline draws it: settings with equal engines share one."""
@@ -97,9 +97,9 @@ SETTINGS: Mapping[str, Setting] = {
             psnr_db=psnr_db,
             ssim=similar,
             features=features,
-            wishes=wishes,
+            options=options,
         )
-        for saving, wishes, psnr_db, similar, features in (
+        for saving, options, psnr_db, similar, features in (
             ("cache_interval=2", {"cache_interval": 2}, 33.0, 0.95, 0.1),
             ("cache_interval=3", {"cache_interval": 3}, 27.0, 0.9, 0.2),
             ("cache_interval=4", {"cache_interval": 4}, 22.0, 0.8, 0.4),
@@ -155,7 +155,7 @@ def measure(
         }
         if data is not None:
             found[name]["match"] = held_out_match(
-                pipelines[setting.engines()], setting.wishes, data
+                pipelines[setting.engines()], setting.options, data
             )
     reference = found.pop(REFERENCE_NAME)
     return {
@@ -207,13 +207,13 @@ def draw(
 ) -> dict[str, Drawn]:
     """Draw each prompt with every setting in turn; those without a pipeline are left out."""
     able = {name: each for name, each in settings.items() if each.engines() in pipelines}
-    wishes = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "sampler": "ddim"}
+    options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "sampler": "ddim"}
     drawn: dict[str, Drawn] = {name: Drawn([], []) for name in able}
     for number, prompt in enumerate(PROMPTS[:pictures]):
         for name, setting in able.items():
             start = time.perf_counter()
             result = pipelines[setting.engines()](
-                prompt, seed=SEED + number, **{**wishes, **setting.wishes}
+                prompt, seed=SEED + number, **{**options, **setting.options}
             )
             drawn[name] = Drawn(
                 [*drawn[name].pictures, np.asarray(result.images[0])],
@@ -224,10 +224,10 @@ def draw(
 
 def plain(setting: Setting, settings: Mapping[str, Setting], drawn: Mapping[str, Drawn]) -> str:
     """Return what a setting's time is told beside: the same engines without what it saves."""
-    if setting.wishes:
+    if setting.options:
         for name in drawn:
             other = settings[name]
-            if other.engines() == setting.engines() and not other.wishes:
+            if other.engines() == setting.engines() and not other.options:
                 return name
     return REFERENCE_NAME
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ledger import begin, fill, keep
 from benchmarks.machine import memory, summary
+from benchmarks.resumable import begin, fill, keep
 from benchmarks.scenarios import SEED, Scenario, engine_inputs
 from benchmarks.worker import once, timed
 from engine.backends.settings import BackendSettings, graph_precision, processors
@@ -127,8 +127,8 @@ def drawn(model: str, backend: str, precision: str, point: Mapping[str, int]) ->
 
     def request() -> NDArray[Any]:
         pipeline.encoder = pipeline.encoder.without_cache()  # the text is encoded each time
-        wishes = {**scenario.wishes(), "num_images_per_prompt": chosen.batch, "seed": SEED}
-        return np.asarray(pipeline(scenario.prompt, sampler="ddim", **wishes).images[0])
+        options = {**scenario.options(), "num_images_per_prompt": chosen.batch, "seed": SEED}
+        return np.asarray(pipeline(scenario.prompt, sampler="ddim", **options).images[0])
 
     def step() -> NDArray[Any]:
         return pipeline.engine("step").run(inputs)["next_registers"]

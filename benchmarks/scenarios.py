@@ -67,7 +67,7 @@ class Scenario:
         """The model, the size and the batch as a name, such as "sd15-768-x4"."""
         return f"{self.name}-{self.size}-x{self.batch}"
 
-    def wishes(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Return the request as a pipeline's arguments, here and in diffusers."""
         return {
             "height": self.size,

@@ -34,8 +34,8 @@ def measure(repeats: int) -> dict[str, Any]:
     pairs = []
     for size in SIZES:
         for seed in range(repeats):
-            wishes = {"height": size, "width": size, "num_inference_steps": STEPS}
-            images = pipeline(PROMPTS, seed=100 * seed, **wishes).images  # type: ignore[arg-type]
+            options = {"height": size, "width": size, "num_inference_steps": STEPS}
+            images = pipeline(PROMPTS, seed=100 * seed, **options).images  # type: ignore[arg-type]
             pairs += [(image, embed_watermark(image, TEXT)) for image in images]
     report: dict[str, Any] = {
         "request": {"text": TEXT, "sizes": SIZES, "steps": STEPS, "pictures": len(pairs)},

@@ -4,7 +4,7 @@ LatentrtError
 ├── ModelError      a model folder, its configuration or its weights cannot be used
 ├── GraphError      a graph is missing, or does not fit the model that it is asked to run
 ├── BackendError    the library that runs engines is missing or failed
-├── RequestError    a wish that cannot be fulfilled: size, steps, prompt, sampler, seed
+├── RequestError    an invalid request: size, steps, prompt, sampler, seed
 └── OutputError     a result cannot be written where it was asked for
 
 Every message is one sentence or two: what came, what is allowed, what to do.
@@ -49,7 +49,7 @@ class BackendError(LatentrtError):
 
 
 class RequestError(LatentrtError, ValueError):
-    """A wish that cannot be fulfilled: size, steps, prompt, sampler, seed."""
+    """An invalid request: size, steps, prompt, sampler, seed."""
 
 
 class OutputError(LatentrtError, OSError):

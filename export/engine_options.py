@@ -29,7 +29,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of engines to the parser of a model."""
     group = parser.add_argument_group(
         "engines",
-        "Sizes are SIZE, LEAST:MOST or LEAST:BEST:MOST; one size alone makes the fastest engine. "
+        "Sizes are SIZE, MIN:MAX or MIN:BEST:MAX; one size alone makes the fastest engine. "
         "With commas between, as in --height 512,768 --width 512,768, an engine has several "
         "profiles.",
     )

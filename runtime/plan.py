@@ -157,7 +157,7 @@ class Plan:
 def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: Encoder) -> Plan:
     """Check a request against a model, compute its sampler and encode its texts.
 
-    Raises RequestError for a wish that the model cannot fulfil.
+    Raises RequestError for what the model cannot do.
     """
     wanted, multiple = _filled_in(request, model), model.vae.compression
     image, mask = _canvas(wanted, multiple)

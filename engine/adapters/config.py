@@ -123,10 +123,10 @@ def _numbers(path: Path, name: str, value: Any) -> dict[str, float]:
 
 def _number(path: Path, name: str, value: Any) -> float:
     """Check a number; ranks are counts, and a scale divides by them."""
-    least = -MAX_NUMBER if "alpha" in name else 1
-    if type(value) in (int, float) and least <= value <= MAX_NUMBER:
+    low = -MAX_NUMBER if "alpha" in name else 1
+    if type(value) in (int, float) and low <= value <= MAX_NUMBER:
         return float(value)
-    raise ModelError(f"{path} has {short(value)} as {name}; it must be a number from {least:g} on")
+    raise ModelError(f"{path} has {short(value)} as {name}; it must be a number from {low:g} on")
 
 
 def _match(pattern: Mapping[str, float], module: str, default: float | None) -> float | None:

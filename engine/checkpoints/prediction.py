@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from engine.checkpoints.families import EMBEDDED_GUIDANCE, VARIANTS, Family, Variant
 from engine.errors import ModelError
 
-__all__ = ["Conclusion", "PredictionType", "Told", "conclude"]
+__all__ = ["Evidence", "PredictionType", "TrainingFacts", "conclude"]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Answer = tuple[PredictionType, str]
@@ -58,7 +58,7 @@ TRUE = ("true", "1", "yes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class Evidence:
     """What there is beside the weights: the file's name and place, metadata and tensors' names."""
 
     path: Path
@@ -76,7 +76,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Conclusion:
+class TrainingFacts:
     """What was concluded.
 
     variant: of a model distilled to few steps
@@ -92,14 +92,14 @@ class Conclusion:
 
 
 def conclude(
-    told: Told,
+    evidence: Evidence,
     family: Family,
     *,
     inpainting: bool,
     time_condition: bool,
     compression: int,
     asked: str | None,
-) -> Conclusion:
+) -> TrainingFacts:
     """Conclude how a model was trained; raises ModelError when `asked` is no prediction type.
 
     inpainting, time_condition: the UNet takes a masked picture, or an embedded guidance scale
@@ -107,27 +107,27 @@ def conclude(
     """
     notes = []
     scheduler, size = dict(family.scheduler), family.sample_size
-    few_steps, why = variant(told, family, time_condition=time_condition)
+    few_steps, why = variant(evidence, family, time_condition=time_condition)
     if few_steps:
         scheduler |= few_steps.scheduler
         notes.append(f"it is distilled to few steps ({few_steps.name}), {why}")
     kind, why = prediction_type(
-        told, family, usual=not inpainting and few_steps is None, asked=asked
+        evidence, family, usual=not inpainting and few_steps is None, asked=asked
     )
     scheduler["prediction_type"] = kind
     notes.append(f"its prediction type is {kind}, {why}")
-    if why := zero_snr(told):
+    if why := zero_snr(evidence):
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         notes.append(f"its noise schedule ends in pure noise, {why}")
     if family.name == "sd2" and kind == "v_prediction":
         size = SD2_V_SIZE
     if few_steps and few_steps.sample_size:
         size = few_steps.sample_size
-    stated, why = resolution(told, compression)
+    stated, why = resolution(evidence, compression)
     if stated:
         size = stated
         notes.append(f"it was trained on {size * compression} pixels, {why}")
-    return Conclusion(
+    return TrainingFacts(
         variant=few_steps,
         scheduler=MappingProxyType(scheduler),
         sample_size=size,
@@ -135,8 +135,10 @@ def conclude(
     )
 
 
-def prediction_type(told: Told, family: Family, *, usual: bool, asked: str | None) -> Answer:
-    """Decide what a model predicts; raises ModelError when the wish is for no such thing.
+def prediction_type(
+    evidence: Evidence, family: Family, *, usual: bool, asked: str | None
+) -> Answer:
+    """Decide what a model predicts; raises ModelError when what is asked for is none.
 
     usual: the model is neither for inpainting nor distilled to few steps
     """
@@ -147,7 +149,9 @@ def prediction_type(told: Told, family: Family, *, usual: bool, asked: str | Non
                 f"{', '.join(get_args(PredictionType))} are allowed"
             )
         return SPELLINGS[asked], "as asked for"
-    answers = chain(_beside(told), _metadata(told), _tensors(told), _name(told, family))
+    answers = chain(
+        _beside(evidence), _metadata(evidence), _tensors(evidence), _name(evidence, family)
+    )
     for answer in answers:
         return answer
     if family.name == "sd2" and usual:
@@ -155,11 +159,11 @@ def prediction_type(told: Told, family: Family, *, usual: bool, asked: str | Non
     return "epsilon", "as of most of its kind: nothing says otherwise"
 
 
-def _beside(told: Told) -> Iterator[Answer]:
+def _beside(evidence: Evidence) -> Iterator[Answer]:
     """Read the configuration beside the file: `model.yaml` or `model.json`."""
     for suffix in (".yaml", ".yml", ".json"):
-        path = told.path.parent / f"{told.path.stem}{suffix}"
-        if path == told.path or not (text := _read(path)):
+        path = evidence.path.parent / f"{evidence.path.stem}{suffix}"
+        if path == evidence.path or not (text := _read(path)):
             continue
         found = _spelt(_json_field(text)) if suffix == ".json" else _yaml(text)
         if found:
@@ -196,63 +200,65 @@ def _spelt(text: str) -> PredictionType | None:
     return SPELLINGS.get(text.strip().lower())
 
 
-def _metadata(told: Told) -> Iterator[Answer]:
+def _metadata(evidence: Evidence) -> Iterator[Answer]:
     for key in METADATA_KEYS:
-        if found := _spelt(told.metadata.get(key, "")):
+        if found := _spelt(evidence.metadata.get(key, "")):
             yield found, f"from {key} in the file's metadata"
     for key in ("ss_v_parameterization", "v_pred"):
-        if told.flag(key):
+        if evidence.flag(key):
             yield "v_prediction", f"from {key} in the file's metadata"
     key = "modelspec.architecture"
-    if found := ARCHITECTURES.get(told.metadata.get(key, "").split("/")[0]):
+    if found := ARCHITECTURES.get(evidence.metadata.get(key, "").split("/")[0]):
         yield found, f"from {key} in the file's metadata"
 
 
-def _tensors(told: Told) -> Iterator[Answer]:
-    if "v_pred" in told.names:
+def _tensors(evidence: Evidence) -> Iterator[Answer]:
+    if "v_pred" in evidence.names:
         yield "v_prediction", "from the tensor v_pred in the file"
 
 
-def _name(told: Told, family: Family) -> Iterator[Answer]:
+def _name(evidence: Evidence, family: Family) -> Iterator[Answer]:
     reason = "from the file's name"
-    if V_NAME.search(told.stem):
+    if V_NAME.search(evidence.stem):
         yield "v_prediction", reason
-    if EPSILON_NAME.search(told.stem):
+    if EPSILON_NAME.search(evidence.stem):
         yield "epsilon", reason
     if family.name == "sd2":
-        if SD2_V_NAME.search(told.stem):
+        if SD2_V_NAME.search(evidence.stem):
             yield "v_prediction", reason
-        if SD2_EPSILON_NAME.search(told.stem):
+        if SD2_EPSILON_NAME.search(evidence.stem):
             yield "epsilon", reason
 
 
-def zero_snr(told: Told) -> str:
+def zero_snr(evidence: Evidence) -> str:
     """Say why the schedule ends in pure noise (Lin et al. 2023, arXiv:2305.08891); "" if not."""
-    if "ztsnr" in told.names:
+    if "ztsnr" in evidence.names:
         return "from the tensor ztsnr in the file"
     for key in ("ss_zero_terminal_snr", "ztsnr"):
-        if told.flag(key):
+        if evidence.flag(key):
             return f"from {key} in the file's metadata"
     return ""
 
 
-def resolution(told: Told, compression: int) -> tuple[int, str]:
+def resolution(evidence: Evidence, compression: int) -> tuple[int, str]:
     """Read the side of the latents in training from the metadata, 0 if not there; and where."""
     key = "modelspec.resolution"
-    match = re.fullmatch(r"\s*(\d{2,4})(?:\s*x\s*(\d{2,4}))?\s*", told.metadata.get(key, ""))
+    match = re.fullmatch(r"\s*(\d{2,4})(?:\s*x\s*(\d{2,4}))?\s*", evidence.metadata.get(key, ""))
     side = max(int(match[1]), int(match[2] or 0)) if match else 0
     return (0 if side % compression else side // compression), f"from the metadata's {key}"
 
 
-def variant(told: Told, family: Family, *, time_condition: bool) -> tuple[Variant | None, str]:
+def variant(
+    evidence: Evidence, family: Family, *, time_condition: bool
+) -> tuple[Variant | None, str]:
     """Tell whether a model is distilled to few steps, and why."""
     if time_condition:
         found = _named("lcm", family)
         reason = "as time_embed.cond_proj says, which is told the guidance scale"
         return replace(found, guidance_scale=EMBEDDED_GUIDANCE), reason
-    title = told.metadata.get("modelspec.title", "").lower()
+    title = evidence.metadata.get("modelspec.title", "").lower()
     for text, reason in (
-        (told.stem, "from the file's name"),
+        (evidence.stem, "from the file's name"),
         (title, "from the metadata's modelspec.title"),
     ):
         if match := VARIANT_NAME.search(text):

@@ -27,7 +27,7 @@ from engine.checkpoints.parts import (
     read_config,
     sources_of,
 )
-from engine.checkpoints.prediction import Conclusion, Told, conclude
+from engine.checkpoints.prediction import Evidence, TrainingFacts, conclude
 from engine.checkpoints.unsupported import refuse_foreign
 from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
@@ -123,11 +123,11 @@ def _conclude(
     family: Family,
     configs: Mapping[ComponentName, Config],
     asked: str | None,
-) -> Conclusion:
+) -> TrainingFacts:
     unet, vae = configs["unet"], configs.get("vae")
     assert isinstance(unet, UNetConfig)
     return conclude(
-        Told(path=path, metadata=weights.metadata, names=weights.tensors),
+        Evidence(path=path, metadata=weights.metadata, names=weights.tensors),
         family,
         inpainting=unet.in_channels != unet.out_channels,  # it is shown a mask and a picture
         time_condition=bool(unet.time_cond_proj_dim),

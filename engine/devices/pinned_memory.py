@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.devices.device import Shape
 
-LEAST = 2**16  # bytes of a piece: to lock memory takes long, however little it is
+MIN_BYTES = 2**16  # bytes of a piece: to lock memory takes long, however little it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ class Staging:
         for piece in self._pieces:
             if nbytes <= piece.nbytes and piece.event.is_done:
                 return piece
-        size = max(LEAST, 1 << (nbytes - 1).bit_length())
+        size = max(MIN_BYTES, 1 << (nbytes - 1).bit_length())
         made = Piece(buffer=self._allocate(size), nbytes=size, event=self._new_event())
         self._pieces.append(made)
         return made

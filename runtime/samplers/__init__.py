@@ -100,7 +100,10 @@ def program(
             f"{curve!r} schedule; leave it out, or take euler or dpmpp_2m"
         )
     run = Run(
-        noise=noise_schedule, num_inference_steps=num_inference_steps, first=first, schedule=curve
+        noise_schedule=noise_schedule,
+        num_inference_steps=num_inference_steps,
+        first=first,
+        schedule=curve,
     )
     return assemble(run, list(method(run, **options)), exploding=method in IN_SIGMA)
 

@@ -26,7 +26,7 @@ def ddpm(run: Run) -> Iterator[Call]:
     to the next timestep of the run.
     """
     timesteps = _whole(run)[run.first :]
-    reached = np.append(run.noise.alphas_cumprod[timesteps[1:]], 1.0)
+    reached = np.append(run.noise_schedule.alphas_cumprod[timesteps[1:]], 1.0)
     return _generalized_ddpm(run, timesteps, reached, 1.0, timesteps > 0)
 
 
@@ -36,9 +36,9 @@ def ddim(run: Run, *, eta: float = 0.0) -> Iterator[Call]:
     Each step reaches T // N timesteps down, whatever the spacing, as diffusers' does.
     """
     timesteps = _whole(run)[run.first :]
-    previous = timesteps - run.noise.num_train_timesteps // run.num_inference_steps
+    previous = timesteps - run.noise_schedule.num_train_timesteps // run.num_inference_steps
     draws = np.full(timesteps.shape, eta > 0)
-    return _generalized_ddpm(run, timesteps, _signal(run.noise, previous), eta, draws)
+    return _generalized_ddpm(run, timesteps, _signal(run.noise_schedule, previous), eta, draws)
 
 
 def plms(run: Run) -> Iterator[Call]:
@@ -54,7 +54,7 @@ def plms(run: Run) -> Iterator[Call]:
     """
     spread = _whole(run)
     timesteps = np.insert(spread, 1, spread[1]) if spread.size > 1 else spread
-    total = run.noise.num_train_timesteps
+    total = run.noise_schedule.num_train_timesteps
     stride = total // run.num_inference_steps
     x, e1, e2, e3, out, _ = np.eye(6)
     for k, timestep in enumerate(timesteps[run.first :]):
@@ -66,11 +66,11 @@ def plms(run: Run) -> Iterator[Call]:
             base, memory = x, [out, e1, e2 if k else x]
             ends = [timestep, timestep - stride]
         # zero terminal SNR, as `NoiseSchedule.sigmas`
-        signal = np.maximum(_signal(run.noise, np.array(ends)), 2.0**-24)
+        signal = np.maximum(_signal(run.noise_schedule, np.array(ends)), 2.0**-24)
         (alpha, next_alpha), (sigma, next_sigma) = np.sqrt(signal), np.sqrt(1 - signal)
-        x0, eps = predict(run.noise, sigma, base, mean, alpha)
+        x0, eps = predict(run.noise_schedule, sigma, base, mean, alpha)
         rows = [next_alpha * x0 + next_sigma * eps, *memory]
-        at = run.noise.alphas_cumprod[timestep]
+        at = run.noise_schedule.alphas_cumprod[timestep]
         yield Call(timestep, np.sqrt(1 - at), rows, alpha=np.sqrt(at))
 
 
@@ -81,7 +81,7 @@ def lcm(run: Run) -> Iterator[Call]:
     but the last step noise its value again.
     """
     timesteps = _distilled(run)[run.first :]
-    signal = run.noise.alphas_cumprod[timesteps]
+    signal = run.noise_schedule.alphas_cumprod[timesteps]
     reached = np.append(signal[1:], 1.0)
     alpha, sigma = np.sqrt(signal), np.sqrt(1 - signal)
     skip = 0.25 / ((10.0 * timesteps) ** 2 + 0.25)
@@ -100,20 +100,23 @@ def tcd(run: Run, *, eta: float = 0.0) -> Iterator[Call]:
     timesteps = _distilled(run)[run.first :]
     onward = np.append(timesteps[1:], 0)
     down = np.floor(np.float32(1 - eta) * onward.astype(np.float32)).astype(int)
-    reached, below = run.noise.alphas_cumprod[onward], run.noise.alphas_cumprod[down]
+    reached, below = (
+        run.noise_schedule.alphas_cumprod[onward],
+        run.noise_schedule.alphas_cumprod[down],
+    )
     rise = reached / below
     weights = np.sqrt([reached, rise * (1 - below), 1 - rise])
     return _first_order(run, timesteps, weights, (timesteps > timesteps[-1]) & (eta > 0))
 
 
 def _whole(run: Run) -> Steps:
-    return run.noise.timesteps(run.num_inference_steps, "leading").astype(np.int64)
+    return run.noise_schedule.timesteps(run.num_inference_steps, "leading").astype(np.int64)
 
 
 def _distilled(run: Run) -> Steps:
     """Return the N of the 50 timesteps that consistency models are distilled on, falling."""
-    steps, total, trained = run.num_inference_steps, run.noise.num_train_timesteps, 50
-    run.noise.timesteps(steps, "linspace", fractional=True)  # checks the number
+    steps, total, trained = run.num_inference_steps, run.noise_schedule.num_train_timesteps, 50
+    run.noise_schedule.timesteps(steps, "linspace", fractional=True)  # checks the number
     if steps > trained or total < trained:
         raise RequestError(
             f"{steps} steps of {total} timesteps do not fit: samplers lcm and tcd "
@@ -134,7 +137,7 @@ def _generalized_ddpm(
     run: Run, timesteps: Steps, reached: Array, eta: float, draws: Draws
 ) -> Iterator[Call]:
     """Build DDIM's equations 12 and 16; `reached` (N,) is alphas_cumprod after each step."""
-    signal = run.noise.alphas_cumprod[timesteps]
+    signal = run.noise_schedule.alphas_cumprod[timesteps]
     variance = eta**2 * (1 - reached) / (1 - signal) * (1 - signal / reached)
     on_eps = np.maximum(1 - reached - variance, 0)
     return _first_order(run, timesteps, np.sqrt([reached, on_eps, variance]), draws)
@@ -143,8 +146,8 @@ def _generalized_ddpm(
 def _first_order(run: Run, timesteps: Steps, weights: Array, draws: Draws) -> Iterator[Call]:
     """Build x' = weights [x0; eps; n]; weights: (3, N)."""
     x, out, n = np.eye(3)
-    for k, signal in enumerate(run.noise.alphas_cumprod[timesteps]):
+    for k, signal in enumerate(run.noise_schedule.alphas_cumprod[timesteps]):
         alpha, sigma = np.sqrt(signal), np.sqrt(1 - signal)
-        x0, eps = predict(run.noise, sigma, x, out, alpha)
+        x0, eps = predict(run.noise_schedule, sigma, x, out, alpha)
         moved = weights[:, k] @ np.stack([x0, eps, n])
         yield Call(timesteps[k], sigma, [moved], draws[k], alpha)

@@ -18,7 +18,7 @@ def euler(run: Run) -> Iterator[Call]:
     """Euler steps along the ODE in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
     x, out, _ = np.eye(3)
     for timestep, sigma, reached in steps(*levels(run)):
-        x0, eps = predict(run.noise, sigma, x, out)
+        x0, eps = predict(run.noise_schedule, sigma, x, out)
         yield Call(timestep, sigma, [x0 + reached * eps])
 
 
@@ -27,7 +27,7 @@ def euler_a(run: Run) -> Iterator[Call]:
     x, out, n = np.eye(3)
     for timestep, sigma, reached in steps(*levels(run)):
         down, up = _ancestral(sigma, reached)
-        x0, eps = predict(run.noise, sigma, x, out)
+        x0, eps = predict(run.noise_schedule, sigma, x, out)
         yield Call(timestep, sigma, [x0 + down * eps + up * n], True)
 
 
@@ -36,10 +36,10 @@ def heun(run: Run) -> Iterator[Call]:
     timesteps, sigmas = levels(run)
     x, base, slope, out, _ = np.eye(5)
     for k, (timestep, sigma, reached) in enumerate(steps(timesteps, sigmas)):
-        _, eps = predict(run.noise, sigma, x, out)
+        _, eps = predict(run.noise_schedule, sigma, x, out)
         yield Call(timestep, sigma, [x + (reached - sigma) * eps, x, eps])
         if reached > 0:
-            _, eps = predict(run.noise, reached, x, out)
+            _, eps = predict(run.noise_schedule, reached, x, out)
             moved = base + (reached - sigma) * (slope + eps) / 2
             yield Call(timesteps[k + 1], reached, [moved, base, slope])
 
@@ -74,14 +74,14 @@ def dpmpp_sde(run: Run) -> Iterator[Call]:
     for timestep, sigma, reached in steps(*levels(run)):
         middle = np.sqrt(sigma * reached)
         down, up = _ancestral(sigma, middle)
-        x0, _ = predict(run.noise, sigma, x, out)
+        x0, _ = predict(run.noise_schedule, sigma, x, out)
         moved = x0 + down / sigma * (x - x0) + up * n
         yield Call(timestep, sigma, [moved, x], bool(reached > 0))
         if reached > 0:
             down, up = _ancestral(sigma, reached)
-            x0, _ = predict(run.noise, middle, x, out)
+            x0, _ = predict(run.noise_schedule, middle, x, out)
             moved = x0 + down / sigma * (base - x0) + up * n
-            yield Call(float(timestep_of(run.noise, middle)), middle, [moved, base], True)
+            yield Call(float(timestep_of(run.noise_schedule, middle)), middle, [moved, base], True)
 
 
 def lms(run: Run) -> Iterator[Call]:
@@ -111,12 +111,14 @@ def edm_euler(run: Run) -> Iterator[Call]:
         raise RequestError(f"sampler edm_euler takes karras or exponential, not {run.schedule!r}")
     levels(run)  # checks the number of steps
     curve = exponential if run.schedule == "exponential" else karras
-    sigmas = np.append(curve(run.noise, run.num_inference_steps, 80.0, 0.002), 0.0)[run.first :]
+    sigmas = np.append(curve(run.noise_schedule, run.num_inference_steps, 80.0, 0.002), 0.0)[
+        run.first :
+    ]
     x, out, _ = np.eye(3)
     for timestep, sigma, reached in steps(np.log(sigmas[:-1]) / 4, sigmas):
         norm = np.hypot(sigma, 0.5)
         keep, weight = 0.25 / norm**2, 0.5 * sigma / norm
-        kind = run.noise.prediction_type
+        kind = run.noise_schedule.prediction_type
         x0 = (
             out if kind == "sample" else keep * x + (weight if kind == "epsilon" else -weight) * out
         )
@@ -129,12 +131,12 @@ def _midpoint(run: Run, *, ancestral: bool, on_x0: bool = False) -> Iterator[Cal
     for timestep, sigma, reached in steps(*levels(run, round_karras=not on_x0)):
         down, up = _ancestral(sigma, reached) if ancestral else (reached, 0.0)
         middle = np.sqrt(sigma * down)
-        _, eps = predict(run.noise, sigma, x, out)
+        _, eps = predict(run.noise_schedule, sigma, x, out)
         yield Call(timestep, sigma, [x + (middle - sigma) * eps, x])
         if reached > 0:
-            x0, eps = predict(run.noise, middle, x, out)
+            x0, eps = predict(run.noise_schedule, middle, x, out)
             moved = x0 + down / sigma * (base - x0) if on_x0 else base + (down - sigma) * eps
-            timestep = float(timestep_of(run.noise, middle))
+            timestep = float(timestep_of(run.noise_schedule, middle))
             yield Call(timestep, middle, [moved + up * n, base], ancestral)
 
 
@@ -149,7 +151,7 @@ def _last_slopes(run: Run, weigh: Callable[[int, Array], Array]) -> Iterator[Cal
     timesteps, sigmas = levels(run)
     x, e1, e2, e3, out, _ = np.eye(6)
     for k, timestep in enumerate(timesteps):
-        _, eps = predict(run.noise, sigmas[k], x, out)
+        _, eps = predict(run.noise_schedule, sigmas[k], x, out)
         weights = weigh(k, sigmas)
         moved = x + weights @ np.stack([eps, e1, e2, e3])[: weights.size]
         yield Call(timestep, sigmas[k], [moved, eps, e1, e2])

@@ -42,7 +42,7 @@ def dpmpp_3m_sde(run: Run) -> Iterator[Call]:
     lengths = _lengths(sigmas)
     x, old, older, out, n = np.eye(5)
     for k, timestep in enumerate(timesteps):
-        x0, _ = predict(run.noise, sigmas[k], x, out)
+        x0, _ = predict(run.noise_schedule, sigmas[k], x, out)
         kept = (sigmas[k + 1] / sigmas[k]) ** 2
         moved = x0 + kept * (x - x0) + sigmas[k + 1] * np.sqrt(1 - kept) * n
         if 0 < k < timesteps.size - 1:
@@ -66,12 +66,13 @@ def dpmpp_2s(run: Run) -> Iterator[Call]:
     from where the pair began. The last step is first order, and with N even the last two. diffusers
     spreads its timesteps by "linspace", whatever the model says, and so does this.
     """
-    run = replace(run, noise=replace(run.noise, timestep_spacing="linspace"))
+    spread = replace(run.noise_schedule, timestep_spacing="linspace")
+    run = replace(run, noise_schedule=spread)
     timesteps, sigmas = levels(run, whole=True)
     ahead = _ahead(sigmas)
     x, base, old, out, _ = np.eye(5)
     for k, timestep in enumerate(timesteps):
-        x0, _ = predict(run.noise, sigmas[k], x, out)
+        x0, _ = predict(run.noise_schedule, sigmas[k], x, out)
         if (run.first + k) % 2 == 1 and 0 < k < timesteps.size - 1:
             mean = old + (0.5 + ahead[k]) * (x0 - old)
             moved = mean + sigmas[k + 1] / sigmas[k - 1] * (base - mean)
@@ -87,11 +88,11 @@ def deis(run: Run) -> Iterator[Call]:
     the first sigma of the model's table, or where the schedule ends, which wastes the last call.
     """
     timesteps, sigmas = levels(run, whole=True)
-    sigmas[-1] = sigmas[-2] if run.schedule else run.noise.sigmas(np.zeros(1))[0]
+    sigmas[-1] = sigmas[-2] if run.schedule else run.noise_schedule.sigmas(np.zeros(1))[0]
     x, old, out, _ = np.eye(4)
     for k, timestep in enumerate(timesteps):
         sigma, reached = sigmas[k], sigmas[k + 1]
-        _, eps = predict(run.noise, sigma, x, out)
+        _, eps = predict(run.noise_schedule, sigma, x, out)
         moved = x + (reached - sigma) * eps
         if k > 0 and (k < timesteps.size - 1 or run.num_inference_steps >= 15):
             # the integral of log(s / sigma) / log(sigma / before) over s from sigma to reached
@@ -112,7 +113,7 @@ def unipc(run: Run) -> Iterator[Call]:
     lengths, ahead = _lengths(sigmas), _ahead(sigmas)
     x, base, old, older, out, _ = np.eye(6)
     for k, timestep in enumerate(timesteps):
-        x0, _ = predict(run.noise, sigmas[k], x, out)
+        x0, _ = predict(run.noise_schedule, sigmas[k], x, out)
         here = x
         if k > 0:
             ratio = sigmas[k] / sigmas[k - 1]
@@ -129,7 +130,7 @@ def _two_values(run: Run, *, sde: bool) -> Iterator[Call]:
     ahead = _ahead(sigmas)
     x, old, out, n = np.eye(4)
     for k, (timestep, sigma, reached) in enumerate(steps(timesteps, sigmas)):
-        x0, _ = predict(run.noise, sigma, x, out)
+        x0, _ = predict(run.noise_schedule, sigma, x, out)
         mean = x0 + ahead[k] * (x0 - old)
         kept = reached / sigma  # exp(-h)
         moved = mean + kept * (x - mean)

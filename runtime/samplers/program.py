@@ -76,14 +76,14 @@ class Run:
     """What every sampler is given.
 
     Attributes:
-        noise: the model's noise schedule
+        noise_schedule: the model's noise schedule
         num_inference_steps: N, 1 to T
         first: the first step to run, 0 to N - 1
         schedule: a name of `runtime.samplers.sigma_schedules.CURVES`, or None for timesteps that
-            are spaced as `noise` says
+            are spaced as `noise_schedule` says
     """
 
-    noise: NoiseSchedule
+    noise_schedule: NoiseSchedule
     num_inference_steps: int
     first: int = 0
     schedule: str | None = None
@@ -107,16 +107,16 @@ class Call:
 
 
 def predict(
-    noise: NoiseSchedule, sigma: float, x: Array, out: Array, alpha: float = 1.0
+    noise_schedule: NoiseSchedule, sigma: float, x: Array, out: Array, alpha: float = 1.0
 ) -> tuple[Array, Array]:
     """Return the rows of x0 and eps from those of x = alpha x0 + sigma eps and of out.
 
     Raises:
         ModelError: alpha is 0, and the model predicts eps.
     """
-    if noise.prediction_type == "sample":
+    if noise_schedule.prediction_type == "sample":
         return out, (x - alpha * out) / sigma
-    if noise.prediction_type == "v_prediction":
+    if noise_schedule.prediction_type == "v_prediction":
         norm = np.hypot(alpha, sigma)  # v is defined at norm 1
         x, alpha, sigma = x / norm, alpha / norm, sigma / norm
         return alpha * x - sigma * out, sigma * x + alpha * out
@@ -142,7 +142,7 @@ def assemble(run: Run, calls: Sequence[Call], *, exploding: bool) -> Program:
         data = calls[0].sigma_data
         input_scales = 1 / np.hypot(sigmas[:-1], data)
         # diffusers' init_noise_sigma: at "leading" spacing the variance of signal and noise
-        unit = run.noise.timestep_spacing == "leading" or data != 1
+        unit = run.noise_schedule.timestep_spacing == "leading" or data != 1
         initial_noise = float(np.hypot(sigmas[0], unit))
     else:
         held = 1 / np.hypot(alphas, sigmas)

@@ -76,7 +76,7 @@ def levels(run: Run, *, whole: bool = False, round_karras: bool = False) -> tupl
     are whole, of the model's table: all of this is as in diffusers, which also drops the fractions
     of the timesteps that belong to `exponential` and `beta`.
     """
-    noise, n, spaced = run.noise, run.num_inference_steps, whole and run.schedule is None
+    noise, n, spaced = run.noise_schedule, run.num_inference_steps, whole and run.schedule is None
     timesteps = noise.timesteps(n, "linspace", fractional=not spaced, omit_end=spaced)
     sigmas = noise.sigmas(timesteps)
     if run.schedule is not None:

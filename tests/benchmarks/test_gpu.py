@@ -94,7 +94,7 @@ def log(monkeypatch):
     Worker.log, Worker.opens = [], True
     monkeypatch.setattr(gpu, "find_gpu", Gpu)
     monkeypatch.setattr(gpu, "Worker", Worker)
-    monkeypatch.setattr("benchmarks.field.Worker", Worker)
+    monkeypatch.setattr("benchmarks.race.Worker", Worker)
     monkeypatch.setattr("benchmarks.machine.SIDE", 64)
     monkeypatch.setattr(gpu, "SCENARIOS", KEYS)
     small = replace(scenarios.MODELS["pictogram"], steps=2)

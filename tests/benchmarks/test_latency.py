@@ -12,7 +12,7 @@ import torch._inductor.config as inductor
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from benchmarks import comparison_tables, field, latency, ledger, load, report
+from benchmarks import comparison_tables, latency, load, race, report, resumable
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, MEASURED, PEAK, REFERENCE
 from benchmarks.diffusers_folder import write_folder
@@ -35,9 +35,9 @@ VAE = AutoencoderConfig(block_out_channels=(32, 32, 32, 32))
 EAGER, OPENVINO = "diffusers, eager float32", "latentrt, OpenVINO float32"
 
 
-def choice(**wishes):
-    wishes = {"whole": False, "threads": 1, "repeats": 2, "only": (), **wishes}
-    return latency.Choice.of(wishes.pop("model", "sd15"), **wishes)
+def choice(**options):
+    options = {"whole": False, "threads": 1, "repeats": 2, "only": (), **options}
+    return latency.Choice.of(options.pop("model", "sd15"), **options)
 
 
 class FakeWorker:
@@ -70,11 +70,11 @@ class FakeWorker:
 @pytest.fixture
 def log(monkeypatch):
     FakeWorker.log = []
-    monkeypatch.setattr(field, "Worker", FakeWorker)
+    monkeypatch.setattr(race, "Worker", FakeWorker)
     counted = dict.fromkeys((*PARTS, WHOLE), 16e9)
     monkeypatch.setattr(latency, "request_flops", lambda scenario: counted)
     monkeypatch.setattr(
-        ledger, "describe", lambda: {"processor": "P", "cores": 1, "peak_gflops": 1.0}
+        resumable, "describe", lambda: {"processor": "P", "cores": 1, "peak_gflops": 1.0}
     )
     return FakeWorker.log
 
@@ -102,7 +102,7 @@ def test_contenders_take_turns(log):
 
 
 def test_without_memory_one_is_open_at_a_time(log, monkeypatch):
-    monkeypatch.setattr(field, "available_bytes", lambda: 0)
+    monkeypatch.setattr(race, "available_bytes", lambda: 0)
     latency.measure(choice(only=("diffusers, eager",)))
     assert log.count(f"open {EAGER}") == log.count(f"close {EAGER}") == 2
     assert log.index(f"close {EAGER}") < log.index("open diffusers, eager bfloat16")
@@ -266,9 +266,9 @@ def test_a_peer_that_shows_no_parts_is_asked_for_whole_requests(log, monkeypatch
         def __init__(self, **settings):
             asked.append(settings)
 
-        def generate_image(self, **wishes):
-            asked.append(wishes)
-            return [Image.new("RGBA", (wishes["width"], wishes["height"]))]
+        def generate_image(self, **options):
+            asked.append(options)
+            return [Image.new("RGBA", (options["width"], options["height"]))]
 
     library = SimpleNamespace(StableDiffusion=StableDiffusion)
     monkeypatch.setitem(sys.modules, "stable_diffusion_cpp", library)

@@ -11,7 +11,7 @@ import torch
 from benchmarks import comparison_tables, quality
 from benchmarks.__main__ import main
 from benchmarks.features import feature_distance
-from benchmarks.match import held_out_match
+from benchmarks.held_out import held_out_match
 from engine.errors import BackendError
 from engine.model import Model, find_model
 from runtime import Pipeline, Request
@@ -27,15 +27,15 @@ def settings(monkeypatch):
     same = quality.Setting(precision="float32", backend="cpu", psnr_db=90.0, ssim=0.99, features=0)
     strict = quality.Setting(precision="float32", backend="cpu", psnr_db=101.0, ssim=0.99)
     other = quality.Setting(precision="float32", backend="openvino", psnr_db=1.0, ssim=0.1)
-    unguided = replace(same, psnr_db=0, ssim=0, wishes={"guidance_interval": (0.0, 0.0)})
+    unguided = replace(same, psnr_db=0, ssim=0, options={"guidance_interval": (0.0, 0.0)})
     named = {"same": same, "strict": strict, "other": other, "unguided": unguided}
     monkeypatch.setattr(quality, "SETTINGS", named)
     monkeypatch.setattr("benchmarks.machine.SIDE", 64)
 
-    def load(**wishes):
-        if wishes["settings"].backend == "openvino":
+    def load(**options):
+        if options["settings"].backend == "openvino":
             raise BackendError("it is not installed")
-        return load_really(**wishes)
+        return load_really(**options)
 
     load_really = Pipeline.load
     monkeypatch.setattr(Pipeline, "load", load)
@@ -76,12 +76,12 @@ def test_pictures_that_differ_are_seen():
 def test_prompts_are_drawn_in_turn_with_what_each_setting_wishes():
     calls = []
 
-    def pipeline(prompt, **wishes):
-        calls.append((prompt, wishes["seed"], wishes.get("eta")))
+    def pipeline(prompt, **options):
+        calls.append((prompt, options["seed"], options.get("eta")))
         return SimpleNamespace(images=[np.zeros((8, 8, 3), np.uint8)])
 
     plain = quality.REFERENCE
-    settings = {"plain": plain, "saving": replace(plain, wishes={"eta": 1.0})}
+    settings = {"plain": plain, "saving": replace(plain, options={"eta": 1.0})}
     settings["elsewhere"] = replace(plain, backend="openvino")
     drawn = quality.draw({plain.engines(): pipeline}, settings, 2, 1)
     first, second = quality.PROMPTS[:2]
@@ -94,7 +94,7 @@ def test_prompts_are_drawn_in_turn_with_what_each_setting_wishes():
 
 def test_the_listed_settings_name_wishes_that_a_request_has():
     for setting in quality.SETTINGS.values():
-        Request(prompt="a", **setting.wishes)
+        Request(prompt="a", **setting.options)
 
 
 def test_the_distance_of_features_is_that_of_the_equation():
@@ -135,9 +135,9 @@ def test_the_held_out_match_of_a_setting(settings, monkeypatch, tmp_path):
     held_out[:, 0] = True
     data = SimpleNamespace(names=names, images=images, held_out=held_out)
 
-    def ideal(captions, **wishes):
-        assert wishes["guidance_interval"] == (0.0, 0.5)
-        assert wishes["num_inference_steps"] == 20
+    def ideal(captions, **options):
+        assert options["guidance_interval"] == (0.0, 0.5)
+        assert options["num_inference_steps"] == 20
         order = [next(i for i, name in enumerate(names) if name in text) for text in captions]
         return SimpleNamespace(images=[images[i, 0] for i in order])
 

@@ -4,7 +4,7 @@ import sys
 import onnx
 import pytest
 
-from benchmarks import build, ledger, memory, scale, worker
+from benchmarks import build, memory, resumable, scale, worker
 from benchmarks.__main__ import main
 from benchmarks.contenders import CONTENDERS, EMULATED, REFERENCE
 from benchmarks.machine import memory as own_memory
@@ -24,7 +24,7 @@ CPP = "stable-diffusion.cpp float32"
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch):
     described = {"processor": "P", "cores": 1, "peak_gflops": 1.0}
-    monkeypatch.setattr(ledger, "describe", lambda: dict(described))
+    monkeypatch.setattr(resumable, "describe", lambda: dict(described))
 
 
 class FakeWorker:

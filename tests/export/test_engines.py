@@ -81,7 +81,7 @@ def test_sizes_become_profiles():
     assert ranged.profiles[0].width == Range(64, 96, 128)
     assert ranged.profiles[0].batch == Range(1, 1, 4)
     several = choices("--height", "64,128", "--width", "64,128", "--batch", "2").settings.profiles
-    assert [(p.height.most, p.width.most, p.batch.most) for p in several] == [
+    assert [(p.height.max, p.width.max, p.batch.max) for p in several] == [
         (64, 64, 2),
         (128, 128, 2),
     ]

@@ -1,7 +1,7 @@
 """int8: layers whose inputs and weights are whole numbers of 8 bits, each with a scale.
 
-Weights have a scale for each output channel, inputs one for the whole tensor, from the least and
-the greatest value that were seen. (Jacob et al. 2018, arXiv:1712.05877, section 2.1.) Dividing
+Weights have a scale for each output channel, inputs one for the whole tensor, from the smallest and
+the largest value that were seen. (Jacob et al. 2018, arXiv:1712.05877, section 2.1.) Dividing
 the inputs' channels by factors that the weights take over (SmoothQuant, arXiv:2211.10438) and
 cutting off the largest inputs were both tried: both lose several dB on the model that ships.
 """
@@ -22,12 +22,12 @@ from engine.store.cache import write_atomically
 
 LARGEST = 127  # of a weight: -128 is left out, so that all are as far from 0 on both sides
 LEVELS = 256  # of an input
-ONE_SIDED = 0.7  # whose least value is nearer to 0 than this share of the greatest
+ASYMMETRIC_BELOW = 0.7  # whose smallest value is nearer to 0 than this share of the largest
 SAMPLE = 16  # numbers of each tensor that tell a checkpoint from others
 # Few operations, but numbers that all later ones depend on: the timestep's and the text's
 # embeddings, and what latents and pictures enter and leave by. The enlargements are computed in
 # tiles, whose differences spread further than the numbers themselves.
-KEPT = (
+FLOAT_LAYERS = (
     "time_emb",
     "add_embedding",
     "quant_conv",
@@ -39,7 +39,7 @@ KEPT = (
 )
 # The layers of a decoder that see its residual stream as it is, which spreads over far more than
 # what norms give: 32 of 37 layers left, a Stable Diffusion 1.5 loses 9 dB less.
-DECODER, KEPT_IN_DECODER = "decoder.", ("conv_shortcut",)
+DECODER, FLOAT_LAYERS_OF_DECODER = "decoder.", ("conv_shortcut",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,7 +55,7 @@ class QuantizedWeight:
 
 def is_quantized(name: str) -> bool:
     """Tell whether the layer with this weight computes in int8."""
-    kept = KEPT + KEPT_IN_DECODER if name.startswith(DECODER) else KEPT
+    kept = FLOAT_LAYERS + FLOAT_LAYERS_OF_DECODER if name.startswith(DECODER) else FLOAT_LAYERS
     return name.endswith(".weight") and not any(part in name for part in kept)
 
 
@@ -68,17 +68,17 @@ def quantize(weight: NDArray[Any]) -> QuantizedWeight:
     return QuantizedWeight(values=np.rint(wide, out=wide).astype(np.int8), scales=scales)
 
 
-def input_range(least: float, greatest: float, *, shifted: bool) -> tuple[float, float]:
+def input_range(low: float, high: float, *, shifted: bool) -> tuple[float, float]:
     """Return the range of 256 levels that holds inputs, one of them exactly 0.
 
     shifted: whether the layer can take a range that lies elsewhere than around 0
     """
-    least, greatest = min(least, 0.0), max(greatest, 0.0)
-    if shifted and -least < ONE_SIDED * greatest:
-        step = (greatest - least) / (LEVELS - 1)
-        zero = round(-least / step)
+    low, high = min(low, 0.0), max(high, 0.0)
+    if shifted and -low < ASYMMETRIC_BELOW * high:
+        step = (high - low) / (LEVELS - 1)
+        zero = round(-low / step)
         return -zero * step, (LEVELS - 1 - zero) * step
-    largest = max(-least, greatest) or 1.0
+    largest = max(-low, high) or 1.0
     return -largest * (LARGEST + 1) / LARGEST, largest
 
 
@@ -113,7 +113,7 @@ def write_ranges(path: Path, ranges: Ranges) -> None:
 def _read(path: Path) -> Ranges:
     try:
         read = json.loads(path.read_bytes())
-        ranges = {name: (float(least), float(greatest)) for name, (least, greatest) in read.items()}
+        ranges = {name: (float(low), float(high)) for name, (low, high) in read.items()}
         if not np.isfinite(list(ranges.values())).all():
             raise ValueError("a number is not finite")
     except (OSError, AttributeError, TypeError, ValueError) as error:

@@ -16,7 +16,7 @@ from engine.backends.openvino.int8 import LEVELS, QuantizedWeight, input_range, 
 CONVOLUTION = "Convolution"
 LAYERS = (CONVOLUTION, "MatMul")
 REARRANGED = ("Transpose", "Reshape")  # what may stand between a weight and its layer
-LEAST, GREATEST = "least input of ", "greatest input of "
+MIN, MAX = "min input of ", "max input of "
 
 
 def put_weight(
@@ -80,12 +80,12 @@ def as_constant(library: Any, array: NDArray[Any]) -> Any:
 
 
 def add_observers(library: Any, model: Any, weights: Collection[str]) -> None:
-    """Make the least and the greatest input of every layer outputs of a model."""
+    """Make the smallest and the largest input of every layer outputs of a model."""
     ops, added = library.opset13, []
     for name, layer in _layers(model, weights):
         given = layer.input_value(0)
         axes = np.arange(len(given.get_partial_shape()))
-        for title, reduce in ((LEAST, ops.reduce_min), (GREATEST, ops.reduce_max)):
+        for title, reduce in ((MIN, ops.reduce_min), (MAX, ops.reduce_max)):
             value = reduce(given, axes, keep_dims=False)
             value.output(0).get_tensor().set_names({title + name})
             added.append(ops.result(value))

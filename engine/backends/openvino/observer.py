@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Ranges
 from engine.backends.openvino.engine import OpenVinoEngine
-from engine.backends.openvino.layers import GREATEST, LEAST, add_observers
+from engine.backends.openvino.layers import MAX, MIN, add_observers
 
 
 class ObservingEngine(OpenVinoEngine):
@@ -16,7 +16,7 @@ class ObservingEngine(OpenVinoEngine):
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once, and keep what the observers saw to itself."""
         outputs = super().run(inputs)
-        for title, further in ((LEAST, np.minimum), (GREATEST, np.maximum)):
+        for title, further in ((MIN, np.minimum), (MAX, np.maximum)):
             for name in [name for name in outputs if name.startswith(title)]:
                 seen = outputs.pop(name)
                 self._seen[name] = further(seen, self._seen.get(name, seen))
@@ -24,11 +24,10 @@ class ObservingEngine(OpenVinoEngine):
 
     @property
     def ranges(self) -> Ranges:
-        """The least and the greatest input of each layer, by its weight's name."""
-        names = [name.removeprefix(LEAST) for name in self._seen if name.startswith(LEAST)]
+        """The smallest and the largest input of each layer, by its weight's name."""
+        names = [name.removeprefix(MIN) for name in self._seen if name.startswith(MIN)]
         return {
-            name: (float(self._seen[LEAST + name]), float(self._seen[GREATEST + name]))
-            for name in names
+            name: (float(self._seen[MIN + name]), float(self._seen[MAX + name])) for name in names
         }
 
     def _prepare(self, model: Any) -> None:

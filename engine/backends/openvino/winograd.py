@@ -30,8 +30,8 @@ ENLARGING = {
 }
 TILE = 2  # outputs on a side
 ROWS = 32  # of a weight, that are transformed at a time: they stay in the processor's cache
-LEAST_CHANNELS = 256  # in and out: with fewer, it costs more to move numbers than to multiply them
-LEAST_POSITIONS = 256  # of a picture: with fewer, reading the weights costs most, and these grow
+MIN_CHANNELS = 256  # in and out: with fewer, it costs more to move numbers than to multiply them
+MIN_POSITIONS = 256  # of a picture: with fewer, reading the weights costs most, and these grow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -127,7 +127,7 @@ def _find(model: Any) -> Iterator[Convolution]:
             continue
         if _doubles(given.get_node()):
             given, tiling = given.get_node().input_value(0), ENLARGED
-        elif min(weight.shape[:2]) >= LEAST_CHANNELS and _is_even(given):
+        elif min(weight.shape[:2]) >= MIN_CHANNELS and _is_even(given):
             tiling = PLAIN
         else:
             continue
@@ -155,7 +155,7 @@ def _is_even(value: Any) -> bool:
     sides = _sides(value)
     return (
         sides is not None
-        and math.prod(sides) >= LEAST_POSITIONS
+        and math.prod(sides) >= MIN_POSITIONS
         and not any(side % TILE for side in sides)
     )
 

@@ -141,11 +141,11 @@ class EngineSet:
         for profile in map(Profile.from_dict, facts.profiles):
             allowed = self._shapes(profile)
             if allowed.keys() == shapes.keys() and all(
-                len(shape) == len(least)
-                and all(a <= n <= z for a, n, z in zip(least, shape, most, strict=True))
-                for (least, _, most), shape in ((allowed[n], shapes[n]) for n in shapes)
+                len(shape) == len(low)
+                and all(a <= n <= z for a, n, z in zip(low, shape, high, strict=True))
+                for (low, _, high), shape in ((allowed[n], shapes[n]) for n in shapes)
             ):
-                volumes.append(sum(prod(most) for _, _, most in allowed.values()))
+                volumes.append(sum(prod(high) for _, _, high in allowed.values()))
         return min(volumes, default=None)
 
     def _open(self, facts: EngineFacts) -> TensorRTEngine:
@@ -221,7 +221,7 @@ class EngineSet:
         symbols = {"batch": "B", "tokens": "n"}
         chosen |= {name: sizes[symbol] for name, symbol in symbols.items() if symbol in sizes}
         ranges = {name: Range(size, size, size) for name, size in chosen.items()}
-        if sizes.get("g", 0) > GROUPS.most:
+        if sizes.get("g", 0) > GROUPS.max:
             ranges["groups"] = Range(1, 2, sizes["g"])
         return relevant(self.part, Profile(**ranges))
 
@@ -229,6 +229,6 @@ class EngineSet:
         command = f"python -m export {self.model.path} --backend {self.name}"
         if profile is None:
             return command
-        sizes = f"--height {profile.height.most} --width {profile.width.most}"
-        sizes += f" --batch {profile.batch.most} --tokens {profile.tokens.most}"
-        return f"{command} {sizes} --groups {profile.groups.most}"
+        sizes = f"--height {profile.height.max} --width {profile.width.max}"
+        sizes += f" --batch {profile.batch.max} --tokens {profile.tokens.max}"
+        return f"{command} {sizes} --groups {profile.groups.max}"

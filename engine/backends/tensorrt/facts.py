@@ -72,7 +72,7 @@ def build_request(
 def require_to_build(device: Device, graph: Graph, config: Config, settings: BuildSettings) -> None:
     """Raise BackendError when a build on this GPU would not fit into its memory."""
     for profile in settings.profiles:
-        most = {name: getattr(profile, name).most for name in ("height", "width", "batch")}
-        sizes = Sizes(**most, groups=profile.groups.most, tokens=profile.tokens.most)
+        most = {name: getattr(profile, name).max for name in ("height", "width", "batch")}
+        sizes = Sizes(**most, groups=profile.groups.max, tokens=profile.tokens.max)
         needed = estimate_build(graph, config, sizes, settings.workspace_bytes or 0)
         needed.require(device.memory()[0], f"building the {graph.part} for {profile.describe()}")

@@ -120,8 +120,8 @@ def _configure(module: Any, builder: Any, settings: BuildSettings) -> Any:
 
 def _add_profile(builder: Any, config: Any, shapes: Shapes) -> None:
     profile = builder.create_optimization_profile()
-    for name, (least, best, most) in shapes.items():
-        profile.set_shape(name, least, best, most)
+    for name, (low, best, high) in shapes.items():
+        profile.set_shape(name, low, best, high)
     if config.add_optimization_profile(profile) < 0:
         raise BackendError(
             f"the library takes no profile of the shapes {dict(shapes)}; give smaller ranges"

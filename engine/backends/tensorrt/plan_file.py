@@ -16,7 +16,7 @@ from engine.errors import BackendError
 
 Limits = tuple[Shape, Shape]
 Profile = Mapping[str, Limits]
-"""The least and the greatest shape of every input."""
+"""The smallest and the largest shape of every input."""
 
 
 class LoadedPlan:
@@ -70,7 +70,7 @@ class LoadedPlan:
         name = _outside(nearest, shapes)[0]
         limits = dict.fromkeys(profile[name] for profile in self.profiles)
         allowed = " or ".join(
-            f"{least} to {most}" if least != most else f"{most}" for least, most in limits
+            f"{low} to {high}" if low != high else f"{high}" for low, high in limits
         )
         raise BackendError(
             f"the engine {self.path.name} takes {name} of the shape {allowed}, and "
@@ -85,8 +85,8 @@ class LoadedPlan:
         }
 
     def _limits(self, name: str, profile: int) -> Limits:
-        least, _, most = self.engine.get_tensor_profile_shape(name, profile)
-        return tuple(least), tuple(most)
+        low, _, high = self.engine.get_tensor_profile_shape(name, profile)
+        return tuple(low), tuple(high)
 
 
 _SHARED: WeakValueDictionary[tuple[Path, Device], LoadedPlan] = WeakValueDictionary()
@@ -112,14 +112,14 @@ def _outside(profile: Profile, shapes: Mapping[str, Shape]) -> list[str]:
     """Name the inputs whose shapes a profile does not allow."""
     return [
         name
-        for name, (least, most) in profile.items()
-        if len(shapes.get(name, ())) != len(least)
-        or not all(a <= b <= c for a, b, c in zip(least, shapes[name], most, strict=True))
+        for name, (low, high) in profile.items()
+        if len(shapes.get(name, ())) != len(low)
+        or not all(a <= b <= c for a, b, c in zip(low, shapes[name], high, strict=True))
     ]
 
 
 def _numbers(profile: Profile) -> int:
-    return sum(int(np.prod(most, dtype=np.int64)) for _, most in profile.values())
+    return sum(int(np.prod(high, dtype=np.int64)) for _, high in profile.values())
 
 
 def _log(library: Any) -> Any:

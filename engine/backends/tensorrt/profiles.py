@@ -22,44 +22,44 @@ from engine.graphs.graph import Part, Symbol, signature
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
-"""By the name of an input: the least, the best and the largest shape."""
+"""By the name of an input: the smallest, the best and the largest shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Sizes from `least` to `most`, of which `best` comes most often."""
+    """Sizes from `min` to `max`, of which `best` comes most often."""
 
-    least: int
+    min: int
     best: int
-    most: int
+    max: int
 
     def __post_init__(self) -> None:
         """Refuse what is no range of whole numbers."""
-        sizes = (self.least, self.best, self.most)
+        sizes = (self.min, self.best, self.max)
         if (
             any(type(size) is not int for size in sizes)
             or not 0 <= sizes[0] <= sizes[1] <= sizes[2]
         ):
             raise BackendError(
-                f"{':'.join(map(str, sizes))} is no range; give SIZE, LEAST:MOST or "
-                "LEAST:BEST:MOST in whole numbers that do not fall, such as 512:768:1024"
+                f"{':'.join(map(str, sizes))} is no range; give SIZE, MIN:MAX or "
+                "MIN:BEST:MAX in whole numbers that do not fall, such as 512:768:1024"
             )
 
     def __contains__(self, size: int) -> bool:
         """Tell whether a size is in the range."""
-        return self.least <= size <= self.most
+        return self.min <= size <= self.max
 
     def __str__(self) -> str:
         """Write the range as a person says it: "512", "512 to 1024"."""
-        return str(self.best) if self.least == self.most else f"{self.least} to {self.most}"
+        return str(self.best) if self.min == self.max else f"{self.min} to {self.max}"
 
 
 def parse_range(text: str) -> Range:
-    """Read "512", "512:1024" (the least is the best) or "512:768:1024"; raises BackendError."""
+    """Read "512", "512:1024" (the smallest is the best) or "512:768:1024"; raises BackendError."""
     parts = text.split(":")
     if len(parts) > 3 or not all(part.isascii() and part.isdigit() for part in parts):
         raise BackendError(
-            f"{text!r} is no range of sizes; give SIZE, LEAST:MOST or LEAST:BEST:MOST in whole "
+            f"{text!r} is no range of sizes; give SIZE, MIN:MAX or MIN:BEST:MAX in whole "
             "numbers, such as 512:768:1024"
         )
     sizes = [int(part) for part in parts]
@@ -90,7 +90,7 @@ class Profile:
     def __post_init__(self) -> None:
         """Refuse sizes of nothing."""
         for field in fields(self):
-            if getattr(self, field.name).least < 1:
+            if getattr(self, field.name).min < 1:
                 raise BackendError(f"the profile's {field.name} begins at 0; give a range from 1")
 
     def fits(self, sizes: Mapping[str, int]) -> bool:
@@ -99,16 +99,16 @@ class Profile:
 
     def describe(self) -> str:
         """Say in words what the profile allows."""
-        pictures = "picture" if self.batch.most == 1 else "pictures"
+        pictures = "picture" if self.batch.max == 1 else "pictures"
         return (
             f"{self.width} × {self.height} pixels (width × height), {self.batch} {pictures} at "
             f"once, {self.tokens} tokens, {self.groups} groups of conditionings"
         )
 
     def to_dict(self) -> dict[str, list[int]]:
-        """Return JSON's values: by the name of a field, [least, best, most]."""
+        """Return JSON's values: by the name of a field, [min, best, max]."""
         ranges = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: [each.least, each.best, each.most] for name, each in ranges.items()}
+        return {name: [each.min, each.best, each.max] for name, each in ranges.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -158,9 +158,9 @@ def input_shapes(part: Part, config: Config, profile: Profile, *, compression: i
 
 def _shapes(sizes: list[Range]) -> tuple[Shape, Shape, Shape]:
     return (
-        tuple(size.least for size in sizes),
+        tuple(size.min for size in sizes),
         tuple(size.best for size in sizes),
-        tuple(size.most for size in sizes),
+        tuple(size.max for size in sizes),
     )
 
 
@@ -171,7 +171,7 @@ def _size(symbol: Symbol, sizes: Mapping[str, Range | int]) -> Range:
     if isinstance(size, int):
         size = Range(size, size, size)
     added = int(more or 0)
-    return Range(size.least + added, size.best + added, size.most + added)
+    return Range(size.min + added, size.best + added, size.max + added)
 
 
 def _ranges(config: Config, profile: Profile, compression: int) -> dict[str, Range]:
@@ -190,7 +190,7 @@ def _ranges(config: Config, profile: Profile, compression: int) -> dict[str, Ran
 
 
 def _latent(name: str, pixels: Range, compression: int) -> Range:
-    sizes = (pixels.least, pixels.best, pixels.most)
+    sizes = (pixels.min, pixels.best, pixels.max)
     if any(size % compression for size in sizes):
         raise BackendError(
             f"the profile's {name} is {':'.join(map(str, sizes))} pixels; every number of it must "

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoints.families import FAMILIES
-from engine.checkpoints.prediction import Told, conclude
+from engine.checkpoints.prediction import Evidence, conclude
 from engine.errors import ModelError
 
 V, EPSILON = "v_prediction", "epsilon"
@@ -20,13 +20,13 @@ model:
 
 
 def concluded(name="model.safetensors", family="sd2", **known):
-    told = Told(
+    evidence = Evidence(
         path=known.pop("folder", Path("/nowhere")) / name,
         metadata=known.pop("metadata", {}),
         names=known.pop("names", ()),
     )
     options = {"inpainting": False, "time_condition": False, "compression": 8, "asked": None}
-    return conclude(told, FAMILIES[family], **options | known)
+    return conclude(evidence, FAMILIES[family], **options | known)
 
 
 def kind(conclusion):

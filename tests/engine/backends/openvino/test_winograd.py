@@ -26,8 +26,8 @@ ops = openvino.opset13
 @pytest.fixture
 def every_size(monkeypatch):
     """Let small convolutions be computed in tiles, as large ones are."""
-    monkeypatch.setattr(openvino_winograd, "LEAST_CHANNELS", 1)
-    monkeypatch.setattr(openvino_winograd, "LEAST_POSITIONS", 1)
+    monkeypatch.setattr(openvino_winograd, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(openvino_winograd, "MIN_POSITIONS", 1)
 
 
 def convolution(size, channels=(3, 4), dtype=np.float32, enlarged=False, **changed):

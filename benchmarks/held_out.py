@@ -28,17 +28,17 @@ def read_pictograms(path: Path) -> Any:
     return data.pictograms
 
 
-def held_out_match(pipeline: Pipeline, wishes: Mapping[str, Any], data: Any) -> dict[str, float]:
+def held_out_match(pipeline: Pipeline, options: Mapping[str, Any], data: Any) -> dict[str, float]:
     """Draw every held-out pair as `python -m training evaluate` does; return the shares matched.
 
-    wishes: of each request, beside the steps and the guidance that the evaluation has
+    options: of each request, beside the steps and the guidance that the evaluation has
     """
     from training.pictograms import STYLES, caption
     from training.quality import BATCH, GUIDANCE_SCALE, STEPS, TOPS, ranks
 
     pairs = np.argwhere(data.held_out)
     captions = [caption(data.names[subject], STYLES[style]) for subject, style in pairs]
-    given = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE, **wishes}
+    given = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE, **options}
     drawn = [
         np.asarray(image)
         for start in range(0, len(captions), BATCH)

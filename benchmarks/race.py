@@ -14,7 +14,7 @@ from benchmarks.scenarios import WHOLE, Scenario
 from benchmarks.worker import ContenderError, Worker
 from runtime.images.files import psnr
 
-__all__ = ["WARM_UPS", "ContenderError", "Field"]
+__all__ = ["WARM_UPS", "ContenderError", "Race"]
 
 WARM_UPS = 2  # of each part; ONNX Runtime needs both. The whole request is warmed up once more.
 # Beyond these a contender computes something else: relative errors of numbers, and dB of pictures.
@@ -22,7 +22,7 @@ ALLOWED_ERROR = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15, "int8": 0.3
 ALLOWED_PSNR_DB = {"float32": 40.0, "float16": 20.0, "bfloat16": 15.0, "int8": 12.0}
 
 
-class Field:
+class Race:
     """Opens and measures contenders.
 
     parts: of a contender; folder: where outputs are compared

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.agreement import compared
 from benchmarks.contenders import PEAK, REFERENCE
-from benchmarks.repeated import compared
 from engine.errors import RequestError
 
 FAST, SAVING = "latentrt, OpenVINO bfloat16", "latentrt, OpenVINO int8, cache_interval=3"
