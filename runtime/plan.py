@@ -33,7 +33,7 @@ OF_AN_IMAGE = ("strength", "mask_blur", "paste_back", "extend")  # means nothing
 STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)  # frozen, one a call would take twice as long
 class StepInputs:
     """What one call of the UNet is given beside the latents, for B pictures.
 
@@ -122,24 +122,28 @@ class Plan:
         matrices, outside = program.matrices, np.zeros(program.matrices.shape[::2])
         if self.blends:
             matrices, outside = program.blended()
-        tables = {
-            "matrices": matrices,
-            "outside": outside,
-            "timestep": program.timesteps,
-            "input_scale": program.input_scales,
-        }
-        rows = zip(*(_rows(table, batch) for table in tables.values()), strict=True)
-        scales = zip(program.signal_scales.tolist(), program.noise_scales.tolist(), strict=True)
-        calls = zip(self.conditioning, rows, self.full_calls, scales, strict=False)
+        tables = matrices, outside, program.timesteps, program.input_scales
+        numbers = zip(
+            *(_rows(table, batch) for table in tables),
+            program.signal_scales.tolist(),
+            program.noise_scales.tolist(),
+            strict=True,
+        )
+        calls = zip(self.conditioning, numbers, self.full_calls, strict=False)
         return [
             StepInputs(
                 conditioning=conditioning,
-                per_step=dict(zip(tables, row, strict=True)),
+                per_step={
+                    "matrices": matrix,
+                    "outside": kept,
+                    "timestep": timestep,
+                    "input_scale": input_scale,
+                },
                 is_full=is_full,
                 signal_scale=signal,
                 noise_scale=noise,
             )
-            for conditioning, row, is_full, (signal, noise) in calls
+            for conditioning, (matrix, kept, timestep, input_scale, signal, noise), is_full in calls
         ]
 
     @property

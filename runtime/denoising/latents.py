@@ -65,7 +65,7 @@ class State:
         return _on_host(self.registers)[:, 0]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)  # as StepInputs
 class Progress:
     """The state after a call of the UNet, for progress and previews.
 
