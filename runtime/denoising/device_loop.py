@@ -89,12 +89,14 @@ class Recording:
     """The buffers of runs of one form, and their calls once they are recorded.
 
     work: queues all calls; launch: the same, recorded if it can be
+    records: whether all engines may be recorded
     scratch: the address that it was recorded with, of the memory that engines share
     """
 
     uploaded: list[DeviceArray]
     latents: DeviceArray
     work: Callable[[], None]
+    records: bool
     launch: Callable[[], None] | None = None
     scratch: int | None = None
 
@@ -104,7 +106,7 @@ class Recording:
         Where an engine does what cannot be recorded, one by one every time.
         """
         scratch = device.scratch(0).address
-        if self.scratch is None:  # engines choose what they need at their first run
+        if not self.records or self.scratch is None:  # engines choose what they need at first
             self.work()
             self.scratch = device.scratch(0).address
             return
@@ -208,7 +210,8 @@ def _recording(buffers: RunBuffers, steps: Sequence[StepInputs], engine: FindEng
         for image in range(batch):  # between two images' latents lie their other registers
             device.copy(registers[image][0], latents[image])
 
-    return Recording(uploaded=uploaded, latents=latents, work=work)
+    records = all(chosen.records for chosen, *_ in queued)
+    return Recording(uploaded=uploaded, latents=latents, work=work, records=records)
 
 
 def _find(engine: FindEngine, part: Part) -> DeviceEngine:

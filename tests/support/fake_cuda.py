@@ -194,6 +194,8 @@ class FakeDevice:
 class FakeEngine:
     """A `DeviceEngine` that runs another engine, on arrays of a `FakeDevice`."""
 
+    records = True
+
     def __init__(self, engine: Engine, device: FakeDevice) -> None:
         self.device: Device = device
         self._engine = engine

@@ -33,6 +33,8 @@ class TensorRTEngine:
     Raises BackendError when the file cannot be used on this device.
     """
 
+    records = True
+
     def __init__(
         self, library: Any, plan: Path, graph: Graph, device: Device, kernels: Path | None = None
     ) -> None:

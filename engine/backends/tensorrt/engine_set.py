@@ -69,6 +69,7 @@ class EngineSet:
     graph: Graph
     settings: BackendSettings
     device: CudaDevice
+    records: bool = True
     store: EngineStore = field(default_factory=EngineStore)
     _weights: Arrays = field(default_factory=dict)
     _hash: str | None = None

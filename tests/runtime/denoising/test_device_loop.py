@@ -142,6 +142,14 @@ def test_what_cannot_be_recorded_is_queued_call_by_call(host, pipeline, device, 
     assert device.counts["replay"] == 0
 
 
+def test_an_engine_that_cannot_be_recorded_is_not(host, pipeline, device, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "records", False)
+    expected = pixels(host(**REQUEST))
+    for _ in range(3):
+        np.testing.assert_array_equal(pixels(pipeline(**REQUEST)), expected)
+    assert device.counts["record"] == 0
+
+
 def test_tables_begin_where_tensors_may(pipeline, device, monkeypatch):
     seen = []
     enqueue = FakeEngine.enqueue

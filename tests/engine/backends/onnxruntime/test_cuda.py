@@ -2,15 +2,18 @@ import builtins
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from engine.backends.onnxruntime import cuda as onnxruntime_cuda
 from engine.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engine.backends.onnxruntime.cuda import PROVIDER, OnnxRuntimeCudaEngine
+from engine.configs.diffusion import AutoencoderConfig
 from engine.errors import BackendError, GraphError, ModelError
 from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model, find_model
+from export.published import SD1
 from tests.support.fake_cuda import FakeDevice
 from tests.support.real_signatures import check_call, strict
 
@@ -161,6 +164,17 @@ def test_new_shapes_are_run_once_to_know_the_outputs(library, device):
         assert outputs["pixels"].shape == (1, shape[2] * 8, shape[3] * 8, 3)
         assert outputs["pixels"].dtype == np.uint8
     assert len(library.sessions[0].runs) == 2
+
+
+@pytest.mark.parametrize(("part", "config"), [("step", SD1), ("vae_decoder", AutoencoderConfig())])
+def test_no_attention_is_left_to_the_kernel_that_is_wrong(part, config):
+    graph = find_graph(part, config, "float16", graph_folders(), MODEL.path)
+    engine = object.__new__(OnnxRuntimeCudaEngine)
+    engine._graph = graph
+    kinds = [node.op_type for node in onnx.load_model_from_string(engine._model()).graph.node]
+    before = [n.op_type for n in onnx.load_model_from_string(graph.data()).graph.node]
+    assert "Attention" not in kinds
+    assert kinds.count("MultiHeadAttention") == before.count("Attention")
 
 
 def test_other_weights_open_the_session_again(library, device):
