@@ -11,6 +11,7 @@ which is right.
 
 import zlib
 from collections.abc import Iterator
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ BLOCK = 8  # pixels
 STEP = 22.0  # between two points of a lattice: larger survives more and is seen sooner
 ROW_SHIFT = 8  # by which a row of blocks begins further on: any 8 x 8 blocks hold all bits
 SCALES = (1.0, 2.0)  # at which a picture is looked at: as it is, and halved
+UNSURE = 6  # bits of a picture that may be read wrong
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601, as in JPEG
 PLACES = ((0, 1), (1, 0))  # of a block's cosines
 
@@ -113,16 +115,29 @@ def check_watermark(text: str) -> None:
 
 
 def _text(votes: Array) -> str | None:
-    """Return the text of the only rotation of the bits whose checksum is right."""
+    """Return the text of the only rotation of the bits whose checksum is right.
+
+    Up to two of the bits whose votes are closest are taken for wrong ones.
+    """
     bits = (votes > 0).astype(np.uint8)
-    for shift in range(BITS):
-        whole = np.packbits(np.roll(bits, -shift), bitorder="little").tobytes()
-        content, check = whole[:MAX_CHARACTERS], whole[MAX_CHARACTERS:]
-        if zlib.crc32(content).to_bytes(4, "big") == check:
-            text = content.rstrip(b"\0").decode("ascii", "replace")
-            if text and text.isprintable() and text.isascii():
-                return text
+    for wrong in _unsure(votes):
+        tried = bits.copy()
+        tried[list(wrong)] ^= 1
+        for shift in range(BITS):
+            whole = np.packbits(np.roll(tried, -shift), bitorder="little").tobytes()
+            content, check = whole[:MAX_CHARACTERS], whole[MAX_CHARACTERS:]
+            if zlib.crc32(content).to_bytes(4, "big") == check:
+                text = content.rstrip(b"\0").decode("ascii", "replace")
+                if text and text.isprintable() and text.isascii():
+                    return text
     return None
+
+
+def _unsure(votes: Array) -> Iterator[tuple[int, ...]]:
+    """Yield which bits to take for wrong ones: none, one, then two of the least sure."""
+    least = np.argsort(np.abs(votes))[:UNSURE].tolist()
+    for count in range(3):
+        yield from combinations(least, count)
 
 
 def _votes(luma: Array) -> Iterator[Array]:
