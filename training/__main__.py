@@ -1,7 +1,7 @@
 """`python -m training`: make the model that ships, or one from your own captioned pictures.
 
-data, autoencoder, diffusion and ship are run in this order over one working folder; preview adds
-a tiny decoder to a model.
+data, autoencoder, diffusion and ship are run in this order over one working folder, by `all` too;
+preview adds a tiny decoder to a model.
 """
 
 import argparse
@@ -21,6 +21,8 @@ except ModuleNotFoundError:
     print(f"error: {needs}; {install('torch', 'train')}", file=sys.stderr)
     sys.exit(USER_ERROR)
 
+import numpy as np
+
 from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
 from runtime.conditioning.tokenizer import Tokenizer
@@ -29,6 +31,15 @@ from training.captions import read_coco, read_flickr30k
 from training.dataset import PictogramTrainingSet, TrainingSet, load_training_set
 from training.loop import LoopSettings
 from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
+
+MOVED = 3  # copies of each picture that are moved a little, where encoding them takes seconds
+AUTOENCODER_SHARE = 0.3  # of the minutes of `all`
+# What a training is asked for by default: text, steps, batch size, learning rate, batch on a GPU.
+DEFAULTS = {
+    "autoencoder": ("train the autoencoder", 30_000, 16, 2e-3, 192),
+    "diffusion": ("train text encoder and UNet", 100_000, 48, 3e-3, 512),
+    "preview": ("distil a model's tiny decoder for previews", 5000, 8, 5e-3, 8),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,12 +77,14 @@ def _data(options: argparse.Namespace) -> None:
 
 
 def _autoencoder(options: argparse.Namespace) -> None:
-    images = _training_set(options).images
-    trained = autoencoder.train(images, _settings(options), options.work)
+    data = _training_set(options)
+    images = data.images
+    settings = dataclasses.replace(_settings(options), muon=True)
+    trained = autoencoder.train(images, settings, options.work, draws=data.draws)
     sample = images[:: max(len(images) // 256, 1)]
     value = autoencoder.psnr(sample, autoencoder.reconstruct(trained, sample))
     autoencoder.normalise(trained, images)
-    torch.save(trained.state_dict(), options.work / "autoencoder-final.pt")
+    torch.save(trained.cpu().state_dict(), options.work / "autoencoder-final.pt")
     _record(options, "autoencoder", psnr=round(value, 2), pictures=len(sample))
     print(f"reconstruction PSNR {value:.2f} dB")
 
@@ -80,21 +93,32 @@ def _diffusion(options: argparse.Namespace) -> None:
     data = _training_set(options)
     start = _begin_from(options) if options.start else None
     trained = _load_autoencoder(options)
-    examples = diffusion.Examples(
-        latents=autoencoder.encode(trained, data.images), caption=data.caption
-    )
+    settings = dataclasses.replace(_settings(options), muon=True, weight_decay=0.2)
     tokenizer = _tokenizer(options, data)
     denoiser = diffusion.train(
-        examples,
+        _examples(data, trained.to(settings.device), settings.seed),
         tokenizer,
         trained,
-        dataclasses.replace(_settings(options), muon=True),
+        settings,
         options.work,
         prompts=data.prompts,
         start=start,
     )
-    torch.save(denoiser.state_dict(), options.work / "diffusion-final.pt")
+    torch.save(denoiser.cpu().state_dict(), options.work / "diffusion-final.pt")
     _record(options, "diffusion")
+
+
+def _examples(data: TrainingSet, trained: Autoencoder, seed: int) -> diffusion.Examples:
+    """Encode the pictures, and on a GPU, which does it in seconds, moved ones too."""
+    rng, count = np.random.default_rng(seed), len(data.images)
+    copies = [data.images]
+    if next(trained.parameters()).is_cuda:
+        copies += [autoencoder.moved(data.images, rng) for _ in range(MOVED)]
+    return diffusion.Examples(
+        latents=torch.cat([autoencoder.encode(trained, images) for images in copies]),
+        caption=lambda index, rng: data.caption(index % count, rng),
+        draws=None if data.draws is None else np.tile(data.draws, len(copies)),
+    )
 
 
 def _preview(options: argparse.Namespace) -> None:
@@ -120,6 +144,27 @@ def _ship(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def _all(options: argparse.Namespace) -> None:
+    """Run every command that has not come to its end yet."""
+    if not (options.work / "data.npz").exists():
+        _data(options)
+    for name, run, share in (
+        ("autoencoder", _autoencoder, AUTOENCODER_SHARE),
+        ("diffusion", _diffusion, 1 - AUTOENCODER_SHARE),
+    ):
+        if (options.work / f"{name}-final.pt").exists():
+            continue
+        _, steps, batch_size, rate, gpu_batch_size = DEFAULTS[name]
+        asked = {
+            "steps": steps,
+            "minutes": options.minutes * share,
+            "batch_size": batch_size if options.device == "cpu" else gpu_batch_size,
+            "learning_rate": rate,
+        }
+        run(argparse.Namespace(**vars(options) | asked))
+    _ship(options)
+
+
 def _evaluate(options: argparse.Namespace) -> None:
     data = _training_set(options)
     if not isinstance(data, PictogramTrainingSet):
@@ -129,7 +174,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         )
     report = quality.evaluate(options.model, data.pictograms)
     ship.write_json(options.work / "quality.json", report)
-    print(json.dumps(report, indent=2))
+    found = quality.figures(report)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(f"{name}: {value:.3f}" for name, value in found.items()))
 
 
 def _begin_from(options: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -163,7 +212,7 @@ def _final_state(options: argparse.Namespace, command: str) -> dict[str, torch.T
 def _record(options: argparse.Namespace, command: str, **measured: float) -> None:
     """Note how a training was asked for and what came of it, for the model's card."""
     names = (
-        "start", "steps", "minutes", "batch_size", "learning_rate", "seed", "vocab_size",
+        "start", "steps", "minutes", "batch_size", "learning_rate", "device", "seed", "vocab_size",
     )  # fmt: skip
     asked = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     ship.write_json(options.work / f"{command}.json", {"options": asked, **measured})
@@ -204,18 +253,33 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=run)
         return added
 
-    data = command("data", _data, "make the data set: pictograms, or your own captioned pictures")
-    data.add_argument("--all", action="store_true", help="all subjects, not the everyday ones")
-    source = data.add_mutually_exclusive_group()
-    source.add_argument("--coco", type=Path, metavar="JSON", help="captions as COCO has them")
-    source.add_argument("--flickr30k", type=Path, metavar="FILE", help="captions as Flickr30k has")
-    data.add_argument("--images", type=Path, metavar="FOLDER", help="the pictures they describe")
+    def sources(data: argparse.ArgumentParser) -> None:
+        data.add_argument("--all", action="store_true", help="all subjects, not the everyday ones")
+        source = data.add_mutually_exclusive_group()
+        source.add_argument("--coco", type=Path, metavar="JSON", help="captions as COCO has them")
+        source.add_argument(
+            "--flickr30k", type=Path, metavar="FILE", help="captions as Flickr30k has them"
+        )
+        data.add_argument(
+            "--images", type=Path, metavar="FOLDER", help="the pictures they describe"
+        )
 
-    for name, run, text, steps, batch, rate in (
-        ("autoencoder", _autoencoder, "train the autoencoder", 30_000, 16, 2e-3),
-        ("diffusion", _diffusion, "train text encoder and UNet", 100_000, 48, 3e-3),
-        ("preview", _preview, "distil a model's tiny decoder for previews", 5000, 8, 5e-3),
+    def machine(train: argparse.ArgumentParser) -> None:
+        train.add_argument("--sample-steps", type=int, default=1000, help="between sample grids")
+        train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        train.add_argument("--threads", type=int, help="processor threads")
+        train.add_argument("--seed", type=int, default=0)
+
+    def vocabulary(train: argparse.ArgumentParser) -> None:
+        train.add_argument("--vocab-size", type=int, default=2560, help="(default: %(default)s)")
+
+    sources(command("data", _data, "make the data set: pictograms, or your own captioned pictures"))
+    for name, run in (
+        ("autoencoder", _autoencoder),
+        ("diffusion", _diffusion),
+        ("preview", _preview),
     ):
+        text, steps, batch, rate, _ = DEFAULTS[name]
         train = command(name, run, text)
         train.add_argument("--steps", type=int, default=steps, help="(default: %(default)s)")
         train.add_argument("--minutes", type=float, help="end sooner, after this much computing")
@@ -223,10 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(
             "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
         )
-        train.add_argument("--sample-steps", type=int, default=1000, help="between sample grids")
-        train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-        train.add_argument("--threads", type=int, help="processor threads")
-        train.add_argument("--seed", type=int, default=0)
+        machine(train)
         if name == "preview":
             train.add_argument("--model", default="pictogram", help="(default: %(default)s)")
             train.add_argument(
@@ -236,14 +297,22 @@ def _parser() -> argparse.ArgumentParser:
             train.add_argument(
                 "--start", metavar="MODEL", help="train on from this model, with its autoencoder"
             )
-            train.add_argument(
-                "--vocab-size", type=int, default=2560, help="(default: %(default)s)"
-            )
+            vocabulary(train)
+    everything = command("all", _all, "data, autoencoder, diffusion and ship, what is not done yet")
+    sources(everything)
+    everything.add_argument(
+        "--minutes", type=float, required=True, help="of computing, for both trainings together"
+    )
+    everything.add_argument("--out", type=Path, required=True, help="the model's folder")
+    everything.set_defaults(start=None)
+    machine(everything)
+    vocabulary(everything)
 
     shipping = command("ship", _ship, "write the trained model in diffusers' layout")
     shipping.add_argument("--out", type=Path, required=True, help="the model's folder")
     evaluate = command("evaluate", _evaluate, "measure the held-out match of a model")
     evaluate.add_argument("--model", default="pictogram")
+    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
 

@@ -10,17 +10,19 @@ from torch import Tensor, nn
 from engine.configs.diffusion import AutoencoderConfig
 from export.modules.autoencoder import Autoencoder
 from training.grids import save_grid
-from training.loop import Loop, LoopSettings, Losses, autocast
+from training.loop import Loop, LoopSettings, Losses, autocast, draw
 
 CONFIG = AutoencoderConfig(
     block_out_channels=(32, 48, 96, 128),
+    latent_channels=8,
     layers_per_block=1,
     norm_num_groups=8,
     mid_block_add_attention=False,
     scaling_factor=1.0,  # `normalise` puts the scale into the weights
 )
-CROP = 64  # pixels; whole pictures are used in the last part of the training
+CROP = 64  # pixels; whole pictures are used in the last part of the training, on a GPU always
 WHOLE_PICTURES_FROM = 0.85
+MOVE = 8  # pixels at most that a whole picture is moved by, its edge repeated
 KL_WEIGHT = 1e-4  # keeps the latents near unit scale; far too weak to blur
 GRADIENT_WEIGHT = 1.0
 
@@ -31,14 +33,16 @@ def train(
     folder: Path,
     *,
     config: AutoencoderConfig = CONFIG,
+    draws: np.ndarray | None = None,
     decoder_only: bool = False,
 ) -> Autoencoder:
     """Train on images (n, H, W, 3) uint8; checkpoints and sample grids go to `folder`.
 
+    draws: (n,), how often each is drawn beside the others; None draws all alike
     `decoder_only` leaves the encoder as it is, so that latents made before stay true.
     """
     torch.manual_seed(settings.seed)
-    pixels = torch.from_numpy(images)
+    pixels = torch.from_numpy(images).to(settings.device)
     module = Autoencoder(config)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
     if decoder_only:
@@ -49,11 +53,13 @@ def train(
     loop = Loop(module, settings, folder / ("decoder.pt" if decoder_only else "autoencoder.pt"))
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no crop twice
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    weights = None if draws is None else torch.from_numpy(draws).to(settings.device)
+
+    def whole() -> bool:
+        return settings.device != "cpu" or loop.fraction() > WHOLE_PICTURES_FROM
 
     def losses(step: int) -> Losses:
-        whole = loop.fraction() > WHOLE_PICTURES_FROM
-        batch = _crops(pixels, settings.batch_size, generator, whole=whole).to(settings.device)
+        batch = _crops(pixels, settings.batch_size, weights, whole=whole())
         with autocast(settings.device):
             with torch.set_grad_enabled(not decoder_only):
                 mean, std = module.encode(batch)
@@ -63,13 +69,10 @@ def train(
 
     def sample(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, Autoencoder)
-        chosen = pixels[:: max(len(pixels) // 24, 1)][:24]
-        save_grid(
-            [chosen.numpy(), reconstruct(ema, chosen.numpy())],
-            folder / f"autoencoder-{step:06d}.png",
-        )
+        chosen = images[:: max(len(images) // 24, 1)][:24]
+        save_grid([chosen, reconstruct(ema, chosen)], folder / f"autoencoder-{step:06d}.png")
 
-    ema = loop.run(losses, sample=sample, name="autoencoder")
+    ema = loop.run(losses, sample=sample, name="autoencoder", form=whole)
     assert isinstance(ema, Autoencoder)
     return ema
 
@@ -84,6 +87,17 @@ def reconstruct(autoencoder: Autoencoder, images: np.ndarray) -> np.ndarray:
         output = autoencoder.decode(mean).clamp(-1, 1).add(1).mul(127.5).round()
         rows.append(output.byte().permute(0, 2, 3, 1).cpu())
     return torch.cat(rows).numpy()
+
+
+def moved(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Move each picture by up to two pixels each way, its edge repeated: (n, H, W, 3) uint8."""
+    height, width = images.shape[1:3]
+    result = np.empty_like(images)
+    for index, (y, x) in enumerate(rng.integers(-2, 3, (len(images), 2))):
+        rows, columns = (np.arange(height) + y), (np.arange(width) + x)
+        kept = np.ix_(rows.clip(0, height - 1), columns.clip(0, width - 1))
+        result[index] = images[index][kept]
+    return result
 
 
 @torch.no_grad()
@@ -126,18 +140,18 @@ def _to_pixels(images: Tensor) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def _crops(images: Tensor, count: int, generator: torch.Generator, *, whole: bool) -> Tensor:
+def _crops(images: Tensor, count: int, weights: Tensor | None, *, whole: bool) -> Tensor:
     """Draw crops, mirrored half of the time; a quarter as many whole pictures cost the same."""
-    size = images.shape[1]
+    device, size = images.device, images.shape[1]
     crop = size if whole else min(CROP, size)
     count = max(count * CROP**2 // size**2, 1) if whole else count
-    chosen = torch.randint(len(images), (count,), generator=generator)
-    corners = torch.randint(size - crop + 1, (count, 2), generator=generator).tolist()
-    batch = torch.stack(
-        [images[i, y : y + crop, x : x + crop] for i, (y, x) in zip(chosen, corners, strict=True)]
-    )
-    mirrored = torch.rand(count, generator=generator) < 0.5
-    return _to_pixels(torch.where(mirrored[:, None, None, None], batch.flip(2), batch))
+    chosen = draw(len(images), count, weights, device)
+    first, last = (-MOVE, MOVE) if whole else (0, size - crop)
+    corners = torch.randint(first, last + 1, (2, count, 1), device=device)
+    rows, columns = (corners + torch.arange(crop, device=device)).clamp(0, size - 1)
+    mirrored = torch.rand(count, 1, device=device) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    return _to_pixels(images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]])
 
 
 def _losses(output: Tensor, target: Tensor, mean: Tensor, std: Tensor) -> Losses:

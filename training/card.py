@@ -4,6 +4,7 @@ Everything is read from the working folder, so the card says what was run and me
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from training import vocabulary
+from training.dataset import EVERYDAY_SHARE
 from training.packages import PACKAGES, Package
 from training.pictograms import SIZE
 
@@ -22,14 +24,22 @@ CC_BY = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """Which pictograms there are: held_out (subjects, styles) bool, everyday (subjects,) bool."""
+
+    held_out: np.ndarray
+    everyday: np.ndarray
+
+
 def write_card(out: Path, work: Path) -> None:
     """Write README.md and NOTICE into the model's folder `out`, from the working folder `work`."""
-    held_out = _held_out(work / "data.npz")
-    (out / "README.md").write_text(_readme(out, work, held_out), encoding="utf-8")
-    (out / "NOTICE").write_text(_notice(pictograms=held_out is not None), encoding="utf-8")
+    data = _read_data(work / "data.npz")
+    (out / "README.md").write_text(_readme(out, work, data), encoding="utf-8")
+    (out / "NOTICE").write_text(_notice(pictograms=data is not None), encoding="utf-8")
 
 
-def _readme(out: Path, work: Path, held_out: np.ndarray | None) -> str:
+def _readme(out: Path, work: Path, data: Data | None) -> str:
     weights = sum(path.stat().st_size for path in out.glob("*/*.safetensors")) / 1e6
     previews = ""
     if (out / "preview_decoder").is_dir():
@@ -42,29 +52,36 @@ def _readme(out: Path, work: Path, held_out: np.ndarray | None) -> str:
         f"A small latent-diffusion model: prompt to {SIZE} × {SIZE} pixels, "
         f"{weights:.0f} MB of float16 weights in diffusers' folder layout "
         "(diffusers runs them on a processor with `torch_dtype=torch.float32`).",
-        f"## Data\n\n{_data(held_out)}",
-        f"## Training\n\n{_training(work)}{previews}",
-        f"## Quality\n\n{_quality(work, pictograms=held_out is not None)}",
-        f"## Limits\n\n{_limits(pictograms=held_out is not None)}",
+        f"## Data\n\n{_data(data)}",
+        f"## Training\n\n{_training(work, data)}{previews}",
+        f"## Quality\n\n{_quality(work, pictograms=data is not None)}",
+        f"## Limits\n\n{_limits(pictograms=data is not None)}",
         "## Licence\n\nApache-2.0, as the project. NOTICE names the licences of the data.",
     )
     return "\n\n".join(sections) + "\n"
 
 
-def _held_out(path: Path) -> np.ndarray | None:
-    """Return what is held out, (subjects, styles) bool, or None for captioned pictures."""
+def _read_data(path: Path) -> Data | None:
+    """Return which pictograms there are, or None for captioned pictures."""
     with np.load(path, allow_pickle=False) as arrays:
-        held_out: np.ndarray | None = arrays.get("held_out")
-        return held_out
+        if "held_out" not in arrays:
+            return None
+        return Data(held_out=arrays["held_out"], everyday=arrays["everyday"])
 
 
-def _data(held_out: np.ndarray | None) -> str:
-    if held_out is None:
+def _data(data: Data | None) -> str:
+    if data is None:
         return (
             "Captioned pictures that whoever trained the model brought; "
             "their licences are not known here."
         )
+    held_out, everyday = data.held_out, int(data.everyday.sum())
     subjects, styles = held_out.shape
+    share = ""
+    if everyday < subjects:
+        share = (
+            f" {everyday} subjects are everyday ones and have {EVERYDAY_SHARE:.0%} of the draws."
+        )
     rows = "\n".join(
         f"| {package.style or 'words'} | {package.name} {package.version} | {package.licence} "
         f"| {package.author} |"
@@ -72,15 +89,16 @@ def _data(held_out: np.ndarray | None) -> str:
     )
     return (
         f"{subjects} subjects, each drawn in {styles} styles; {int(held_out.sum())} of the "
-        f"{held_out.size} pictures are held out of training.\n\n"
+        f"{held_out.size} pictures are held out of training.{share}\n\n"
         f"| style | npm package | licence | author |\n|---|---|---|---|\n{rows}\n\n"
         "Captions are made of a subject's name, its keywords and the word of the style: "
         "`red apple, noto style`."
     )
 
 
-def _training(work: Path) -> str:
-    lines, notes = ["python -m training data"], []
+def _training(work: Path, data: Data | None) -> str:
+    every = data is not None and not data.everyday.all()
+    lines, notes = [f"python -m training data{' --all' * every}"], []
     for name in TRAININGS:
         record = _read_json(work / f"{name}.json")
         options = record.get("options", {})
@@ -109,12 +127,17 @@ def _spent(checkpoint: Path) -> str:
 def _quality(work: Path, *, pictograms: bool) -> str:
     lines = []
     record = _read_json(work / "autoencoder.json")
-    if "psnr" in record:
+    report = _read_json(work / "quality.json")
+    if "autoencoder_psnr" in report:
+        lines.append(
+            f"- The autoencoder's reconstructions of {report['held_out']['pictures']} pictures "
+            f"held out of training: {report['autoencoder_psnr']:.1f} dB PSNR."
+        )
+    elif "psnr" in record:
         pictures = f" of {record['pictures']} pictures" if "pictures" in record else ""
         lines.append(
             f"- The autoencoder's reconstructions{pictures}: {record['psnr']:.1f} dB PSNR."
         )
-    report = _read_json(work / "quality.json")
     for kind, text in (("held_out", "pairs held out of training"), ("trained", "trained pairs")):
         if kind in report:
             shares = report[kind]
@@ -123,9 +146,18 @@ def _quality(work: Path, *, pictograms: bool) -> str:
                 f"it was asked for in {shares['top_1']:.1%} (top-1) and among the nearest five in "
                 f"{shares['top_5']:.1%} (top-5)."
             )
+    if "few_steps" in report:
+        share = f"{report['few_steps']['top_1']:.1%}"
+        lines.append(f"- Drawn in 4 steps, {share} of the held-out pairs are nearest (top-1).")
+    if "sharpness" in report:
+        lines.append(
+            "- Sharpness, the mean difference of neighbouring pixels in drawn held-out pairs: "
+            f"{report['sharpness']:.0%} of the originals'."
+        )
     if report:
         settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
-        lines.append(f"- Distance: RGB averaged over 8 × 8 pixels. Drawn with {settings}.")
+        seeds = f"; means over {len(report['seeds'])} seeds" if "seeds" in report else ""
+        lines.append(f"- Distance: RGB averaged over 8 × 8 pixels. Drawn with {settings}{seeds}.")
     elif pictograms:
         lines.append("- The match of text and picture is not measured yet.")
     return "\n".join(lines) or "Not measured."

@@ -10,6 +10,8 @@ from engine.errors import RequestError
 from training.captions import CaptionedImages
 from training.pictograms import Pictograms, all_captions, random_caption
 
+EVERYDAY_SHARE = 0.7  # of the draws, where a data set has all subjects
+
 
 class TrainingSet(Protocol):
     """What both kinds of data set offer."""
@@ -22,6 +24,11 @@ class TrainingSet(Protocol):
     @property
     def prompts(self) -> list[str]:
         """Texts for the sample grids."""
+        ...
+
+    @property
+    def draws(self) -> np.ndarray | None:
+        """How often each picture is drawn beside the others, (n,) float64; None: all alike."""
         ...
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
@@ -41,6 +48,7 @@ class PictogramTrainingSet:
     pairs: np.ndarray
     images: np.ndarray
     prompts: list[str]
+    draws: np.ndarray | None
 
     @classmethod
     def of(cls, pictograms: Pictograms) -> "PictogramTrainingSet":
@@ -52,6 +60,7 @@ class PictogramTrainingSet:
             pairs=pairs,
             images=pictograms.images[~pictograms.held_out],
             prompts=[f"{name}, {style} style" for name in wanted for style in ("fluent", "noto")],
+            draws=_draws(pictograms.everyday[pairs[:, 0]]),
         )
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
@@ -72,6 +81,7 @@ class CaptionedTrainingSet:
     captioned: CaptionedImages
     images: np.ndarray
     prompts: list[str]
+    draws: np.ndarray | None = None
 
     @classmethod
     def of(cls, captioned: CaptionedImages) -> "CaptionedTrainingSet":
@@ -87,6 +97,17 @@ class CaptionedTrainingSet:
     def vocabulary_texts(self) -> list[str]:
         """Return all captions."""
         return [caption for captions in self.captioned.captions for caption in captions]
+
+
+def _draws(everyday: np.ndarray) -> np.ndarray | None:
+    """Give the pictures of everyday subjects their share of the draws, if there are others."""
+    others = ~everyday
+    if not others.any() or not everyday.any():
+        return None
+    draws: np.ndarray = np.where(
+        everyday, EVERYDAY_SHARE / everyday.sum(), (1 - EVERYDAY_SHARE) / others.sum()
+    )
+    return draws
 
 
 def load_training_set(path: Path) -> TrainingSet:

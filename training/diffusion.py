@@ -17,7 +17,7 @@ from runtime.conditioning.tokenizer import Tokenizer
 from runtime.samplers import program
 from runtime.samplers.noise_schedule import NoiseSchedule
 from training.grids import save_grid
-from training.loop import Loop, LoopSettings, Losses, attention, autocast
+from training.loop import Loop, LoopSettings, Losses, attention, autocast, draw
 
 MAX_TOKENS = 32
 UNET = UNetConfig(
@@ -26,39 +26,62 @@ UNET = UNetConfig(
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     layers_per_block=1,
     cross_attention_dim=192,
-    attention_head_dim=(3, 4, 4),
-    norm_num_groups=16,
+    in_channels=8,
+    out_channels=8,
+    # Heads of 32, 48 and 32, and groups of an even size, as the fused kernels of GPUs want them.
+    attention_head_dim=(3, 3, 4),
+    norm_num_groups=8,
     # The pooled text reaches every residual block; attention alone learns far more slowly.
     addition_embed_type="text",
     addition_embed_type_num_heads=6,
 )
+TERMINAL_SNR = 1 / 80**2
+
+
+def terminal_noise_betas() -> list[float]:
+    """Return 1000 betas, scaled linear ones that are changed to end in all but noise alone.
+
+    Stable Diffusion's own end at a signal of 0.07, which tints backgrounds: Lin et al. 2023,
+    "Common diffusion noise schedules and sample steps are flawed", arXiv:2305.08891, algorithm 1.
+    TERMINAL_SNR is added at every timestep: half of diffusers' schedulers know no signal of zero,
+    and methods in sigma take steps that are too long from where it is infinite.
+    """
+    signal = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2))
+    rescaled = ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2
+    snr = rescaled / (1 - rescaled) + TERMINAL_SNR
+    alphas_cumprod = snr / (1 + snr)
+    betas = 1 - alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])
+    return [float(f"{beta:.7g}") for beta in betas]
+
+
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
     "clip_sample": False,
     "num_train_timesteps": 1000,
     "prediction_type": "v_prediction",
     "set_alpha_to_one": False,
     "steps_offset": 1,
-    "timestep_spacing": "leading",
+    "timestep_spacing": "trailing",
+    "trained_betas": terminal_noise_betas(),
 }
 UNCONDITIONAL = 0.1  # share of captions replaced by nothing (Ho & Salimans 2022, arXiv:2207.12598)
 UNIFORM_TIMESTEPS = 0.3  # the others favour noise, where the text decides what is drawn
 PREVIEW_STEPS = (1, 5, 10, 15, 20)
 GUIDANCE_SCALE = 5.0
+CAPTIONS = 32  # of each picture, drawn once before the training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
     """What the training draws from.
 
-    latents: (n, C, h, w) float32, normalised; caption: (index, rng) -> one text of that picture.
+    latents: (n, C, h, w) float32, normalised; caption: (index, rng) -> one text of that picture
+    draws: (n,), how often each is drawn beside the others; None draws all alike
     """
 
     latents: Tensor
     caption: Callable[[int, np.random.Generator], str]
+    draws: np.ndarray | None = None
 
 
 class Denoiser(nn.Module):
@@ -130,22 +153,26 @@ def train(
     loop = Loop(denoiser, settings, folder / "diffusion.pt")
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no noise twice
-    alphas = torch.tensor(NoiseSchedule.from_config(SCHEDULER).alphas_cumprod).float()
+    device, batch = torch.device(settings.device), settings.batch_size
+    alphas = torch.tensor(NoiseSchedule.from_config(SCHEDULER).alphas_cumprod).float().to(device)
+    latents, weights = examples.latents.to(device), None
+    if examples.draws is not None:
+        weights = torch.from_numpy(examples.draws).to(device)
+    texts = _texts(examples, tokenizer, rng).to(device)
+    empty = torch.from_numpy(tokenizer([""]).input_ids).to(device)
 
     def losses(step: int) -> Losses:
-        chosen = rng.integers(len(examples.latents), size=settings.batch_size)
-        texts = [
-            "" if rng.random() < UNCONDITIONAL else examples.caption(int(i), rng) for i in chosen
-        ]
-        input_ids = torch.from_numpy(tokenizer(texts).input_ids).to(settings.device)
-        x0 = examples.latents[torch.from_numpy(chosen)].to(settings.device)
-        timesteps = draw_timesteps(settings.batch_size, len(alphas))
-        alpha = alphas[timesteps].sqrt()[:, None, None, None].to(settings.device)
+        chosen = draw(len(latents), batch, weights, device)
+        input_ids = texts[chosen, torch.randint(CAPTIONS, (batch,), device=device)]
+        dropped = torch.rand(batch, 1, device=device) < UNCONDITIONAL
+        x0 = latents[chosen]
+        timesteps = draw_timesteps(batch, len(alphas), device)
+        alpha = alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - alpha**2).sqrt()
         noise = torch.randn_like(x0)
         x = (alpha * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
         with autocast(settings.device), attention(settings.device):
-            out = denoiser(x, timesteps.to(settings.device), input_ids)
+            out = denoiser(x, timesteps, torch.where(dropped, empty, input_ids))
         # v of Salimans & Ho 2022, arXiv:2202.00512, section 4
         return {"loss": (out.float() - (alpha * noise - sigma * x0)).square().mean()}
 
@@ -160,10 +187,21 @@ def train(
     return ema
 
 
-def draw_timesteps(count: int, num_train_timesteps: int) -> Tensor:
+def _texts(examples: Examples, tokenizer: Tokenizer, rng: np.random.Generator) -> Tensor:
+    """Draw captions of each picture: their tokens, (n, CAPTIONS, MAX_TOKENS) int64."""
+    rows = []
+    for index in range(len(examples.latents)):
+        texts = [examples.caption(index, rng) for _ in range(CAPTIONS)]
+        rows.append(tokenizer(texts).input_ids)
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw_timesteps(
+    count: int, num_train_timesteps: int, device: torch.device | None = None
+) -> Tensor:
     """Draw timesteps (count,) int64: some uniform, the others the denser the noisier."""
-    uniform, noisy = torch.rand(count), torch.rand(count).sqrt()
-    chosen = torch.where(torch.rand(count) < UNIFORM_TIMESTEPS, uniform, noisy)
+    uniform, noisy, kind = torch.rand(3, count, device=device)
+    chosen = torch.where(kind < UNIFORM_TIMESTEPS, uniform, noisy.sqrt())
     return (chosen * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
 
 

@@ -1,8 +1,13 @@
-"""The optimisation loop that both trainings share: schedule, clipping, EMA, checkpoints."""
+"""The optimisation loop that both trainings share: schedule, clipping, EMA, checkpoints.
+
+On a GPU, losses and gradients are recorded once as a CUDA graph and replayed at every step: what is
+random in them comes from torch's own generator of that GPU, and nothing in them may wait for it.
+"""
 
 import copy
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +65,10 @@ class Loop:
         self.optimizers = _optimizers(self.module, settings)
         self.step = 0
         self.seconds = 0.0
+        self._captures = settings.device.startswith("cuda")
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._form: Hashable = None
+        self._losses: Losses = {}
         self._saved = time.monotonic()
         if checkpoint.exists():
             self._resume()
@@ -70,21 +79,36 @@ class Loop:
         *,
         sample: Callable[[nn.Module, int], None] | None = None,
         name: str = "",
+        form: Callable[[], Hashable] = lambda: None,
     ) -> nn.Module:
-        """Call `losses(step)` until the end; return the EMA of the module."""
+        """Call `losses(step)` until the end; return the EMA of the module.
+
+        form: what changes when the shapes in `losses` do
+        Raises RequestError when the loss is no finite number.
+        """
         from tqdm import tqdm
 
         bar = tqdm(total=self.settings.steps, initial=self.step, desc=name, mininterval=5)
         last = time.monotonic()
         while self.fraction() < 1.0:
-            values = losses(self.step)
-            self._update(values["loss"])
+            if self._captures:
+                values = self._replay(losses, form())
+                self._apply()
+            else:
+                values = losses(self.step)
+                self._update(values["loss"])
             now = time.monotonic()
             self.seconds += now - last
             last = now
             bar.update()
             if self.step % 20 == 0:
-                bar.set_postfix({key: f"{value.item():.4f}" for key, value in values.items()})
+                shown = {key: value.item() for key, value in values.items()}
+                if not math.isfinite(shown["loss"]):
+                    raise RequestError(
+                        f"the loss is {shown['loss']} at step {self.step}; begin anew in another "
+                        "working folder, with a smaller --learning-rate"
+                    )
+                bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()})
             if sample and self.step % self.settings.sample_steps == 0:
                 sample(self.ema, self.step)
             if now - self._saved > self.settings.save_seconds:
@@ -135,7 +159,37 @@ class Loop:
     def _update(self, loss: Tensor) -> None:
         self.module.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        self._apply()
+
+    def _replay(self, losses: Callable[[int], Losses], form: Hashable) -> Losses:
+        """Compute losses and gradients by a recorded graph, recorded anew for another form."""
+        if self._graph is None or form != self._form:
+            self._record(losses)
+            self._form = form
+        assert self._graph is not None
+        self._graph.replay()
+        return self._losses
+
+    def _record(self, losses: Callable[[int], Losses]) -> None:
+        """Record one step's losses and gradients; PyTorch wants some runs on a stream before."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.module.zero_grad(set_to_none=True)
+                losses(self.step)["loss"].backward()
+        torch.cuda.current_stream().wait_stream(side)
+        self.module.zero_grad(set_to_none=True)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._losses = losses(self.step)
+            self._losses["loss"].backward()
+
+    def _apply(self) -> None:
+        """Move the weights along their gradients, and the average along the weights."""
+        torch.nn.utils.clip_grad_norm_(
+            self.module.parameters(), self.settings.clip_norm, foreach=True
+        )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate()
@@ -156,13 +210,27 @@ def _optimizers(module: nn.Module, settings: LoopSettings) -> list[torch.optim.O
     chosen = {id(parameter) for parameter in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
     rate, decay = settings.learning_rate, settings.weight_decay
-    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay)
+    fused = settings.device.startswith("cuda")
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=fused)
     return [adamw, Muon(matrices, lr=rate, weight_decay=decay)] if matrices else [adamw]
 
 
+def draw(choices: int, count: int, weights: Tensor | None, device: torch.device) -> Tensor:
+    """Draw indices (count,) int64 below `choices`, in proportion to weights (choices,) if given."""
+    if weights is None:
+        return torch.randint(choices, (count,), device=device)
+    sums = weights.cumsum(0)
+    at = torch.rand(count, device=device, dtype=sums.dtype) * sums[-1]
+    return torch.searchsorted(sums, at, right=True).clamp(max=choices - 1)
+
+
 def autocast(device: str) -> torch.autocast:
-    """bfloat16 where it is safe; parameters, normalisation and losses stay float32."""
-    return torch.autocast(device.split(":")[0], torch.bfloat16)
+    """bfloat16 where it is safe; parameters, normalisation and losses stay float32.
+
+    On a GPU weights are cast anew in each use, since a recorded graph must hold their casts.
+    """
+    kind = device.split(":")[0]
+    return torch.autocast(kind, torch.bfloat16, cache_enabled=kind == "cpu")
 
 
 def attention(device: str) -> AbstractContextManager[None]:

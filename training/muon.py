@@ -33,39 +33,47 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Apply one update; gradients must be there."""
+        """Apply one update; gradients must be there.
+
+        Matrices of one shape are updated together: a GPU is idle at so small ones.
+        """
         for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, group)
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            for parameters in alike.values():
+                self._update(parameters, group)
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
-        nesterov = parameter.grad.lerp(state["momentum"], group["momentum"])
-        matrix = nesterov.flatten(1)
-        scale = 0.2 * max(matrix.shape) ** 0.5
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        update = orthogonalise(matrix).view(nesterov.shape)
-        parameter.add_(update, alpha=-group["lr"] * scale)
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        matrices = torch.stack([matrix.flatten(1) for matrix in nesterov])
+        scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+        updates = orthogonalise(matrices).unbind()
+        shaped = [update.view(parameters[0].shape) for update in updates]
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(parameters, shaped, alpha=-group["lr"] * scale)
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """Return U Vᵀ of the matrix's singular value decomposition, roughly, by Newton and Schulz.
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Return U Vᵀ of each singular value decomposition, roughly, by Newton and Schulz.
 
-    (m, n) float32 -> (m, n) float32; singular values come out between about 0.7 and 1.2.
+    (…, m, n) float32 -> the same; singular values come out between about 0.7 and 1.2.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -1,8 +1,9 @@
 """The pictogram data set: subjects drawn in four styles, rendered from open SVG icon sets.
 
-A subject is an emoji that all four sets have, without skin-tone variants and flags. A few hundred
-(subject, style) pairs are held out of training: whether the model draws them tells whether the
-text steers the picture, since it has seen the subject in other styles and the style on others.
+A subject is an emoji that all four sets have, without skin-tone variants and flags. The (subject,
+style) pairs of `held_out.txt` are held out of training: whether the model draws them tells whether
+the text steers the picture, since it has seen the subject in other styles and the style on others.
+At most one style of a subject is among them, and each style equally often, whatever is added.
 """
 
 import io
@@ -20,8 +21,7 @@ from training.packages import ICON_SETS, KEYWORDS, NAMES, fetch, read_member
 SIZE = 128  # pixels along one side
 MARGIN = 4  # white pixels around every icon
 STYLES = tuple(str(package.style) for package in ICON_SETS)
-HELD_OUT_PAIRS = 240
-HELD_OUT_SEED = 2022
+HELD_OUT = Path(__file__).with_name("held_out.txt")
 # Everyday subjects are whole groups less what these patterns name: near-copies of one another
 # (clock faces, moon phases, mail boxes) and what is drawn as a letter or an abstract sign.
 EVERYDAY_GROUPS = {
@@ -58,12 +58,17 @@ EVERYDAY_GROUPS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pictograms:
-    """images: (subjects, styles, 128, 128, 3) uint8 on white; held_out: (subjects, styles) bool."""
+    """The subjects in every style.
+
+    images: (subjects, styles, 128, 128, 3) uint8 on white; held_out: (subjects, styles) bool
+    everyday: (subjects,) bool, those that a training is about; the others teach it the styles
+    """
 
     names: tuple[str, ...]
     keywords: tuple[tuple[str, ...], ...]
     images: np.ndarray
     held_out: np.ndarray
+    everyday: np.ndarray
 
     def save(self, path: Path) -> None:
         """Write everything as one `.npz`, whole or not at all."""
@@ -74,6 +79,7 @@ class Pictograms:
             keywords=np.array(["\n".join(words) for words in self.keywords]),
             images=self.images,
             held_out=self.held_out,
+            everyday=self.everyday,
         )
         partial.replace(path)
 
@@ -86,6 +92,7 @@ class Pictograms:
                 keywords=tuple(tuple(filter(None, str(w).split("\n"))) for w in arrays["keywords"]),
                 images=arrays["images"],
                 held_out=arrays["held_out"],
+                everyday=arrays["everyday"],
             )
 
 
@@ -161,17 +168,15 @@ def build(
             for character, name in zip(chosen, names, strict=True)
         ),
         images=images,
-        held_out=hold_out(len(names), len(icon_sets)),
+        held_out=hold_out(names),
+        everyday=np.array([_is_everyday(facts) for facts in chosen.values()]),
     )
 
 
-def hold_out(subjects: int, styles: int) -> np.ndarray:
-    """Choose the pairs that training never sees: at most one style of a subject, styles evenly."""
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    held_out = np.zeros((subjects, styles), bool)
-    chosen = rng.permutation(subjects)[: min(HELD_OUT_PAIRS, subjects // 2)]
-    held_out[chosen, np.arange(len(chosen)) % styles] = True
-    return held_out
+def hold_out(names: Iterable[str]) -> np.ndarray:
+    """Say of each subject in each style, (subjects, styles) bool, whether it is held out."""
+    listed = set(HELD_OUT.read_text(encoding="utf-8").splitlines())
+    return np.array([[caption(name, style) in listed for style in STYLES] for name in names])
 
 
 def _is_everyday(facts: dict[str, Any]) -> bool:

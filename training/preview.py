@@ -27,7 +27,9 @@ BATCH = 32
 PICTURES = 1000  # to learn from
 LAST = torch.channels_last
 BEYOND = 0.1  # what a pixel outside 0 to 1 counts there, lest one on the wrong side learn nothing
-CONFIG = TinyDecoderConfig(decoder_block_out_channels=(9,) * 4, num_decoder_blocks=(1, 1, 1, 1))
+CONFIG = TinyDecoderConfig(
+    latent_channels=8, decoder_block_out_channels=(9,) * 4, num_decoder_blocks=(1, 1, 1, 1)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,7 +30,7 @@ State = dict[str, torch.Tensor]
 def write_model(out: Path, denoiser: Denoiser, autoencoder: Autoencoder, tokenizer: Path) -> None:
     """Write everything that a pipeline needs to `out`."""
     write_json(out / "model_index.json", _model_index())
-    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER, indent=None)
     write_json(out / "text_encoder" / "config.json", _text_encoder_config(denoiser))
     write_json(out / "unet" / "config.json", _unet_config(denoiser.unet.config))
     write_json(out / "vae" / "config.json", _vae_config(autoencoder.config))
@@ -75,10 +75,10 @@ def write_weights(module: nn.Module, path: Path) -> None:
     partial.replace(path)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any], indent: int | None = 2) -> None:
     """Write a JSON object, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")
 
 
 def _model_index() -> dict[str, Any]:

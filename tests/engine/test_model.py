@@ -123,11 +123,11 @@ def test_a_broken_file(folder, name, content, said):
         ("unet/config.json", {"sample_size": [16, 16]}, "sample_size"),
         ("unet/config.json", {"sample_size": True}, "sample_size True"),
         ("unet/config.json", {"sample_size": "16"}, "sample_size '16'"),
-        ("unet/config.json", {"in_channels": 8}, "takes 8 channels.*; supported are 4 .* and 9"),
+        ("unet/config.json", {"in_channels": 4}, "takes 4 channels.*; supported are 8 .* and 17"),
         (
             "unet/config.json",
-            {"out_channels": 8},
-            "makes 8 channels and an autoencoder",
+            {"out_channels": 4},
+            "makes 4 channels and an autoencoder",
         ),
         ("unet/config.json", {"cross_attention_dim": 768}, "attends to 768 values"),
         ("unet/config.json", {"down_block_types": ["NewBlock"] * 3}, "NewBlock"),
@@ -153,7 +153,7 @@ def test_what_cannot_be_run(folder, name, fields, said):
         ("tokenizer/tokenizer_config.json", {"model_max_length": 77}, "rows of 77 tokens"),
         ("text_encoder/config.json", {"vocab_size": 1000}, "tokens and its text_encoder 1000"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type='flow'"),
-        ("scheduler/scheduler_config.json", {"beta_start": "a"}, "betas"),
+        ("scheduler/scheduler_config.json", {"trained_betas": "a"}, "betas"),
     ],
 )
 def test_what_the_pipeline_cannot_run(folder, name, fields, said):

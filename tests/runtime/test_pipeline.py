@@ -143,7 +143,7 @@ def test_progress_counts_the_steps(pipeline):
     assert [(progress.step, progress.total) for progress in seen] == [(i, 4) for i in (1, 2, 3, 4)]
     side = pipeline.model.sample_size
     for progress in seen:
-        assert progress.latents.shape == (2, 4, side, side)
+        assert progress.latents.shape == (2, 8, side, side)
         assert progress.latents.dtype == np.float32
     assert not np.array_equal(seen[0].latents, seen[1].latents), "a later step overwrote it"
     previews = pipeline.decode(seen[1].latents)
@@ -208,9 +208,9 @@ def test_engine_inputs_of_a_guided_batch(recorded):
         seed=8,
     )
     call = recorded.engines["step"].calls[0]
-    assert call["registers"].shape == (4, 2, 4, 8, 12)
+    assert call["registers"].shape == (4, 2, 8, 8, 12)
     assert call["matrices"].shape == (4, 2, 4)
-    assert call["noise"].shape == (4, 4, 8, 12)
+    assert call["noise"].shape == (4, 8, 8, 12)
     assert not call["noise"].any(), "this sampler draws none"
     assert call["guidance"].tolist() == [[-2.0] * 4, [3.0] * 4]
     assert call["mask"].tolist() == np.ones((4, 1, 8, 12)).tolist(), "nothing is kept"
@@ -247,7 +247,7 @@ def test_an_image_is_brought_to_size_and_noised(recorded):
     assert encoded["pixels"].shape == (2, 64, 32, 3)
     assert encoded["pixels"].dtype == np.uint8
     start = recorded.engines["step"].calls[0]["registers"][:, 0]
-    assert start.mean() > 50, "the fake latents are 100"
+    assert start.mean() > 30, "the fake latents are 100"
     assert start.std() > 0.1
 
 

@@ -33,14 +33,16 @@ def counted(engine):
 def step_inputs(height, width):
     rng = np.random.default_rng(0)
     return {
-        "registers": rng.standard_normal((1, 1, 4, height, width), np.float32),
+        "registers": rng.standard_normal(
+            (1, 1, MODEL.vae.latent_channels, height, width), np.float32
+        ),
         "matrices": np.array([[[0, 1, 0]]], np.float32),
         "timestep": np.array([500], np.float32),
         "input_scale": np.ones(1, np.float32),
         "context": rng.standard_normal((2, 1, 8, MODEL.unet.cross_attention_dim), np.float32),
         "guidance": np.array([[-4], [5]], np.float32),
         "guidance_rescale": np.zeros(1, np.float32),
-        "noise": np.zeros((1, 4, height, width), np.float32),
+        "noise": np.zeros((1, MODEL.vae.latent_channels, height, width), np.float32),
         "mask": np.ones((1, 1, height, width), np.float32),
         "outside": np.zeros((1, 3), np.float32),
     }

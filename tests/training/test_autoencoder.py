@@ -7,10 +7,11 @@ import torch
 from export.modules.autoencoder import Autoencoder
 from tests.support import tolerances
 from training import autoencoder
-from training.autoencoder import CROP, encode, normalise, psnr, reconstruct
+from training.autoencoder import CROP, MOVE, encode, moved, normalise, psnr, reconstruct
 from training.loop import LoopSettings
 
 TINY = dataclasses.replace(autoencoder.CONFIG, block_out_channels=(8, 8, 8, 8))
+CHANNELS = TINY.latent_channels
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_normalised_latents_have_mean_0_and_deviation_1(untrained, images):
     scale = encode(untrained, images).std((0, 2, 3))
     normalise(untrained, images)
     latents = encode(untrained, images)
-    zeros, ones = torch.zeros(4), torch.ones(4)
+    zeros, ones = torch.zeros(CHANNELS), torch.ones(CHANNELS)
     tolerance = {"rtol": 0, "atol": tolerances.NORMALISED_LATENTS}
     torch.testing.assert_close(latents.mean((0, 2, 3)), zeros, **tolerance)
     torch.testing.assert_close(latents.std((0, 2, 3)), ones, **tolerance)
@@ -52,7 +53,7 @@ def test_reconstructions_have_the_shape_of_the_pictures(untrained, images):
     drawn = reconstruct(untrained, images[:, :64])
     assert drawn.shape == (12, 64, 96, 3)
     assert drawn.dtype == np.uint8
-    assert encode(untrained, images[:, :64]).shape == (12, 4, 8, 12)
+    assert encode(untrained, images[:, :64]).shape == (12, CHANNELS, 8, 12)
 
 
 def test_psnr_of_a_known_error():
@@ -73,7 +74,7 @@ def test_psnr_of_a_known_error():
 )
 def test_crops_cost_the_same_as_whole_pictures(side, whole, shape):
     images = torch.zeros(3, side, side, 3, dtype=torch.uint8)
-    crops = autoencoder._crops(images, 8, torch.Generator().manual_seed(0), whole=whole)
+    crops = autoencoder._crops(images, 8, None, whole=whole)
     assert crops.shape == shape
     assert (crops == -1).all()
 
@@ -81,12 +82,39 @@ def test_crops_cost_the_same_as_whole_pictures(side, whole, shape):
 def test_crops_are_pieces_of_the_pictures_half_of_them_mirrored():
     columns = torch.arange(128, dtype=torch.uint8)[None, None, :, None]
     images = columns.expand(2, 128, 128, 3)
-    crops = autoencoder._crops(images, 100, torch.Generator().manual_seed(0), whole=False)
+    torch.manual_seed(0)
+    crops = autoencoder._crops(images, 100, None, whole=False)
     columns = ((crops + 1) * 127.5).round()[:, 0, 0]
     steps = columns.diff(dim=1)
     assert (steps.abs() == 1).all()
     assert 30 < int((steps[:, 0] == -1).sum()) < 70
     assert len(columns.min(dim=1).values.unique()) > 20
+
+
+def test_whole_pictures_are_moved_and_their_edges_repeated():
+    columns = torch.arange(128, dtype=torch.uint8)[None, None, :, None]
+    torch.manual_seed(0)
+    pictures = autoencoder._crops(columns.expand(2, 128, 128, 3), 400, None, whole=True)
+    columns = ((pictures + 1) * 127.5).round()[:, 0, 0]
+    moves = columns.min(dim=1).values - (127 - columns.max(dim=1).values)
+    assert set(moves.int().tolist()) <= set(range(-MOVE, MOVE + 1))
+    assert len(moves.unique()) > MOVE
+
+
+def test_moved_pictures_are_whole_but_for_two_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    moves = set()
+    for before, after in zip(images, moved(images, np.random.default_rng(1)), strict=True):
+        padded = np.pad(before, ((2, 2), (2, 2), (0, 0)), mode="edge")
+        found = [
+            (y, x)
+            for y in range(5)
+            for x in range(5)
+            if (padded[y : y + 16, x : x + 16] == after).all()
+        ]
+        moves.update(found)
+        assert found
+    assert len(moves) > 10
 
 
 def test_the_loss_of_a_perfect_copy_is_its_divergence_alone():

@@ -22,7 +22,7 @@ def work(tmp_path):
     folder.mkdir()
     held_out = np.zeros((500, 4), bool)
     held_out[:240, 1] = True
-    np.savez(folder / "data.npz", held_out=held_out)
+    np.savez(folder / "data.npz", held_out=held_out, everyday=np.ones(500, bool))
     torch.save({"seconds": 1380.0, "step": 3915}, folder / "autoencoder.pt")
     torch.save({"seconds": 5400.0, "step": 9000}, folder / "diffusion.pt")
     return folder
@@ -47,9 +47,19 @@ def test_the_card_names_data_size_and_time(out, work):
     assert "3 MB of float16 weights" in card
     assert "500 subjects, each drawn in 4 styles; 240 of the 2000 pictures are held out" in card
     assert "- autoencoder: 3,915 steps, 23 minutes of computing; its options" in card
+    assert "\npython -m training data\n" in card
     assert "- diffusion: 9,000 steps, 90 minutes of computing; its options were not" in card
     for package in PACKAGES:
         assert f"{package.name} {package.version} | {package.licence} | {package.author}" in card
+
+
+def test_the_card_tells_of_subjects_that_are_not_everyday(out, work):
+    with np.load(work / "data.npz") as arrays:
+        held_out = arrays["held_out"]
+    np.savez(work / "data.npz", held_out=held_out, everyday=np.arange(500) < 200)
+    card = read_card(out, work)
+    assert "200 subjects are everyday ones and have 70% of the draws." in card
+    assert "\npython -m training data --all\n" in card
 
 
 def test_the_card_tells_the_options_that_were_used(out, work):
@@ -78,6 +88,21 @@ def test_quality_is_told_when_it_is_measured(out, work):
     assert "75.0% (top-5)" in card
     assert "62.5% (top-1)" in card
     assert "num_inference_steps 20, sampler ddim" in card
+
+
+def test_means_over_seeds_are_told(out, work):
+    report = QUALITY | {
+        "seeds": [0, 1, 2, 3],
+        "few_steps": SHARES,
+        "sharpness": 0.876,
+        "autoencoder_psnr": 33.26,
+    }
+    (work / "quality.json").write_text(json.dumps(report))
+    card = read_card(out, work)
+    assert "reconstructions of 240 pictures held out of training: 33.3 dB PSNR" in card
+    assert "Drawn in 4 steps, 50.0% of the held-out pairs are nearest (top-1)" in card
+    assert "88% of the originals'" in card
+    assert "means over 4 seeds" in card
 
 
 def test_the_notice_owes_every_package(out, work):

@@ -1,6 +1,7 @@
 """The whole pipeline, data to shipped model, on four pictures and a few steps."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -44,6 +45,19 @@ def shipped(coco, tmp_path_factory):
         ):
             assert main([*arguments, "--work", str(work)]) == 0
     return work, out
+
+
+def test_all_goes_on_where_it_was_stopped(shipped, tmp_path, capsys):
+    work, _ = shipped
+    names = ("data.npz", "autoencoder-final.pt", "autoencoder.json", "tokenizer")
+    for name in names:
+        copy = shutil.copytree if (work / name).is_dir() else shutil.copy
+        copy(work / name, tmp_path / name)
+    asked = ["--minutes", "0.001", "--vocab-size", "516", "--out", str(tmp_path / "model")]
+    assert main(["all", *asked, "--work", str(tmp_path)]) == 0
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "autoencoder --steps 2 --batch-size 2" in card
+    assert "diffusion --steps 100000 --minutes 0.0007 --batch-size 48" in card
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -4,7 +4,7 @@ from torch import nn
 
 from engine.errors import RequestError
 from training import loop as loop_module
-from training.loop import Loop, LoopSettings, attention, autocast
+from training.loop import Loop, LoopSettings, attention, autocast, draw
 
 
 def settings(**changes):
@@ -149,6 +149,22 @@ def test_frozen_parameters_stay(tmp_path):
 def test_settings_that_cannot_run_are_refused(changes):
     with pytest.raises(RequestError, match="give a positive number"):
         settings(**changes)
+
+
+@pytest.mark.parametrize("weights", [None, [0.0, 1.0, 0.0, 3.0]])
+def test_indices_are_drawn_by_weight(weights):
+    torch.manual_seed(0)
+    given = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    drawn = draw(4, 8000, given, torch.device("cpu"))
+    shares = (torch.bincount(drawn, minlength=4) / 8000).tolist()
+    assert shares == pytest.approx([0, 0.25, 0, 0.75] if weights else [0.25] * 4, abs=0.03)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
+    module = linear()
+    loop = Loop(module, settings(), tmp_path / "a.pt")
+    with pytest.raises(RequestError, match=r"nan at step 20.*--learning-rate"):
+        loop.run(lambda step: {"loss": module.weight.sum() * torch.nan})
 
 
 def test_processors_compute_attention_plainly():

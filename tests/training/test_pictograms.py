@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from training import pictograms
-from training.dataset import PictogramTrainingSet, load_training_set
+from training.dataset import EVERYDAY_SHARE, PictogramTrainingSet, load_training_set
 from training.pictograms import (
-    HELD_OUT_PAIRS,
+    HELD_OUT,
     SIZE,
     STYLES,
     Pictograms,
@@ -82,6 +82,7 @@ def test_saved_pictograms_come_back(fetched, tmp_path):
     assert (loaded.names, loaded.keywords) == (data.names, data.keywords)
     np.testing.assert_array_equal(loaded.images, data.images)
     np.testing.assert_array_equal(loaded.held_out, data.held_out)
+    np.testing.assert_array_equal(loaded.everyday, data.everyday)
     training = load_training_set(tmp_path / "data.npz")
     assert isinstance(training, PictogramTrainingSet)
     assert len(training.images) == len(training.pairs) == 12 - data.held_out.sum()
@@ -105,15 +106,23 @@ def test_pictures_are_drawn_inside_a_white_margin():
     assert (pixels[~inside] == 255).all()
 
 
-@pytest.mark.parametrize("subjects", [1, 2, 30, 500, 1300])
-def test_held_out_pairs_leave_each_subject_three_styles(subjects):
-    held_out = hold_out(subjects, 4)
-    assert held_out.shape == (subjects, 4)
-    assert held_out.sum() == min(HELD_OUT_PAIRS, subjects // 2)
-    assert held_out.sum(axis=1).max(initial=0) <= 1
-    by_style = held_out.sum(axis=0)
-    assert by_style.max() - by_style.min() <= 1
-    np.testing.assert_array_equal(held_out, hold_out(subjects, 4))
+def test_held_out_pairs_leave_each_subject_three_styles():
+    listed = HELD_OUT.read_text(encoding="utf-8").splitlines()
+    names = sorted({line.rsplit(", ", 1)[0] for line in listed})
+    assert len(listed) == len(names) == 240
+    held_out = hold_out(["another", *names])
+    assert held_out.shape == (241, 4)
+    assert held_out.sum(axis=1).tolist() == [0, *[1] * 240]
+    assert held_out.sum(axis=0).tolist() == [60] * 4
+
+
+def test_everyday_subjects_have_their_share_of_the_draws(fetched, tmp_path):
+    data = PictogramTrainingSet.of(build(tmp_path, everyday=False))
+    everyday = data.pictograms.everyday[data.pairs[:, 0]]
+    assert everyday.tolist() == [True] * 8 + [False] * 4
+    assert data.draws.sum() == pytest.approx(1)
+    assert data.draws[everyday].sum() == pytest.approx(EVERYDAY_SHARE)
+    assert PictogramTrainingSet.of(build(tmp_path, everyday=True)).draws is None
 
 
 def test_random_captions_have_these_forms_and_no_others():
@@ -138,7 +147,11 @@ def test_captions_and_their_words():
     assert caption("red apple", "noto") == "red apple, noto style"
     assert caption("red apple", None) == "red apple"
     data = Pictograms(
-        names=("owl",), keywords=(("bird",),), images=np.zeros(0), held_out=np.zeros(0)
+        names=("owl",),
+        keywords=(("bird",),),
+        images=np.zeros(0),
+        held_out=np.zeros(0),
+        everyday=np.ones(1, bool),
     )
     words = set(" ".join(all_captions(data)).replace(",", "").split())
     assert words == {"owl", "a", "an", "style", *STYLES}

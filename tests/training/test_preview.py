@@ -14,7 +14,9 @@ from training import autoencoder, preview, ship
 from training.diffusion import Denoiser
 from training.loop import LoopSettings
 
-SMALL = TinyDecoderConfig(decoder_block_out_channels=(4,) * 4, num_decoder_blocks=(1,) * 4)
+SMALL = TinyDecoderConfig(
+    latent_channels=8, decoder_block_out_channels=(4,) * 4, num_decoder_blocks=(1,) * 4
+)
 
 
 class Data:
@@ -46,7 +48,7 @@ def decoded(model):
 
 def test_examples_are_latents_with_what_they_decode_to(decoded, model):
     _, trained, _ = model
-    assert decoded.latents.shape == (6, 4, 8, 8)
+    assert decoded.latents.shape == (6, 8, 8, 8)
     assert (decoded.pictures.shape, decoded.pictures.dtype) == ((6, 3, 64, 64), torch.uint8)
     latents = autoencoder.encode(trained, np.ascontiguousarray(Data.images))
     error = (decoded.latents - latents).square().mean((1, 2, 3))
@@ -73,7 +75,7 @@ def test_the_difference_looks_at_what_is_seen():
 
 def test_training_learns_and_writes_what_diffusers_takes(decoded, tmp_path):
     settings = LoopSettings(
-        steps=60, batch_size=4, learning_rate=1e-2, warmup_steps=5, sample_steps=50, muon=True
+        steps=240, batch_size=4, learning_rate=1e-2, warmup_steps=5, sample_steps=200, muon=True
     )
     torch.manual_seed(settings.seed)
     before = preview.draw(TinyAutoencoder(SMALL), decoded.latents)
@@ -82,7 +84,7 @@ def test_training_learns_and_writes_what_diffusers_takes(decoded, tmp_path):
     errors = [(drawn.float() - decoded.pictures).square().mean() for drawn in (before, after)]
     assert errors[1] < errors[0] / 3
     names = sorted(path.name for path in (tmp_path / "work").iterdir())
-    assert names == ["preview-000050.png", "preview.pt"]
+    assert names == ["preview-000200.png", "preview.pt"]
 
     folder = preview.write(trained, tmp_path / "model")
     values = json.loads((folder / "config.json").read_text())

@@ -36,7 +36,7 @@ def weights():
 
 
 def latents(batch=1, side=4):
-    return np.random.default_rng(0).normal(size=(batch, 4, side, side)).astype(np.float32)
+    return np.random.default_rng(0).normal(size=(batch, 8, side, side)).astype(np.float32)
 
 
 @pytest.mark.parametrize("threads", [None, 1, 2])
@@ -240,7 +240,7 @@ def test_a_graph_whose_nodes_are_damaged(graph, weights, tmp_path):
 
 @pytest.mark.parametrize(
     "inputs",
-    [{}, {"latents": np.zeros((1, 3, 4, 4), "f")}, {"latents": np.zeros((1, 4, 4, 4), "d")}],
+    [{}, {"latents": np.zeros((1, 3, 4, 4), "f")}, {"latents": np.zeros((1, 8, 4, 4), "d")}],
 )
 def test_inputs_that_do_not_fit(graph, weights, inputs):
     with pytest.raises(BackendError, match="ONNX Runtime failed") as caught:

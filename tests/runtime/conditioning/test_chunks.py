@@ -182,7 +182,8 @@ def encode(reference, words, chunks, clip_skip=1):
                 inner = getattr(model, "text_model", model)
                 hidden = inner.final_layer_norm(given.hidden_states[-clip_skip])
         weighted = hidden * weights[None, :, None]
-        states.append(weighted * (hidden.mean() / weighted.mean()))
+        # in float64: the means are near zero, where float32's sums of thousands are rough
+        states.append(weighted * (hidden.double().mean() / weighted.double().mean()).float())
     return torch.cat(states, dim=1)[0].numpy()
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from engine.backends.settings import BackendSettings
 from engine.errors import ModelError
-from engine.model import find_model
+from engine.model import Model, find_model
 from runtime import Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.previews import Preview
@@ -57,7 +57,7 @@ def test_the_decoder_that_ships_draws_nearly_what_the_full_one_draws(pipeline, f
 
 
 def test_latents_that_are_no_numbers_still_give_previews(pipeline):
-    latents = np.zeros((2, 4, 16, 16), np.float32)
+    latents = np.zeros((2, 8, 16, 16), np.float32)
     broken = latents.copy()
     broken[0, :, 3], broken[1, :, 4] = np.nan, np.inf
     for seen, whole in zip(pipeline.previews(broken), pipeline.previews(latents), strict=True):
@@ -81,9 +81,15 @@ def test_diffusers_decodes_with_the_same_weights(pipeline, finished):
 
 
 def brought(folder):
-    """Save a TAESD with random weights under its own names."""
+    """Save a tiny decoder with random weights under the names of TAESD's."""
     torch.manual_seed(0)
-    state = AutoencoderTiny().decoder.layers.state_dict()
+    config = Model.open(find_model("pictogram")).config("preview_decoder")
+    module = AutoencoderTiny(
+        latent_channels=config.latent_channels,
+        decoder_block_out_channels=config.decoder_block_out_channels,
+        num_decoder_blocks=config.num_decoder_blocks,
+    )
+    state = module.decoder.layers.state_dict()
     path = folder / "taesd_decoder.safetensors"
     save_file(
         {f"{int(k.split('.')[0]) + 1}.{k.split('.', 1)[1]}": v for k, v in state.items()}, path
@@ -94,7 +100,7 @@ def brought(folder):
 def test_one_that_is_brought_stands_in_for_the_models_own(tmp_path, pipeline):
     settings = BackendSettings(threads=1)
     other = Pipeline.load("pictogram", preview_decoder=brought(tmp_path), settings=settings)
-    latents = np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)
+    latents = np.random.default_rng(0).normal(size=(1, 8, 8, 8)).astype(np.float32)
     (own,), (drawn,) = pipeline.previews(latents), other.previews(latents)
     assert own.size == drawn.size == (64, 64)
     assert not np.array_equal(own, drawn)
@@ -112,7 +118,7 @@ def plain(tmp_path):
 def test_a_model_without_one_says_what_to_give(plain):
     pipeline = Pipeline.load(plain, settings=BackendSettings(threads=1))
     with pytest.raises(ModelError, match="holds no preview_decoder; give one with --preview-dec"):
-        pipeline.previews(np.zeros((1, 4, 8, 8), np.float32))
+        pipeline.previews(np.zeros((1, 8, 8, 8), np.float32))
 
 
 @pytest.mark.parametrize("decoder", ["own", "file"])

@@ -100,7 +100,7 @@ def test_a_probe_is_balanced(channels):
 
 
 def test_latents_that_are_no_numbers_still_give_previews():
-    latents = np.full((1, 4, 8, 8), np.nan, np.float32)
+    latents = np.full((1, 8, 8, 8), np.nan, np.float32)
     latents[0, :, 0, 0] = np.inf
     preview = Preview.fit(latents, [Image.new("RGB", (64, 64), (10, 20, 30))])
     (picture,) = preview.draw(latents)

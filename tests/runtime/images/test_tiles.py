@@ -79,7 +79,7 @@ def pixels():
 
 @pytest.fixture(scope="module")
 def latents(engines, pixels):
-    inputs = {"pixels": pixels, "noise": np.zeros((1, 4, 48, 40), np.float32)}
+    inputs = {"pixels": pixels, "noise": np.zeros((1, 8, 48, 40), np.float32)}
     return engines["vae_encoder"].run(inputs)["latents"]
 
 
@@ -162,7 +162,7 @@ def test_no_edge_is_seen_where_tiles_meet(engines):
     smooth = np.broadcast_to(
         (ramp[:, None] // 2 + ramp[None] // 2)[None, ..., None], (1, 384, 384, 3)
     )
-    inputs = {"pixels": smooth.copy(), "noise": np.zeros((1, 4, 48, 48), np.float32)}
+    inputs = {"pixels": smooth.copy(), "noise": np.zeros((1, 8, 48, 48), np.float32)}
     latents = engines["vae_encoder"].run(inputs)["latents"]
     run = engines["vae_decoder"].run
     blended = tiles.decode(run, latents, 8, tile=TILE)

@@ -136,7 +136,7 @@ def expected(inputs, weights=None):
 
 def test_a_run_is_that_of_the_graph(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
-    for shape in ((1, 4, 8, 8), (2, 4, 8, 16)):
+    for shape in ((1, 8, 8, 8), (2, 8, 8, 16)):
         inputs = latents(*shape)
         np.testing.assert_array_equal(engine.run(inputs)["pixels"], expected(inputs))
 
@@ -144,9 +144,9 @@ def test_a_run_is_that_of_the_graph(library, device):
 def test_runs_are_queued_on_the_device_s_stream_without_waiting(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
     assert library.sessions[0].settings["user_compute_stream"] == str(device.stream)
-    inputs = latents(1, 4, 8, 8)
-    placed = {"latents": device.empty((1, 4, 8, 8), np.dtype(np.float32))}
-    outputs = engine.prepare({"latents": (1, 4, 8, 8)})
+    inputs = latents(1, 8, 8, 8)
+    placed = {"latents": device.empty((1, 8, 8, 8), np.dtype(np.float32))}
+    outputs = engine.prepare({"latents": (1, 8, 8, 8)})
     device.counts.clear()
 
     replay = device.record(lambda: engine.enqueue(placed, outputs))
@@ -159,7 +159,7 @@ def test_runs_are_queued_on_the_device_s_stream_without_waiting(library, device)
 
 def test_new_shapes_are_run_once_to_know_the_outputs(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
-    for shape in ((1, 4, 8, 8), (1, 4, 8, 8), (1, 4, 16, 8)):
+    for shape in ((1, 8, 8, 8), (1, 8, 8, 8), (1, 8, 16, 8)):
         outputs = engine.prepare({"latents": shape})
         assert outputs["pixels"].shape == (1, shape[2] * 8, shape[3] * 8, 3)
         assert outputs["pixels"].dtype == np.uint8
@@ -179,7 +179,7 @@ def test_no_attention_is_left_to_the_kernel_that_is_wrong(part, config):
 
 def test_other_weights_open_the_session_again(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
-    inputs = latents(1, 4, 8, 8)
+    inputs = latents(1, 8, 8, 8)
     weights = WEIGHTS | {BIAS: WEIGHTS[BIAS] + np.float32(0.3)}
     engine.rebind(weights, {BIAS})
     np.testing.assert_array_equal(engine.run(inputs)["pixels"], expected(inputs, weights))
@@ -189,7 +189,7 @@ def test_other_weights_open_the_session_again(library, device):
 
 def test_weights_that_cannot_be_bound_leave_an_engine_that_can_be_bound_again(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
-    inputs = latents(1, 4, 8, 8)
+    inputs = latents(1, 8, 8, 8)
     with pytest.raises(ModelError, match=BIAS):
         engine.rebind(WEIGHTS | {BIAS: WEIGHTS[BIAS] * np.nan}, {BIAS})
     with pytest.raises(BackendError, match="no weights"):
@@ -200,10 +200,10 @@ def test_weights_that_cannot_be_bound_leave_an_engine_that_can_be_bound_again(li
 
 def test_a_failing_run_is_one_error(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
-    engine.prepare({"latents": (1, 4, 8, 8)})
+    engine.prepare({"latents": (1, 8, 8, 8)})
     library.sessions[0].fail = "Failed to allocate memory for requested buffer\nmore"
     with pytest.raises(BackendError, match=r"GPU \(Failed to allocate memory .* buffer\); is the"):
-        engine.run(latents(1, 4, 8, 8))
+        engine.run(latents(1, 8, 8, 8))
 
 
 def test_a_provider_that_does_not_start_is_an_error(library, device):

@@ -21,20 +21,20 @@ GRAPHS = {
 WEIGHTS = {part: dict(MODEL.weights(part)) for part in PARTS}
 TOKENS = MODEL.config("text_encoder").max_position_embeddings
 BIAS = "decoder.layers.0.bias"
-LATENTS = {"latents": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 16, 16))}
+LATENTS = {"latents": ((1, 8, 8, 8), (1, 8, 8, 8), (2, 8, 16, 16))}
 
 
 def step_profile(most_registers=4):
     context, tokens = MODEL.unet.cross_attention_dim, TOKENS
     limits = {
-        "registers": ((1, 1, 4, 8, 8), (1, most_registers, 4, 16, 16)),
+        "registers": ((1, 1, 8, 8, 8), (1, most_registers, 8, 16, 16)),
         "matrices": ((1, 1, 3), (1, most_registers, most_registers + 2)),
         "timestep": ((1,), (1,)),
         "input_scale": ((1,), (1,)),
         "context": ((1, 1, tokens, context), (2, 1, tokens, context)),
         "guidance": ((1, 1), (2, 1)),
         "guidance_rescale": ((1,), (1,)),
-        "noise": ((1, 4, 8, 8), (1, 4, 16, 16)),
+        "noise": ((1, 8, 8, 8), (1, 8, 16, 16)),
         "mask": ((1, 1, 8, 8), (1, 1, 16, 16)),
         "outside": ((1, 3), (1, most_registers + 2)),
     }
@@ -109,8 +109,8 @@ def test_a_run_from_the_processor_is_that_of_the_graph(library, device, tmp_path
 
 def test_an_input_may_be_on_the_device_already(library, device, tmp_path):
     engine = open_decoder(library, write_decoder(library, tmp_path))
-    inputs = latents(1, 4, 8, 8)
-    placed = device.empty((1, 4, 8, 8), np.dtype(np.float32))
+    inputs = latents(1, 8, 8, 8)
+    placed = device.empty((1, 8, 8, 8), np.dtype(np.float32))
     device.upload(inputs["latents"], placed)
 
     assert_same(engine.run({"latents": placed}), expected("preview_decoder", inputs))
@@ -171,35 +171,35 @@ def test_rows_of_a_table_are_taken_wherever_they_begin(library, device, tmp_path
 
 
 def test_the_narrowest_profile_is_chosen(library, tmp_path):
-    narrow = {"latents": ((1, 4, 8, 8),) * 3}
+    narrow = {"latents": ((1, 8, 8, 8),) * 3}
     engine = open_decoder(library, write_decoder(library, tmp_path, [LATENTS, narrow]))
     profile = engine._loaded.fitting_profile
-    assert profile({"latents": (1, 4, 8, 8)}) == 1
-    assert profile({"latents": (2, 4, 16, 8)}) == 0
-    for shape in ((1, 4, 8, 8), (2, 4, 16, 8)):
+    assert profile({"latents": (1, 8, 8, 8)}) == 1
+    assert profile({"latents": (2, 8, 16, 8)}) == 0
+    for shape in ((1, 8, 8, 8), (2, 8, 16, 8)):
         inputs = latents(*shape)
         assert_same(engine.run(inputs), expected("preview_decoder", inputs))
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (1, 4, 8, 24), (1, 4, 4, 8), (1, 4, 8)])
+@pytest.mark.parametrize("shape", [(3, 8, 8, 8), (1, 8, 8, 24), (1, 8, 4, 8), (1, 8, 8)])
 def test_a_shape_outside_the_profiles_is_refused_with_what_they_allow(library, tmp_path, shape):
     engine = open_decoder(library, write_decoder(library, tmp_path))
     with pytest.raises(BackendError) as refused:
         engine.prepare({"latents": shape})
     message = str(refused.value)
-    assert "(1, 4, 8, 8) to (2, 4, 16, 16)" in message
+    assert "(1, 8, 8, 8) to (2, 8, 16, 16)" in message
     assert str(shape) in message
 
 
 def test_what_was_recorded_stays_good_when_other_shapes_are_prepared(library, device, tmp_path):
     engine = open_decoder(library, write_decoder(library, tmp_path))
-    inputs = latents(1, 4, 8, 8)
-    placed = {"latents": device.empty((1, 4, 8, 8), np.dtype(np.float32))}
-    outputs = engine.prepare({"latents": (1, 4, 8, 8)})
+    inputs = latents(1, 8, 8, 8)
+    placed = {"latents": device.empty((1, 8, 8, 8), np.dtype(np.float32))}
+    outputs = engine.prepare({"latents": (1, 8, 8, 8)})
     engine.enqueue(placed, outputs)
     replay = device.record(lambda: engine.enqueue(placed, outputs))
 
-    larger = latents(2, 4, 16, 16)  # its activations need a larger piece of the shared memory
+    larger = latents(2, 8, 16, 16)  # its activations need a larger piece of the shared memory
     assert_same(engine.run(larger), expected("preview_decoder", larger))
     device.upload(inputs["latents"], placed["latents"])
     replay()
@@ -213,7 +213,7 @@ def test_all_engines_work_in_the_same_memory(library, device, tmp_path):
     graph = GRAPHS["step"]
     plan = library.write_plan(tmp_path / "step.engine", graph, WEIGHTS["step"], [step_profile()])
     second = TensorRTEngine(library, plan, graph, device)
-    small, inputs = latents(1, 4, 8, 8), step_inputs()
+    small, inputs = latents(1, 8, 8, 8), step_inputs()
     for _ in range(2):  # the step's needs are larger, so the decoder's address has changed
         assert_same(first.run(small), expected("preview_decoder", small))
         assert_same(second.run(inputs), expected("step", inputs))
@@ -227,7 +227,7 @@ def test_pipelines_share_weights_until_one_changes_its_own(library, device, tmp_
     plan = write_decoder(library, tmp_path)
     first, second = open_decoder(library, plan), open_decoder(library, plan)
     assert device.counts["load"] == 1
-    inputs = latents(1, 4, 8, 8)
+    inputs = latents(1, 8, 8, 8)
     reference = expected("preview_decoder", inputs)
     first.run(inputs)
 
@@ -245,7 +245,7 @@ def test_pipelines_share_weights_until_one_changes_its_own(library, device, tmp_
 
 
 def test_a_changed_engine_is_not_shared_with_the_next(library, device, tmp_path):
-    plan, inputs = write_decoder(library, tmp_path), latents(1, 4, 8, 8)
+    plan, inputs = write_decoder(library, tmp_path), latents(1, 8, 8, 8)
     first = open_decoder(library, plan)
     first.rebind(changed_bias(0.3), {BIAS})
     assert device.counts["load"] == 1
@@ -257,11 +257,11 @@ def test_a_changed_engine_is_not_shared_with_the_next(library, device, tmp_path)
 
 
 def test_prepared_shapes_survive_a_change_of_weights(library, device, tmp_path):
-    plan, inputs = write_decoder(library, tmp_path), latents(1, 4, 8, 8)
+    plan, inputs = write_decoder(library, tmp_path), latents(1, 8, 8, 8)
     first, _second = open_decoder(library, plan), open_decoder(library, plan)
-    placed = {"latents": device.empty((1, 4, 8, 8), np.dtype(np.float32))}
+    placed = {"latents": device.empty((1, 8, 8, 8), np.dtype(np.float32))}
     device.upload(inputs["latents"], placed["latents"])
-    outputs = first.prepare({"latents": (1, 4, 8, 8)})
+    outputs = first.prepare({"latents": (1, 8, 8, 8)})
     first.enqueue(placed, outputs)  # the weights are not to change under it
     weights = changed_bias(0.3)
 
@@ -279,7 +279,7 @@ def test_weights_that_were_merged_are_handed_over_together(device, tmp_path):
     other = next(name for name in WEIGHTS["preview_decoder"] if name != BIAS)
     library = FakeTensorRT(device, merged=[BIAS, other])
     engine = open_decoder(library, write_decoder(library, tmp_path))
-    inputs, weights = latents(1, 4, 8, 8), changed_bias(0.3)
+    inputs, weights = latents(1, 8, 8, 8), changed_bias(0.3)
 
     # In another precision, so that what is handed over is nobody else's.
     engine.rebind(weights | {BIAS: weights[BIAS].astype(np.float64)}, {BIAS})
@@ -302,7 +302,7 @@ def test_a_refit_that_fails_is_an_error_and_the_base_can_be_bound_again(
     library, tmp_path, monkeypatch
 ):
     engine = open_decoder(library, write_decoder(library, tmp_path))
-    inputs = latents(1, 4, 8, 8)
+    inputs = latents(1, 8, 8, 8)
     monkeypatch.setattr(library, "merged", frozenset({BIAS, "unknown"}))
     with pytest.raises(BackendError, match="could not change the weights"):
         engine.rebind(changed_bias(0.3), {BIAS})
@@ -342,7 +342,7 @@ def test_the_last_engine_frees_the_weights(library, device, tmp_path):
 
 
 def test_what_the_device_compiled_is_kept_for_the_next_process(device, tmp_path):
-    kernels, inputs = tmp_path / "kernels", latents(1, 4, 8, 8)
+    kernels, inputs = tmp_path / "kernels", latents(1, 8, 8, 8)
     compiled = []
     for content in (None, None, b"damaged"):
         if content:
@@ -359,17 +359,17 @@ def test_what_the_device_compiled_is_kept_for_the_next_process(device, tmp_path)
 def test_kernels_are_written_only_when_there_may_be_new_ones(library, tmp_path):
     kernels = tmp_path / "kernels"
     engine = open_decoder(library, write_decoder(library, tmp_path), kernels=kernels)
-    engine.run(latents(1, 4, 8, 8))
+    engine.run(latents(1, 8, 8, 8))
     kernels.unlink()
-    engine.run(latents(1, 4, 8, 8, seed=1))
+    engine.run(latents(1, 8, 8, 8, seed=1))
     assert not kernels.exists()
-    engine.run(latents(1, 4, 16, 8))
+    engine.run(latents(1, 8, 16, 8))
     assert kernels.exists()
 
 
 def test_tensorrt_compiles_nothing_on_the_device(device, tmp_path):
     library = FakeTensorRT(device, rtx=False)
-    kernels, inputs = tmp_path / "kernels", latents(1, 4, 8, 8)
+    kernels, inputs = tmp_path / "kernels", latents(1, 8, 8, 8)
     engine = open_decoder(library, write_decoder(library, tmp_path), kernels=kernels)
     assert_same(engine.run(inputs), expected("preview_decoder", inputs))
     assert not kernels.exists()
@@ -379,17 +379,17 @@ def test_tensorrt_compiles_nothing_on_the_device(device, tmp_path):
 def test_a_device_without_enough_memory_says_what_is_missing_and_goes_on(tmp_path):
     device = FakeDevice(total=3 * 2**20)
     library = FakeTensorRT(device)
-    large = {"latents": ((1, 4, 8, 8), (1, 4, 8, 8), (2, 4, 128, 128))}
+    large = {"latents": ((1, 8, 8, 8), (1, 8, 8, 8), (2, 8, 128, 128))}
     engine = open_decoder(library, write_decoder(library, tmp_path, [large]))
     with pytest.raises(BackendError, match="are missing"):
-        engine.run(latents(2, 4, 128, 128))
-    inputs = latents(1, 4, 8, 8)
+        engine.run(latents(2, 8, 128, 128))
+    inputs = latents(1, 8, 8, 8)
     assert_same(engine.run(inputs), expected("preview_decoder", inputs))
 
 
 def test_doubles_refuse_what_the_library_does_not_take(library, device, tmp_path):
     engine = open_decoder(library, write_decoder(library, tmp_path))
-    engine.prepare({"latents": (1, 4, 8, 8)})
+    engine.prepare({"latents": (1, 8, 8, 8)})
     (context,) = (found.context for found in engine._ready.values())
     with pytest.raises(TypeError, match="set_input_shape"):
         context.set_input_shape("latents", "1x4x8x8")

@@ -81,7 +81,7 @@ def test_sizes_that_the_autoencoder_cannot_make_are_refused():
 
 def test_the_shapes_of_a_step():
     shapes = input_shapes("step", MODEL.unet, PROFILE)
-    assert shapes["registers"] == ((1, 1, 4, 8, 16), (1, 2, 4, 16, 16), (4, 6, 4, 32, 16))
+    assert shapes["registers"] == ((1, 1, 8, 8, 16), (1, 2, 8, 16, 16), (4, 6, 8, 32, 16))
     assert shapes["matrices"] == ((1, 1, 3), (1, 2, 4), (4, 6, 8))
     assert shapes["context"] == ((1, 1, 32, 192), (2, 1, 32, 192), (2, 4, 64, 192))
     assert shapes["mask"] == ((1, 1, 8, 16), (1, 1, 16, 16), (4, 1, 32, 16))
@@ -96,7 +96,7 @@ def test_a_text_encoder_reads_whole_rows():
 def test_the_shapes_of_pixels_are_those_of_the_latents():
     shapes = input_shapes("vae_encoder", MODEL.vae, PROFILE)
     assert shapes["pixels"] == ((1, 64, 128, 3), (1, 128, 128, 3), (4, 256, 128, 3))
-    assert shapes["noise"] == ((1, 4, 8, 16), (1, 4, 16, 16), (4, 4, 32, 16))
+    assert shapes["noise"] == ((1, 8, 8, 16), (1, 8, 16, 16), (4, 8, 32, 16))
 
 
 def declared(graph):
