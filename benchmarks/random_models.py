@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from benchmarks.diffusers_folder import write_folder
 from benchmarks.load import random_tensor
 from engine.checkpoints.families import FAMILIES
-from engine.checkpoints.shapes import tensor_shapes
 from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig, Config
 from engine.model import Model
 from export.published import CLIP_L, OPEN_CLIP_G, OPEN_CLIP_H, SD2, XL
@@ -67,4 +66,4 @@ def write_random(name: str, folder: Path) -> Path:
 
 
 def _tensors(config: Config, pool: NDArray[np.float32]) -> dict[str, NDArray[np.float16]]:
-    return {name: random_tensor(name, s, pool) for name, s in tensor_shapes(config).items()}
+    return {name: random_tensor(name, s, pool) for name, s in config.tensor_shapes().items()}

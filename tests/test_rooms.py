@@ -24,7 +24,7 @@ ROOMS = {
         *("onnxruntime", "openvino", "tensorrt", "registry"),
     ),
     "engine.checkpoints": (
-        *("formats", "shapes", "ldm_names", "component", "architecture", "families"),
+        *("formats", "component", "ldm_names", "architecture", "families"),
         *("parts", "unsupported", "prediction", "tiny_decoder", "gpt2", "single_file"),
     ),
     "runtime": (

@@ -13,7 +13,7 @@ from engine.checkpoints.architecture import (
     open_clip_config,
     unet_config,
 )
-from engine.checkpoints.component import ComponentName, fits
+from engine.checkpoints.component import ComponentName, Source, fits
 from engine.checkpoints.families import FAMILIES, Family, FamilyName
 from engine.checkpoints.ldm_names import (
     Sources,
@@ -22,7 +22,7 @@ from engine.checkpoints.ldm_names import (
     text_encoder_sources,
     unet_sources,
 )
-from engine.checkpoints.shapes import Shape, Source, tensor_shapes
+from engine.configs.base import Shape
 from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
 
@@ -132,7 +132,7 @@ def sources_of(config: Config, prefix: str, shapes: Shapes) -> Sources:
 
 def averaged(shapes: Shapes, config: Config, sources: Sources) -> Sources | None:
     """Say where the running means of a UNet's weights are; None unless all of them are there."""
-    expected, means = tensor_shapes(config), {}
+    expected, means = config.tensor_shapes(), {}
     for name, source in sources.items():
         mean = AVERAGED + source.name.removeprefix("model.").replace(".", "")
         if mean not in shapes or not fits(source.shape(shapes[mean]), expected[name]):
