@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import describe, peak_bytes, summary
+from engine.checkpoints.families.sd import CLIP_L, SD1
 from engine.checkpoints.ldm_names import autoencoder_sources, text_encoder_sources, unet_sources
 from engine.configs.diffusion import AutoencoderConfig
 from engine.store.cache import cache_folder
-from export.published import CLIP_L, SD1
 
 RANK = 32
 PARAMETERS = "parameters"

@@ -18,11 +18,11 @@ from benchmarks.flops import count
 from benchmarks.machine import describe, summary
 from benchmarks.prompt import Timed
 from engine.backends.settings import BackendSettings
+from engine.checkpoints.families.sd import SD1
 from engine.configs.diffusion import AutoencoderConfig
 from engine.engines import Engines
 from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model, find_model
-from export.published import SD1
 from runtime import Pipeline, Plan, Request
 
 STEPS = 20

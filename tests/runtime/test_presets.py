@@ -6,7 +6,7 @@ import pytest
 from engine.checkpoints.families import VARIANTS
 from engine.configs.diffusion import AutoencoderConfig, UNetConfig
 from engine.errors import RequestError
-from engine.model import Model, find_model
+from engine.model import Model, family_of, find_model
 from runtime import Request
 from runtime.presets import KINDS, PRESETS, Preset, describe_presets, preset
 from runtime.samplers import program
@@ -25,6 +25,7 @@ def made(unet: Mapping[str, object], scheduler: Mapping[str, object], **facts: o
     configs = {"unet": UNetConfig.from_dict(unet), "vae": AutoencoderConfig()}
     return Model(
         path=find_model("pictogram"),
+        family=family_of(configs["unet"]),
         configs=MappingProxyType(configs),
         find=lambda name: pytest.fail(f"{name} is read"),
         scheduler=MappingProxyType(dict(scheduler)),
