@@ -14,7 +14,8 @@ from typing import Any, Self, TypeVar
 
 from engine.checkpoints.component import Component, ComponentName, diffusers_component
 from engine.checkpoints.families import FAMILIES, Family
-from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE, Variant
+from engine.checkpoints.families.base import Variant
+from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.single_file import open_vae, read_file
 from engine.checkpoints.tiny_decoder import open_tiny_decoder
@@ -63,6 +64,7 @@ C = TypeVar("C", bound=Config)
 class Model:
     """What a model says of itself; no weights are read yet.
 
+    family: told by a file's tensors, or by a folder's UNet
     configs: the architectures of the components that it has
     find: opens a component's weights, memory-mapped, under their graph's names
     scheduler: a `scheduler_config.json`
@@ -70,7 +72,6 @@ class Model:
     zeros_for_empty_prompt: whether an empty negative prompt stands for a text of zeros, as in XL
     steps, guidance_scale: what the authors of a distilled model recommend
     notes: what was concluded of a file from more than its weights, a sentence each
-    family: told by a file's tensors, or by a folder's UNet
     variant: of a file that says so of itself
     given: what `open` was given beside the path, from which another process opens the same
     """

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
-from engine.checkpoints.families.base import Family, PredictionType
-from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE, VARIANTS, Variant
+from engine.checkpoints.families.base import Family, PredictionType, Variant
+from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.errors import ModelError
 
 __all__ = ["Evidence", "PredictionType", "TrainingFacts", "conclude"]
@@ -262,7 +262,7 @@ def variant(
 
 
 def _named(name: str, family: Family) -> Variant | None:
-    return next((v for v in VARIANTS if v.name == name and family.name in v.families), None)
+    return next((variant for variant in family.variants if variant.name == name), None)
 
 
 def _few_steps(found: Variant, text: str) -> Variant:

@@ -15,8 +15,7 @@ from engine.checkpoints.component import (
     refuse_left_over,
 )
 from engine.checkpoints.families import Family, find_family
-from engine.checkpoints.families.base import SCALING_FACTOR
-from engine.checkpoints.families.variants import Variant
+from engine.checkpoints.families.base import SCALING_FACTOR, Variant
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.parts import (
     AVERAGED,

@@ -3,7 +3,7 @@ from types import MappingProxyType
 
 import pytest
 
-from engine.checkpoints.families import VARIANTS
+from engine.checkpoints.families import FAMILIES
 from engine.configs.diffusion import AutoencoderConfig, UNetConfig
 from engine.errors import RequestError
 from engine.model import Model, family_of, find_model
@@ -122,10 +122,13 @@ def test_steps_of_distilled_models(model, steps, sampler):
     assert preset("quality", DISTILLED[model]) == preset("creative", DISTILLED[model]) == balanced
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}-{v.families[0]}")
-def test_variants_that_a_file_names(variant):
+VARIANTS = {f"{v.name}-{name}": (name, v) for name in FAMILIES for v in FAMILIES[name].variants}
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS.values(), ids=VARIANTS)
+def test_variants_that_a_file_names(family, variant):
     """Whatever a file's name says, its presets stay within the steps that its authors name."""
-    unet = UNET_XL if variant.families[0] == "xl" else UNET_SD15
+    unet = UNET_XL if family == "xl" else UNET_SD15
     low, high = variant.steps
     for steps in {high, low}:
         model = made(

@@ -8,12 +8,11 @@ from engine.checkpoints.architecture import Stored
 from engine.checkpoints.families.base import Family
 from engine.checkpoints.families.pictogram import PICTOGRAM_FAMILY
 from engine.checkpoints.families.sd import SD1_FAMILY, SD2_FAMILY
-from engine.checkpoints.families.variants import VARIANTS
 from engine.checkpoints.families.xl import REFINER_FAMILY, XL_FAMILY
 from engine.checkpoints.parts import Shapes
 from engine.errors import ModelError
 
-__all__ = ["FAMILIES", "VARIANTS", "Family", "find_family"]
+__all__ = ["FAMILIES", "Family", "find_family"]
 
 # The first that recognises a model counts.
 FAMILIES: Mapping[str, Family] = MappingProxyType(

@@ -24,6 +24,7 @@ __all__ = [
     "PredictionType",
     "Preset",
     "Presets",
+    "Variant",
     "choice",
     "has",
 ]
@@ -98,6 +99,21 @@ class Presets:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A model distilled to few steps: what its authors recommend.
+
+    steps: from, to; guidance_scale: 1 is none
+    scheduler, sample_size: what replaces the family's
+    """
+
+    name: str
+    steps: tuple[int, int]
+    guidance_scale: float
+    scheduler: Mapping[str, Any]
+    sample_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What the models of one architecture have in common.
 
@@ -113,6 +129,7 @@ class Family:
     sample_size: side of the latents in training; v_sample_size: of models that predict v
     scaling_factor: of the latents
     presets, v_presets: the second of models that predict v, where those differ
+    variants: its models distilled to few steps
     published: architectures whose graphs ship, by component; every text encoder is one
     """
 
@@ -132,6 +149,7 @@ class Family:
     scaling_factor: float = SCALING_FACTOR
     presets: Presets
     v_presets: Presets | None = None
+    variants: tuple[Variant, ...] = ()
     published: Mapping[ComponentName, tuple[Config, ...]] = field(default_factory=dict)
 
 
