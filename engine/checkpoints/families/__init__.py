@@ -33,6 +33,6 @@ def find_family(path: Path, shapes: Shapes) -> Family:
         if family.recognises(file):
             return family
     raise ModelError(
-        f"{path} has the UNet of no family that is known here; the file is incomplete or of an "
-        "architecture that is not supported: use a Stable Diffusion 1.x, 2.x or XL model"
+        f"{path} is of no family that is known here ({', '.join(FAMILIES)}); "
+        "use a Stable Diffusion 1.x, 2.x or XL model"
     )

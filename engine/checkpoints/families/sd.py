@@ -65,7 +65,7 @@ V_PRESETS = Presets(
 
 
 def _has_unet(file: Stored) -> bool:
-    return f"{UNET}middle_block" in file and f"{UNET}label_emb" not in file
+    return has(file, (UNET,)) and f"{UNET}label_emb" not in file
 
 
 def _is_sd1(file: Stored) -> bool:
