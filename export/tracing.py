@@ -70,7 +70,8 @@ def example_inputs(
 ) -> dict[str, Tensor]:
     """Draw random inputs of a part; `sizes` gives the signature's symbols a number."""
     sizes = {**config.symbols(), **sizes, "r + 2": sizes["r"] + 2}
-    sizes |= {pixels: config.compression * sizes.get(pixels.lower(), 0) for pixels in ("H", "W")}
+    for pixels, latents in (("H", "h"), ("W", "w")):
+        sizes[pixels] = config.compression * sizes.get(latents, 0)
     inputs: dict[str, Tensor] = {}
     described = signature(part, config).inputs
     for name, tensor in described.items():
