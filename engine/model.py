@@ -72,7 +72,7 @@ class Model:
     zeros_for_empty_prompt: whether an empty negative prompt stands for a text of zeros, as in XL
     steps, guidance_scale: what the authors of a distilled model recommend
     notes: what was concluded of a file from more than its weights, a sentence each
-    variant: of a file that says so of itself
+    variant: of a model distilled to few steps whose file says so
     given: what `open` was given beside the path, from which another process opens the same
     """
 
