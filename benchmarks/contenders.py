@@ -85,7 +85,7 @@ def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, options: Mapping[st
 
     def text() -> NDArray[Any]:
         states = [
-            pipeline.engine(part).run(inputs[part])[pipeline.model.context]
+            pipeline.engine(part).run(inputs[part])[pipeline.model.family.context]
             for part in pipeline.model.text_encoders
         ]
         return np.concatenate(states, axis=-1)

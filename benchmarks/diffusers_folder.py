@@ -46,7 +46,7 @@ def write_folder(model: Model) -> Path:
 def _index(model: Model) -> dict[str, Any]:
     """Say which classes the parts are of."""
     index: dict[str, Any] = {
-        "_class_name": f"StableDiffusion{'XL' if model.is_xl else ''}Pipeline",
+        "_class_name": f"{model.family.pipelines[0]}Pipeline",
         "_diffusers_version": DIFFUSERS,
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -56,7 +56,7 @@ def _index(model: Model) -> dict[str, Any]:
     for name, config in model.text_encoders.items():
         index[name] = ["transformers", _text_class(config)]
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
-    if model.is_xl:
+    if model.family.pipelines == ("StableDiffusionXL",):
         return {
             **index,
             "image_encoder": [None, None],

@@ -21,11 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import describe, peak_bytes, summary
+from engine.checkpoints.families.sd import CLIP_L, SD1
 from engine.checkpoints.ldm_names import autoencoder_sources, text_encoder_sources, unet_sources
-from engine.checkpoints.shapes import tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig
 from engine.store.cache import cache_folder
-from export.published import CLIP_L, SD1
 
 RANK = 32
 PARAMETERS = "parameters"
@@ -121,7 +120,7 @@ def write_checkpoint(folder: Path) -> Path:
         ("first_stage_model.", AutoencoderConfig(), autoencoder_sources(AutoencoderConfig())),
         ("", CLIP_L, text_encoder_sources(CLIP_L, "cond_stage_model.transformer.text_model.")),
     ):
-        for name, shape in tensor_shapes(config).items():
+        for name, shape in config.tensor_shapes().items():
             tensors[prefix + sources[name].name] = random_tensor(name, shape, pool)
     _save(tensors, path)
     return path
@@ -151,7 +150,7 @@ def write_lora(folder: Path) -> Path:
     tensors: dict[str, NDArray[Any]] = {}
     marks = (".attn1.to_", ".attn2.to_", ".ff.net.", ".self_attn.", ".mlp.fc", ".proj_")
     for prefix, config in (("lora_unet_", SD1), ("lora_te_", CLIP_L)):
-        for name, shape in tensor_shapes(config).items():
+        for name, shape in config.tensor_shapes().items():
             if len(shape) > 1 and any(mark in name for mark in marks):
                 module = prefix + name.removesuffix(".weight").replace(".", "_")
                 ends = (1, 1) if len(shape) == 4 else ()

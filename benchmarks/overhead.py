@@ -18,11 +18,11 @@ from benchmarks.flops import count
 from benchmarks.machine import describe, summary
 from benchmarks.prompt import Timed
 from engine.backends.settings import BackendSettings
+from engine.checkpoints.families.sd import SD1, SD1_FAMILY
 from engine.configs.diffusion import AutoencoderConfig
 from engine.engines import Engines
 from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model, find_model
-from export.published import SD1
 from runtime import Pipeline, Plan, Request
 
 STEPS = 20
@@ -91,6 +91,7 @@ def _of_a_large_model(plan: Plan, engine: Idle) -> float:
     context = np.zeros((2, 1, TOKENS, SD1.cross_attention_dim), np.float32)
     model = replace(
         Model.open(find_model("pictogram")),
+        family=SD1_FAMILY,
         configs=MappingProxyType({"unet": SD1, "vae": AutoencoderConfig()}),
     )
     large = replace(

@@ -26,6 +26,12 @@ from benchmarks.scenarios import (
 )
 from engine.model import Model
 
+# What diffusers' pipelines add to pictures, or look at in them, by `Family.pipelines`.
+UNUSED: dict[str, dict[str, Any]] = {
+    "StableDiffusion": {"safety_checker": None},
+    "StableDiffusionXL": {"add_watermarker": False},
+}
+
 
 def diffusers_parts(precision: str, compiled: bool, scenario: Scenario, threads: int) -> Parts:
     """Open diffusers' own pipeline, eager or compiled."""
@@ -49,11 +55,9 @@ def open_pipeline(scenario: Scenario, dtype: Any) -> Any:
     import torch
 
     library: Any = diffusers  # it has no types
-    unused: dict[str, Any]
-    if Model.open(scenario.model()).is_xl:
-        kind, unused = library.StableDiffusionXLPipeline, {"add_watermarker": False}
-    else:
-        kind, unused = library.StableDiffusionPipeline, {"safety_checker": None}
+    name = Model.open(scenario.model()).family.pipelines[0]
+    kind = getattr(library, f"{name}Pipeline")
+    unused = UNUSED[name]
     pipe = kind.from_pretrained(scenario.folder(), torch_dtype=dtype, **unused).to(dtype)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
@@ -182,13 +186,14 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         return given[name].to(dtype).repeat_interleave(scenario.batch, 0)
 
     x, context, told = given["latents"].to(dtype), groups("context"), {}
-    if model.is_xl:
-        added = {name: groups(name) for name in ("text_embeds", "time_ids")}
+    if model.unet.extra_inputs:
+        added = {name: groups(name) for name in model.unet.extra_inputs}
         told = {"added_cond_kwargs": added}
     timestep, scale = torch.tensor(TIMESTEP, device=device), scenario.guidance_scale
 
     def text() -> NDArray[Any]:
-        states = [_states(pipe, name, given, model.is_xl) for name in model.text_encoders]
+        context = model.family.context
+        states = [_states(pipe, name, given, context) for name in model.text_encoders]
         return _numpy(torch.cat(states, -1))
 
     def guided() -> Any:
@@ -225,13 +230,13 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
     return {name: torch.inference_mode()(function) for name, function in parts.items()}
 
 
-def _states(pipe: Any, name: str, given: dict[str, Any], is_xl: bool) -> Any:
+def _states(pipe: Any, name: str, given: dict[str, Any], context: str) -> Any:
     """Encode row by row, as diffusers does: what the UNet is told, (2, n, D)."""
     import torch
 
     encoder = getattr(pipe, name)
     rows = given[name.replace("text_encoder", "input_ids")].split(1)
-    if is_xl:
+    if context == "penultimate_hidden_state":
         return torch.cat(
             [encoder(row, output_hidden_states=True).hidden_states[-2] for row in rows]
         )

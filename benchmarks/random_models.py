@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 
 from benchmarks.diffusers_folder import write_folder
 from benchmarks.load import random_tensor
-from engine.checkpoints.families import FAMILIES
-from engine.checkpoints.shapes import tensor_shapes
+from engine.checkpoints.families import Family
+from engine.checkpoints.families.sd import CLIP_L, OPEN_CLIP_H, SD2, SD2_FAMILY
+from engine.checkpoints.families.xl import OPEN_CLIP_G, XL, XL_FAMILY
 from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig, Config
 from engine.model import Model
-from export.published import CLIP_L, OPEN_CLIP_G, OPEN_CLIP_H, SD2, XL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomModel:
     """What a published model is, without its weights; sample_size: side of its latents."""
 
+    family: Family
     configs: Mapping[Any, Config]
     scheduler: Mapping[str, Any]
     sample_size: int
@@ -29,18 +30,20 @@ class RandomModel:
 
 RANDOM_MODELS: Mapping[str, RandomModel] = {
     "sd21": RandomModel(
+        family=SD2_FAMILY,
         configs={"text_encoder": OPEN_CLIP_H, "unet": SD2, "vae": AutoencoderConfig()},
-        scheduler={**FAMILIES["sd2"].scheduler, "prediction_type": "v_prediction"},
+        scheduler={**SD2_FAMILY.scheduler, "prediction_type": "v_prediction"},
         sample_size=96,
     ),
     "xl": RandomModel(
+        family=XL_FAMILY,
         configs={
             "text_encoder": CLIP_L,
             "text_encoder_2": OPEN_CLIP_G,
             "unet": XL,
             "vae": AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),
         },
-        scheduler=FAMILIES["xl"].scheduler,
+        scheduler=XL_FAMILY.scheduler,
         sample_size=128,
     ),
 }
@@ -57,14 +60,15 @@ def write_random(name: str, folder: Path) -> Path:
     return write_folder(
         Model(
             path=folder / f"{name}-float16",
+            family=chosen.family,
             configs=MappingProxyType(chosen.configs),
             find=find,
             scheduler=chosen.scheduler,
             sample_size=chosen.sample_size,
-            zeros_for_empty_prompt=name == "xl",
+            zeros_for_empty_prompt=chosen.family.zeros_for_empty_prompt,
         )
     )
 
 
 def _tensors(config: Config, pool: NDArray[np.float32]) -> dict[str, NDArray[np.float16]]:
-    return {name: random_tensor(name, s, pool) for name, s in tensor_shapes(config).items()}
+    return {name: random_tensor(name, s, pool) for name, s in config.tensor_shapes().items()}

@@ -155,7 +155,7 @@ def arrays(scenario: Scenario, model: Model) -> dict[str, NDArray[Any]]:
     shape = (scenario.batch, model.vae.latent_channels, side, side)
     given["latents"] = rng.standard_normal(shape, np.float32)
     given["context"] = rng.standard_normal((*rows, model.unet.cross_attention_dim), np.float32)
-    if model.is_xl:
+    if "time_ids" in model.unet.extra_inputs:
         width = model.text_encoders["text_encoder_2"].projection_dim
         given["text_embeds"] = rng.standard_normal((len(texts), width), np.float32)
         told = [scenario.size, scenario.size, 0, 0, scenario.size, scenario.size]
@@ -190,8 +190,7 @@ def engine_inputs(scenario: Scenario, model: Model) -> dict[Part, dict[str, NDAr
         "mask": np.ones_like(latents[:, :1]),
         "outside": each(0, 0, 0),
     }
-    if model.is_xl:
-        step |= {name: groups(name) for name in ("text_embeds", "time_ids")}
+    step |= {name: groups(name) for name in model.unet.extra_inputs if name in given}
     encoders: dict[Part, dict[str, NDArray[Any]]] = {
         name: {
             "input_ids": given[name.replace("text_encoder", "input_ids")],

@@ -23,7 +23,6 @@ from engine.backends.settings import (
     graph_precision,
 )
 from engine.checkpoints.component import ComponentName
-from engine.checkpoints.shapes import tensor_shapes
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import Graph, Part, find_graph, graph_folders
 from engine.model import COMPONENTS, Model
@@ -252,4 +251,4 @@ def _ranges(model: Model, folders: Sequence[Path]) -> Ranges | None:
 
 
 def _is_small(model: Model) -> bool:
-    return sum(math.prod(shape) for shape in tensor_shapes(model.unet).values()) < SMALL
+    return sum(math.prod(shape) for shape in model.unet.tensor_shapes().values()) < SMALL

@@ -13,14 +13,14 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from engine.checkpoints.component import Component, ComponentName, diffusers_component
-from engine.checkpoints.families import EMBEDDED_GUIDANCE, Context, Family, Variant
+from engine.checkpoints.families import FAMILIES, Family
+from engine.checkpoints.families.base import Variant
+from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.checkpoints.formats.files import open_weights
-from engine.checkpoints.parts import TEXT_ENCODER_PLACES
 from engine.checkpoints.single_file import open_vae, read_file
 from engine.checkpoints.tiny_decoder import open_tiny_decoder
 from engine.checkpoints.unsupported import foreign_channels
 from engine.configs.diffusion import (
-    XL_SCALING_FACTOR,
     AutoencoderConfig,
     Config,
     TextEncoderConfig,
@@ -46,9 +46,12 @@ COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
 )
 TEXT_ENCODERS: tuple[TextPart, ...] = ("text_encoder", "text_encoder_2")
 PIPELINES = tuple(
-    f"{family}{task}Pipeline"
-    for family in ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
-    for task in ("", "Img2Img", "Inpaint")
+    dict.fromkeys(
+        f"{name}{task}Pipeline"
+        for family in FAMILIES.values()
+        for name in family.pipelines
+        for task in ("", "Img2Img", "Inpaint")
+    )
 )
 ADVICE: Mapping[ComponentName, str] = MappingProxyType(
     {"vae": "give one with --vae", "preview_decoder": "give one with --preview-decoder FILE"}
@@ -61,6 +64,7 @@ C = TypeVar("C", bound=Config)
 class Model:
     """What a model says of itself; no weights are read yet.
 
+    family: told by a file's tensors, or by a folder's UNet
     configs: the architectures of the components that it has
     find: opens a component's weights, memory-mapped, under their graph's names
     scheduler: a `scheduler_config.json`
@@ -68,11 +72,12 @@ class Model:
     zeros_for_empty_prompt: whether an empty negative prompt stands for a text of zeros, as in XL
     steps, guidance_scale: what the authors of a distilled model recommend
     notes: what was concluded of a file from more than its weights, a sentence each
-    family, variant: of a file, told by its tensors' names and shapes, and by what it says of itself
+    variant: of a model distilled to few steps whose file says so
     given: what `open` was given beside the path, from which another process opens the same
     """
 
     path: Path
+    family: Family
     configs: Mapping[ComponentName, Config]
     find: Callable[[ComponentName], Component]
     scheduler: Mapping[str, Any]
@@ -81,7 +86,6 @@ class Model:
     steps: int | None = None
     guidance_scale: float | None = None
     notes: tuple[str, ...] = ()
-    family: Family | None = None
     variant: Variant | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
 
@@ -146,8 +150,9 @@ class Model:
             )
         config = UNetConfig.from_dict(unet)
         configs: dict[ComponentName, Config] = {"unet": config}
+        alone = not (path / TEXT_ENCODERS[1]).is_dir()  # XL's refiner has the second and no first
         for name in TEXT_ENCODERS:
-            if (name == TEXT_ENCODERS[0] and "XL" not in kind) or (path / name).is_dir():
+            if (name == TEXT_ENCODERS[0] and alone) or (path / name).is_dir():
                 configs[name] = TextEncoderConfig.load(path / name)
         if needs_vae or (path / "vae").is_dir():
             configs["vae"] = AutoencoderConfig.load(path / "vae")
@@ -161,6 +166,7 @@ class Model:
 
         return cls(
             path=path,
+            family=family_of(config),
             configs=MappingProxyType(configs),
             find=find,
             scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
@@ -170,10 +176,7 @@ class Model:
         )
 
     def _with_vae(self, path: Path) -> Self:
-        factor = AutoencoderConfig().scaling_factor
-        if self.is_xl:
-            factor = XL_SCALING_FACTOR
-        config, component = open_vae(path, factor)
+        config, component = open_vae(path, self.family.scaling_factor)
         own = self.find
         return replace(
             self,
@@ -218,19 +221,9 @@ class Model:
         }
 
     @property
-    def is_xl(self) -> bool:
-        """Whether the UNet is told sizes and the pooled text, as XL and its refiner are."""
-        return self.unet.addition_embed_type == "text_time"
-
-    @property
     def is_inpainting(self) -> bool:
         """Whether the UNet also sees a mask and the masked picture's latents."""
-        return self.unet.in_channels > self.unet.out_channels
-
-    @property
-    def context(self) -> Context:
-        """Which of the text encoders' outputs the UNet attends to."""
-        return "penultimate_hidden_state" if self.is_xl else "last_hidden_state"
+        return "image_conditioning" in self.unet.extra_inputs
 
     def config(self, part: Part) -> Config:
         """Return the architecture of a part."""
@@ -264,8 +257,7 @@ class Model:
             )
         if unet.in_channels not in (latent, 2 * latent + 1):
             raise foreign_channels(self.path, unet.in_channels, latent)
-        places = TEXT_ENCODER_PLACES[self.family.name] if self.family else self.text_encoders
-        if len(self.text_encoders) == len(places):
+        if all(name in self.configs for name in TEXT_ENCODERS if name in self.family.parts):
             self._check_texts()
 
     def _check_whole(self) -> None:
@@ -282,6 +274,15 @@ class Model:
                 f"and text encoders that make {' and '.join(map(str, widths)) or 'none'}; use "
                 "parts of one model, all of them"
             )
+
+
+def family_of(unet: UNetConfig) -> Family:
+    """Return the family of a folder, whose configurations say what its UNet is."""
+    return next(
+        family
+        for family in FAMILIES.values()
+        if all(getattr(unet, name) == value for name, value in family.unet.items())
+    )
 
 
 def shipped_models() -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from engine.adapters.adapter import read_adapter
 from engine.adapters.textual_inversion import read_embedding
-from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.single_file import open_vae
 from engine.model import Model, find_model
@@ -49,7 +48,6 @@ def _kind(weights: Weights) -> str:
 
 def _checkpoint(path: Path, weights: Weights) -> dict[str, Any]:
     file = Model.read(path)
-    assert file.family is not None
     facts = {
         "kind": "model",
         "file": str(path),
@@ -84,12 +82,12 @@ def _model(model: Model, layout: str) -> dict[str, Any]:
 
 
 def _family(model: Model) -> str:
-    """Name a folder's family by the width that its UNet attends to."""
-    if model.is_xl:
-        return FAMILIES["xl" if len(model.text_encoders) == 2 else "xl-refiner"].title
+    """Name a folder's family, unless its UNet attends to another width than published ones."""
     width = model.unet.cross_attention_dim
-    names = {768: FAMILIES["sd1"].title, 1024: FAMILIES["sd2"].title}
-    return names.get(width, f"another latent-diffusion model (context of {width})")
+    published = model.family.published.get("unet", ())
+    known = {unet.symbols()["D"] for unet in published}
+    title = f"another latent-diffusion model (context of {width})"
+    return model.family.title if width in known else title
 
 
 def _autoencoder(path: Path, weights: Weights) -> dict[str, Any]:

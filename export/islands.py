@@ -19,7 +19,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from engine.configs.diffusion import AutoencoderConfig, Config
+from engine.configs.base import Config
 from engine.graphs.graph import Precision
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 def computed_in(config: Config, precision: Precision) -> torch.dtype:
     """Return the dtype that a part's module is traced in."""
-    return torch.float32 if _is_island(config) else DTYPES[precision]
+    return torch.float32 if config.overflows_float16 else DTYPES[precision]
 
 
 def keep_float32(model: onnx.ModelProto, config: Config, precision: Precision) -> None:
@@ -37,12 +37,8 @@ def keep_float32(model: onnx.ModelProto, config: Config, precision: Precision) -
     for node in model.graph.node:
         if node.op_type == "Attention":
             node.attribute.append(helper.make_attribute("softmax_precision", TensorProto.FLOAT))
-    if _is_island(config):
+    if config.overflows_float16:
         _store_float16(model)
-
-
-def _is_island(config: Config) -> bool:
-    return isinstance(config, AutoencoderConfig) and config.overflows_float16
 
 
 def _store_float16(model: onnx.ModelProto) -> None:

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from engine.backends.settings import BackendSettings
-from engine.configs.gpt2 import GPT2Config
 from engine.engines import open_engine
 from engine.errors import GraphError
 from engine.graphs.graph import SIGNATURES, Graph, Part, Precision
-from export.tracing import TracedPart, example_inputs, latent_multiple
+from export.tracing import TracedPart, example_inputs
 
 # Relative error (norm of the difference over the norm of the module's output) that is allowed.
 # float16 has 11 bits; a deep network loses a few of them.
@@ -59,10 +58,10 @@ def relative_error(given: NDArray[Any], expected: NDArray[Any]) -> float:
 
 def _sizes(traced: TracedPart) -> list[dict[str, int]]:
     """One image without guidance, and several with it on another shape; the same of texts."""
-    if isinstance(traced.config, GPT2Config):
+    if traced.part == "language_model":
         return [{"B": 1, "r": 1, "n": 6, "p": 0}, {"B": 2, "r": 1, "n": 1, "p": 5}]
-    side = latent_multiple(traced.config)
-    tokens = getattr(traced.config, "max_position_embeddings", 7)
+    side = traced.config.latent_multiple
+    tokens = traced.config.tokens_per_row or 7
     return [
         {"B": 1, "g": 1, "r": 1, "n": tokens, "e": 1, "h": side, "w": side},
         {"B": 3, "g": 2, "r": 3, "n": tokens, "e": 2, "h": 2 * side, "w": side},

@@ -4,10 +4,11 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import onnx
 import onnx_ir
@@ -47,37 +48,39 @@ class TracedPart:
     model: onnx.ModelProto
 
 
+# What computes a part, by the class of its architecture: torch is imported in this package alone.
+MODULES: Mapping[type[Config], Callable[[Part, Any], nn.Module]] = {
+    TextEncoderConfig: lambda part, config: TextEncode(TextEncoder(config)),
+    UNetConfig: lambda part, config: Step(UNet(config)),
+    AutoencoderConfig: lambda part, config: (VaeDecode if part == "vae_decoder" else VaeEncode)(
+        Autoencoder(config)
+    ),
+    TinyDecoderConfig: lambda part, config: PreviewDecode(TinyAutoencoder(config)),
+    GPT2Config: lambda part, config: LanguageModelPart(GPT2(config)),
+}
+
+
 def build_module(part: Part, config: Config) -> nn.Module:
     """Build the module of a part with untrained weights; `.model` holds the reference module."""
-    if isinstance(config, TextEncoderConfig):
-        return TextEncode(TextEncoder(config)).eval()
-    if isinstance(config, UNetConfig):
-        return Step(UNet(config)).eval()
-    if isinstance(config, GPT2Config):
-        return LanguageModelPart(GPT2(config)).eval()
-    if isinstance(config, TinyDecoderConfig):
-        return PreviewDecode(TinyAutoencoder(config)).eval()
-    assert isinstance(config, AutoencoderConfig)
-    autoencoder = Autoencoder(config)
-    return (VaeDecode(autoencoder) if part == "vae_decoder" else VaeEncode(autoencoder)).eval()
+    return MODULES[type(config)](part, config).eval()
 
 
 def example_inputs(
     part: Part, config: Config, sizes: dict[str, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Draw random inputs of a part; `sizes` gives the signature's symbols a number."""
-    sizes = {**_fixed_sizes(config), **sizes, "r + 2": sizes["r"] + 2}
-    if isinstance(config, AutoencoderConfig | TinyDecoderConfig):
-        sizes |= {"H": config.compression * sizes["h"], "W": config.compression * sizes["w"]}
+    sizes = {**config.symbols(), **sizes, "r + 2": sizes["r"] + 2}
+    for pixels, latents in (("H", "h"), ("W", "w")):
+        sizes[pixels] = config.compression * sizes.get(latents, 0)
     inputs: dict[str, Tensor] = {}
-    for name, tensor in signature(part, config).inputs.items():
+    described = signature(part, config).inputs
+    for name, tensor in described.items():
         shape = [symbol if isinstance(symbol, int) else sizes[symbol] for symbol in tensor.shape]
-        if name == "input_ids" and isinstance(config, GPT2Config):
-            inputs[name] = torch.randint(config.vocab_size, shape, generator=generator)
-        elif name == "input_ids":
-            assert isinstance(config, TextEncoderConfig)
-            ids = torch.randint(config.vocab_size + sizes["e"], shape, generator=generator)
-            ids[:, -1] = 0 if config.eos_token_id == LARGEST_ID else config.eos_token_id
+        if name == "input_ids":
+            taught = sizes["e"] if "extra_embeddings" in described else 0
+            ids = torch.randint(sizes["V"] + taught, shape, generator=generator)
+            if isinstance(config, TextEncoderConfig):  # the pooled text is taken where a text ends
+                ids[:, -1] = 0 if config.eos_token_id == LARGEST_ID else config.eos_token_id
             inputs[name] = ids
         elif tensor.dtype == "uint8":
             inputs[name] = torch.randint(256, shape, generator=generator).to(torch.uint8)
@@ -96,7 +99,7 @@ def trace(part: Part, config: Config, precision: Precision) -> TracedPart:
     names of the checkpoint and hold nothing.
     """
     described = signature(part, config)
-    side = latent_multiple(config)
+    side = config.latent_multiple
     sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "p": 3, "e": 3, "h": 2 * side, "w": 3 * side}
     real = example_inputs(part, config, sizes, torch.Generator().manual_seed(0))
     auto = torch.export.Dim.AUTO
@@ -178,34 +181,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _fixed_sizes(config: Config) -> dict[str, int]:
-    if isinstance(config, UNetConfig):
-        sizes = config.addition_time_ids * config.addition_time_embed_dim
-        return {
-            "C": config.out_channels,
-            "D": config.cross_attention_dim,
-            "P": config.projection_class_embeddings_input_dim - sizes,
-            "T": config.addition_time_ids,
-            "E": config.time_cond_proj_dim,
-            "X": config.in_channels - config.out_channels,
-            "F": config.block_out_channels[0],
-        }
-    if isinstance(config, TextEncoderConfig):
-        return {"D": config.hidden_size}
-    if isinstance(config, GPT2Config):
-        return {"l": config.n_layer, "a": config.n_head, "d": config.head_width}
-    if isinstance(config, AutoencoderConfig | TinyDecoderConfig):
-        return {"C": config.latent_channels}
-    return {}
-
-
 def _is_free(symbol: str | int, config: Config) -> bool:
-    return isinstance(symbol, str) and symbol not in _fixed_sizes(config)
-
-
-def latent_multiple(config: Config) -> int:
-    """A side that every level of a UNet halves evenly."""
-    return int(2 ** len(config.block_out_channels)) if isinstance(config, UNetConfig) else 4
+    return isinstance(symbol, str) and symbol not in config.symbols()
 
 
 def _simplify(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -7,9 +7,11 @@ distilled for, whatever the preset.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
 
+from engine.checkpoints.families import FAMILIES
+from engine.checkpoints.families.base import Preset, Presets
 from engine.errors import RequestError
 from engine.model import Model
 from runtime.samplers import resolve
@@ -26,77 +28,12 @@ PRESETS: Mapping[str, str] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preset:
-    """What a request takes where the user gave no value.
-
-    num_inference_steps, guidance_scale, guidance_rescale, sampler, schedule: a request's
-    size: side in pixels, or None for the model's own
-    """
-
-    num_inference_steps: int
-    guidance_scale: float
-    sampler: str
-    schedule: str | None = None
-    guidance_rescale: float = 0.0
-    size: int | None = None
-
-
-def _choice(
-    steps: int,
-    scale: float,
-    sampler: str = "dpmpp_2m",
-    schedule: str | None = None,
-    size: int | None = None,
-) -> Preset:
-    return Preset(
-        num_inference_steps=steps,
-        guidance_scale=scale,
-        sampler=sampler,
-        schedule=schedule,
-        size=size,
-    )
-
-
-AYS, AYS_XL = "align_your_steps", "align_your_steps_xl"
-# In the order of PRESETS. Guidance is what the models' authors draw with, or near it.
 KINDS: Mapping[str, tuple[Preset, ...]] = MappingProxyType(
     {
-        # Measured: 32, 37 and 41 dB from the picture of 100 steps; at 10 steps karras has 28.
-        "pictogram": (
-            _choice(10, 5.0),
-            _choice(20, 5.0),
-            _choice(50, 5.0),
-            _choice(30, 3.5, "euler_a"),
-        ),
-        # 10 steps are what the tables of arXiv:2404.14507 were found for, with SD 1.5 and SDXL.
-        "Stable Diffusion": (
-            _choice(10, 7.5, schedule=AYS),
-            _choice(25, 7.5, schedule="karras"),
-            _choice(50, 7.5, schedule="karras"),
-            _choice(30, 5.5, "euler_a"),
-        ),
-        # Its tables are for predicted noise, and Karras's levels need 15 steps with DPM++ 2M.
-        "Stable Diffusion predicting v": (
-            _choice(15, 7.5, schedule="karras"),
-            _choice(25, 7.5, schedule="karras"),
-            _choice(50, 7.5, schedule="karras"),
-            _choice(30, 5.5, "euler_a"),
-        ),
-        # Of 768 pixels instead of 1024: 0.56 of the work; smaller ones lose what XL is made for.
-        "Stable Diffusion XL": (
-            _choice(10, 5.0, schedule=AYS_XL, size=768),
-            _choice(25, 5.0, schedule="karras"),
-            _choice(50, 5.0, schedule="karras"),
-            _choice(30, 4.0, "euler_a"),
-        ),
-        # From a picture: strength is the share of the steps that are run.
-        "Stable Diffusion XL refiner": (
-            _choice(20, 5.0, schedule="karras"),
-            _choice(30, 5.0, schedule="karras"),
-            _choice(50, 5.0, schedule="karras"),
-            _choice(30, 4.0, "euler_a"),
-        ),
+        presets.title: tuple(getattr(presets, name) for name in PRESETS)
+        for family in FAMILIES.values()
+        for presets in (family.presets, family.v_presets)
+        if presets
     }
 )
 FEW_STEPS, CONSISTENCY_STEPS = 4, 8  # of a distilled model that states none
@@ -112,7 +49,7 @@ def preset(name: str, model: Model) -> Preset:
         raise RequestError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
     if _is_distilled(model):
         return _distilled(name, model)
-    chosen = dict(zip(PRESETS, KINDS[_kind(model)], strict=True))[name]
+    chosen: Preset = getattr(_presets(model), name)
     if model.scheduler.get("rescale_betas_zero_snr"):
         # Lin et al. 2023, arXiv:2305.08891: the first step must see pure noise, and guidance is
         # rescaled. Other schedules would start later, or spend the steps where sigma is 4096.
@@ -136,15 +73,10 @@ def _describe(choice: Preset) -> str:
     return f"{choice.num_inference_steps} × {sampler}, guidance {choice.guidance_scale:g}{size}"
 
 
-def _kind(model: Model) -> str:
-    if model.is_xl:
-        refines = model.unet.addition_time_ids == 5
-        return "Stable Diffusion XL refiner" if refines else "Stable Diffusion XL"
-    if model.unet.addition_embed_type == "text":
-        return "pictogram"
-    if model.scheduler.get("prediction_type") == "v_prediction":
-        return "Stable Diffusion predicting v"
-    return "Stable Diffusion"
+def _presets(model: Model) -> Presets:
+    family = model.family
+    predicts_v = model.scheduler.get("prediction_type") == "v_prediction"
+    return family.v_presets if family.v_presets and predicts_v else family.presets
 
 
 def _is_distilled(model: Model) -> bool:

@@ -9,40 +9,27 @@ top. Once an engine is built it says itself what it needs.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from engine.configs.diffusion import (
-    AutoencoderConfig,
-    Config,
-    TextEncoderConfig,
-    TinyDecoderConfig,
-    UNetConfig,
-)
+from engine.configs.base import Config, Sizes
 from engine.devices.device import Device
 from engine.errors import BackendError
 from engine.graphs.graph import Graph, Part
 
+__all__ = [
+    "MemoryEstimate",
+    "Sizes",
+    "activation_bytes",
+    "estimate",
+    "estimate_build",
+    "require_memory",
+    "weight_bytes",
+]
+
 GIB = 2**30
 FLOAT32 = 4  # bytes
 ITEM_BYTES = {"float32": FLOAT32, "float16": 2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What is asked for; batch: pictures at once; height, width: in pixels.
-
-    groups: of conditioning, 2 with guidance; registers: of the sampler, and 2 more where a picture
-        is kept outside a mask; steps: whose noise is uploaded before
-    """
-
-    height: int
-    width: int
-    batch: int = 1
-    groups: int = 2
-    tokens: int = 77
-    registers: int = 4
-    steps: int = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +81,7 @@ def estimate(
         # The two parts of a UNet have the same weights, and an engine each.
         weights=sum(weight_bytes(graph) for graph in graphs.values()),
         activations=max(activations, default=0),
-        tables=_tables(configs, sizes),
+        tables=FLOAT32 * (configs["step"].tables(sizes) if "step" in configs else 0),
         pictures=3 * sizes.batch * sizes.height * sizes.width,
     )
 
@@ -137,90 +124,8 @@ def weight_bytes(graph: Graph) -> int:
 
 def activation_bytes(graph: Graph, config: Config, sizes: Sizes) -> int:
     """Estimate the most that is alive at once while a part runs."""
-    item = ITEM_BYTES[graph.precision]
-    if isinstance(config, TextEncoderConfig):
-        width = 2 * config.hidden_size + 2 * config.intermediate_size
-        return item * sizes.groups * sizes.batch * sizes.tokens * width
-    if isinstance(config, TinyDecoderConfig):
-        width = 3 * config.decoder_block_out_channels[0]
-        return item * sizes.batch * sizes.height * sizes.width * width
-    if isinstance(config, AutoencoderConfig):
-        if config.overflows_float16:
-            item = FLOAT32
-        pixels = sizes.batch * sizes.height * sizes.width
-        return item * max(_autoencoder(config, graph.part, pixels))
-    assert isinstance(config, UNetConfig)
-    rows = sizes.groups * sizes.batch
-    latents = sizes.height * sizes.width // 64
-    if graph.part == "step_shallow":
-        width, attends = config.block_out_channels[0], 0 in config.attention_levels()
-        return item * rows * latents * (_block(2 * width, width, attends) + width)
-    return item * rows * max(_unet(config, latents))
-
-
-def _resnet(inputs: int, outputs: int) -> int:
-    """Channels alive in a residual block: its input, and what a convolution reads and writes."""
-    return inputs + max(inputs + outputs, 2 * outputs)
-
-
-def _transformer(width: int) -> int:
-    """Channels alive in a gated feed-forward layer, 8 wide in and 4 out, around two residuals."""
-    return (2 + 8 + 4) * width
-
-
-def _unet(config: UNetConfig, latents: int) -> Iterator[int]:
-    """Go through the levels; yields the numbers alive in each block of one row of the batch."""
-    widths, levels = config.block_out_channels, len(config.block_out_channels)
-    attends, inputs = config.attention_levels(), widths[0]
-    skips = [(widths[0], latents)]
-    for level, width in enumerate(widths):
-        area = latents // 4**level
-        for _ in range(config.layers()[level]):
-            yield _block(inputs, width, level in attends) * area + _sum(skips)
-            skips.append((width, area))
-            inputs = width
-        if level < levels - 1:
-            skips.append((width, area // 4))
-    for level in reversed(range(levels)):
-        width, area = widths[level], latents // 4**level
-        for _ in range(config.layers()[level] + 1):
-            skip, _ = skips.pop()
-            yield _block(inputs + skip, width, level in attends) * area + _sum(skips)
-            inputs = width
-        if level:
-            yield 2 * width * 4 * area + _sum(skips)
-
-
-def _block(inputs: int, outputs: int, attends: bool) -> int:
-    return max(_resnet(inputs, outputs), _transformer(outputs) if attends else 0)
-
-
-def _sum(skips: Sequence[tuple[int, int]]) -> int:
-    return sum(width * area for width, area in skips)
-
-
-def _autoencoder(config: AutoencoderConfig, part: Part, pixels: int) -> Iterator[int]:
-    """Go through the levels; yields the numbers alive in the largest block of each."""
-    widths = config.block_out_channels
-    for level, width in enumerate(widths):
-        area = pixels // 4**level
-        wider = widths[min(level + 1, len(widths) - 1)]
-        narrower = widths[max(level - 1, 0)]
-        if part == "vae_encoder":
-            yield _resnet(narrower, width) * area
-        else:  # what comes from below is enlarged before it is narrowed
-            yield max(2 * wider, _resnet(wider, width)) * area
-
-
-def _tables(configs: Mapping[Part, Config], sizes: Sizes) -> int:
-    """Count the registers, twice, the noise of all steps, and the texts."""
-    unet = configs.get("step")
-    if not isinstance(unet, UNetConfig):
-        return 0
-    latent = sizes.batch * unet.out_channels * sizes.height * sizes.width // 64
-    deep = sizes.groups * latent // unet.out_channels * unet.block_out_channels[0]
-    texts = sizes.groups * sizes.batch * sizes.tokens * unet.cross_attention_dim
-    return FLOAT32 * (latent * (2 * sizes.registers + sizes.steps) + deep + texts)
+    item = FLOAT32 if config.overflows_float16 else ITEM_BYTES[graph.precision]
+    return item * config.activations(graph.part, sizes)
 
 
 def _gib(count: int) -> str:

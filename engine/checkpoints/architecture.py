@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Self
 
-from engine.checkpoints.shapes import Shape
+from engine.configs.base import Shape
 from engine.configs.diffusion import LARGEST_ID, AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
 

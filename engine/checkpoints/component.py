@@ -14,15 +14,14 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from engine.checkpoints.formats.files import Weights
-from engine.checkpoints.ldm_names import diffusers_autoencoder_sources, text_encoder_sources
-from engine.checkpoints.shapes import Shape, Source, tensor_shapes
-from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig
+from engine.configs.base import Config, Shape
 from engine.errors import ModelError
 
 __all__ = [
     "UNUSED",
     "Component",
     "ComponentName",
+    "Source",
     "assemble",
     "diffusers_component",
     "left_over",
@@ -77,7 +76,37 @@ def shown(name: str, length: int = 200) -> str:
 
 
 ComponentName = Literal["text_encoder", "text_encoder_2", "unet", "vae", "preview_decoder"]
+TEXT_MODEL = "text_model."  # what transformers 5 leaves out of a text encoder's names
+# The autoencoder's attention in diffusers since 0.15, and before.
+OLD_ATTENTION = (
+    (".to_q.", ".query."),
+    (".to_k.", ".key."),
+    (".to_v.", ".value."),
+    (".to_out.0.", ".proj_attn."),
+)
 FLOATS = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where a tensor of a graph comes from: a stored one, a third of its rows, or its transpose."""
+
+    name: str
+    third: int | None = None
+    transposed: bool = False
+
+    def shape(self, stored: Shape) -> Shape | None:
+        """Return the shape of what is taken from a tensor of this shape; None if it cannot be."""
+        if self.third is not None:
+            return (stored[0] // 3, *stored[1:]) if stored and stored[0] % 3 == 0 else None
+        return stored[::-1] if self.transposed else stored
+
+    def view(self, stored: NDArray[Any], shape: Shape) -> NDArray[Any]:
+        """Take what this source means, in the graph's shape; a view wherever numpy can."""
+        if self.third is not None:
+            rows = stored.shape[0] // 3
+            stored = stored[self.third * rows : (self.third + 1) * rows]
+        return (stored.T if self.transposed else stored).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,7 +159,7 @@ def assemble(
     path: Path, weights: Weights, config: Config, sources: Mapping[str, Source]
 ) -> Component:
     """Find every tensor of a part; raises ModelError naming one that is missing or does not fit."""
-    shapes = tensor_shapes(config)
+    shapes = config.tensor_shapes()
     for name, source in sources.items():
         stored = weights.tensors.get(source.name)
         if stored is None:
@@ -184,13 +213,14 @@ def diffusers_component(path: Path, weights: Weights, config: Config) -> Compone
     autoencoder's attention. Raises ModelError naming a tensor that is missing, left over or of
     another shape.
     """
-    sources = {name: Source(name=name) for name in tensor_shapes(config)}
-    bare = not any(name.startswith("text_model.") for name in weights)
-    if isinstance(config, TextEncoderConfig) and bare:
-        sources = text_encoder_sources(config, "")
+    bare = not any(name.startswith(TEXT_MODEL) for name in weights)
     old = any(".attentions.0.query." in name for name in weights)
-    if isinstance(config, AutoencoderConfig) and old:
-        sources = diffusers_autoencoder_sources(config)
+    sources = {}
+    for name in config.tensor_shapes():
+        stored = name.removeprefix(TEXT_MODEL) if bare else name
+        for ours, theirs in OLD_ATTENTION if old else ():
+            stored = stored.replace(ours, theirs)
+        sources[name] = Source(name=stored)
     component = assemble(path, weights, config, sources)
     refuse_left_over(path, weights, component.used())
     return component

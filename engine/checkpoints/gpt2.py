@@ -8,9 +8,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from engine.checkpoints.component import Component, assemble, refuse_left_over
+from engine.checkpoints.component import Component, Source, assemble, refuse_left_over
 from engine.checkpoints.formats.files import Weights, open_weights
-from engine.checkpoints.shapes import Source, tensor_shapes
 from engine.configs.base import read_json
 from engine.configs.gpt2 import GPT2Config
 from engine.errors import ModelError
@@ -54,7 +53,7 @@ class LanguageModel:
         config = replace(config, tie_word_embeddings=tied)
         sources = {
             name: Source(name=name if name == HEAD else prefix + name.removeprefix(PREFIX))
-            for name in tensor_shapes(config)
+            for name in config.tensor_shapes()
         }
         component = assemble(path, weights, config, sources)
         refuse_left_over(path, weights, component.used(), UNUSED)

@@ -8,12 +8,11 @@ generative-models (names of 2022 and 2023), and OpenCLIP's `transformer.py`.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from engine.checkpoints.shapes import Source, tensor_shapes
+from engine.checkpoints.component import Source
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 
 __all__ = [
     "autoencoder_sources",
-    "diffusers_autoencoder_sources",
     "open_clip_sources",
     "text_encoder_sources",
     "unet_sources",
@@ -61,13 +60,6 @@ CODER_BLOCK = (
     ("to_v", "v"),
     ("to_out.0", "proj_out"),
 )
-# the same attention in diffusers before 0.15
-OLD_ATTENTION = (
-    ("to_q", "query"),
-    ("to_k", "key"),
-    ("to_v", "value"),
-    ("to_out.0", "proj_attn"),
-)
 # OpenCLIP's text tower (transformer.TextTransformer) and, below, one layer of it
 OPEN_CLIP = (
     ("text_model.embeddings.token_embedding", "token_embedding"),
@@ -114,7 +106,7 @@ def unet_sources(config: UNetConfig) -> Sources:
         place = 2 if "CrossAttn" in config.up_block_types[level] else 1
         upsampler = f"output_blocks.{number - 1}.{place}.conv"
         modules[f"up_blocks.{level}.upsamplers.0.conv"] = upsampler
-    return _rename(tensor_shapes(config), modules)
+    return _rename(config.tensor_shapes(), modules)
 
 
 def autoencoder_sources(config: AutoencoderConfig) -> Sources:
@@ -133,17 +125,12 @@ def autoencoder_sources(config: AutoencoderConfig) -> Sources:
             modules[f"decoder.up_blocks.{level}.resnets.{i}"] = f"{up}.block.{i}"
         modules[f"encoder.down_blocks.{level}.downsamplers.0"] = f"{down}.downsample"
         modules[f"decoder.up_blocks.{level}.upsamplers.0"] = f"{up}.upsample"
-    return _rename(tensor_shapes(config), modules, CODER_BLOCK)
-
-
-def diffusers_autoencoder_sources(config: AutoencoderConfig) -> Sources:
-    """Say where each tensor of an autoencoder is in a file of diffusers before 0.15."""
-    return _rename(tensor_shapes(config), {}, OLD_ATTENTION)
+    return _rename(config.tensor_shapes(), modules, CODER_BLOCK)
 
 
 def text_encoder_sources(config: TextEncoderConfig, prefix: str) -> Sources:
     """Say where each tensor of a CLIP text encoder is; `prefix` stands for `text_model.`."""
-    return _rename(tensor_shapes(config), {"text_model": prefix.rstrip(".")})
+    return _rename(config.tensor_shapes(), {"text_model": prefix.rstrip(".")})
 
 
 def open_clip_sources(config: TextEncoderConfig) -> Sources:
@@ -161,7 +148,7 @@ def open_clip_sources(config: TextEncoderConfig) -> Sources:
             for kind in ("weight", "bias"):
                 source = Source(name=f"{theirs}.attn.in_proj_{kind}", third=third)
                 sources[f"{ours}.self_attn.{name}.{kind}"] = source
-    names = tensor_shapes(config)
+    names = config.tensor_shapes()
     sources = _rename([name for name in names if name not in sources], modules) | sources
     if config.projection_dim:
         sources["text_projection.weight"] = Source(name="text_projection", transposed=True)

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from engine.checkpoints.families import EMBEDDED_GUIDANCE, VARIANTS, Family, Variant
+from engine.checkpoints.families.base import Family, PredictionType, Variant
+from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.errors import ModelError
 
 __all__ = ["Evidence", "PredictionType", "TrainingFacts", "conclude"]
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Answer = tuple[PredictionType, str]
 
 MAX_CONFIG = 1_000_000  # bytes of a configuration beside the file that are read
@@ -42,18 +42,15 @@ ARCHITECTURES: Mapping[str, PredictionType] = {
     "stable-diffusion-v2-768-v": "v_prediction",
     "stable-diffusion-v2-512": "epsilon",
 }
-# A file's name; `v2-1_768-ema-pruned` and `512-base-ema` are how Stable Diffusion 2 came.
+# A file's name, of whatever family.
 V_NAME = re.compile(r"(?<![a-z])v[-_ ]?pred|v[-_ ]?param|768[-_ ]?v(?![a-z0-9])")
 EPSILON_NAME = re.compile(r"(?<![a-z])eps(ilon)?(?![a-z])")
-SD2_V_NAME = re.compile(r"(?<!\d)768(?!\d)")
-SD2_EPSILON_NAME = re.compile(r"(?<!\d)512(?!\d)|(?<![a-z])base(?![a-z])")
 # Lines of the training code's YAML. Without the first the training code predicts noise.
 PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?(\w+)""", re.MULTILINE)
 SCALING = re.compile(r"denoiser_scaling\.(V|Eps)Scaling\b")
 LATENT_DIFFUSION = re.compile(r"^\s*target\s*:\s*ldm\.models\.diffusion\.", re.MULTILINE)
 STEPS_NAME = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
 VARIANT_NAME = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm)(?:[-_ ]?sd(?:xl)?)?(?![a-z])")
-SD2_V_SIZE = 96  # side of the latents of Stable Diffusion 2's models for 768 pixels
 TRUE = ("true", "1", "yes")
 
 
@@ -119,8 +116,8 @@ def conclude(
     if why := zero_snr(evidence):
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         notes.append(f"its noise schedule ends in pure noise, {why}")
-    if family.name == "sd2" and kind == "v_prediction":
-        size = SD2_V_SIZE
+    if family.v_sample_size and kind == "v_prediction":
+        size = family.v_sample_size
     if few_steps and few_steps.sample_size:
         size = few_steps.sample_size
     stated, why = resolution(evidence, compression)
@@ -154,8 +151,9 @@ def prediction_type(
     )
     for answer in answers:
         return answer
-    if family.name == "sd2" and usual:
-        return "v_prediction", "as of most of its family: nothing says so, and the weights cannot"
+    if family.prediction_type != "epsilon" and usual:
+        reason = "as of most of its family: nothing says so, and the weights cannot"
+        return family.prediction_type, reason
     return "epsilon", "as of most of its kind: nothing says otherwise"
 
 
@@ -223,11 +221,9 @@ def _name(evidence: Evidence, family: Family) -> Iterator[Answer]:
         yield "v_prediction", reason
     if EPSILON_NAME.search(evidence.stem):
         yield "epsilon", reason
-    if family.name == "sd2":
-        if SD2_V_NAME.search(evidence.stem):
-            yield "v_prediction", reason
-        if SD2_EPSILON_NAME.search(evidence.stem):
-            yield "epsilon", reason
+    for pattern, kind in family.prediction_names:
+        if pattern.search(evidence.stem):
+            yield kind, reason
 
 
 def zero_snr(evidence: Evidence) -> str:
@@ -252,8 +248,7 @@ def variant(
     evidence: Evidence, family: Family, *, time_condition: bool
 ) -> tuple[Variant | None, str]:
     """Tell whether a model is distilled to few steps, and why."""
-    if time_condition:
-        found = _named("lcm", family)
+    if time_condition and (found := _named("lcm", family)):
         reason = "as time_embed.cond_proj says, which is told the guidance scale"
         return replace(found, guidance_scale=EMBEDDED_GUIDANCE), reason
     title = evidence.metadata.get("modelspec.title", "").lower()
@@ -261,13 +256,13 @@ def variant(
         (evidence.stem, "from the file's name"),
         (title, "from the metadata's modelspec.title"),
     ):
-        if match := VARIANT_NAME.search(text):
-            return _few_steps(_named(match[1], family), text), reason
+        if (match := VARIANT_NAME.search(text)) and (found := _named(match[1], family)):
+            return _few_steps(found, text), reason
     return None, ""
 
 
-def _named(name: str, family: Family) -> Variant:
-    return next(v for v in VARIANTS if v.name == name and family.name in v.families)
+def _named(name: str, family: Family) -> Variant | None:
+    return next((variant for variant in family.variants if variant.name == name), None)
 
 
 def _few_steps(found: Variant, text: str) -> Variant:

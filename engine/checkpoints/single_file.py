@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
 
-from engine.checkpoints.architecture import Stored, autoencoder_config
+from engine.checkpoints.architecture import Stored
 from engine.checkpoints.component import (
     Component,
     ComponentName,
@@ -14,27 +14,25 @@ from engine.checkpoints.component import (
     diffusers_component,
     refuse_left_over,
 )
-from engine.checkpoints.families import Family, Variant
+from engine.checkpoints.families import Family, find_family
+from engine.checkpoints.families.base import SCALING_FACTOR, Variant
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.parts import (
     AVERAGED,
     UNET,
-    VAE,
     Shapes,
+    autoencoder,
     averaged,
-    find_family,
-    find_parts,
     read_config,
-    sources_of,
 )
 from engine.checkpoints.prediction import Evidence, TrainingFacts, conclude
 from engine.checkpoints.unsupported import refuse_foreign
-from engine.configs.diffusion import AutoencoderConfig, Config, TextEncoderConfig, UNetConfig
+from engine.configs.diffusion import AutoencoderConfig, Config
 from engine.errors import ModelError
 
 __all__ = ["FileFields", "open_vae", "read_file"]
 
-SCALING_FACTOR = 0.18215  # of the autoencoders of Stable Diffusion 1 and 2
+COMPRESSION = 8  # of the autoencoders of all families, where a file has none
 
 
 class FileFields(TypedDict):
@@ -77,7 +75,7 @@ def read_file(path: Path, prediction_type: str | None = None) -> FileFields:
         "find": components.__getitem__,
         "scheduler": conclusion.scheduler,
         "sample_size": conclusion.sample_size,
-        "zeros_for_empty_prompt": family.name == "xl",
+        "zeros_for_empty_prompt": family.zeros_for_empty_prompt,
         "steps": variant.steps[1] if variant else None,
         "guidance_scale": variant.guidance_scale if variant else None,
         "notes": (*notes, *conclusion.notes),
@@ -92,18 +90,19 @@ def _parts(
     components: dict[ComponentName, Component] = {}
     notes = [f"{path.name} is of the family {family.title}"]
     used: set[str] = set()
-    unused = pooled = None
-    for part, prefix in find_parts(shapes, family).items():
+    unused = None
+    for part, layout in family.parts.items():
+        prefix = layout.prefix(shapes)
+        if prefix is None:
+            continue
         stored = Stored.of(path, prefix, shapes)
-        config = configs[part] = read_config(part, stored, family, pooled)
-        sources = sources_of(config, prefix, shapes)
+        config = read_config(part, layout, stored, configs)
+        sources = layout.sources(config, stored)
+        configs[part] = config
         component = components[part] = assemble(path, weights, config, sources)
         used |= component.used()
-        if isinstance(config, TextEncoderConfig):
-            pooled = config.projection_dim or pooled
-            if family.name == "sd2":  # the last layer, which is not attended to
-                layer = f"{prefix}transformer.resblocks.{config.num_hidden_layers}."
-                unused = re.escape(layer) + ".+"
+        if layout.unused:
+            unused = re.escape(prefix + layout.unused(config)) + ".+"
         if part == "unet" and any(name.startswith(AVERAGED) for name in shapes):
             means = averaged(shapes, config, sources)
             if means:
@@ -125,13 +124,12 @@ def _conclude(
     asked: str | None,
 ) -> TrainingFacts:
     unet, vae = configs["unet"], configs.get("vae")
-    assert isinstance(unet, UNetConfig)
     return conclude(
         Evidence(path=path, metadata=weights.metadata, names=weights.tensors),
         family,
-        inpainting=unet.in_channels != unet.out_channels,  # it is shown a mask and a picture
-        time_condition=bool(unet.time_cond_proj_dim),
-        compression=vae.compression if isinstance(vae, AutoencoderConfig) else 8,
+        inpainting="image_conditioning" in unet.extra_inputs,
+        time_condition="timestep_cond" in unet.extra_inputs,
+        compression=vae.compression if vae else COMPRESSION,
         asked=asked,
     )
 
@@ -149,17 +147,18 @@ def open_vae(
         config = AutoencoderConfig.load(path)
         return config, diffusers_component(path, weights, config)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    prefix = VAE if any(name.startswith(VAE) for name in shapes) else ""
+    layout = autoencoder(scaling_factor)
+    prefix = layout.prefix(shapes) or ""
     stored = Stored.of(path, prefix, shapes)
     if "encoder" not in stored:
         raise ModelError(
             f"{path} holds no autoencoder of Stable Diffusion: it has no "
             f"{prefix}encoder.conv_in.weight; give a VAE's file or folder"
         )
-    config = autoencoder_config(stored, scaling_factor=scaling_factor)
+    config = layout.read(stored, {})
     if "encoder.mid_block" in stored:
         return config, diffusers_component(path, weights, config)
-    sources = sources_of(config, prefix, shapes)
+    sources = layout.sources(config, stored)
     component = assemble(path, weights, config, averaged(shapes, config, sources) or sources)
     held = [name for name in shapes if name.startswith(prefix) and not name.startswith(UNET)]
     refuse_left_over(path, held, component.used() | {source.name for source in sources.values()})

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 
-from engine.checkpoints.component import Component, assemble, refuse_left_over
+from engine.checkpoints.component import Component, Source, assemble, refuse_left_over
 from engine.checkpoints.formats.files import open_weights
-from engine.checkpoints.shapes import Shape, Source, tensor_shapes
+from engine.configs.base import Shape
 from engine.configs.diffusion import TINY_LEVELS, TinyDecoderConfig
 from engine.errors import ModelError
 
@@ -28,7 +28,7 @@ def open_tiny_decoder(path: Path) -> tuple[TinyDecoderConfig, Component]:
     prefix, shift = (LAYERS, 0) if f"{LAYERS}0.weight" in shapes else ("", 1)
     config = TinyDecoderConfig.load(path) if path.is_dir() else _config(path, shapes, prefix, shift)
     sources = {}
-    for name in tensor_shapes(config):
+    for name in config.tensor_shapes():
         number, rest = name.removeprefix(LAYERS).split(".", 1)
         sources[name] = Source(name=f"{prefix}{int(number) + shift}.{rest}")
     component = assemble(path, weights, config, sources)

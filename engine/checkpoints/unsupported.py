@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from engine.checkpoints.component import shown
-from engine.checkpoints.shapes import Shape
+from engine.configs.base import Shape
 from engine.errors import ModelError
 
 __all__ = ["foreign_channels", "refuse_foreign"]

@@ -1,10 +1,14 @@
-"""The fields of a `config.json`: reading them, checking them, naming the whole."""
+"""What every part's architecture answers, the tensors of layers, and the fields of a `config.json`.
+
+A part is told apart nowhere by the class of its configuration: whoever plans, binds, sizes or
+traces it asks the methods of `Config`.
+"""
 
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -13,11 +17,80 @@ from typing import Any, Self, get_args, get_origin
 from engine.errors import ModelError
 
 ADVICE = "use a Stable Diffusion 1.x, 2.x or XL model"
+Shape = tuple[int, ...]
+Tensors = Iterator[tuple[str, Shape]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What is asked for; batch: pictures at once; height, width: in pixels.
+
+    groups: of conditioning, 2 with guidance; registers: of the sampler, and 2 more where a picture
+        is kept outside a mask; steps: whose noise is uploaded before
+    """
+
+    height: int
+    width: int
+    batch: int = 1
+    groups: int = 2
+    tokens: int = 77
+    registers: int = 4
+    steps: int = 50
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of all pictures."""
+        return self.batch * self.height * self.width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """What the configurations of a model's parts share: reading, checking and naming themselves."""
+    """The architecture of a part: its fields, and what follows from them.
+
+    A class for a part's architecture has `tensor_shapes` and `symbols`, `activations` where devices
+    run it, and of the others those whose answer is not the one here.
+    """
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Return the shape of every tensor that the part needs, by name, in its graph's order."""
+        raise NotImplementedError
+
+    def symbols(self) -> dict[str, int]:
+        """Return the sizes that the architecture sets, by the symbols of `engine.graphs.graph`."""
+        raise NotImplementedError
+
+    def activations(self, part: str, sizes: Sizes) -> int:
+        """Estimate the most numbers that are alive at once while a graph of this part runs."""
+        raise NotImplementedError
+
+    def tables(self, sizes: Sizes) -> int:
+        """Count the numbers of a run that lie on a device beside activations."""
+        return 0
+
+    @property
+    def extra_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs that only graphs of some architectures take."""
+        return ()
+
+    @property
+    def overflows_float16(self) -> bool:
+        """Whether activations leave float16's range, so that all is computed in float32."""
+        return False
+
+    @property
+    def compression(self) -> int:
+        """Pixels along one side of the square that one latent value stands for; 1 without any."""
+        return 1
+
+    @property
+    def latent_multiple(self) -> int:
+        """A side of the latents that every level halves evenly."""
+        return 4
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Tokens of every row that the part reads; 0 where that is free."""
+        return 0
 
     def __post_init__(self) -> None:
         """Refuse values of a wrong type, and numbers that are too small to count anything."""
@@ -72,6 +145,38 @@ class Config:
         }
         text = json.dumps(stated, sort_keys=True)
         return hashlib.sha256(f"{type(self).__name__} {text}".encode()).hexdigest()[:12]
+
+
+def weight(name: str, *shape: int, bias: bool = True) -> Tensors:
+    """Yield a layer's weight, and a bias for each of its outputs."""
+    yield f"{name}.weight", shape
+    if bias:
+        yield f"{name}.bias", shape[:1]
+
+
+def resnet(name: str, inputs: int, outputs: int, time: int = 0) -> Tensors:
+    """Yield the tensors of a residual block; time: width of the embedded timestep, 0 for none."""
+    yield from weight(f"{name}.norm1", inputs)
+    yield from weight(f"{name}.conv1", outputs, inputs, 3, 3)
+    if time:
+        yield from weight(f"{name}.time_emb_proj", outputs, time)
+    yield from weight(f"{name}.norm2", outputs)
+    yield from weight(f"{name}.conv2", outputs, outputs, 3, 3)
+    if inputs != outputs:
+        yield from weight(f"{name}.conv_shortcut", outputs, inputs, 1, 1)
+
+
+def attention(name: str, width: int, context: int, *, bias: bool = False) -> Tensors:
+    """Yield the projections of an attention to states of the width `context`."""
+    yield from weight(f"{name}.to_q", width, width, bias=bias)
+    yield from weight(f"{name}.to_k", width, context, bias=bias)
+    yield from weight(f"{name}.to_v", width, context, bias=bias)
+    yield from weight(f"{name}.to_out.0", width, width)
+
+
+def resnet_activations(inputs: int, outputs: int) -> int:
+    """Count the channels alive in a residual block: its input, what a convolution reads, writes."""
+    return inputs + max(inputs + outputs, 2 * outputs)
 
 
 def read_json(path: Path) -> dict[str, Any]:

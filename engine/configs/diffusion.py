@@ -1,32 +1,43 @@
-"""Facts of a model: the three parts' architectures, as their `config.json` files name them.
+"""Facts of a model: the parts' architectures, as their `config.json` files name them.
 
-The field names are those of diffusers and transformers. A value that this project does not
-implement is refused here, so that nothing downstream meets it.
+The names of fields and tensors are those of diffusers and transformers. A value that this project
+does not implement is refused here, so that nothing downstream meets it.
 
 A tiny decoder for previews is that of TAESD (Bohan, "Tiny AutoEncoder for Stable Diffusion"), which
 takes the latents scaled, as they are in the sampler; diffusers calls it AutoencoderTiny.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from engine.configs.base import (
     Config,
+    Shape,
+    Sizes,
+    Tensors,
+    attention,
     read_json,
     require_among,
     require_fixed,
     require_length,
     require_multiple,
+    resnet,
+    resnet_activations,
+    weight,
 )
+from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 
-__all__ = ["AutoencoderConfig", "Config", "TextEncoderConfig", "UNetConfig", "read_json"]
+__all__ = [
+    "AutoencoderConfig",
+    "Config",
+    "TextEncoderConfig",
+    "TinyDecoderConfig",
+    "UNetConfig",
+    "read_json",
+]
 
-DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
-UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
-MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
-ADDITION_EMBEDS = (None, "text", "text_time")
 HIDDEN_ACTS = ("quick_gelu", "gelu")
 XL_SCALING_FACTOR = 0.13025
 LARGEST_ID = 2  # as the end of text old configurations name token 2, and mean the largest id
@@ -75,103 +86,45 @@ class TextEncoderConfig(Config):
             )
         return super(TextEncoderConfig, cls).from_dict(values)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UNetConfig(Config):
-    """A UNet with cross-attention (Rombach et al. 2022, arXiv:2112.10752, appendix E)."""
-
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[str, ...] = (*(("CrossAttnDownBlock2D",) * 3), "DownBlock2D")
-    up_block_types: tuple[str, ...] = ("UpBlock2D", *(("CrossAttnUpBlock2D",) * 3))
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
-    layers_per_block: int | tuple[int, ...] = 2
-    cross_attention_dim: int = 1280
-    attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None
-    transformer_layers_per_block: int | tuple[int, ...] = 1
-    use_linear_projection: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    flip_sin_to_cos: bool = True
-    freq_shift: int = 0
-    addition_embed_type: str | None = None
-    addition_embed_type_num_heads: int = 64
-    addition_time_embed_dim: int = 0
-    projection_class_embeddings_input_dim: int = 0
-    time_cond_proj_dim: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what the UNet does not implement, and lists of unequal length."""
-        super(UNetConfig, self).__post_init__()
-        for block in self.down_block_types:
-            require_among("down_block_types", block, DOWN_BLOCKS)
-        for block in self.up_block_types:
-            require_among("up_block_types", block, UP_BLOCKS)
-        require_among("mid_block_type", self.mid_block_type, MID_BLOCKS)
-        require_among("addition_embed_type", self.addition_embed_type, ADDITION_EMBEDS)
-        for name in _BY_LEVEL:
-            require_length(name, getattr(self, name), len(self.block_out_channels))
-        for channels in self.block_out_channels:
-            require_multiple(
-                "block_out_channels", channels, "norm_num_groups", self.norm_num_groups
-            )
-        for level, channels in enumerate(self.block_out_channels):
-            if level in self.attention_levels():
-                heads = self.heads()[level]
-                require_multiple("block_out_channels", channels, "attention_head_dim", heads)
-        if self.addition_embed_type == "text":
-            heads = self.addition_embed_type_num_heads
-            width = self.cross_attention_dim
-            require_multiple("cross_attention_dim", width, "addition_embed_type_num_heads", heads)
-        if self.addition_embed_type == "text_time":
-            for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
-                if not getattr(self, name):
-                    raise ModelError(
-                        f"{name} is missing; addition_embed_type text_time needs it: "
-                        "check the UNet's config.json"
-                    )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read a UNet2DConditionModel's configuration; refuse variants that change the maths."""
-        require_fixed(values, _UNET_FIXED)
-        return super(UNetConfig, cls).from_dict(values)
-
     @property
-    def addition_time_ids(self) -> int:
-        """Numbers that XL is told beside the text: 6 sizes, or 4 and a score in its refiner.
+    def tokens_per_row(self) -> int:
+        """Tokens of a chunk of text, which the encoder reads whole."""
+        return self.max_position_embeddings
 
-        The refiner's only text encoder gives both the context and the pooled text.
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Return the shape of every tensor, by its name in transformers.
+
+        CLIPTextModel's are under `text_model.`, as CLIPTextModelWithProjection's are.
         """
-        pooled = self.projection_class_embeddings_input_dim - 5 * self.addition_time_embed_dim
-        return 5 if pooled == self.cross_attention_dim else 6
+        return dict(_text_encoder(self))
 
-    def heads(self) -> tuple[int, ...]:
-        """Attention heads by level.
+    def symbols(self) -> dict[str, int]:
+        """Return the widths of the states and of the pooled text, and the vocabulary's size."""
+        pooled = self.projection_dim or self.hidden_size
+        return {"D": self.hidden_size, "P": pooled, "V": self.vocab_size}
 
-        diffusers calls this number `attention_head_dim` in every published configuration.
-        """
-        return self._by_level(self.num_attention_heads or self.attention_head_dim)
+    def activations(self, part: str, sizes: Sizes) -> int:
+        """Estimate the most numbers alive at once: in an MLP, around its residual."""
+        width = 2 * self.hidden_size + 2 * self.intermediate_size
+        return sizes.groups * sizes.batch * sizes.tokens * width
 
-    def attention_levels(self) -> set[int]:
-        """Levels that attend to the text on the way down, in the middle or on the way up."""
-        last = len(self.block_out_channels) - 1
-        down = {i for i, block in enumerate(self.down_block_types) if "CrossAttn" in block}
-        up = {last - i for i, block in enumerate(self.up_block_types) if "CrossAttn" in block}
-        return down | up | ({last} if "CrossAttn" in self.mid_block_type else set())
 
-    def layers(self) -> tuple[int, ...]:
-        """Residual blocks by level, on the way down; one more on the way up."""
-        return self._by_level(self.layers_per_block)
-
-    def transformer_layers(self) -> tuple[int, ...]:
-        """Transformer blocks of each attention, by level."""
-        return self._by_level(self.transformer_layers_per_block)
-
-    def _by_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
-        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+def _text_encoder(config: TextEncoderConfig) -> Tensors:
+    width, hidden = config.hidden_size, config.intermediate_size
+    yield "text_model.embeddings.token_embedding.weight", (config.vocab_size, width)
+    positions = config.max_position_embeddings
+    yield "text_model.embeddings.position_embedding.weight", (positions, width)
+    for i in range(config.num_hidden_layers):
+        layer = f"text_model.encoder.layers.{i}"
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            yield from weight(f"{layer}.self_attn.{name}", width, width)
+        yield from weight(f"{layer}.layer_norm1", width)
+        yield from weight(f"{layer}.mlp.fc1", hidden, width)
+        yield from weight(f"{layer}.mlp.fc2", width, hidden)
+        yield from weight(f"{layer}.layer_norm2", width)
+    yield from weight("text_model.final_layer_norm", width)
+    if config.projection_dim:
+        yield "text_projection.weight", (config.projection_dim, width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,45 +173,21 @@ class AutoencoderConfig(Config):
         """Pixels along one side of the square that one latent value stands for."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Return the shape of every tensor, by the name in diffusers' AutoencoderKL."""
+        return dict(_autoencoder(self))
 
-# Fields that have one entry a level when they are lists.
-_BY_LEVEL = (
-    "down_block_types",
-    "up_block_types",
-    "layers_per_block",
-    "attention_head_dim",
-    "num_attention_heads",
-    "transformer_layers_per_block",
-)
+    def symbols(self) -> dict[str, int]:
+        """Return the channels of the latents."""
+        return {"C": self.latent_channels}
 
-# Fields of diffusers' UNet configuration with the only values that are implemented.
-_UNET_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embeddings_concat": (False,),
-    "class_embed_type": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_only_cross_attention": (None, False),
-    "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-    "time_embedding_act_fn": (None,),
-}
+    def activations(self, part: str, sizes: Sizes) -> int:
+        """Estimate the most numbers alive at once, in the largest block of all levels."""
+        return max(_alive(self, part, sizes.pixels))
 
-# The same for the autoencoder; the statistics are another normalisation of the latents.
+
+# Fields of diffusers' configuration with the only values that are implemented; the statistics are
+# another normalisation of the latents.
 _AUTOENCODER_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "latents_mean": (None,),
@@ -268,6 +197,56 @@ _AUTOENCODER_BLOCKS = {
     "down_block_types": "DownEncoderBlock2D",
     "up_block_types": "UpDecoderBlock2D",
 }
+
+
+def _autoencoder(config: AutoencoderConfig) -> Tensors:
+    down, latent = config.block_out_channels, config.latent_channels
+    up, layers = down[::-1], config.layers_per_block
+    yield from weight("encoder.conv_in", down[0], config.in_channels, 3, 3)
+    yield from _levels("encoder.down_blocks", "downsamplers", down, layers)
+    yield from _middle("encoder.mid_block", down[-1], config)
+    yield from weight("encoder.conv_norm_out", down[-1])
+    yield from weight("encoder.conv_out", 2 * latent, down[-1], 3, 3)
+    yield from weight("decoder.conv_in", up[0], latent, 3, 3)
+    yield from _middle("decoder.mid_block", up[0], config)
+    yield from _levels("decoder.up_blocks", "upsamplers", up, layers + 1)
+    yield from weight("decoder.conv_norm_out", up[-1])
+    yield from weight("decoder.conv_out", config.out_channels, up[-1], 3, 3)
+    if config.use_quant_conv:
+        yield from weight("quant_conv", 2 * latent, 2 * latent, 1, 1)
+    if config.use_post_quant_conv:
+        yield from weight("post_quant_conv", latent, latent, 1, 1)
+
+
+def _levels(name: str, resampler: str, widths: Sequence[int], layers: int) -> Tensors:
+    inputs = widths[0]
+    for level, width in enumerate(widths):
+        for i in range(layers):
+            yield from resnet(f"{name}.{level}.resnets.{i}", inputs, width)
+            inputs = width
+        if level < len(widths) - 1:
+            yield from weight(f"{name}.{level}.{resampler}.0.conv", width, width, 3, 3)
+
+
+def _middle(name: str, width: int, config: AutoencoderConfig) -> Tensors:
+    yield from resnet(f"{name}.resnets.0", width, width)
+    if config.mid_block_add_attention:
+        yield from weight(f"{name}.attentions.0.group_norm", width)
+        yield from attention(f"{name}.attentions.0", width, width, bias=True)
+    yield from resnet(f"{name}.resnets.1", width, width)
+
+
+def _alive(config: AutoencoderConfig, part: str, pixels: int) -> Iterator[int]:
+    """Go through the levels; yields the numbers alive in the largest block of each."""
+    widths = config.block_out_channels
+    for level, width in enumerate(widths):
+        area = pixels // 4**level
+        wider = widths[min(level + 1, len(widths) - 1)]
+        narrower = widths[max(level - 1, 0)]
+        if part == "vae_encoder":
+            yield resnet_activations(narrower, width) * area
+        else:  # what comes from below is enlarged before it is narrowed
+            yield max(2 * wider, resnet_activations(wider, width)) * area
 
 
 TINY_LEVELS = 4  # and twice the size between them
@@ -308,6 +287,18 @@ class TinyDecoderConfig(Config):
         """Pixels along one side of the square that one latent value stands for."""
         return int(2 ** (TINY_LEVELS - 1))
 
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Return the shape of every tensor, by the name in diffusers' AutoencoderTiny."""
+        return dict(_tiny_decoder(self))
+
+    def symbols(self) -> dict[str, int]:
+        """Return the channels of the latents."""
+        return {"C": self.latent_channels}
+
+    def activations(self, part: str, sizes: Sizes) -> int:
+        """Estimate the most numbers alive at once: in a block of the widest level."""
+        return 3 * self.decoder_block_out_channels[0] * sizes.pixels
+
 
 # Fields of diffusers' configuration with the only values that are implemented.
 _TINY_FIXED: dict[str, tuple[Any, ...]] = {
@@ -318,3 +309,19 @@ _TINY_FIXED: dict[str, tuple[Any, ...]] = {
     "upsample_fn": ("nearest",),
     "upsampling_scaling_factor": (2,),
 }
+
+
+def _tiny_decoder(config: TinyDecoderConfig) -> Tensors:
+    """Layers are numbered through all levels, and those without weights count too."""
+    width, number = config.decoder_block_out_channels[0], 2  # an activation comes second
+    yield from weight("decoder.layers.0", width, config.latent_channels, 3, 3)
+    for level, blocks in enumerate(config.num_decoder_blocks, 1):
+        for _ in range(blocks):
+            for conv in (0, 2, 4):
+                yield from weight(f"decoder.layers.{number}.conv.{conv}", width, width, 3, 3)
+            number += 1
+        if level < len(config.num_decoder_blocks):
+            number += 1  # the enlarging
+            yield from weight(f"decoder.layers.{number}", width, width, 3, 3, bias=False)
+            number += 1
+    yield from weight(f"decoder.layers.{number}", 3, width, 3, 3)

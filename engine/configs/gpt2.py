@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from engine.configs.base import Config, require_multiple
+from engine.configs.base import Config, Shape, Tensors, require_multiple, weight
 from engine.errors import ModelError
 
 __all__ = ["GPT2Config"]
@@ -70,3 +70,34 @@ class GPT2Config(Config):
     def head_width(self) -> int:
         """Width of one attention head."""
         return self.n_embd // self.n_head
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Return the shape of every tensor, by the name in transformers' GPT2LMHeadModel."""
+        return dict(_language_model(self))
+
+    def symbols(self) -> dict[str, int]:
+        """Return the layers, the heads and their width, and the size of the vocabulary."""
+        return {"l": self.n_layer, "a": self.n_head, "d": self.head_width, "V": self.vocab_size}
+
+
+def _language_model(config: GPT2Config) -> Tensors:
+    """GPT-2 keeps the weights of its projections as (inputs, outputs)."""
+    width = config.n_embd
+    yield "transformer.wte.weight", (config.vocab_size, width)
+    yield "transformer.wpe.weight", (config.n_positions, width)
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}"
+        yield from weight(f"{block}.ln_1", width)
+        yield from _projection(f"{block}.attn.c_attn", width, 3 * width)
+        yield from _projection(f"{block}.attn.c_proj", width, width)
+        yield from weight(f"{block}.ln_2", width)
+        yield from _projection(f"{block}.mlp.c_fc", width, config.inner)
+        yield from _projection(f"{block}.mlp.c_proj", config.inner, width)
+    yield from weight("transformer.ln_f", width)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, width)
+
+
+def _projection(name: str, inputs: int, outputs: int) -> Tensors:
+    yield f"{name}.weight", (inputs, outputs)
+    yield f"{name}.bias", (outputs,)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, Self, get_args
 
-from engine.configs.diffusion import Config, UNetConfig
+from engine.configs.base import Config
 from engine.errors import GraphError
 from engine.graphs.onnx_bytes import metadata, outputs
 from engine.shipped import GRAPHS
@@ -131,30 +131,25 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     }
 )
 
-# XL's second conditioning; only graphs whose UNet has `addition_embed_type: text_time` take it.
-_TEXT_TIME = {
-    "text_embeds": _tensor("float32", "g", "B", "P"),
-    "time_ids": _tensor("float32", "g", "B", "T"),
-}
-# The embedded guidance scale of a distilled model; only with `time_cond_proj_dim`.
-_TIMESTEP_COND = {"timestep_cond": _tensor("float32", "B", "E")}
-# What an inpainting model sees unscaled beside the latent: the mask, the masked picture's latents.
-_IMAGE_CONDITIONING = {"image_conditioning": _tensor("float32", "B", "X", "h", "w")}
+# What only some architectures take: `Config.extra_inputs` names them.
+EXTRA_INPUTS: Mapping[str, Tensor] = MappingProxyType(
+    {
+        # XL's second conditioning, with `addition_embed_type: text_time`.
+        "text_embeds": _tensor("float32", "g", "B", "P"),
+        "time_ids": _tensor("float32", "g", "B", "T"),
+        # The embedded guidance scale of a distilled model, with `time_cond_proj_dim`.
+        "timestep_cond": _tensor("float32", "B", "E"),
+        # What an inpainting model sees unscaled: the mask, the masked picture's latents.
+        "image_conditioning": _tensor("float32", "B", "X", "h", "w"),
+    }
+)
 
 
 def signature(part: Part, config: Config) -> Signature:
     """Return what a part of this architecture takes and gives."""
     described = SIGNATURES[part]
-    if not isinstance(config, UNetConfig):
-        return described
-    inputs = dict(described.inputs)
-    if config.addition_embed_type == "text_time":
-        inputs |= _TEXT_TIME
-    if config.time_cond_proj_dim:
-        inputs |= _TIMESTEP_COND
-    if config.in_channels > config.out_channels:
-        inputs |= _IMAGE_CONDITIONING
-    return Signature(inputs=inputs, outputs=described.outputs)
+    extra = {name: EXTRA_INPUTS[name] for name in config.extra_inputs}
+    return Signature(inputs={**described.inputs, **extra}, outputs=described.outputs)
 
 
 Precision = Literal["float32", "float16"]

@@ -153,7 +153,7 @@ class Encoder:
             groups: self._lay_out(groups, len(groups) - len(texts.prompts), texts.repeats, encoded)
             for groups in dict.fromkeys(shown)
         }
-        if self.model.is_xl:
+        if "time_ids" in self.model.unet.extra_inputs:
             for groups, inputs in told.items():
                 inputs["time_ids"] = self._time_ids(texts, len(groups), height, width)
         counts = {
@@ -193,7 +193,8 @@ class Encoder:
                 empty = [not text for text in negative]
                 context[group, empty], pooled[group, empty] = 0, 0
         told: dict[str, Array] = {"context": context}
-        return told | {"text_embeds": pooled} if self.model.is_xl else told
+        takes_pooled = "text_embeds" in self.model.unet.extra_inputs
+        return told | {"text_embeds": pooled} if takes_pooled else told
 
     def _encode(self, texts: Sequence[str], clip_skip: int) -> dict[str, tuple[Array, Array]]:
         """Return each text's states, (n, D), and its pooled text, (P,), of the first chunk.
@@ -230,7 +231,7 @@ class Encoder:
         They are kept for all rows together: what a row gives depends in the last bits on the rows
         beside it, and a picture must not depend on what was drawn before it.
         """
-        before_last = clip_skip == 2 and self.model.context == "last_hidden_state"
+        before_last = clip_skip == 2 and self.model.family.context == "last_hidden_state"
         key = (name, before_last, input_ids.shape, input_ids.tobytes())
         found = self.cache.get(key)
         if found is None:
@@ -250,7 +251,7 @@ class Encoder:
             if before_last:
                 states.append(self._final_norm(name, given["penultimate_hidden_state"]))
             else:
-                states.append(given[self.model.context])
+                states.append(given[self.model.family.context])
             pooled.append(given["pooled"])
         return np.concatenate(states), np.concatenate(pooled)  # copies, engines reuse buffers
 

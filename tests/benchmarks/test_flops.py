@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import count
 from benchmarks.scenarios import SCENARIOS, engine_inputs
+from engine.checkpoints.families.sd import SD1
 from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model
-from export.published import SD1
 from export.tracing import build_module
 from tests.support.tolerances import FLOPS_RTOL
 

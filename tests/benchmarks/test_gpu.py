@@ -335,7 +335,7 @@ def test_random_models_are_the_same_to_diffusers_and_here(name, tmp_path, monkey
     scenario = Scenario.of(f"{name}-64-x2")
     model = Model.open(scenario.model())
     assert model.configs == chosen.configs
-    assert model.is_xl == model.zeros_for_empty_prompt == (name == "xl")
+    assert ("time_ids" in model.unet.extra_inputs) == model.zeros_for_empty_prompt == (name == "xl")
     assert model.scheduler["prediction_type"] == chosen.scheduler["prediction_type"]
     kind = (
         diffusers.StableDiffusionXLPipeline if name == "xl" else diffusers.StableDiffusionPipeline

@@ -41,8 +41,9 @@ def test_the_model_that_ships():
         *[model.unet] * 2,
         *[model.vae] * 2,
     ]
-    assert model.context == "last_hidden_state"
-    assert not any((model.is_xl, model.is_inpainting, model.zeros_for_empty_prompt))
+    assert model.family.context == "last_hidden_state"
+    assert not model.unet.extra_inputs
+    assert not any((model.is_inpainting, model.zeros_for_empty_prompt))
     assert (model.steps, model.guidance_scale, model.notes) == (None, None, ())
 
 

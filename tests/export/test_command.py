@@ -1,6 +1,5 @@
 import pytest
 
-from engine.checkpoints.shapes import tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig
 from engine.graphs.graph import Graph, find_graph, graph_name
 from engine.model import find_model
@@ -64,7 +63,7 @@ def test_published_graphs_are_written_compressed_and_the_same_each_time(
     assert not list((tmp_path / "none").iterdir())
     for precision in ("float32", "float16"):
         graph = find_graph("text_encoder", TEXT, precision, [tmp_path / "first"], tmp_path)
-        assert dict(graph.weights) == tensor_shapes(TEXT)
+        assert dict(graph.weights) == TEXT.tensor_shapes()
 
 
 def test_help_of_every_command(capsys):

@@ -12,13 +12,13 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from engine.checkpoints.families.xl import XL
 from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig
 from engine.graphs.graph import Graph, graph_name
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.shipped import GRAPHS
 from export.islands import computed_in
 from export.parity import TOLERANCES, relative_error
-from export.published import XL
 from export.tracing import example_inputs
 from runtime.samplers import program
 from runtime.samplers.noise_schedule import NoiseSchedule

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from engine.checkpoints.shapes import tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.graphs.graph import find_graph
 from engine.model import COMPONENTS, Model
@@ -63,7 +62,7 @@ def test_every_family_of_one_file_has_its_graphs(params, tmp_path):
 def test_the_graph_ships_and_wants_the_weights_of_its_architecture(part, config, precision):
     graph = find_graph(part, config, precision, [GRAPHS], "the published model")
     assert graph.precision == precision
-    expected = tensor_shapes(config)
+    expected = config.tensor_shapes()
     assert graph.weights.items() <= expected.items()
     if part == "vae_decoder":
         other = find_graph("vae_encoder", config, precision, [GRAPHS], "the published model")

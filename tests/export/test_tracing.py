@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from engine.backends.settings import BackendSettings
-from engine.checkpoints.shapes import tensor_shapes
 from engine.engines import open_engine
 from engine.errors import GraphError, ModelError
 from engine.graphs.graph import METADATA_KEY, Graph, signature
@@ -74,7 +73,7 @@ def test_graph_holds_no_weights_and_names_them_as_the_checkpoint_does(traced):
         for tensor in traced.model.graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL
     }
-    expected = {name: list(shape) for name, shape in tensor_shapes(traced.config).items()}
+    expected = {name: list(shape) for name, shape in traced.config.tensor_shapes().items()}
     assert described["weights"] == external
     assert external.items() <= expected.items()
     if traced.part in ("text_encoder", "step"):

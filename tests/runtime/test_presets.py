@@ -3,10 +3,10 @@ from types import MappingProxyType
 
 import pytest
 
-from engine.checkpoints.families import VARIANTS
+from engine.checkpoints.families import FAMILIES
 from engine.configs.diffusion import AutoencoderConfig, UNetConfig
 from engine.errors import RequestError
-from engine.model import Model, find_model
+from engine.model import Model, family_of, find_model
 from runtime import Request
 from runtime.presets import KINDS, PRESETS, Preset, describe_presets, preset
 from runtime.samplers import program
@@ -25,6 +25,7 @@ def made(unet: Mapping[str, object], scheduler: Mapping[str, object], **facts: o
     configs = {"unet": UNetConfig.from_dict(unet), "vae": AutoencoderConfig()}
     return Model(
         path=find_model("pictogram"),
+        family=family_of(configs["unet"]),
         configs=MappingProxyType(configs),
         find=lambda name: pytest.fail(f"{name} is read"),
         scheduler=MappingProxyType(dict(scheduler)),
@@ -121,10 +122,13 @@ def test_steps_of_distilled_models(model, steps, sampler):
     assert preset("quality", DISTILLED[model]) == preset("creative", DISTILLED[model]) == balanced
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}-{v.families[0]}")
-def test_variants_that_a_file_names(variant):
+VARIANTS = {f"{v.name}-{name}": (name, v) for name in FAMILIES for v in FAMILIES[name].variants}
+
+
+@pytest.mark.parametrize(("family", "variant"), VARIANTS.values(), ids=VARIANTS)
+def test_variants_that_a_file_names(family, variant):
     """Whatever a file's name says, its presets stay within the steps that its authors name."""
-    unet = UNET_XL if variant.families[0] == "xl" else UNET_SD15
+    unet = UNET_XL if family == "xl" else UNET_SD15
     low, high = variant.steps
     for steps in {high, low}:
         model = made(

@@ -10,13 +10,7 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Self
 
-from engine.configs.diffusion import (
-    AutoencoderConfig,
-    Config,
-    TextEncoderConfig,
-    TinyDecoderConfig,
-    UNetConfig,
-)
+from engine.configs.base import Config
 from engine.errors import BackendError
 from engine.graphs.graph import Part, Symbol, signature
 
@@ -144,10 +138,11 @@ def input_shapes(part: Part, config: Config, profile: Profile, *, compression: i
     """Return the shapes of a part's inputs that a profile allows.
 
     compression: pixels along one side of a latent
-    Raises BackendError when the sizes do not suit the model.
+    Raises BackendError when the sizes do not suit the model, or a part has others.
     """
-    sizes: dict[str, Range | int] = {**_ranges(config, profile, compression)}
-    sizes |= _constants(config)
+    sizes: dict[str, Range | int] = {**_ranges(profile, compression), **config.symbols()}
+    if config.tokens_per_row:  # a text encoder, whose batch is the rows that it reads at once
+        sizes |= {"B": profile.rows, "n": config.tokens_per_row}
     return MappingProxyType(
         {
             name: _shapes([_size(symbol, sizes) for symbol in tensor.shape])
@@ -167,6 +162,8 @@ def _shapes(sizes: list[Range]) -> tuple[Shape, Shape, Shape]:
 def _size(symbol: Symbol, sizes: Mapping[str, Range | int]) -> Range:
     """Evaluate a symbol of `engine.graphs.graph`: a number, a name, or "r + 2"."""
     name, _, more = str(symbol).partition(" + ")
+    if not name.isdecimal() and name not in sizes:
+        raise BackendError(f"no profile has the size {name} of this part; run it on the processor")
     size = int(name) if name.isdecimal() else sizes[name]
     if isinstance(size, int):
         size = Range(size, size, size)
@@ -174,10 +171,10 @@ def _size(symbol: Symbol, sizes: Mapping[str, Range | int]) -> Range:
     return Range(size.min + added, size.best + added, size.max + added)
 
 
-def _ranges(config: Config, profile: Profile, compression: int) -> dict[str, Range]:
-    """Return the sizes that change; a text encoder's pictures are its rows."""
+def _ranges(profile: Profile, compression: int) -> dict[str, Range]:
+    """Return the sizes that change."""
     return {
-        "B": profile.rows if isinstance(config, TextEncoderConfig) else profile.batch,
+        "B": profile.batch,
         "g": profile.groups,
         "r": REGISTERS,
         "e": TAUGHT_ROWS,
@@ -197,25 +194,3 @@ def _latent(name: str, pixels: Range, compression: int) -> Range:
             f"be a multiple of {compression}"
         )
     return Range(*(size // compression for size in sizes))
-
-
-def _constants(config: Config) -> dict[str, int]:
-    """Return the sizes that the architecture sets."""
-    if isinstance(config, TextEncoderConfig):
-        return {"D": config.hidden_size, "n": config.max_position_embeddings}
-    if isinstance(config, UNetConfig):
-        times = config.addition_time_ids * config.addition_time_embed_dim
-        return {
-            "C": config.out_channels,
-            "D": config.cross_attention_dim,
-            "E": config.time_cond_proj_dim,
-            "F": config.block_out_channels[0],
-            "P": config.projection_class_embeddings_input_dim - times,
-            "T": config.addition_time_ids,
-            "X": config.in_channels - config.out_channels,
-        }
-    if isinstance(config, AutoencoderConfig | TinyDecoderConfig):
-        return {"C": config.latent_channels}
-    raise BackendError(
-        f"no profile is known for a {type(config).__name__}; run it on the processor"
-    )

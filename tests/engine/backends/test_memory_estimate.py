@@ -11,10 +11,11 @@ from engine.backends.memory_estimate import (
     estimate_build,
     weight_bytes,
 )
+from engine.checkpoints.families.sd import CLIP_L, SD1, SD2
+from engine.checkpoints.families.xl import XL
 from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig, TinyDecoderConfig
 from engine.errors import BackendError
 from engine.graphs.graph import find_graph, graph_folders
-from export.published import CLIP_L, SD1, SD2, XL
 from tests.support.tolerances import ESTIMATED_ACTIVATIONS
 
 VAE, XL_VAE = AutoencoderConfig(), AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import diffusers
 import pytest
 
-from engine.checkpoints.families import FAMILIES, VARIANTS
+from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.unsupported import SIGNATURES
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
@@ -107,10 +107,10 @@ def test_schedulers_are_configurations_that_diffusers_reads(family):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.name}-{v.families[0]}")
-def test_schedulers_of_variants_are_ones_that_diffusers_reads(variant):
-    for family in variant.families:
-        values = {**FAMILIES[family].scheduler, **variant.scheduler}
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_schedulers_of_variants_are_ones_that_diffusers_reads(family):
+    for variant in family.variants:
+        values = {**family.scheduler, **variant.scheduler}
         getattr(diffusers, values["_class_name"]).from_config(values)
         schedule = NoiseSchedule.from_config(values)
         assert schedule.timestep_spacing == ("leading" if variant.name == "lcm" else "trailing")

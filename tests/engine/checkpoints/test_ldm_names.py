@@ -12,14 +12,13 @@ import safetensors.numpy
 import torch
 from diffusers.loaders import single_file_utils as reference
 
-from engine.checkpoints.component import UNUSED, left_over
+from engine.checkpoints.component import UNUSED, Source, left_over
 from engine.checkpoints.ldm_names import (
     autoencoder_sources,
     open_clip_sources,
     text_encoder_sources,
     unet_sources,
 )
-from engine.checkpoints.shapes import Source, tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.model import Model
 from tests.support import original_layout as original
@@ -50,7 +49,7 @@ def under(prefix, names):
 
 def check(sources, config, listed):
     """Every tensor has a source of its shape; return the listed names that are not used."""
-    shapes = tensor_shapes(config)
+    shapes = config.tensor_shapes()
     assert list(sources) == list(shapes)
     for name, source in sources.items():
         stored = source.shape(listed[source.name])

@@ -15,7 +15,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from engine.checkpoints.component import Component, diffusers_component
 from engine.checkpoints.formats.files import open_weights
-from engine.checkpoints.shapes import tensor_shapes
 from engine.checkpoints.single_file import open_vae
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig
 from engine.errors import ModelError
@@ -54,7 +53,7 @@ def test_every_part_has_its_graphs_names_and_shapes(small, tmp_path):
     assert set(components(checkpoint)) == set(checkpoint.configs)
     assert len(components(checkpoint)) == len(original.parts(params))
     for name, component in components(checkpoint).items():
-        shapes = tensor_shapes(checkpoint.configs[name])
+        shapes = checkpoint.configs[name].tensor_shapes()
         assert {key: array.shape for key, array in component.items()} == shapes
         assert len(component) == len(shapes)
         assert checkpoint.component(name) is component

@@ -10,7 +10,6 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 
 from engine.backends.settings import BackendSettings
-from engine.checkpoints.shapes import tensor_shapes
 from engine.checkpoints.tiny_decoder import open_tiny_decoder
 from engine.configs.diffusion import TinyDecoderConfig
 from engine.engines import open_engine
@@ -88,7 +87,7 @@ def test_every_tensor_has_the_shape_of_diffusers(blocks):
     )
     config = TinyDecoderConfig.from_dict({**module.config, "_class_name": "AutoencoderTiny"})
     state = {k: tuple(v.shape) for k, v in module.state_dict().items() if k.startswith("decoder.")}
-    assert tensor_shapes(config) == state
+    assert config.tensor_shapes() == state
 
 
 def test_a_small_one_of_other_widths_is_read_off_its_file(tmp_path):

@@ -5,7 +5,6 @@ from transformers import GPT2LMHeadModel
 
 from engine.backends.settings import BackendSettings
 from engine.checkpoints.gpt2 import LanguageModel
-from engine.checkpoints.shapes import tensor_shapes
 from engine.configs.gpt2 import GPT2Config
 from engine.engines import open_engine
 from engine.graphs.graph import find_graph
@@ -73,7 +72,7 @@ def test_names_and_shapes_of_the_real_size():
         reference = GPT2LMHeadModel(ReferenceConfig())
     expected = {name: tuple(value.shape) for name, value in reference.state_dict().items()}
     del expected["lm_head.weight"]
-    assert tensor_shapes(GPT2Config()) == expected
+    assert GPT2Config().tensor_shapes() == expected
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +88,7 @@ def test_the_graph_agrees_with_transformers(folder, tmp_path, capsys, monkeypatc
     assert "relative error" in capsys.readouterr().out
     model = LanguageModel.open(folder)
     graph = find_graph("language_model", model.config, "float32", [tmp_path], folder)
-    assert dict(graph.weights) == tensor_shapes(model.config)
+    assert dict(graph.weights) == model.config.tensor_shapes()
     engine = open_engine(graph, model.weights, BackendSettings(threads=1))
     reference = GPT2LMHeadModel.from_pretrained(folder).eval()
     for batch in (1, 3):

@@ -11,7 +11,7 @@ from diffusers import LatentConsistencyModelPipeline
 from engine.adapters.textual_inversion import Embedding
 from engine.configs.diffusion import TextEncoderConfig, UNetConfig
 from engine.errors import ModelError, RequestError
-from engine.model import Model, find_model
+from engine.model import Model, family_of, find_model
 from runtime.conditioning.encoder import (
     EmbeddingCache,
     Encoder,
@@ -56,7 +56,8 @@ class FakeEncoder:
 
 
 def encoder(unet, encoders, **facts):
-    model = replace(PICTOGRAM, configs=MappingProxyType({"unet": unet, **encoders}), **facts)
+    configs = MappingProxyType({"unet": unet, **encoders})
+    model = replace(PICTOGRAM, family=family_of(unet), configs=configs, **facts)
     engines = {
         name: FakeEncoder(config, i + 1) for i, (name, config) in enumerate(encoders.items())
     }

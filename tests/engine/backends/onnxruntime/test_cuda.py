@@ -9,11 +9,11 @@ import pytest
 from engine.backends.onnxruntime import cuda as onnxruntime_cuda
 from engine.backends.onnxruntime.cpu import OnnxRuntimeEngine
 from engine.backends.onnxruntime.cuda import PROVIDER, OnnxRuntimeCudaEngine
+from engine.checkpoints.families.sd import SD1
 from engine.configs.diffusion import AutoencoderConfig
 from engine.errors import BackendError, GraphError, ModelError
 from engine.graphs.graph import find_graph, graph_folders
 from engine.model import Model, find_model
-from export.published import SD1
 from tests.support.fake_cuda import FakeDevice
 from tests.support.real_signatures import check_call, strict
 

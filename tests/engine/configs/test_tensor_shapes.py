@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from engine.checkpoints.shapes import tensor_shapes
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from export.modules.autoencoder import Autoencoder
 from export.modules.clip import TextEncoder
@@ -98,4 +97,4 @@ CASES = [
 def test_names_and_shapes_are_those_of_the_module(module: type[nn.Module], config):
     with torch.device("meta"):
         state = module(config).state_dict()
-    assert tensor_shapes(config) == {name: tuple(value.shape) for name, value in state.items()}
+    assert config.tensor_shapes() == {name: tuple(value.shape) for name, value in state.items()}
