@@ -18,7 +18,7 @@ PICTOGRAM_FAMILY = Family(
     pipelines=("StableDiffusion",),
     scheduler=MappingProxyType({"_class_name": "DDIMScheduler", **SCHEDULE}),
     sample_size=16,
-    # Measured: 32, 37 and 41 dB from the picture of 100 steps; at 10 steps karras has 28.
+    # 27, 35 and 44 dB in the median from the pictures of 100 steps; at 10 steps karras has 22.
     presets=Presets(
         title="pictogram",
         fast=choice(10, 5.0),
