@@ -292,10 +292,10 @@ def test_unet(files):
 
 def test_a_whole_picture_of_stable_diffusion_15(tmp_path):
     made = Files(tmp_path, "v1-5-pruned-emaonly", "sd1")
-    wishes = {"num_inference_steps": 4, "guidance_scale": 7.5, "height": 512, "width": 512}
+    options = {"num_inference_steps": 4, "guidance_scale": 7.5, "height": 512, "width": 512}
     prompt, negative = "a lighthouse at dusk", "blurry"
     pipeline = Pipeline.load(made.single)
-    ours = pipeline(prompt, negative_prompt=negative, seed=7, **wishes).images[0]
+    ours = pipeline(prompt, negative_prompt=negative, seed=7, **options).images[0]
     scheduler = DDIMScheduler.from_config(dict(pipeline.model.scheduler))
     del pipeline
     gc.collect()
@@ -311,7 +311,7 @@ def test_a_whole_picture_of_stable_diffusion_15(tmp_path):
     )
     reference.set_progress_bar_config(disable=True)
     theirs = reference(
-        prompt, negative_prompt=negative, generator=[torch.Generator().manual_seed(7)], **wishes
+        prompt, negative_prompt=negative, generator=[torch.Generator().manual_seed(7)], **options
     ).images[0]
     for name, image in (("ours", ours), ("theirs", theirs)):
         image.save(Path(tmp_path) / f"{name}.png")

@@ -173,7 +173,7 @@ def test_a_whole_run_on_the_processor(log, monkeypatch, tmp_path, capsys):
         assert (
             agreement[f"{WHOLE}_psnr_db"] is None or agreement[f"{WHOLE}_psnr_db"] > PICTURE_PSNR_DB
         )
-        assert [wish["steps"] for wish in contenders[name]["requests"]] == [2, 3]
+        assert [request["steps"] for request in contenders[name]["requests"]] == [2, 3]
         assert contenders[name]["peak_bytes"] >= 2**20
     assert found["flops"][WHOLE] > 2 * found["flops"]["step"]
     one = request_flops(Scenario.of(KEYS[0]))["step"]

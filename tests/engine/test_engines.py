@@ -28,8 +28,8 @@ def calibrated(tmp_path):
     write_ranges(tmp_path / "cache" / "graphs" / NAMES["step"], {"a.weight": (-1.0, 1.0)})
 
 
-def chosen(**wishes):
-    engines = Engines.choose(MODEL, **wishes)
+def chosen(**options):
+    engines = Engines.choose(MODEL, **options)
     return engines.settings.backend, engines.precision
 
 

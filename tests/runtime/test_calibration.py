@@ -39,9 +39,9 @@ def ranges_in(folder, part="step"):
     return json.loads((folder / ranges_of(MODEL)[part]).read_text())
 
 
-def pipeline(folder, precision, backend="openvino", **wishes):
+def pipeline(folder, precision, backend="openvino", **fields):
     settings = BackendSettings(backend=backend, threads=1)
-    return Pipeline.load(graphs=folder, precision=precision, settings=settings, **wishes)
+    return Pipeline.load(graphs=folder, precision=precision, settings=settings, **fields)
 
 
 @pytest.mark.parametrize("part", ["step", "vae_decoder"])
@@ -60,9 +60,9 @@ def test_what_follows_a_silu_is_never_below_its_minimum(folder):
 
 
 def test_pictures_are_near_those_of_float32(folder):
-    wishes = {"seed": 7, "num_inference_steps": 8}
-    expected = pipeline(folder, "float32", "cpu")(PROMPTS, **wishes).images
-    drawn = pipeline(folder, "int8")(PROMPTS, **wishes).images
+    fields = {"seed": 7, "num_inference_steps": 8}
+    expected = pipeline(folder, "float32", "cpu")(PROMPTS, **fields).images
+    drawn = pipeline(folder, "int8")(PROMPTS, **fields).images
     for actual, picture in zip(drawn, expected, strict=True):
         assert psnr(actual, picture) > INT8_PSNR_DB
         assert actual != picture, "it is not int8"
@@ -97,8 +97,8 @@ def test_the_decoder_computes_in_int8_as_far_as_it_may(folder, tmp_path, monkeyp
 
 def test_a_lora_is_taken_and_given_back_bit_for_bit(folder, tmp_path):
     opened = pipeline(folder, "int8")
-    wishes = {"seed": 7, "num_inference_steps": 2}
-    before = opened("a red apple", **wishes).images[0]
+    fields = {"seed": 7, "num_inference_steps": 2}
+    before = opened("a red apple", **fields).images[0]
     module = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     rows, columns = MODEL.find("unet")[f"{module}.weight"].shape
     random = np.random.default_rng(0)
@@ -108,9 +108,9 @@ def test_a_lora_is_taken_and_given_back_bit_for_bit(folder, tmp_path):
     }
     save_file(factors, tmp_path / "a.safetensors")
     opened.set_loras([tmp_path / "a.safetensors"])
-    assert opened("a red apple", **wishes).images[0] != before
+    assert opened("a red apple", **fields).images[0] != before
     opened.set_loras([])
-    assert opened("a red apple", **wishes).images[0] == before
+    assert opened("a red apple", **fields).images[0] == before
 
 
 def test_a_step_is_near_that_of_float32(folder):

@@ -123,8 +123,17 @@ def test_default_names(here, capsys, prompt, name):
 
 def test_from_an_image(here, capsys):
     drawing(64, 96).save("start.jpg")
-    wishes = ("--image", "start.jpg", "--strength", "0.5", "--steps", "2", "--out", "b.png")
-    assert command.main(["a", *QUICK, *wishes]) == 0
+    flags = (
+        "--image",
+        "start.jpg",
+        "--strength",
+        "0.5",
+        "--steps",
+        "2",
+        "--out",
+        "b.png",
+    )
+    assert command.main(["a", *QUICK, *flags]) == 0
     settings = read_settings(here / "b.png")
     assert (settings["image"], settings["strength"]) == ("start.jpg", 0.5)
     assert (settings["height"], settings["width"]) == (64, 96)
@@ -135,8 +144,8 @@ def test_a_mask_and_a_larger_canvas(here):
     mask = Image.new("L", (96, 64))
     mask.paste(255, (48, 0, 96, 64))
     mask.save("mask.png")
-    wishes = ("--image", "start.png", "--mask", "mask.png", "--extend", "0,16,0,0")
-    assert command.main(["a", *QUICK, *wishes, "--out", "b.png"]) == 0
+    flags = ("--image", "start.png", "--mask", "mask.png", "--extend", "0,16,0,0")
+    assert command.main(["a", *QUICK, *flags, "--out", "b.png"]) == 0
     with Image.open("b.png") as file:
         assert file.size == (96, 80)
         kept = np.asarray(file)[48:, :16]
@@ -149,12 +158,19 @@ def test_a_mask_and_a_larger_canvas(here):
 
 
 def test_the_same_picture_again(here, capsys):
-    wishes = ("--guidance-scale", "4:2", "--guidance-interval", "0:0.9", "--sampler", "euler a")
-    wishes += ("--hires", "1.5", "--hires-upscaler", "bilinear", "--noise", "cuda")
-    wishes += ("--plain-prompt", "--negative-prompt", "blue", "--clip-skip", "2")
-    wishes += ("--cache-interval", "2")
+    flags = (
+        "--guidance-scale",
+        "4:2",
+        "--guidance-interval",
+        "0:0.9",
+        "--sampler",
+        "euler a",
+    )
+    flags += ("--hires", "1.5", "--hires-upscaler", "bilinear", "--noise", "cuda")
+    flags += ("--plain-prompt", "--negative-prompt", "blue", "--clip-skip", "2")
+    flags += ("--cache-interval", "2")
     threads = ("--threads", "1")
-    drawn = ("a (red) apple", *wishes, "--steps", "3", *threads, "--num-images", "2")
+    drawn = ("a (red) apple", *flags, "--steps", "3", *threads, "--num-images", "2")
     assert command.main([*drawn, "--out", "a.png"]) == 0
     assert command.main(["--again", "a-2.png", *threads, "--out", "b.png"]) == 0
     with Image.open("a-2.png") as first, Image.open("b.png") as again:
@@ -233,8 +249,8 @@ def test_settings_of_a_stranger_are_not_trusted(here, capsys, odd):
 
 
 def test_steps_beside_each_other_and_an_animation(here, capsys):
-    wishes = ("--steps", "3", "--preview-steps", "1,3", "--animation", "a.webp")
-    assert command.main(["house", *QUICK, *wishes, "--num-images", "2", "--out", "a.png"]) == 0
+    flags = ("--steps", "3", "--preview-steps", "1,3", "--animation", "a.webp")
+    assert command.main(["house", *QUICK, *flags, "--num-images", "2", "--out", "a.png"]) == 0
     names = ["a-1.png", "a-2.png", "a-1-steps.png", "a-1.webp", "a-2.webp"]
     assert capsys.readouterr().out.split() == names
     assert files(here) == sorted(names)
@@ -255,8 +271,8 @@ def test_a_preset(here):
 
 def test_a_longer_prompt(here, capsys, monkeypatch):
     class Expander:
-        def __call__(self, prompt, **wishes):
-            return f"{prompt}, glowing {wishes['seed']}"
+        def __call__(self, prompt, **flags):
+            return f"{prompt}, glowing {flags['seed']}"
 
     def load(folder, **_):
         assert folder == Path("gpt2")

@@ -54,7 +54,7 @@ def calls(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "expected"),
+    ("options", "expected"),
     [
         ({}, {"text_encoder": 1, "step": STEPS, "vae_decoder": 1}),
         ({"guidance_scale": 1.0}, {"text_encoder": 1, "step": STEPS, "vae_decoder": 1}),
@@ -67,14 +67,14 @@ def calls(pipeline):
     ],
     ids=["plain", "unguided", "batch", "heun", "cached"],
 )
-def test_calls_of_engines(counted, wishes, expected):
-    counted("a red apple", seed=1, **{"num_inference_steps": STEPS, "sampler": "ddim", **wishes})
+def test_calls_of_engines(counted, options, expected):
+    counted("a red apple", seed=1, **{"num_inference_steps": STEPS, "sampler": "ddim", **options})
     assert calls(counted) == expected
 
 
 def test_rows_of_the_batch(counted):
-    wishes = {"num_inference_steps": STEPS, "seed": 1, "sampler": "ddim"}
-    counted("a", guidance_interval=(0.0, 0.5), **wishes)
+    options = {"num_inference_steps": STEPS, "seed": 1, "sampler": "ddim"}
+    counted("a", guidance_interval=(0.0, 0.5), **options)
     rows = [inputs["context"].shape[0] for inputs in counted.engines.opened["step"].inputs]
     assert rows == [2] * 3 + [1] * 3, "outside the interval the batch is halved"
 

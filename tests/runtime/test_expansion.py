@@ -81,8 +81,8 @@ def scripted(expander, text, then=()):
     return PromptExpander(model=expander.model, tokenizer=expander.tokenizer, engine=engine)
 
 
-def greedy(expander, ids, count, **wishes):
-    sampling = Sampling(temperature=0, **wishes)
+def greedy(expander, ids, count, **options):
+    sampling = Sampling(temperature=0, **options)
     tokens = expander.tokens(ids, lambda *now: sampling.token(*now, 0.5))
     return [token for _, token in zip(range(count), tokens, strict=False)]
 
@@ -262,7 +262,7 @@ def test_what_a_folder_lacks_gets_one_sentence(folder, graphs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "message"),
+    ("options", "message"),
     [
         ({"temperature": -1}, "temperature is -1; give a number from 0 to 100"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -274,9 +274,9 @@ def test_what_a_folder_lacks_gets_one_sentence(folder, graphs, tmp_path):
         ({"seed": "one"}, "seed is 'one'"),
     ],
 )
-def test_bad_numbers(expander, wishes, message):
+def test_bad_numbers(expander, options, message):
     with pytest.raises(RequestError, match=re.escape(message)):
-        expander(PROMPT, **wishes)
+        expander(PROMPT, **options)
 
 
 def test_a_prompt_that_is_no_text(expander):

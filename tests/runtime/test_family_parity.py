@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 PIXELS = 8 * SIDE
 SETTINGS = BackendSettings(threads=1)
 PROMPT, SEED = "a lighthouse at dusk, oil on canvas", 3
-WISHES = {
+FIELDS = {
     "negative_prompt": "blurry",
     "num_inference_steps": 4,
     "guidance_scale": 5.0,
@@ -78,18 +78,18 @@ def opened(path, graphs, **options):
     return Pipeline.load(path, graphs=graphs, settings=SETTINGS, **options)
 
 
-def draw(pipeline, prompt=PROMPT, **wishes):
-    return pipeline(prompt, seed=SEED, **{**WISHES, **wishes}).images[0]
+def draw(pipeline, prompt=PROMPT, **fields):
+    return pipeline(prompt, seed=SEED, **{**FIELDS, **fields}).images[0]
 
 
-def reference(loaded, prompt=PROMPT, sampler="ddim", **wishes):
+def reference(loaded, prompt=PROMPT, sampler="ddim", **fields):
     own, make = loaded.scheduler, getattr(diffusers, SCHEDULERS[sampler])
     loaded.scheduler = make.from_config(own.config)
     generator = torch.Generator().manual_seed(SEED)
-    wishes = {**WISHES, **wishes}
+    fields = {**FIELDS, **fields}
     if "Img2Img" in type(loaded).__name__:
-        del wishes["height"], wishes["width"]
-    drawn = loaded(prompt, generator=generator, **wishes).images[0]
+        del fields["height"], fields["width"]
+    drawn = loaded(prompt, generator=generator, **fields).images[0]
     loaded.scheduler = own
     return drawn
 
@@ -99,7 +99,7 @@ def same(a, b):
 
 
 def assert_same_picture(ours, theirs, *different):
-    """Compare; pictures of `different` wishes show that the comparison can fail."""
+    """Compare; pictures of `different` fields show that the comparison can fail."""
     assert ours.size == theirs.size
     assert psnr(ours, theirs) >= SMALL_PICTURE_PSNR_DB
     for other in different:
@@ -146,10 +146,13 @@ def test_image_to_image(loaded, name):
     aesthetics = name == "xl refiner"
     twin = kind(**small.reference.components, requires_aesthetics_score=aesthetics)
     twin.set_progress_bar_config(disable=True)
-    wishes = {"image": image, "strength": 0.6}
+    fields = {"image": image, "strength": 0.6}
     size = {"height": None, "width": None}
-    ours, other = draw(pipeline, **wishes, **size), draw(pipeline, "a house", **wishes, **size)
-    expected = reference(twin, **wishes)
+    ours, other = (
+        draw(pipeline, **fields, **size),
+        draw(pipeline, "a house", **fields, **size),
+    )
+    expected = reference(twin, **fields)
     assert_same_picture(ours, expected, other)
 
 
@@ -199,11 +202,11 @@ def test_deep_features_of_nine_channels_are_kept(loaded):
 def test_inpainting_with_nine_channels(loaded, strength, sampler):
     small, pipeline, _, _ = loaded("inpainting")
     image, mask = drawing(PIXELS, PIXELS), half()
-    wishes = {"image": image, "strength": strength, "sampler": sampler}
-    ours = draw(pipeline, mask=mask, paste_back=False, **wishes)
-    expected = reference(small.reference, mask_image=mask, **wishes)
+    fields = {"image": image, "strength": strength, "sampler": sampler}
+    ours = draw(pipeline, mask=mask, paste_back=False, **fields)
+    expected = reference(small.reference, mask_image=mask, **fields)
     assert psnr(ours, expected) >= PICTURE_PSNR_DB, "its gray is between two bytes"
-    assert psnr(draw(pipeline, paste_back=False, **wishes), expected) < PICTURE_PSNR_DB
+    assert psnr(draw(pipeline, paste_back=False, **fields), expected) < PICTURE_PSNR_DB
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
@@ -216,10 +219,10 @@ def test_inpainting_with_ordinary_models(loaded, name, strength):
         kind, options = diffusers.StableDiffusionXLInpaintPipeline, {}
     twin = kind(**small.reference.components, **options)
     twin.set_progress_bar_config(disable=True)
-    wishes = {"image": drawing(PIXELS, PIXELS), "strength": strength}
-    ours = draw(pipeline, mask=half(), paste_back=False, **wishes)
-    expected = reference(twin, mask_image=half(), **wishes)
-    assert_same_picture(ours, expected, draw(pipeline, paste_back=False, **wishes))
+    fields = {"image": drawing(PIXELS, PIXELS), "strength": strength}
+    ours = draw(pipeline, mask=half(), paste_back=False, **fields)
+    expected = reference(twin, mask_image=half(), **fields)
+    assert_same_picture(ours, expected, draw(pipeline, paste_back=False, **fields))
 
 
 def test_a_distilled_model_recommends_steps_and_guidance(loaded):
@@ -494,7 +497,7 @@ def test_another_autoencoder_changes_the_decoder_alone(loaded, tmp_path, name):
     path = tmp_path / "vae.safetensors"
     save_file(tensors, path)
     other.reference.vae.save_pretrained(tmp_path / "vae")
-    request = Request(prompt=PROMPT, seed=SEED, **WISHES)
+    request = Request(prompt=PROMPT, seed=SEED, **FIELDS)
     swapped = opened(file, graphs, vae=path)
     latents = [list(p.denoise(p.plan(request)))[-1].latents for p in (pipeline, swapped)]
     assert np.array_equal(*latents)
@@ -579,10 +582,10 @@ import json, sys
 from pathlib import Path
 from engine.backends.settings import BackendSettings
 from runtime import Pipeline
-model, lora, graphs, wishes = json.loads(sys.argv[1])
+model, lora, graphs, fields = json.loads(sys.argv[1])
 settings = BackendSettings(backend="cpu", threads=1)
 pipeline = Pipeline.load(model, loras=[lora], graphs=Path(graphs), settings=settings)
-pipeline(**wishes).images[0].save(sys.stdout.buffer, "PNG")
+pipeline(**fields).images[0].save(sys.stdout.buffer, "PNG")
 assert not {"torch", "diffusers", "transformers", "safetensors", "onnx"} & sys.modules.keys()
 """
 
@@ -590,7 +593,7 @@ assert not {"torch", "diffusers", "transformers", "safetensors", "onnx"} & sys.m
 def test_a_file_and_an_adapter_need_no_torch(loaded, tmp_path):
     small, pipeline, file, graphs = loaded("sd1")
     lora = kohya(small, tmp_path / "a.safetensors")
-    given = [str(file), str(lora), str(graphs), {**WISHES, "prompt": PROMPT, "seed": SEED}]
+    given = [str(file), str(lora), str(graphs), {**FIELDS, "prompt": PROMPT, "seed": SEED}]
     done = subprocess.run(
         [sys.executable, "-c", NO_TORCH, json.dumps(given)], cwd=ROOT, capture_output=True
     )

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 SAMPLERS = [name for name in CLASSES if name != "edm_euler"]  # which is for models of its own kind
-WISHES = {"num_inference_steps": 6, "guidance_scale": 4.0, "negative_prompt": "blurry"}
+FIELDS = {"num_inference_steps": 6, "guidance_scale": 4.0, "negative_prompt": "blurry"}
 PROMPT, SEED = "a red apple, fluent style", 11
 HEIGHT, WIDTH = 96, 128
 
@@ -49,7 +49,7 @@ def modes(pipeline):
     return {**made, "config": loaded.scheduler.config}
 
 
-def reference(modes, mode, sampler, **wishes):
+def reference(modes, mode, sampler, **fields):
     """Draw one picture with diffusers."""
     loaded, generator = modes[mode], torch.Generator().manual_seed(SEED)
     channels = loaded.vae.config.latent_channels
@@ -64,8 +64,8 @@ def reference(modes, mode, sampler, **wishes):
         after(scheduler, "set_begin_index", lambda first: leave_out(scheduler, first))
     if sampler in ("dpm2", "dpmpp_sde"):
         scheduler.add_noise = partial(noised_as_seen, scheduler)
-    given = loaded(PROMPT, generator=[generator], **WISHES, **wishes).images
-    return given if wishes.get("output_type") == "latent" else given[0]
+    given = loaded(PROMPT, generator=[generator], **FIELDS, **fields).images
+    return given if fields.get("output_type") == "latent" else given[0]
 
 
 def after(scheduler, name, then):
@@ -102,10 +102,10 @@ def half(height, width):
     return Image.fromarray(mask)
 
 
-def drawn(pipeline, sampler, **wishes):
+def drawn(pipeline, sampler, **fields):
     """Draw the picture as it is decoded, before the old one's pixels are put back."""
     return pipeline(
-        PROMPT, sampler=sampler, seed=SEED, paste_back=False, **WISHES, **wishes
+        PROMPT, sampler=sampler, seed=SEED, paste_back=False, **FIELDS, **fields
     ).images[0]
 
 
@@ -123,21 +123,24 @@ def test_text_to_image(pipeline, modes, sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_image_to_image(pipeline, modes, sampler):
-    wishes = {"image": drawing(HEIGHT, WIDTH), "strength": 0.7}
-    assert_same(drawn(pipeline, sampler, **wishes), reference(modes, "image", sampler, **wishes))
+    fields = {"image": drawing(HEIGHT, WIDTH), "strength": 0.7}
+    assert_same(
+        drawn(pipeline, sampler, **fields),
+        reference(modes, "image", sampler, **fields),
+    )
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.7])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_inpainting(pipeline, modes, sampler, strength):
-    wishes = {
+    fields = {
         "image": drawing(HEIGHT, WIDTH),
         "mask": half(HEIGHT, WIDTH),
         "strength": strength,
     }
-    ours = drawn(pipeline, sampler, **wishes)
-    wishes["mask_image"] = wishes.pop("mask")
-    assert_same(ours, reference(modes, "mask", sampler, height=HEIGHT, width=WIDTH, **wishes))
+    ours = drawn(pipeline, sampler, **fields)
+    fields["mask_image"] = fields.pop("mask")
+    assert_same(ours, reference(modes, "mask", sampler, height=HEIGHT, width=WIDTH, **fields))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m"])
@@ -172,13 +175,13 @@ def test_guidance_that_changes(pipeline, modes):
 
     loaded = modes["text"]
     loaded.scheduler = make_scheduler("euler", modes["config"])
-    wishes = {**WISHES, "height": HEIGHT, "width": WIDTH}
+    fields = {**FIELDS, "height": HEIGHT, "width": WIDTH}
     given = loaded(
         PROMPT,
         generator=torch.Generator().manual_seed(SEED),
         callback_on_step_end=change,
-        **{**wishes, "guidance_scale": scales[0]},
+        **{**fields, "guidance_scale": scales[0]},
     )
-    wishes["guidance_scale"] = scales
-    ours = pipeline(PROMPT, sampler="euler", seed=SEED, **wishes)
+    fields["guidance_scale"] = scales
+    ours = pipeline(PROMPT, sampler="euler", seed=SEED, **fields)
     assert_same(ours.images[0], given.images[0])

@@ -114,17 +114,17 @@ def test_without_a_seed_every_picture_is_another(pipeline):
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m"])
 def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline, sampler):
     prompts, negative = ["a red apple", "house", "blue fish"], ["", "blurry", "red"]
-    wishes = {"num_inference_steps": STEPS, "sampler": sampler}
-    together = pipeline(prompts, negative_prompt=negative, seed=20, **wishes).images
+    options = {"num_inference_steps": STEPS, "sampler": sampler}
+    together = pipeline(prompts, negative_prompt=negative, seed=20, **options).images
     for i, (prompt, avoid) in enumerate(zip(prompts, negative, strict=True)):
-        alone = pipeline(prompt, negative_prompt=avoid, seed=20 + i, **wishes).images[0]
+        alone = pipeline(prompt, negative_prompt=avoid, seed=20 + i, **options).images[0]
         assert psnr(alone, together[i]) >= BATCH_PSNR_DB
 
 
 def test_image_to_image_is_the_same_alone_and_in_a_batch(pipeline):
-    wishes = {"num_inference_steps": 4, "image": drawing(128, 128), "strength": 0.5}
-    together = pipeline("house", num_images_per_prompt=2, seed=20, **wishes).images
-    alone = pipeline("house", seed=21, **wishes).images[0]
+    options = {"num_inference_steps": 4, "image": drawing(128, 128), "strength": 0.5}
+    together = pipeline("house", num_images_per_prompt=2, seed=20, **options).images
+    alone = pipeline("house", seed=21, **options).images[0]
     assert psnr(alone, together[1]) >= BATCH_PSNR_DB
 
 
@@ -265,11 +265,11 @@ def test_numbers_of_numpy_are_numbers(recorded):
 
 def test_a_long_prompt_is_drawn_whole(pipeline):
     row = pipeline.encoder.tokenizers["text_encoder"].max_length
-    wishes = {"num_inference_steps": 1, "seed": 1}
+    options = {"num_inference_steps": 1, "seed": 1}
     start = "1 " * (row - 2)
-    plan = pipeline.plan(Request(prompt=[start, start + "red apple"], **wishes))
+    plan = pipeline.plan(Request(prompt=[start, start + "red apple"], **options))
     assert plan.conditioning[0]["context"].shape[:3] == (2, 2, 2 * row)
-    first, second = pipeline([start, start + "red apple"], **wishes).images
+    first, second = pipeline([start, start + "red apple"], **options).images
     assert pixels(first) != pixels(second)
 
 
@@ -326,10 +326,10 @@ def half(height, width):
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler_a", "heun"])
 def test_inpainting_keeps_what_is_not_masked_in_the_step(recorded, sampler):
-    wishes = {"image": drawing(64, 64), "mask": half(64, 64), "num_inference_steps": 3}
-    recorded.draw("a", sampler=sampler, seed=4, **wishes)
+    options = {"image": drawing(64, 64), "mask": half(64, 64), "num_inference_steps": 3}
+    recorded.draw("a", sampler=sampler, seed=4, **options)
     calls = recorded.engines["step"].calls
-    run = recorded.draw.plan(Request(prompt="a", sampler=sampler, **wishes)).program
+    run = recorded.draw.plan(Request(prompt="a", sampler=sampler, **options)).program
     assert len(calls) == len(run.timesteps), "one call a step"
     assert len(recorded.engines["vae_encoder"].calls) == 1
     for k, call in enumerate(calls):
@@ -385,9 +385,9 @@ def test_an_interval_counts_calls(recorded, sampler, steps, calls):
 
 
 def test_other_rows_or_texts_make_a_call_whole(recorded):
-    def whole(prompt, **wishes):
-        wishes = {"num_inference_steps": 10, "cache_interval": 4} | wishes
-        return recorded.draw.plan(Request(prompt=prompt, **wishes)).full_calls
+    def whole(prompt, **options):
+        options = {"num_inference_steps": 10, "cache_interval": 4} | options
+        return recorded.draw.plan(Request(prompt=prompt, **options)).full_calls
 
     def calls(*numbers):
         return [call in numbers for call in range(10)]
@@ -409,14 +409,14 @@ def test_other_rows_or_texts_make_a_call_whole(recorded):
 
 def test_the_second_run_of_hires_begins_whole(recorded):
     hires = Hires(scale=1.5, strength=1.0, num_inference_steps=3, upscaler="bilinear")
-    wishes = {"hires": hires, "num_inference_steps": 4, "height": 64, "width": 32}
-    recorded.draw("a", cache_interval=3, **wishes)
+    options = {"hires": hires, "num_inference_steps": 4, "height": 64, "width": 32}
+    recorded.draw("a", cache_interval=3, **options)
     got, whole = counted(recorded)
     assert (got, whole) == ([1, 1, 3, 3], 3)
 
 
-def start(pipeline, **wishes):
-    return pipeline.start(pipeline.plan(Request(prompt="a", **wishes)))
+def start(pipeline, **options):
+    return pipeline.start(pipeline.plan(Request(prompt="a", **options)))
 
 
 def test_the_shallow_step_is_opened_only_if_it_is_called(recorded):
@@ -457,12 +457,12 @@ def test_an_interval_is_kept_in_the_pictures_settings(recorded):
 
 
 def test_kept_features_save_work_and_change_the_picture_a_little(pipeline):
-    wishes = {"seed": 1, "num_inference_steps": 8}
-    exact = pipeline("a red apple", **wishes).images[0]
-    cached = pipeline("a red apple", cache_interval=2, **wishes).images[0]
-    other = pipeline("house", **wishes).images[0]
+    options = {"seed": 1, "num_inference_steps": 8}
+    exact = pipeline("a red apple", **options).images[0]
+    cached = pipeline("a red apple", cache_interval=2, **options).images[0]
+    other = pipeline("house", **options).images[0]
     assert psnr(exact, other) < psnr(exact, cached) < BATCH_PSNR_DB
-    assert pixels(pipeline("a red apple", cache_interval=1, **wishes).images[0]) == pixels(exact)
+    assert pixels(pipeline("a red apple", cache_interval=1, **options).images[0]) == pixels(exact)
 
 
 def test_hires_draws_over_the_enlarged_picture(recorded):
@@ -504,7 +504,7 @@ def test_a_preset_stands_in_for_what_is_not_said(recorded):
 
 
 def test_settings_make_the_picture_again(pipeline):
-    wishes = {
+    options = {
         "negative_prompt": "blurry",
         "sampler": "euler_a",
         "guidance_scale": (6.0, 2.0),
@@ -512,7 +512,7 @@ def test_settings_make_the_picture_again(pipeline):
         "hires": Hires(scale=1.5, strength=0.4),
         "num_inference_steps": STEPS,
     }
-    result = pipeline(["a red apple", "house"], **wishes)
+    result = pipeline(["a red apple", "house"], **options)
     settings = json.loads(json.dumps(result.settings[1]))
     settings["hires"] = Hires(**settings["hires"])
     again = pipeline(**settings)
@@ -545,7 +545,7 @@ def test_new_weights_encode_texts_again(recorded, lora):
 
 
 def test_wishes_of_the_wrong_kind(recorded):
-    for wishes, said in (
+    for options, said in (
         ({"sampler": "dpmpp-4m"}, "did you mean 'dpmpp_2m'"),
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
         ({"num_inference_steps": 0}, "from 1 to 1000"),
@@ -574,7 +574,7 @@ def test_wishes_of_the_wrong_kind(recorded):
         ({"prompt": "a AND " * 20}, "joins 21 parts with AND"),
     ):
         with pytest.raises(RequestError, match=said):
-            recorded.draw(**{"prompt": "a"} | wishes)
+            recorded.draw(**{"prompt": "a"} | options)
     for hires, said in (
         ({"scale": 9}, "the scale of hires is 9"),
         ({"upscaler": "esrgan"}, "choose one of lanczos"),
@@ -602,8 +602,8 @@ def test_eta_draws_noise(recorded):
 def test_model_path_and_loading_a_folder(pipeline):
     assert (pipeline.model_path / "model_index.json").is_file()
     other = Pipeline.load(pipeline.model_path, settings=BackendSettings(threads=1))
-    wishes = {"seed": 1, "num_inference_steps": 1}
-    ours, theirs = pipeline("a", **wishes).images[0], other("a", **wishes).images[0]
+    options = {"seed": 1, "num_inference_steps": 1}
+    ours, theirs = pipeline("a", **options).images[0], other("a", **options).images[0]
     assert pixels(ours) == pixels(theirs)
 
 
@@ -725,20 +725,20 @@ def test_an_adapter_changes_what_the_shallow_step_computes(tmp_path):
 
 def test_taking_an_adapter_off_restores_the_picture(lora):
     pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
-    wishes = {"seed": 1, "num_inference_steps": 1}
-    before = pixels(pipeline("a", **wishes).images[0])
+    options = {"seed": 1, "num_inference_steps": 1}
+    before = pixels(pipeline("a", **options).images[0])
     pipeline.set_loras([lora])
-    assert pixels(pipeline("a", **wishes).images[0]) != before
+    assert pixels(pipeline("a", **options).images[0]) != before
     with pytest.raises(ModelError):
         pipeline.set_loras([lora, lora.parent / "missing.safetensors"])
-    adapted = pixels(pipeline("a", **wishes).images[0])
+    adapted = pixels(pipeline("a", **options).images[0])
     assert adapted != before
     pipeline.set_loras([])
-    assert pixels(pipeline("a", **wishes).images[0]) == before
+    assert pixels(pipeline("a", **options).images[0]) == before
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "options",
     [
         {"sampler": "euler_a"},
         {"cache_interval": 2, "num_inference_steps": 5},
@@ -748,9 +748,9 @@ def test_taking_an_adapter_off_restores_the_picture(lora):
         {"prompt": ["a", "b [c:d:0.5]"], "num_images_per_prompt": 2},
     ],
 )
-def test_a_run_can_be_driven_step_by_step(pipeline, wishes):
+def test_a_run_can_be_driven_step_by_step(pipeline, options):
     """`start`, `step` and a step's inputs are all that a call of the pipeline does."""
-    given = {"prompt": "a", "seed": 4, "num_inference_steps": STEPS} | wishes
+    given = {"prompt": "a", "seed": 4, "num_inference_steps": STEPS} | options
     plan, latents, calls = pipeline.plan(Request(**given)), None, 0
     for run in plan.runs():
         state = pipeline.start(run, latents)

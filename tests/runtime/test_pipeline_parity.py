@@ -50,11 +50,11 @@ def image_to_image(text_to_image):
     return loaded
 
 
-def reference(loaded, sampler, seed, *, prompt, steps=STEPS, **wishes):
+def reference(loaded, sampler, seed, *, prompt, steps=STEPS, **options):
     """Draw with diffusers: one generator for each picture, their seeds counting up."""
     make = getattr(diffusers, SCHEDULERS[sampler])
     loaded.scheduler = make.from_config(loaded.scheduler.config)
-    count = len(prompt) * wishes.get("num_images_per_prompt", 1)
+    count = len(prompt) * options.get("num_images_per_prompt", 1)
     generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
     draw = partial(
         loaded,
@@ -62,7 +62,7 @@ def reference(loaded, sampler, seed, *, prompt, steps=STEPS, **wishes):
         generator=generators,
         num_inference_steps=steps,
     )
-    return draw(guidance_scale=GUIDANCE, **wishes).images
+    return draw(guidance_scale=GUIDANCE, **options).images
 
 
 def assert_same_pictures(actual, expected):
@@ -118,10 +118,10 @@ def test_twenty_steps(pipeline, text_to_image, sampler):
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a"])
 def test_deep_features_are_kept_between_calls(pipeline, text_to_image, sampler):
     """Against diffusers' UNet with the features of every third call."""
-    wishes = {"prompt": PROMPTS[0], "seed": 3, "sampler": sampler, "num_inference_steps": 10}
-    plan = pipeline.plan(Request(guidance_scale=GUIDANCE, cache_interval=3, **wishes))
+    options = {"prompt": PROMPTS[0], "seed": 3, "sampler": sampler, "num_inference_steps": 10}
+    plan = pipeline.plan(Request(guidance_scale=GUIDANCE, cache_interval=3, **options))
     *_, last = pipeline.denoise(plan)
-    exact = pipeline.plan(Request(guidance_scale=GUIDANCE, **wishes))
+    exact = pipeline.plan(Request(guidance_scale=GUIDANCE, **options))
     *_, other = pipeline.denoise(exact)
     with keeping_deep_features(text_to_image.unet, 3) as whole:
         expected = reference(
@@ -133,10 +133,10 @@ def test_deep_features_are_kept_between_calls(pipeline, text_to_image, sampler):
 
 
 def test_several_images_of_each_prompt(pipeline, text_to_image):
-    wishes = {"negative_prompt": NEGATIVE[:2], "num_images_per_prompt": 2}
-    expected = reference(text_to_image, "ddim", 40, prompt=PROMPTS[:2], **wishes)
+    options = {"negative_prompt": NEGATIVE[:2], "num_images_per_prompt": 2}
+    expected = reference(text_to_image, "ddim", 40, prompt=PROMPTS[:2], **options)
     result = pipeline(
-        PROMPTS[:2], seed=40, num_inference_steps=STEPS, guidance_scale=GUIDANCE, **wishes
+        PROMPTS[:2], seed=40, num_inference_steps=STEPS, guidance_scale=GUIDANCE, **options
     )
     assert_same_pictures(result.images, expected)
 
@@ -195,8 +195,8 @@ def embeds(loaded, words, size=30):
 
 
 def test_clip_skip(pipeline, text_to_image):
-    wishes = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    result = pipeline("house", seed=3, clip_skip=2, negative_prompt="blurry", **wishes)
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    result = pipeline("house", seed=3, clip_skip=2, negative_prompt="blurry", **options)
     encoder = text_to_image.text_encoder
     inner = getattr(encoder, "text_model", encoder)  # by the version of transformers
     tokens = text_to_image.tokenizer(
@@ -231,8 +231,8 @@ def test_a_long_prompt(pipeline, text_to_image):
 
 def test_a_prompt_that_changes(pipeline, text_to_image):
     loaded = text_to_image
-    wishes = {"seed": 3, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
-    result = pipeline("[house:blue fish:3], noto style", sampler="euler", **wishes)
+    options = {"seed": 3, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    result = pipeline("[house:blue fish:3], noto style", sampler="euler", **options)
     texts = "", "house, noto style", "blue fish, noto style"
     empty, before, after = (embeds(loaded, text) for text in texts)
 

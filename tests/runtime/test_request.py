@@ -19,7 +19,7 @@ ONE = {"prompt": "a"}
 
 
 @pytest.mark.parametrize(
-    ("wishes", "said"),
+    ("options", "said"),
     [
         ({"prompt": None}, "prompt is None; give a text or a list of texts"),
         ({"prompt": 7}, "prompt came as int"),
@@ -74,16 +74,16 @@ ONE = {"prompt": "a"}
         ({"image": Image.new("RGB", (0, 8))}, "image has 0 x 8 pixels"),
     ],
 )
-def test_refused(wishes, said):
+def test_refused(options, said):
     with pytest.raises(RequestError, match=said) as caught:
-        Request(**ONE | wishes)
+        Request(**ONE | options)
     assert isinstance(caught.value, LatentrtError)
     assert isinstance(caught.value, ValueError)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("wishes", "said"),
+    ("options", "said"),
     [
         ({"mask": "mask.png"}, "mask came as str"),
         ({"mask": Image.new("L", (0, 8))}, "mask has 0 x 8 pixels"),
@@ -92,13 +92,13 @@ def test_refused(wishes, said):
         ({"mask": Image.new("L", (8, 8)), "hires": Hires()}, "enlarge first, then paint anew"),
     ],
 )
-def test_refused_beside_an_image(wishes, said):
+def test_refused_beside_an_image(options, said):
     with pytest.raises(RequestError, match=said):
-        Request(prompt="a", image=Image.new("RGB", (8, 8)), **wishes)
+        Request(prompt="a", image=Image.new("RGB", (8, 8)), **options)
 
 
 @pytest.mark.parametrize(
-    ("wishes", "said"),
+    ("options", "said"),
     [
         ({"scale": 0.5}, "the scale of hires is 0.5; give a number from 1 to 8"),
         ({"strength": 2}, "the strength of hires is 2"),
@@ -106,9 +106,9 @@ def test_refused_beside_an_image(wishes, said):
         ({"upscaler": "esrgan"}, "the upscaler of hires is 'esrgan'; choose one of lanczos"),
     ],
 )
-def test_refused_of_hires(wishes, said):
+def test_refused_of_hires(options, said):
     with pytest.raises(RequestError, match=said):
-        Hires(**wishes)
+        Hires(**options)
 
 
 def test_composed_prompts():
@@ -153,7 +153,7 @@ def test_refused_sides(name, side, said):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "size"),
+    ("options", "size"),
     [
         ({}, (128, 128)),
         ({"height": 64}, (64, 128)),
@@ -164,8 +164,8 @@ def test_refused_sides(name, side, said):
         ({"image": Image.new("RGB", (50, 77)), "height": 16}, (16, 48)),
     ],
 )
-def test_size(wishes, size):
-    assert Request(prompt="a", **wishes).size(128, 8) == size
+def test_size(options, size):
+    assert Request(prompt="a", **options).size(128, 8) == size
 
 
 def test_what_is_left_to_the_model():
@@ -255,7 +255,7 @@ def test_a_request_is_copied_and_changed():
 
 
 @pytest.mark.parametrize(
-    ("wishes", "said"),
+    ("options", "said"),
     [
         ({"width": "512"}, "width is '512'; give a whole number"),
         ({"height": 64.0}, "height is 64.0"),
@@ -269,6 +269,6 @@ def test_a_request_is_copied_and_changed():
         ({"paste_back": 1}, "paste_back is 1; give True or False"),
     ],
 )
-def test_what_needs_no_model_is_checked_when_a_request_is_made(wishes, said):
+def test_what_needs_no_model_is_checked_when_a_request_is_made(options, said):
     with pytest.raises(RequestError, match=re.escape(said)):
-        Request(prompt="a", **wishes)
+        Request(prompt="a", **options)

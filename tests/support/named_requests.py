@@ -76,9 +76,14 @@ def main() -> None:
     settings = BackendSettings(backend=options.backend, threads=2)
     pipeline = Pipeline.load("pictogram", settings=settings, precision="float32")
     with tempfile.TemporaryDirectory() as folder:
-        for name, wishes in REQUESTS.items():
+        for name, fields in REQUESTS.items():
             pipeline.set_loras([write_lora(Path(folder))] if name == LORA else [])
-            given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **wishes}
+            given = {
+                "prompt": "a red apple",
+                "seed": 3,
+                "num_inference_steps": STEPS,
+                **fields,
+            }
             digest = hashlib.sha256()
             for image in pipeline(**given).images:
                 digest.update(repr(image.size).encode() + np.asarray(image).tobytes())

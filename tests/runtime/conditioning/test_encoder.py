@@ -70,10 +70,10 @@ def xl(**facts):
     return encoder(XL, both, **{"zeros_for_empty_prompt": True} | facts)
 
 
-def condition(ours, *groups, scale=5.0, steps=1, repeats=1, size=(HEIGHT, WIDTH), **wishes):
+def condition(ours, *groups, scale=5.0, steps=1, repeats=1, size=(HEIGHT, WIDTH), **options):
     """Encode groups of texts, of which the last is the prompts."""
     texts = Texts(negatives=groups[:-1], prompts=groups[-1:], repeats=repeats)
-    return ours.condition(texts, Guidance.over(scale, steps), *size, **wishes)
+    return ours.condition(texts, Guidance.over(scale, steps), *size, **options)
 
 
 def mark(text, name="text_encoder"):

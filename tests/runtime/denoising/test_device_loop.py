@@ -16,7 +16,7 @@ PARTS = ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder")
 STEPS = 5
 REQUEST = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, "sampler": "euler_a"}
 MASK = Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (32, 0))))
-WISHES = {
+OPTIONS = {
     "plain": {},
     "several registers": {"sampler": "pndm"},
     "unguided": {"guidance_scale": 1.0},
@@ -52,18 +52,18 @@ def pixels(result):
     return [np.asarray(image) for image in result.images]
 
 
-@pytest.mark.parametrize("name", WISHES)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_pictures_are_those_of_the_processor(host, pipeline, device, name):
-    wishes = REQUEST | WISHES[name]
-    expected = pixels(host(**wishes))
+    options = REQUEST | OPTIONS[name]
+    expected = pixels(host(**options))
     for run in range(3):  # call by call, recorded, launched
-        np.testing.assert_array_equal(pixels(pipeline(**wishes)), expected, err_msg=f"run {run}")
-    assert device.counts["replay"] > 0 or "hires" in wishes
+        np.testing.assert_array_equal(pixels(pipeline(**options)), expected, err_msg=f"run {run}")
+    assert device.counts["replay"] > 0 or "hires" in options
 
 
-@pytest.mark.parametrize("name", WISHES)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_every_step_may_be_read_when_all_is_over(host, pipeline, name):
-    request = Request(**REQUEST | WISHES[name])
+    request = Request(**REQUEST | OPTIONS[name])
     expected, found = ([*p.denoise(p.plan(request))] for p in (host, pipeline))
     assert len(expected) == len(found)
     for theirs, ours in zip(expected, found, strict=True):

@@ -60,8 +60,8 @@ def test_outside_a_mask_it_is_the_picture_that_stays():
     pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
     mask = np.zeros((64, 64), np.uint8)
     mask[:, 32:] = 255
-    wishes = {"image": drawing(64, 64), "mask": Image.fromarray(mask), "num_inference_steps": 3}
-    plan = pipeline.plan(Request(prompt="house", sampler="euler_a", seed=1, **wishes))
+    options = {"image": drawing(64, 64), "mask": Image.fromarray(mask), "num_inference_steps": 3}
+    plan = pipeline.plan(Request(prompt="house", sampler="euler_a", seed=1, **options))
     first, *_, last = pipeline.denoise(plan)
     kept = first.denoised()[..., :4]
     np.testing.assert_array_equal(kept, last.latents[..., :4])
@@ -71,11 +71,11 @@ def test_outside_a_mask_it_is_the_picture_that_stays():
 @pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_sde", "lcm"])
 def test_noise_drawn_ahead_is_that_of_each_call(monkeypatch, sampler):
     pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
-    wishes = {"prompt": ["a", "b"], "sampler": sampler, "seed": 1, "num_inference_steps": 5}
+    options = {"prompt": ["a", "b"], "sampler": sampler, "seed": 1, "num_inference_steps": 5}
     drawn = []
     for ahead in (1, 2**14, 2**24):  # one call, two calls, all at once
         monkeypatch.setattr("runtime.denoising.latents.AHEAD_BYTES", ahead)
-        *_, last = pipeline.denoise(pipeline.plan(Request(**wishes)))
+        *_, last = pipeline.denoise(pipeline.plan(Request(**options)))
         drawn.append(last.latents)
     np.testing.assert_array_equal(drawn[0], drawn[1])
     np.testing.assert_array_equal(drawn[0], drawn[2])

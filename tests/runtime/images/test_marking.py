@@ -95,7 +95,7 @@ def test_an_animation_is_marked_and_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "expected"),
+    ("options", "expected"),
     [
         ({}, WHOLE),
         ({"image": drawing(64, 64)}, WHOLE),
@@ -103,8 +103,8 @@ def test_an_animation_is_marked_and_whole(tmp_path):
         ({"image": drawing(64, 64), "extend": (0, 0, 16, 0)}, COMPOSITE),
     ],
 )
-def test_what_keeps_a_part_of_a_picture_is_a_composite(tmp_path, pipeline, wishes, expected):
-    result = pipeline("a", num_inference_steps=2, seed=1, **wishes)
+def test_what_keeps_a_part_of_a_picture_is_a_composite(tmp_path, pipeline, options, expected):
+    result = pipeline("a", num_inference_steps=2, seed=1, **options)
     write_image(result.images[0], tmp_path / "a.png", result.settings[0])
     assert read_source_type(tmp_path / "a.png") == expected
 
@@ -246,7 +246,7 @@ def test_a_packet_is_what_iptc_and_adobe_say():
 def test_settings_draw_the_same_picture_in_an_app(pipeline):
     """What a result was made with is what a call takes, painted or not."""
     painted = {"image": drawing(64, 64), "mask": Image.new("L", (64, 64), 255)}
-    for wishes in ({}, painted):
-        result = pipeline("a", seed=1, num_inference_steps=2, **wishes)
-        again = pipeline(**result.settings[0], **wishes)
+    for options in ({}, painted):
+        result = pipeline("a", seed=1, num_inference_steps=2, **options)
+        again = pipeline(**result.settings[0], **options)
         np.testing.assert_array_equal(np.asarray(again.images[0]), np.asarray(result.images[0]))

@@ -127,8 +127,8 @@ def test_the_command_draws_strip_and_animation_by_it(decoder, tmp_path, monkeypa
     strips = []
     path = decoder if decoder == "own" else str(brought(tmp_path))
     for chosen in ([], ["--preview-decoder", path]):
-        wishes = ["--preview-steps", "1,2", "--animation", "a.webp", "--out", "a.png", *chosen]
-        assert main(["house", *QUICK, *wishes]) == 0
+        options = ["--preview-steps", "1,2", "--animation", "a.webp", "--out", "a.png", *chosen]
+        assert main(["house", *QUICK, *options]) == 0
         with Image.open("a-steps.png") as strip, Image.open("a.webp") as animation:
             strips.append(np.asarray(strip))
             assert animation.n_frames == 2

@@ -116,11 +116,14 @@ def test_pictures_are_those_of_the_same_graphs_on_the_processor(host, library, d
     put(library, WHOLE)
     drawn = pipeline()
     assert (drawn.engines.settings.backend, drawn.engines.precision) == ("tensorrt_rtx", "float16")
-    for wishes in ({"height": 64, "width": 64}, {"height": 128, "width": 64, "prompt": ["a", "b"]}):
-        wishes = REQUEST | wishes
-        expected = pixels(host(**wishes))
+    for options in (
+        {"height": 64, "width": 64},
+        {"height": 128, "width": 64, "prompt": ["a", "b"]},
+    ):
+        options = REQUEST | options
+        expected = pixels(host(**options))
         for _ in range(3):
-            np.testing.assert_array_equal(pixels(drawn(**wishes)), expected)
+            np.testing.assert_array_equal(pixels(drawn(**options)), expected)
     assert device.counts["replay"] == 4
 
 
@@ -159,16 +162,16 @@ def test_without_an_engine(library):
 
 
 def test_what_is_missing_is_built_where_that_is_wanted(host, library, builds):
-    wishes = REQUEST | {"height": 64, "width": 64, "prompt": ["a", "b"]}
+    options = REQUEST | {"height": 64, "width": 64, "prompt": ["a", "b"]}
     drawn = pipeline(build_missing=True)
-    np.testing.assert_array_equal(pixels(drawn(**wishes)), pixels(host(**wishes)))
+    np.testing.assert_array_equal(pixels(drawn(**options)), pixels(host(**options)))
     assert [request.part for request in builds] == [*PARTS]
     step = builds[1].settings.profiles[0]
     assert (step.height, step.batch) == (Range(64, 64, 64), Range(2, 2, 2))
     assert builds[1].model == MODEL.path
-    pipeline()(**wishes)
+    pipeline()(**options)
     assert len(builds) == 3, "it is in the cache"
-    drawn(**wishes | {"height": 128})
+    drawn(**options | {"height": 128})
     assert [request.part for request in builds[3:]] == ["step", "vae_decoder"]
 
 
