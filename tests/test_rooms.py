@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("engine", "runtime", "export", "training", "benchmarks", "latentrt")
+PACKAGES = ("engine", "runtime", "serving", "export", "training", "benchmarks", "latentrt")
 ROOMS = {
-    "": ("engine", "runtime", "export", "training", "benchmarks", "latentrt"),
+    "": ("engine", "runtime", "serving", "export", "training", "benchmarks", "latentrt"),
     "engine": (
         *("errors", "store", "shipped", "configs", "graphs", "checkpoints"),
         *("model", "adapters", "devices", "backends", "engines"),
