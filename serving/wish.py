@@ -131,6 +131,10 @@ def _check(
         raise BadRequestError("prompt and negative_prompt are one text each here", param="prompt")
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         _most(name, len(text), limits.prompt_characters, "characters")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRequestError(f"{name} holds half a character", param=name) from None
     hires = request.hires
     steps = {"num_inference_steps": request.num_inference_steps}
     if hires is not None:

@@ -32,6 +32,10 @@ ROOMS = {
         *("plan", "denoising", "pipeline", "calibration", "expansion", "again", "options"),
         "__main__",
     ),
+    "serving": (
+        *("errors", "limits", "uploads", "wish", "events", "fair_queue", "turns", "studio", "loop"),
+        *("client", "admission", "metrics", "jobs", "keys", "http"),
+    ),
 }
 SEPARATE = {("export", "runtime"), ("runtime", "export")}  # only files cross between them
 MAX_ROOMS, MAX_LINES = 14, 350

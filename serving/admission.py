@@ -1,0 +1,79 @@
+"""Admission: how much unfinished work may be taken on, and when to come again.
+
+Work is counted in steps of a guided picture of 512 by 512 pixels. How much of it is done a second
+is measured while pictures are drawn; before that, only their number is bounded.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serving.errors import BadRequestError, BusyError
+from serving.limits import Limits
+
+SHARE = 0.05  # of a new measurement in the rate
+LONGEST_PAUSE = 1.0  # seconds between two turns, beyond which nothing was being drawn
+RETRY_AFTER = 1, 60  # seconds
+
+
+@dataclass(slots=True, kw_only=True)
+class Admission:
+    """What is unfinished, against what may be.
+
+    limits: jobs and seconds; clock: seconds, never set back
+    rate: work a second, None before the first turn
+    """
+
+    limits: Limits
+    clock: Callable[[], float] = time.monotonic
+    jobs: int = 0
+    work: float = 0.0
+    rate: float | None = None
+    _last_turn: float | None = field(default=None)
+
+    @property
+    def seconds(self) -> float:
+        """How long the unfinished work takes, 0 while the rate is not known."""
+        return self.work / self.rate if self.rate else 0.0
+
+    def admit(self, work: float, deadline_seconds: float | None = None) -> None:
+        """Take work on. Raises BusyError, and BadRequestError where it would come too late."""
+        if deadline_seconds is not None:
+            own = work / self.rate if self.rate else 0.0
+            if deadline_seconds <= 0 or self.seconds + own > deadline_seconds:
+                raise BadRequestError(
+                    f"the deadline is in {max(deadline_seconds, 0):g} s, and {self.seconds:.1f} s "
+                    "of work wait; give a later one",
+                    code="deadline_exceeded",
+                    param="deadline_s",
+                )
+        if self.jobs >= self.limits.jobs or self.seconds > self.limits.queue_seconds:
+            raise BusyError(
+                f"{self.jobs} requests wait or are drawn, about {self.seconds:.0f} s of work; try "
+                "again later",
+                code="queue_full",
+                retry_after=self.retry_after,
+            )
+        self.jobs += 1
+        self.work += work
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which there should be room: those of half of what waits."""
+        least, most = RETRY_AFTER
+        return min(max(math.ceil(self.seconds / 2), least), most)
+
+    def turned(self, work: float, seconds: float) -> None:
+        """Note work that a step has done; seconds: of the step alone."""
+        now = self.clock()
+        pause = math.inf if self._last_turn is None else now - self._last_turn
+        self._last_turn = now
+        measured = work / max(pause if pause < LONGEST_PAUSE else seconds, 1e-6)
+        self.rate = measured if self.rate is None else self.rate + SHARE * (measured - self.rate)
+        self.work = max(self.work - work, 0.0)
+
+    def left(self, work: float) -> None:
+        """Note a job that has ended; work: what of it was not done."""
+        self.jobs -= 1
+        self.work = max(self.work - work, 0.0) if self.jobs else 0.0
