@@ -5,15 +5,12 @@ is measured while pictures are drawn; before that, only their number is bounded.
 """
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from serving.errors import BadRequestError, BusyError
 from serving.limits import Limits
 
-SHARE = 0.05  # of a new measurement in the rate
-LONGEST_PAUSE = 1.0  # seconds between two turns, beyond which nothing was being drawn
+MEMORY = 50  # turns that the rate is a mean of, about
 RETRY_AFTER = 1, 60  # seconds
 
 
@@ -21,16 +18,15 @@ RETRY_AFTER = 1, 60  # seconds
 class Admission:
     """What is unfinished, against what may be.
 
-    limits: jobs and seconds; clock: seconds, never set back
+    limits: jobs and seconds
     rate: work a second, None before the first turn
     """
 
     limits: Limits
-    clock: Callable[[], float] = time.monotonic
     jobs: int = 0
     work: float = 0.0
     rate: float | None = None
-    _last_turn: float | None = field(default=None)
+    _turns: int = field(default=0)
 
     @property
     def seconds(self) -> float:
@@ -65,12 +61,10 @@ class Admission:
         return min(max(math.ceil(self.seconds / 2), least), most)
 
     def turned(self, work: float, seconds: float) -> None:
-        """Note work that a step has done; seconds: of the step alone."""
-        now = self.clock()
-        pause = math.inf if self._last_turn is None else now - self._last_turn
-        self._last_turn = now
-        measured = work / max(pause if pause < LONGEST_PAUSE else seconds, 1e-6)
-        self.rate = measured if self.rate is None else self.rate + SHARE * (measured - self.rate)
+        """Note work that was done; seconds: since the turn before, or of the step alone."""
+        self._turns = min(self._turns + 1, MEMORY)
+        rate = self.rate or 0.0
+        self.rate = rate + (work / max(seconds, 1e-6) - rate) / self._turns
         self.work = max(self.work - work, 0.0)
 
     def left(self, work: float) -> None:

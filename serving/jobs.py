@@ -136,7 +136,7 @@ class Jobs:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.admission = Admission(limits=limits, clock=clock)
+        self.admission = Admission(limits=limits)
         self.draining = False
         self._engine = engine
         self._limits = limits
@@ -269,7 +269,7 @@ class Jobs:
             job.tell("step", index=index, step=calls, total=total, rows=len(event.data["rows"]))
         self._metrics.turn(len(event.data["rows"]), event.data["seconds"])
         if done:
-            self.admission.turned(done, event.data["seconds"])
+            self.admission.turned(done, event.data["elapsed"])
 
     def _expire(self, job: Job) -> None:
         if not job.is_over:

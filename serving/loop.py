@@ -107,6 +107,7 @@ class Loop:
         self._finishing: deque[Picture] = deque()
         self._previews: dict[Picture, tuple[int, Callable[[], bytes]]] = {}
         self._at_work: dict[str, Sequence[Picture]] = {}  # by stage, what it has in hand
+        self._since: float | None = None  # when the last turn ended, if rows were left then
         self._stopped = False
 
     def submit(self, order: Order) -> None:
@@ -155,8 +156,10 @@ class Loop:
             if picture is None:
                 return False
             self._at_work["prepare"] = [picture]
+        is_new = picture.sketch is None
+        if is_new:
+            self._tell(picture.event("taken"))
         try:
-            is_new = picture.sketch is None
             self._enter(picture)
         except Exception as error:
             self._fail(picture, error)
@@ -177,14 +180,19 @@ class Loop:
             self._at_work["step"] = chosen
         began = self._clock()
         self._call(chosen)
-        seconds = self._clock() - began
+        ended = self._clock()
+        elapsed = ended - (began if self._since is None else self._since)
         done = [p for p in chosen if not p.order.cancelled and p.sketch is not None]
         for picture in done:
             picture.batched |= len(chosen) > 1
             self._keep_preview(picture)
         rows = [[p.order.job, p.index, p.sketch.calls, p.sketch.total] for p in done if p.sketch]
-        self._tell(Event(kind="turn", data={"seconds": seconds, "rows": rows}))
+        data = {"seconds": ended - began, "elapsed": elapsed, "rows": rows}
+        self._tell(Event(kind="turn", data=data))
         self._hand_on("step", done)
+        with self._changed:
+            more = self._stepping or self._entering or self._queue or "prepare" in self._at_work
+            self._since = ended if more else None
         return True
 
     def finish(self) -> bool:
@@ -288,14 +296,14 @@ class Loop:
         assert picture.sketch is not None
         if picture.order.cancelled:
             return
-        drawn = picture.sketch.finish()
+        order, drawn = picture.order, picture.sketch.finish()
+        with self._changed:
+            order.left -= 1
+            if not order.left and self._orders.get(order.job) is order:
+                del self._orders[order.job]
         self._tell(
             picture.event("finished", drawn.data, settings=drawn.settings, batched=picture.batched)
         )
-        with self._changed:
-            picture.order.left -= 1
-            if not picture.order.left:
-                self._orders.pop(picture.order.job, None)
 
     def _fail(self, picture: Picture, error: Exception) -> None:
         """Tell that a picture cannot be drawn: ours in our words, others only in the log."""

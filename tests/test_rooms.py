@@ -34,7 +34,8 @@ ROOMS = {
     ),
     "serving": (
         *("errors", "limits", "uploads", "wish", "events", "fair_queue", "turns", "studio", "loop"),
-        *("client", "admission", "metrics", "jobs", "keys", "http"),
+        *("client", "admission", "metrics", "jobs", "addresses", "keys", "http"),
+        *("frames", "child", "supervisor", "options", "server", "__main__"),
     ),
 }
 SEPARATE = {("export", "runtime"), ("runtime", "export")}  # only files cross between them

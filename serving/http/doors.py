@@ -6,7 +6,6 @@ server's names, and what changes something must not come from another site. Scri
 Origin nor Sec-Fetch-Site, and following a link to this server is not refused.
 """
 
-import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -15,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.addresses import is_loopback
 from serving.errors import ForbiddenError, UnauthorizedError
 from serving.http.answers import refuse
 from serving.keys import Keys
@@ -23,16 +23,6 @@ READING = frozenset(("GET", "HEAD", "OPTIONS"))
 OPEN_PATHS = frozenset(("/health", "/ready"))
 LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
 DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether an address to listen on is reached from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,11 +58,15 @@ def test_a_picture_goes_through_three_stages(bench):
         *("texts", "enter", *["step"] * STEPS, "finish"),
     ]
     assert [event.kind for event in bench.told if event.kind != "turn"] == [
-        *("started", "preview", "preview", "finished"),
+        *("taken", "started", "preview", "preview", "finished"),
     ]
     (finished,) = bench.of("finished")
     assert finished.data == {"settings": {"prompt": "cat", "seed": 7}, "batched": False}
-    assert bench.of("turn")[-1].data == {"seconds": 1.0, "rows": [["cat", 0, STEPS, STEPS]]}
+    assert bench.of("turn")[-1].data == {
+        "seconds": 1.0,
+        "elapsed": 1.0,
+        "rows": [["cat", 0, STEPS, STEPS]],
+    }
 
 
 def test_pictures_of_one_wish_share_its_texts(bench):

@@ -18,9 +18,21 @@ from tests.support.servers import SlowStudio, load, models, serving
 STEPS = 4
 
 
+OPEN = []
+
+
 def client(running, **options):
     given = {"api_key": "none", "max_retries": 0, **options}
-    return openai.OpenAI(base_url=f"{running.url}/v1", **given)
+    OPEN.append(openai.OpenAI(base_url=f"{running.url}/v1", **given))
+    return OPEN[-1]
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    """Close the clients that a test has opened."""
+    yield
+    while OPEN:
+        OPEN.pop().close()
 
 
 def pixels(picture):

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from engine.errors import RequestError
-from serving.http.doors import Doors, is_loopback
+from serving.addresses import is_loopback
+from serving.http.doors import Doors
 from serving.keys import Keys
 from serving.limits import Limits
 from tests.support.servers import SlowStudio, serving
