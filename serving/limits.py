@@ -10,7 +10,7 @@ class Limits:
     """Bounds of one request and of all together.
 
     body_bytes: of a request, counted while it is read; fields, files: of a form
-    header_seconds, body_seconds: in which a request must have come
+    body_seconds: in which a body must have come
     upload_pixels: of a picture that is sent, by its header
     pictures: n; steps, side, pixels: of what is drawn, in each run
     prompt_characters, chunks: of a request's texts; a chunk is 77 tokens of the text encoder, and

@@ -79,10 +79,12 @@ def decode(name: str, data: bytes) -> Image.Image:
 
 
 def transparency_as_mask(picture: Image.Image) -> Image.Image | None:
-    """Return OpenAI's mask of a picture: white where it is fully transparent; None without any."""
+    """Return OpenAI's mask of a picture: white where it is fully transparent, None if nowhere."""
     if not picture.has_transparency_data:
         return None
     alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+    if alpha.all():
+        return None
     return Image.fromarray(np.where(alpha == 0, 255, 0).astype(np.uint8))
 
 

@@ -25,7 +25,8 @@ class Wish:
 
     fields: of `runtime.request.Request`, as JSON has them, without image and mask
     image, mask: files as they were sent, checked by their headers
-    mask_by_alpha: whether transparency says where to paint, as in OpenAI's API
+    mask_by_alpha: whether transparency of the mask, or of the image where there is no mask, says
+        where to paint, as in OpenAI's API; a mask without any is white there, as everywhere here
     model: a name of the operator's; loras: names with weights
     exact: whether every step is computed alone
     preview_every: steps between previews, 0 for none
@@ -51,7 +52,7 @@ class Wish:
         image = None if self.image is None else decode("image", self.image)
         mask = None if self.mask is None else decode("mask", self.mask)
         if self.mask_by_alpha and image is not None:
-            mask = transparency_as_mask(mask or image) or mask
+            mask = transparency_as_mask(image if mask is None else mask) or mask
             image = image.convert("RGB")  # what is transparent in it keeps its colours
         return _request(self.fields, image, mask)
 
@@ -66,9 +67,8 @@ class Wish:
             for name, data in (("image", self.image), ("mask", self.mask))
             if data is not None
         }
-        painted = self.mask is not None or self.mask_by_alpha
         stand_in = Image.new("1", (8, 8)) if self.image is not None else None
-        request = _request(self.fields, stand_in, stand_in if painted else None)
+        request = _request(self.fields, stand_in, stand_in if self.mask else None)
         drawn = replace(self, fields={**self.fields, "seed": request.draw_seeds()})
         _check(request, sizes, limits, self)
         if drawn.work > limits.work:

@@ -75,7 +75,7 @@ def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) ->
         if image is None:
             raise BadRequestError("image is missing; send the picture to edit", param="image")
         fields = {"mask_blur": 0.0, **wish.fields}
-        wish = replace(wish, fields=fields, image=image, mask=mask, mask_by_alpha=mask is not None)
+        wish = replace(wish, fields=fields, image=image, mask=mask, mask_by_alpha=True)
         return await answer(request, "image_edit", body, wish)
 
     @router.post("/images/variations", openapi_extra=FORM)

@@ -157,6 +157,22 @@ def test_an_edit_leaves_what_the_mask_covers(running):
     assert (after[~kept] != np.asarray(IMAGE)[~kept]).any()
 
 
+@pytest.mark.parametrize("way", ["a picture with holes", "a mask of black and white"])
+def test_other_masks(running, way):
+    """A picture's own transparency is a mask, and a mask without any is white where to paint."""
+    image, extra = IMAGE.copy(), {"num_inference_steps": STEPS, "seed": 3}
+    files = {"mask": ("mask.png", file_of(MASK), "image/png")}
+    if way == "a picture with holes":
+        image.putalpha(Image.fromarray(255 - np.asarray(MASK)))
+        files = {}
+    answer = client(running).images.edit(
+        image=("image.png", file_of(image), "image/png"), prompt="a hat", extra_body=extra, **files
+    )
+    after, kept = pixels(answer.data[0]), np.asarray(MASK) == 0
+    np.testing.assert_array_equal(after[kept], np.asarray(IMAGE)[kept])
+    assert (after[~kept] != np.asarray(IMAGE)[~kept]).any()
+
+
 @pytest.mark.filterwarnings("ignore:deprecated")  # OpenAI's own variations
 def test_an_edit_without_a_mask_and_a_variation(running, pipeline):
     extra = {"num_inference_steps": 8, "seed": 3, "strength": 0.5}
