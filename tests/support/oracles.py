@@ -27,7 +27,6 @@ ORACLES = frozenset(
         "prometheus_client",
         "resvg_py",
         "safetensors",
-        "schemathesis",
         "starlette",
         "tensorrt_rtx_bindings",
         "torch",

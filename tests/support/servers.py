@@ -1,6 +1,5 @@
 """Servers in a thread of the test's process, on a port of their own; with or without a model."""
 
-import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from serving.http.doors import Doors
 from serving.http.fields import Catalog
 from serving.limits import Limits
 from serving.loop import Loop
+from serving.server import listen_on
 from serving.studio import Models
 from tests.support.studios import FakeStudio
 
@@ -77,7 +77,7 @@ def serving(studio, *, keys=None, limits=None, catalog=CATALOG, names=(), origin
 def listening(service):
     """Let a service listen; yields its URL."""
     config = uvicorn.Config(service.app, log_config=None, access_log=False, ws="none")
-    server, listener = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    server, listener = uvicorn.Server(config), listen_on("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
