@@ -11,6 +11,7 @@ import uvicorn
 
 from engine.errors import BackendError, OutputError
 from serving.http.app import Service, make_service
+from serving.http.connections import ImpatientProtocol
 from serving.http.doors import Doors
 from serving.http.fields import Catalog
 from serving.keys import Keys
@@ -72,6 +73,7 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             ws="none",
+            http=ImpatientProtocol,
             timeout_keep_alive=KEEP_ALIVE,
         )
         super().__init__(config)

@@ -66,7 +66,7 @@ def test_the_page_names_the_limits_as_they_are():
         f"(`--max-queue` unfinished requests ({limits.jobs})"[1:],
         f"work ({limits.queue_seconds:.0f})",
         f"waits more than {PATIENCE} steps",
-        f"within {limits.body_bytes >> 20} MiB and {limits.body_seconds:.0f} s",
+        f"bodies within {limits.body_bytes >> 20} MiB and {limits.body_seconds:.0f} s",
         f"{limits.upload_pixels // 10**6} megapixels",
         f"({limits.kept_bytes >> 20} MiB, ten minutes)",
     ):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from engine.errors import RequestError
 from serving.addresses import is_loopback
+from serving.http.connections import ImpatientProtocol
 from serving.http.doors import Doors
 from serving.keys import Keys
 from serving.limits import Limits
@@ -272,6 +273,23 @@ def test_a_slow_body_is_not_waited_for(running):
     began = time.monotonic()
     assert "400" in raw(running, HEAD + b"content-length: 100\r\n\r\n{", wait=5)
     assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /api", HEAD, "after another"])
+def test_headers_that_do_not_end_are_not_waited_for(running, monkeypatch, begun):
+    """Nothing, half a line, a head without its end, and the same on a connection that was used."""
+    monkeypatch.setattr(ImpatientProtocol, "header_seconds", 0.3)
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        if begun == "after another":
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+            assert b"200 OK" in connection.recv(4096)
+            begun = HEAD
+        connection.sendall(begun)
+        began = time.monotonic()
+        while connection.recv(4096):
+            pass
+        assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize(

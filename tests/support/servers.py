@@ -10,6 +10,7 @@ from engine.backends.settings import BackendSettings
 from runtime import Pipeline
 from serving.client import LocalEngine
 from serving.http.app import make_service
+from serving.http.connections import ImpatientProtocol
 from serving.http.doors import Doors
 from serving.http.fields import Catalog
 from serving.limits import Limits
@@ -76,7 +77,9 @@ def serving(studio, *, keys=None, limits=None, catalog=CATALOG, names=(), origin
 @contextmanager
 def listening(service):
     """Let a service listen; yields its URL."""
-    config = uvicorn.Config(service.app, log_config=None, access_log=False, ws="none")
+    config = uvicorn.Config(
+        service.app, log_config=None, access_log=False, ws="none", http=ImpatientProtocol
+    )
     server, listener = uvicorn.Server(config), listen_on("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -13,6 +13,7 @@ from engine.errors import BackendError
 from engine.graphs.graph import SIGNATURES
 from runtime import Hires, Pipeline, Request
 from runtime.denoising.rows import BY_GROUPS, BY_REGISTERS, rows_of, step_rows
+from runtime.images.files import psnr
 from runtime.samplers import SAMPLERS
 from tests.support.named_requests import IMAGE, LORA, MASK, REQUESTS, write_lora
 
@@ -211,6 +212,24 @@ def test_only_rows_of_one_group_feel_their_neighbours(pipeline):
             step_rows([row], pipeline.engine)
         equal = [np.array_equal(a.latents, b.latents) for a, b in zip(rows, alone, strict=True)]
         assert all(equal) == (scale > 1), equal
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_neighbours_are_seen_a_little_on_openvino(precision):
+    """Its kernels depend on the size of the batch; how little is said in docs/serving.md."""
+    pytest.importorskip("openvino")
+    settings = BackendSettings(backend="openvino", threads=2)
+    with Pipeline.load("pictogram", settings=settings, precision=precision) as other:
+        wishes = {name: {"sampler": name} for name in ("ddim", "euler_a", "dpmpp_2m", "unipc")}
+        drawn, sizes = draw_together(
+            other, {name: request(**each) for name, each in wishes.items()}, apart=1
+        )
+        assert max(sizes) > 1
+        for name, each in wishes.items():
+            given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **each}
+            (wanted,) = other(**given).images
+            least = {"float32": 60, "bfloat16": 30}[precision]
+            assert psnr(np.asarray(drawn[name][0]), np.asarray(wanted)) > least, name
 
 
 def test_axes_are_those_of_the_signatures():
