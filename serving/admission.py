@@ -5,6 +5,7 @@ is measured while pictures are drawn; before that, only their number is bounded.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from serving.errors import BadRequestError, BusyError
@@ -12,6 +13,7 @@ from serving.limits import Limits
 
 MEMORY = 50  # turns that the rate is a mean of, about
 RETRY_AFTER = 1, 60  # seconds
+MOST_OVER = 2  # times the jobs, for callers who are below their share
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,14 +29,18 @@ class Admission:
     work: float = 0.0
     rate: float | None = None
     _turns: int = field(default=0)
+    _jobs_of: Counter[str] = field(default_factory=Counter)
 
     @property
     def seconds(self) -> float:
         """How long the unfinished work takes, 0 while the rate is not known."""
         return self.work / self.rate if self.rate else 0.0
 
-    def admit(self, work: float, deadline_seconds: float | None = None) -> None:
-        """Take work on. Raises BusyError, and BadRequestError where it would come too late."""
+    def admit(self, work: float, caller: str = "", deadline_seconds: float | None = None) -> None:
+        """Take a caller's work on.
+
+        Raises BusyError, and BadRequestError where it would come too late.
+        """
         if deadline_seconds is not None:
             own = work / self.rate if self.rate else 0.0
             if deadline_seconds <= 0 or self.seconds + own > deadline_seconds:
@@ -44,7 +50,7 @@ class Admission:
                     code="deadline_exceeded",
                     param="deadline_s",
                 )
-        if self.jobs >= self.limits.jobs or self.seconds > self.limits.queue_seconds:
+        if self._is_full(caller):
             raise BusyError(
                 f"{self.jobs} requests wait or are drawn, about {self.seconds:.0f} s of work; try "
                 "again later",
@@ -53,6 +59,19 @@ class Admission:
             )
         self.jobs += 1
         self.work += work
+        self._jobs_of[caller] += 1
+
+    def _is_full(self, caller: str) -> bool:
+        """Say whether a caller must wait: nobody is kept out by others who have filled the queue.
+
+        Whoever has less than an equal share of the jobs comes in all the same.
+        """
+        limit = self.limits.jobs
+        if self.jobs < limit and self.seconds <= self.limits.queue_seconds:
+            return False
+        callers = len(self._jobs_of.keys() | {caller})
+        below_share = callers > 1 and self._jobs_of[caller] < limit // callers
+        return not below_share or self.jobs >= MOST_OVER * limit
 
     @property
     def retry_after(self) -> int:
@@ -67,7 +86,10 @@ class Admission:
         self.rate = rate + (work / max(seconds, 1e-6) - rate) / self._turns
         self.work = max(self.work - work, 0.0)
 
-    def left(self, work: float) -> None:
-        """Note a job that has ended; work: what of it was not done."""
+    def left(self, work: float, caller: str = "") -> None:
+        """Note a caller's job that has ended; work: what of it was not done."""
         self.jobs -= 1
+        self._jobs_of[caller] -= 1
+        if not self._jobs_of[caller]:
+            del self._jobs_of[caller]
         self.work = max(self.work - work, 0.0) if self.jobs else 0.0

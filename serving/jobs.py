@@ -158,7 +158,7 @@ class Jobs:
         if self.draining or not self._engine.is_ready:
             why = "the server is going down" if self.draining else "the engine is starting"
             raise UnavailableError(f"{why}; try again soon", code="not_ready", retry_after=1)
-        self.admission.admit(wish.work, deadline_seconds)
+        self.admission.admit(wish.work, caller, deadline_seconds)
         job = Job(
             id=secrets.token_hex(ID_BYTES),
             wish=wish,
@@ -284,7 +284,7 @@ class Jobs:
         job.state, job.error, job.ended = state, error, self._clock()
         if state != "done":
             job.pictures = [DrawnPicture(calls=p.calls, total=p.total) for p in job.pictures]
-        self.admission.left(job.undone)
+        self.admission.left(job.undone, job.caller)
         job.undone = 0.0
         if error is None:
             job.tell(state)

@@ -1,6 +1,7 @@
 """A wish: what a caller wants drawn, in numbers, texts and bytes that can go to another process."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,8 @@ from serving.uploads import decode, size_of, transparency_as_mask
 
 PIXELS = 512 * 512  # of the picture whose step is one unit of work
 GROUPS = 2
+# Control characters, which a picture's file could not keep as text, and halves of characters.
+NO_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 DEFAULT_STEPS = 20  # for an estimate, where neither request nor model says
 
 
@@ -131,10 +134,10 @@ def _check(
         raise BadRequestError("prompt and negative_prompt are one text each here", param="prompt")
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         _most(name, len(text), limits.prompt_characters, "characters")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadRequestError(f"{name} holds half a character", param=name) from None
+        if unwritable := NO_TEXT.search(text):
+            raise BadRequestError(
+                f"{name} holds the character {unwritable[0]!a}, which no file can hold", param=name
+            )
     hires = request.hires
     steps = {"num_inference_steps": request.num_inference_steps}
     if hires is not None:

@@ -56,6 +56,30 @@ def test_one_slow_turn_at_the_start_is_soon_forgotten():
     assert admission.rate == pytest.approx(2.0, rel=0.01)
 
 
+def test_nobody_is_kept_out_by_a_flood_of_others():
+    """One caller fills the queue: others come in up to an equal share each, and no further."""
+    admission = Admission(limits=Limits(jobs=12))
+    for _ in range(12):
+        admission.admit(1.0, "flood")
+    with pytest.raises(BusyError):
+        admission.admit(1.0, "flood")
+    for _ in range(6):
+        admission.admit(1.0, "second")
+    with pytest.raises(BusyError):
+        admission.admit(1.0, "second")
+    for _ in range(4):
+        admission.admit(1.0, "third")
+    admission.admit(1.0, "fourth")
+    admission.admit(1.0, "fourth")
+    with pytest.raises(BusyError):
+        admission.admit(1.0, "fifth")
+    assert admission.jobs == 24, "twice as many are the most"
+    for caller, count in (("flood", 12), ("second", 6), ("third", 4), ("fourth", 2)):
+        for _ in range(count):
+            admission.left(0.0, caller)
+    assert not admission._jobs_of
+
+
 def test_a_deadline_that_cannot_be_kept_is_refused_at_once():
     admission = measured(10.0)
     admission.admit(100.0, deadline_seconds=10.0)

@@ -10,6 +10,7 @@ import openai
 import pytest
 from PIL import Image
 
+from runtime.images.files import read_settings
 from serving.keys import Keys
 from serving.limits import Limits
 from tests.support.named_requests import IMAGE, MASK, write_lora
@@ -118,6 +119,22 @@ def test_a_file_says_what_makes_it_again(running, pipeline, tmp_path):
     out = tmp_path / "again.png"
     assert main(["--again", str(path), "--threads", "1", "-o", str(out)]) == 0
     np.testing.assert_array_equal(np.asarray(Image.open(out)), pixels(answer.data[0]))
+
+
+def test_a_prompt_stays_text_in_every_file(running, tmp_path):
+    prompt = 'a \r\n\t"cat" \u2028 <script>alert(1)</script> \U0001f408'
+    for kind in ("png", "webp", "jpeg"):
+        answer = client(running).images.generate(
+            prompt=prompt, output_format=kind, extra_body={"num_inference_steps": 1}
+        )
+        path = tmp_path / f"cat.{kind}"
+        path.write_bytes(base64.b64decode(answer.data[0].b64_json))
+        Image.open(path).load()
+        if kind == "png":
+            assert read_settings(path)["prompt"] == prompt
+    for character in "\0\x1b\x7f\x08":
+        with pytest.raises(openai.BadRequestError, match="prompt holds the character"):
+            client(running).images.generate(prompt=f"a {character} cat")
 
 
 @pytest.mark.parametrize("partials", [0, 1, 3])

@@ -442,7 +442,7 @@ def test_key_files_that_hold_no_keys(tmp_path, text):
 
 
 def test_nothing_of_a_prompt_gets_into_a_header(http):
-    prompt = "p\r\nset-cookie: a=b\r\n\r\n<script>\x00\x1b[31m"
+    prompt = "p\r\nset-cookie: a=b\r\n\r\n<script>"
     answer = http.post(PICTURES, json={"prompt": prompt})
     assert answer.status_code == 202
     assert "set-cookie" not in answer.headers
