@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 USER_ERROR, INTERRUPTED = 2, 130  # what a shell is told
-OURS = frozenset({"benchmarks", "engine", "export", "latentrt", "runtime", "training"})
+OURS = frozenset({"benchmarks", "engine", "export", "latentrt", "runtime", "serving", "training"})
 
 
 class LatentrtError(Exception):

@@ -27,6 +27,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(
         "export": Subcommand("export.__main__", "trace graphs, build engines, tend the cache"),
         "info": Subcommand("latentrt.info", "say what a checkpoint, an adapter or a picture is"),
         "calibrate": Subcommand("runtime.calibration", "find the ranges that int8 needs, once"),
+        "serve": Subcommand("serving.__main__", "serve pictures over HTTP"),
         "bench": Subcommand("benchmarks.__main__", "measure, beside peers"),
     }
 )

@@ -22,7 +22,7 @@ from runtime.request import Hires, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 
-__all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "OWN", "make_parser"]
+__all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "OWN", "add_engine_options", "make_parser"]
 
 # What makes a picture again beside the request, by the options' names.
 MADE_WITH = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
@@ -116,6 +116,12 @@ def _add_model(group: Any) -> None:
         choices=PREDICTION_TYPES,
         help="what the model was trained to predict, where its file does not tell",
     )
+    add_engine_options(group)
+
+
+def add_engine_options(group: Any) -> None:
+    """Add what chooses how engines run, whatever draws with them."""
+    add = group.add_argument
     add("--graphs", type=Path, metavar="FOLDER", help="graphs that `python -m export` wrote")
     add(
         "--backend",

@@ -148,15 +148,7 @@ class Pipeline:
 
         Each state draws fresh noise once, so step it once. Raises BackendError.
         """
-        given: dict[str, Any] = {
-            **inputs.conditioning,
-            **state.constant,
-            **inputs.per_step,
-            "registers": state.registers,
-            "noise": next(state.noise),
-        }
-        if not inputs.is_full:
-            given["deep"] = state.deep
+        given = state.inputs(inputs)
         outputs = self.engine(inputs.part).run(given)
         return state.after(outputs, given)
 

@@ -14,6 +14,7 @@ from benchmarks import __main__ as benchmarks
 from export import __main__ as export
 from latentrt.__main__ import SUBCOMMANDS
 from runtime.options import make_parser
+from serving import options as serving
 from tests.support.pictures import drawing
 from training import __main__ as training
 
@@ -22,7 +23,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
 BRING = re.compile(r"# bring: (.+)\n")
 PICTURES = {"photo.png", "hat.png"}  # which the tests bring
-NOT_OURS = ("pip", "pytest", ".ci/run")
+NOT_OURS = ("pip", "pytest", ".ci/run", "printf")
 MAX_README = 140  # lines
 
 
@@ -63,6 +64,8 @@ def parsed(words):
         training._parser().parse_args(given)
     elif name in ("benchmarks", "bench"):
         benchmarks._parser("bench").parse_args(given)
+    elif name == "serve":
+        serving.make_parser("serve").parse_args(given)
     else:
         assert name in ("info", "calibrate"), words
 

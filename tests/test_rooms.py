@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("engine", "runtime", "export", "training", "benchmarks", "latentrt")
+PACKAGES = ("engine", "runtime", "serving", "export", "training", "benchmarks", "latentrt")
 ROOMS = {
-    "": ("engine", "runtime", "export", "training", "benchmarks", "latentrt"),
+    "": ("engine", "runtime", "serving", "export", "training", "benchmarks", "latentrt"),
     "engine": (
         *("errors", "store", "shipped", "configs", "graphs", "checkpoints"),
         *("model", "adapters", "devices", "backends", "engines"),
@@ -31,6 +31,11 @@ ROOMS = {
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
         *("plan", "denoising", "pipeline", "calibration", "expansion", "again", "options"),
         "__main__",
+    ),
+    "serving": (
+        *("errors", "limits", "uploads", "wish", "events", "fair_queue", "turns", "studio", "loop"),
+        *("client", "admission", "metrics", "jobs", "addresses", "keys", "http"),
+        *("frames", "child", "supervisor", "options", "server", "__main__"),
     ),
 }
 SEPARATE = {("export", "runtime"), ("runtime", "export")}  # only files cross between them

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("latentrt", "engine", "runtime", "export", "training", "benchmarks")
+PACKAGES = ("latentrt", "engine", "runtime", "serving", "export", "training", "benchmarks")
 LEFT_OUT = ("benchmarks/results/",)  # figures, from which a checkout makes its pages
 
 

@@ -48,6 +48,19 @@ class State:
     deep: HostOrDeviceArray | None = None
     given: Mapping[str, Any] | None = None
 
+    def inputs(self, step: StepInputs) -> dict[str, Any]:
+        """Return all inputs of a call; it draws the call's noise, so ask once for each."""
+        given: dict[str, Any] = {
+            **step.conditioning,
+            **self.constant,
+            **step.per_step,
+            "registers": self.registers,
+            "noise": next(self.noise),
+        }
+        if not step.is_full:
+            given["deep"] = self.deep
+        return given
+
     def after(self, outputs: Mapping[str, HostOrDeviceArray], given: Mapping[str, Any]) -> "State":
         """Return the state that a call makes; outputs: of the step's engine, given: its inputs."""
         return State(  # `replace` would take as long as all else between two calls

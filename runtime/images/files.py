@@ -116,23 +116,37 @@ def write_image(
     """
     path = Path(path)
     check_output(path)
-    kind, source_type = FORMATS[path.suffix.lower()], source_type_of(image)
-    packet = xmp_packet(source_type) if mark else b""
-    options: dict[str, Any] = {"quality": 95}
+    kind = FORMATS[path.suffix.lower()]
+
+    def write(target: BinaryIO) -> None:
+        data = encode_image(image, kind, settings, mark=mark)
+        target.write(data if sign is None else sign(data, kind, source_type_of(image)))
+
+    write_atomically(path, write)
+
+
+def encode_image(
+    image: Image.Image,
+    kind: str,
+    settings: Mapping[str, Any],
+    *,
+    mark: bool = True,
+    quality: int = 95,
+) -> bytes:
+    """Return a picture's file, as `write_image` writes it unsigned.
+
+    kind: "PNG", "JPEG" or "WEBP"; quality: 1 to 100, of the latter two
+    """
+    packet = xmp_packet(source_type_of(image)) if mark else b""
+    options: dict[str, Any] = {"quality": quality}
     if kind == "PNG":
         options = {"pnginfo": _chunk(settings, packet)}
     elif kind == "WEBP":
         options["xmp"] = packet
-
-    def write(target: BinaryIO) -> None:
-        file = io.BytesIO()
-        image.save(file, format=kind, **options)
-        data = file.getvalue()
-        if kind == "JPEG" and mark:
-            data = _with_segment(data, JPEG_XMP + packet)
-        target.write(data if sign is None else sign(data, kind, source_type))
-
-    write_atomically(path, write)
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    data = file.getvalue()
+    return _with_segment(data, JPEG_XMP + packet) if kind == "JPEG" and mark else data
 
 
 def source_type_of(image: Image.Image) -> SourceType:

@@ -116,10 +116,11 @@ def test_the_command_runs_the_installed_package_whatever_lies_in_the_folder(fore
         (["export", "graphs"], "export"),
         (["latentrt", "bench", "latency"], "bench"),
         (["training", "data"], "train"),
+        (["latentrt", "serve", "--port", "0"], "serving"),
     ],
 )
 def test_a_missing_library_is_one_sentence_that_names_the_extra(tmp_path, command, extra):
-    done = run(tmp_path, "-m", *command, hidden=("onnx", "torch"))
+    done = run(tmp_path, "-m", *command, hidden=("onnx", "torch", "uvicorn"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert "is not installed; install it with `pip install " in done.stderr

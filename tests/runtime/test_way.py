@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 MOST = 35
-PACKAGES = {"engine", "runtime", "export", "training", "benchmarks", "latentrt"}
+PACKAGES = {"engine", "runtime", "serving", "export", "training", "benchmarks", "latentrt"}
 WALK = """
 import json, sys, threading
 from importlib import import_module

@@ -15,17 +15,23 @@ ORACLES = frozenset(
         "cryptography",
         "cuda",
         "diffusers",
+        "fastapi",
+        "httpx",
         "lycoris",
         "matplotlib",
         "onnx",
         "onnxscript",
+        "openai",
         "openvino",
         "peft",
+        "prometheus_client",
         "resvg_py",
         "safetensors",
+        "starlette",
         "tensorrt_rtx_bindings",
         "torch",
         "transformers",
+        "uvicorn",
     ]
 )
 

@@ -1,0 +1,1 @@
+"""HTTP: who may come in, OpenAI's API and the native one."""

@@ -1,0 +1,131 @@
+"""The application: routes, and what stands before them, outermost last."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+from engine.errors import RequestError
+from runtime.images.files import program_version
+from serving.client import EngineClient
+from serving.errors import BadRequestError, EngineFailedError, NotFoundError, RefusalError
+from serving.http.answers import refuse
+from serving.http.body import BodyReader
+from serving.http.documents import invalid
+from serving.http.doors import Doorkeeper, Doors
+from serving.http.fields import Catalog
+from serving.http.native import native_routes
+from serving.http.openai import openai_routes
+from serving.http.watch import Watcher
+from serving.jobs import Jobs
+from serving.limits import Limits
+from serving.metrics import CONTENT_TYPE, Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A server before it listens: its jobs, and the application that speaks HTTP."""
+
+    jobs: Jobs
+    metrics: Metrics
+    app: ASGIApp
+
+
+def make_service(
+    engine: EngineClient,
+    catalog: Catalog,
+    doors: Doors,
+    *,
+    limits: Limits | None = None,
+    rows: int = 8,
+) -> Service:
+    """Put a server together; the engine starts with the application and stops with it."""
+    limits = limits or Limits()
+    metrics = Metrics(rows)
+    jobs = Jobs(engine, limits, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        engine.start(lambda told: loop.call_soon_threadsafe(jobs.receive, told))  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(
+        title="Latentrt", version=program_version(), lifespan=lifespan, redirect_slashes=False
+    )
+    app.include_router(openai_routes(jobs, catalog, limits, int(time.time())))
+    app.include_router(native_routes(jobs, catalog, limits))
+    _add_state(app, engine, jobs, metrics)
+    _add_refusals(app, metrics)
+    guarded: ASGIApp = BodyReader(app, limits)
+    guarded = Doorkeeper(guarded, doors)
+    return Service(jobs=jobs, metrics=metrics, app=Watcher(guarded, metrics))
+
+
+def _add_state(app: FastAPI, engine: EngineClient, jobs: Jobs, metrics: Metrics) -> None:
+    """Add what those ask who run the server."""
+
+    @app.get("/health", tags=["state"])
+    async def health() -> dict[str, str]:
+        """Say that this process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["state"], responses={503: {"description": "Not ready"}})
+    async def ready() -> JSONResponse:
+        """Say whether pictures are drawn now: not while starting, nor while going down."""
+        if engine.is_ready and not jobs.draining:
+            return JSONResponse({"status": "ready"})
+        status = "draining" if jobs.draining else "starting"
+        return JSONResponse({"status": status}, status_code=503, headers={"retry-after": "1"})
+
+    @app.get("/metrics", tags=["state"], response_class=Response)
+    async def numbers() -> Response:
+        """Return what is counted, for Prometheus."""
+        metrics.waiting.set(jobs.admission.jobs)
+        metrics.queued_work.set(jobs.admission.seconds)
+        return Response(metrics.text(), media_type=CONTENT_TYPE)
+
+
+def _add_refusals(app: FastAPI, metrics: Metrics) -> None:
+    """Answer errors in one shape, whoever raises them."""
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        answer = refuse(error)
+        code = error.code if isinstance(error, RefusalError) else "invalid_request"
+        metrics.refused.labels(code).inc()
+        return answer
+
+    async def unfit(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return await refused(request, invalid(error.errors()))
+
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        if error.status_code in (404, 405):
+            answer = await refused(
+                request, NotFoundError("there is no such page", code="not_found")
+            )
+            answer.status_code = error.status_code
+            answer.headers.update(error.headers or {})
+            return answer
+        return await refused(request, BadRequestError("the body cannot be read"))
+
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return await refused(request, EngineFailedError("something went wrong here", code="failed"))
+
+    app.add_exception_handler(Exception, failed)  # which goes on to the log all the same
+    app.add_exception_handler(RefusalError, refused)
+    app.add_exception_handler(RequestError, refused)
+    app.add_exception_handler(RequestValidationError, unfit)
+    app.add_exception_handler(HTTPException, unknown)

@@ -1,0 +1,148 @@
+"""The native API: a picture is a job that can be watched, fetched and cancelled."""
+
+import base64
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Request
+from fastapi.responses import JSONResponse, Response
+
+from runtime.presets import PRESETS
+from runtime.samplers import SAMPLERS, SCHEDULES
+from serving.errors import BusyError, NotFoundError
+from serving.http.documents import REFUSALS
+from serving.http.fields import Catalog, Picture, native_wish
+from serving.http.sse import EventStream, event
+from serving.jobs import Job, Jobs
+from serving.limits import Limits
+
+MEDIA = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
+
+
+def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
+    """Return the routes of /api/v1."""
+    router = APIRouter(prefix="/api/v1", tags=["pictures"], responses=REFUSALS)
+    streams: Counter[str] = Counter()
+
+    @router.post("/pictures", status_code=202)
+    async def submit(
+        request: Request,
+        body: Picture,
+        idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+    ) -> JSONResponse:
+        """Begin a job; the same Idempotency-Key with the same body begins none twice."""
+        wish = native_wish(body, catalog, limits)
+        job = jobs.once(
+            idempotency_key,
+            body.model_dump_json().encode(),
+            wish,
+            caller=request.state.caller,
+            api="native",
+            priority=body.priority,
+            deadline_seconds=body.deadline_s,
+        )
+        where = f"/api/v1/pictures/{job.id}"
+        return JSONResponse(describe(job), status_code=202, headers={"location": where})
+
+    @router.get("/pictures/{job_id}")
+    async def status(request: Request, job_id: str) -> JSONResponse:
+        """Say how far a job is, and what its pictures were made with."""
+        return JSONResponse(describe(jobs.find(job_id, request.state.caller)))
+
+    @router.delete("/pictures/{job_id}")
+    async def cancel(request: Request, job_id: str) -> JSONResponse:
+        """Drop a job; one that is over stays what it is."""
+        job = jobs.find(job_id, request.state.caller)
+        jobs.cancel(job)
+        return JSONResponse(describe(job))
+
+    @router.get(
+        "/pictures/{job_id}/events",
+        response_class=Response,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    async def events(
+        request: Request,
+        job_id: str,
+        last_event_id: Annotated[str | None, Header(max_length=20)] = None,
+    ) -> Response:
+        """Watch a job: queued, started, step, preview, picture, done, failed, cancelled."""
+        job, caller = jobs.find(job_id, request.state.caller), request.state.caller
+        if streams[caller] >= limits.streams:
+            raise BusyError("you watch many jobs already; leave one", retry_after=5)
+        streams[caller] += 1
+        said = last_event_id or ""
+        seen = int(said) if said.isascii() and said.isdecimal() else 0
+
+        def left() -> None:
+            streams[caller] -= 1
+            if not streams[caller]:
+                del streams[caller]
+
+        return EventStream(_watched(job, seen), left=left)
+
+    @router.get(
+        "/pictures/{job_id}/image/{index}",
+        response_class=Response,
+        responses={200: {"content": {media: {} for media in MEDIA.values()}}},
+    )
+    async def image(request: Request, job_id: str, index: int) -> Response:
+        """Return a finished picture's file."""
+        job = jobs.find(job_id, request.state.caller)
+        if not 0 <= index < len(job.pictures) or not job.pictures[index].data:
+            raise NotFoundError("that picture is not drawn", code="picture_not_found")
+        return Response(job.pictures[index].data, media_type=MEDIA[job.wish.format])
+
+    @router.get("/capabilities")
+    async def capabilities() -> dict[str, Any]:
+        """Say what requests may name, and what their limits are."""
+        return {
+            "models": list(catalog.models),
+            "loras": list(catalog.loras),
+            "samplers": list(SAMPLERS),
+            "schedules": list(SCHEDULES),
+            "presets": list(PRESETS),
+            "formats": [name.lower() for name in MEDIA],
+            "limits": {
+                "pictures": limits.pictures,
+                "steps": limits.steps,
+                "side": limits.side,
+                "pixels": limits.pixels,
+                "body_bytes": limits.body_bytes,
+            },
+        }
+
+    return router
+
+
+def describe(job: Job) -> dict[str, Any]:
+    """Return what the API says of a job."""
+    told: dict[str, Any] = {
+        "id": job.id,
+        "state": job.state,
+        "model": job.wish.model,
+        "pictures": [
+            {
+                "index": index,
+                "step": picture.calls,
+                "total": picture.total,
+                "seed": job.wish.fields["seed"][index],
+                "batched": picture.batched,
+                "settings": picture.settings or None,
+                "image": f"/api/v1/pictures/{job.id}/image/{index}" if picture.data else None,
+            }
+            for index, picture in enumerate(job.pictures)
+        ],
+    }
+    if job.error is not None:
+        told["error"] = {"code": job.error.code, "message": job.error.message}
+    return told
+
+
+async def _watched(job: Job, seen: int) -> AsyncIterator[bytes]:
+    async for told in job.told(seen):
+        data = dict(told.data)
+        if told.blob:
+            data["jpeg"] = base64.b64encode(told.blob).decode()
+        yield event(told.name, data, told.number)

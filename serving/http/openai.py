@@ -1,0 +1,254 @@
+"""OpenAI's Images API: generations, edits, variations and models, for its own clients.
+
+What its clients send and nothing here can heed (quality, style, user, …) is not looked at; our own
+fields may stand beside. Nothing is kept on the server, so a picture is always in the answer.
+"""
+
+import asyncio
+import base64
+import re
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException
+
+from serving.errors import BadRequestError, RefusalError
+from serving.http.answers import error_body
+from serving.http.documents import FORM, REFUSALS, invalid
+from serving.http.fields import (
+    Catalog,
+    Generation,
+    OpenAIFields,
+    check_whole,
+    file_format,
+)
+from serving.http.sse import EventStream, event
+from serving.jobs import Job, Jobs
+from serving.limits import Limits
+from serving.wish import DEFAULT_STEPS, Wish
+
+SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+NO_TOKENS = {
+    "total_tokens": 0,
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+}
+MOST_PARTIALS = 3
+FILES = ("image", "image[]", "mask")
+
+
+def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) -> APIRouter:
+    """Return the routes; started: when the server was, in seconds of the epoch."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=REFUSALS)
+
+    async def answer(request: Request, kind: str, body: OpenAIFields, wish: Wish) -> Response:
+        wish = wish.checked(limits)
+        if body.stream:
+            job = jobs.submit(wish, caller=request.state.caller, api="openai")
+            events = _events(job, kind, body)
+            return EventStream(events, left=lambda: jobs.forget(job))
+        job = jobs.submit(wish, caller=request.state.caller, api="openai")
+        try:
+            await over_or_left(request, job)
+            return JSONResponse(_result(job))
+        finally:
+            jobs.forget(job)
+
+    @router.post("/images/generations")
+    async def generations(request: Request, body: Generation) -> Response:
+        """Draw pictures from a prompt."""
+        return await answer(request, "image_generation", body, openai_wish(body, catalog))
+
+    @router.post("/images/edits", openapi_extra=FORM)
+    async def edits(request: Request) -> Response:
+        """Paint a picture anew, where its mask is transparent, or as a whole."""
+        body, files = await read_form(request, limits)
+        wish = openai_wish(body, catalog)
+        image, mask = files.get("image"), files.get("mask")
+        if image is None:
+            raise BadRequestError("image is missing; send the picture to edit", param="image")
+        fields = {"mask_blur": 0.0, **wish.fields}
+        wish = replace(wish, fields=fields, image=image, mask=mask, mask_by_alpha=True)
+        return await answer(request, "image_edit", body, wish)
+
+    @router.post("/images/variations", openapi_extra=FORM)
+    async def variations(request: Request) -> Response:
+        """Draw over a picture with an empty prompt."""
+        body, files = await read_form(request, limits)
+        if "image" not in files:
+            raise BadRequestError("image is missing; send the picture to vary", param="image")
+        wish = replace(openai_wish(body, catalog), image=files["image"])
+        return await answer(request, "image_generation", body, wish)
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        """List the models of this server."""
+        return {"object": "list", "data": [_model(name, started) for name in catalog.models]}
+
+    @router.get("/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        """Say whether there is a model."""
+        return _model(catalog.model(name), started)
+
+    return router
+
+
+def openai_wish(body: OpenAIFields, catalog: Catalog) -> Wish:
+    """Return what a body wishes, without its pictures. Raises RefusalError."""
+    if body.response_format not in (None, "b64_json"):
+        raise BadRequestError(
+            "response_format must be b64_json; no picture is kept here for a URL to lead to",
+            param="response_format",
+        )
+    if body.background == "transparent":
+        raise BadRequestError("background cannot be transparent here", param="background")
+    fields = {"prompt": body.prompt, **body.of_request()}
+    if body.n is not None:
+        fields["num_images_per_prompt"] = body.n
+    if body.size not in (None, "auto"):
+        size = SIZE.fullmatch(body.size or "")
+        if size is None:
+            raise BadRequestError(
+                f"size is {body.size!r:.60}; give WIDTHxHEIGHT, such as 512x512, or auto",
+                param="size",
+            )
+        fields["width"], fields["height"] = int(size[1]), int(size[2])
+    partials = check_whole("partial_images", body.partial_images or 0, 0, MOST_PARTIALS)
+    quality = 95 if body.output_compression is None else body.output_compression
+    every = 0
+    if body.stream and partials:
+        every = max(1, (body.num_inference_steps or DEFAULT_STEPS) // (partials + 1))
+    return Wish(
+        fields=fields,
+        model=catalog.model(body.model),
+        loras=catalog.adapters(body.loras),
+        exact=body.exact,
+        preview_every=every,
+        format=file_format(body.output_format or "png", "output_format"),
+        quality=max(check_whole("output_compression", quality, 0, 100), 1),
+    )
+
+
+async def read_form(request: Request, limits: Limits) -> tuple[OpenAIFields, dict[str, bytes]]:
+    """Return the fields and the files of a form. Raises BadRequestError."""
+    bounds = {"max_files": limits.files, "max_fields": limits.fields}
+    try:
+        form = await request.form(**bounds, max_part_size=limits.body_bytes)
+    except (MultiPartException, ValueError):
+        raise BadRequestError("the form cannot be read, or has too many parts") from None
+    except Exception as error:  # Starlette's, for an application within it
+        if getattr(error, "status_code", None) != 400:
+            raise
+        raise BadRequestError("the form cannot be read, or has too many parts") from None
+    try:
+        fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
+        try:
+            body = OpenAIFields.model_validate(fields)
+        except ValidationError as error:
+            raise invalid(error.errors()) from None
+        return body, await _files(form)
+    finally:
+        await form.close()
+
+
+async def _files(form: FormData) -> dict[str, bytes]:
+    """Return the picture and the mask of a form; of several pictures none can be left out."""
+    files: dict[str, bytes] = {}
+    for name, value in form.multi_items():
+        if not isinstance(value, UploadFile):
+            if name in FILES:
+                raise BadRequestError(
+                    f"{name} is a text; send the file itself, nothing is fetched", param="image"
+                )
+            continue
+        key = name.removesuffix("[]")
+        if name not in FILES or key in files:
+            raise BadRequestError("one image is taken, and one mask beside it", param="image")
+        files[key] = await value.read()
+    return files
+
+
+async def over_or_left(request: Request, job: Job) -> None:
+    """Wait until a job is over or its client has left, whichever comes first.
+
+    Raises the job's error, and RefusalError where nobody reads the answer.
+    """
+    over = asyncio.ensure_future(job.over())
+    left = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({over, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not over.done():
+            raise RefusalError("the client has left", code="client_left")
+        over.result()
+    finally:
+        over.cancel()
+        left.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _result(job: Job) -> dict[str, Any]:
+    """Return the answer of a finished job, as OpenAI's clients read it."""
+    pictures = [
+        {
+            "b64_json": base64.b64encode(picture.data).decode(),
+            "seed": picture.settings.get("seed"),
+            "batched": picture.batched,
+        }
+        for picture in job.pictures
+    ]
+    return {"created": int(time.time()), "data": pictures, **_told(job), "usage": NO_TOKENS}
+
+
+def _told(job: Job) -> dict[str, Any]:
+    settings = job.pictures[0].settings
+    size = f"{settings.get('width', 0)}x{settings.get('height', 0)}"
+    return {
+        "output_format": job.wish.format.lower(),
+        "size": size,
+        "background": "opaque",
+        "quality": "auto",
+    }
+
+
+async def _events(job: Job, kind: str, body: OpenAIFields) -> AsyncIterator[bytes]:
+    """Yield a job's previews and pictures as OpenAI's streams have them."""
+    partials, most = 0, body.partial_images or 0
+    async for told in job.told():
+        if told.name == "preview" and partials < most:
+            data = {
+                "type": f"{kind}.partial_image",
+                "b64_json": base64.b64encode(told.blob).decode(),
+                "partial_image_index": partials,
+                "created_at": int(time.time()),
+                **_told(job),
+                "output_format": "jpeg",
+            }
+            partials += 1
+            yield event(f"{kind}.partial_image", data)
+    if job.error is not None:
+        yield event("error", error_body(job.error))
+        return
+    for picture in job.pictures:
+        data = {
+            "type": f"{kind}.completed",
+            "b64_json": base64.b64encode(picture.data).decode(),
+            "created_at": int(time.time()),
+            **_told(job),
+            "usage": NO_TOKENS,
+        }
+        yield event(f"{kind}.completed", data)
+
+
+def _model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "latentrt"}

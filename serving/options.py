@@ -1,0 +1,183 @@
+"""The options of `latentrt serve`, and what is found by them before anything listens."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import RequestError
+from engine.model import find_model, shipped_models
+from runtime.options import add_engine_options
+from serving.addresses import is_loopback
+from serving.child import EngineSettings
+from serving.keys import Keys
+from serving.limits import Limits
+from serving.studio import NAME, check_names
+from serving.turns import ROWS
+
+HOST, PORT = "127.0.0.1", 7860
+ADAPTERS = ".safetensors"
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser; prog: what the usage calls the command."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Serve pictures over HTTP: OpenAI's Images API and a native one."
+    )
+    _add_models(parser.add_argument_group("what is drawn with"))
+    _add_doors(parser.add_argument_group("who may come in"))
+    _add_work(parser.add_argument_group("how much is taken on"))
+    return parser
+
+
+def _add_models(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "-m",
+        "--model",
+        dest="models",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a model and the name that requests know it by, or one that ships; may be given "
+        "several times, and the first is drawn with where none is named (default: pictogram)",
+    )
+    group.add_argument(
+        "--lora-dir",
+        type=Path,
+        metavar="FOLDER",
+        help=f"whose {ADAPTERS} files requests may name, without that ending",
+    )
+    group.add_argument(
+        "--keep",
+        type=int,
+        default=3,
+        metavar="N",
+        help="models with their adapters that stay loaded (default: %(default)s)",
+    )
+    add_engine_options(group)
+
+
+def _add_doors(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--host", default=HOST, help="the address to listen on (default: %(default)s)")
+    add("--port", type=int, default=PORT, help="(default: %(default)s)")
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="lines of NAME:SHA256, a hash for each key; needed beyond this machine",
+    )
+    add("--open", action="store_true", help="let everybody in, from other machines too")
+    add(
+        "--allow-host",
+        dest="hosts",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that this server is called by, such as a proxy's",
+    )
+    add(
+        "--allow-origin",
+        dest="origins",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="a site whose pages may use this server, such as https://app.example",
+    )
+
+
+def _add_work(group: argparse._ArgumentGroup) -> None:
+    limits = Limits()
+    add = group.add_argument
+    add(
+        "--rows",
+        type=int,
+        default=ROWS,
+        metavar="N",
+        help="pictures at most in one step; fewer finish sooner, more begin sooner "
+        "(default: %(default)s)",
+    )
+    add(
+        "--max-queue",
+        type=int,
+        default=limits.jobs,
+        metavar="N",
+        help="unfinished requests, beyond which others are refused (default: %(default)s)",
+    )
+    add(
+        "--max-queue-seconds",
+        type=float,
+        default=limits.queue_seconds,
+        metavar="S",
+        help="of unfinished work, beyond which others are refused (default: %(default)s)",
+    )
+
+
+def read_keys(options: argparse.Namespace) -> Keys | None:
+    """Return the keys. Raises RequestError where strangers could come in without one."""
+    if options.api_key_file is not None:
+        return Keys.read(options.api_key_file)
+    if not is_loopback(options.host) and not options.open:
+        raise RequestError(
+            f"--host {options.host} lets other machines in; give --api-key-file with the keys of "
+            "those who may, or --open to let everybody in"
+        )
+    return None
+
+
+def engine_settings(options: argparse.Namespace) -> EngineSettings:
+    """Return what the engine draws with. Raises RequestError or ModelError."""
+    for name, least in (("rows", 1), ("keep", 1), ("max_queue", 1), ("port", 0)):
+        if getattr(options, name) < least:
+            option = name.replace("_", "-")
+            raise RequestError(f"--{option} is {getattr(options, name)}; give {least} or more")
+    if not options.max_queue_seconds > 0:
+        raise RequestError(f"--max-queue-seconds is {options.max_queue_seconds}; give more than 0")
+    return EngineSettings(
+        models=find_models(options.models or ["pictogram"]),
+        loras={} if options.lora_dir is None else find_adapters(options.lora_dir),
+        backend=options.backend,
+        precision=options.precision,
+        threads=options.threads,
+        build_missing=options.build_missing,
+        graphs=None if options.graphs is None else str(options.graphs.resolve()),
+        rows=options.rows,
+        keep=options.keep,
+        limits=Limits(jobs=options.max_queue, queue_seconds=options.max_queue_seconds),
+    )
+
+
+def find_models(given: Sequence[str]) -> dict[str, str]:
+    """Return models' paths by their names. Raises RequestError or ModelError."""
+    models: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals and name not in shipped_models():
+            raise RequestError(
+                f"--model {text} has no name; write NAME={text}, by which requests will know it"
+            )
+        check_names([name])
+        if name in models:
+            raise RequestError(f"two models are called {name}; give one another name")
+        models[name] = str(find_model(path).resolve()) if equals else name
+    return models
+
+
+def find_adapters(folder: Path) -> dict[str, str]:
+    """Return the adapters of a folder by their names; says which files are none.
+
+    What a link leads to outside of the folder is left out. Raises RequestError.
+    """
+    if not folder.is_dir():
+        raise RequestError(f"--lora-dir {folder} is no folder")
+    found: dict[str, str] = {}
+    inside = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() != ADAPTERS:
+            continue
+        if not NAME.fullmatch(path.stem) or path.resolve().parent != inside:
+            why = "it lies elsewhere" if NAME.fullmatch(path.stem) else "requests cannot name it"
+            print(f"note: {path} is left out ({why})", file=sys.stderr)
+            continue
+        found[path.stem] = str(path.resolve())
+    return found

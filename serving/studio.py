@@ -1,0 +1,257 @@
+"""Studios: the models that a server draws with, and what it does with one, stage by stage.
+
+A model with a set of adapters is a pipeline of its own: their weights are bound to engines, so no
+two sets share a call. Small parts are opened again for each; large ones read their weights where
+the file is mapped, whatever number of pipelines read them.
+"""
+
+import io
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.adapters.choice import AdapterChoice
+from engine.backends.settings import DEFAULT
+from engine.errors import BackendError, RequestError
+from runtime.conditioning.syntax import schedule
+from runtime.conditioning.tokenizer import make_chunks
+from runtime.denoising.rows import Row, rows_of, step_rows
+from runtime.images.files import encode_image, program_version
+from runtime.images.previews import Preview, probe
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+from serving.limits import Limits
+from serving.wish import DEFAULT_STEPS, Wish
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+PREVIEW_QUALITY = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A finished picture: its file, and what makes it again."""
+
+    data: bytes
+    settings: Mapping[str, Any]
+
+
+class Sketch(Protocol):
+    """A picture on its way, as the engine's loop sees it."""
+
+    @property
+    def bucket(self) -> Hashable:
+        """Those with an equal one may be stepped together."""
+        ...
+
+    @property
+    def calls(self) -> int:
+        """How many steps were made, all runs together."""
+        ...
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        ...
+
+    @property
+    def run_is_over(self) -> bool:
+        """Whether another run must be entered, or the picture is done."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left."""
+        ...
+
+    def enter(self) -> None:
+        """Begin the next run; takes longer than a step."""
+        ...
+
+    def preview(self) -> Callable[[], bytes]:
+        """Return what draws a JPEG of what the picture is about to become, on any thread."""
+        ...
+
+    def finish(self) -> Drawn:
+        """Decode the finished picture and make its file."""
+        ...
+
+
+class Studio(Protocol):
+    """What draws: the loop's only way to a model, so that it can be tested without one."""
+
+    def sketches(self, wish: Wish) -> Sequence[Sketch]:
+        """Encode a wish's texts; return its pictures, none begun. Raises RequestError."""
+        ...
+
+    def step(self, sketches: Sequence[Any]) -> None:
+        """Make the next step of several of one bucket, or of none of them."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class RowSketch:
+    """A row of a pipeline."""
+
+    row: Row
+    pipeline: Pipeline
+    preview_map: Preview
+    wish: Wish
+    exact: bool
+
+    @property
+    def bucket(self) -> Hashable:
+        """As `Sketch` says; a row that neighbours would change has one of its own."""
+        alone = id(self) if self.wish.exact or (self.exact and self.row.is_sensitive) else None
+        return id(self.pipeline), self.row.bucket, alone
+
+    @property
+    def calls(self) -> int:
+        """As `Sketch` says."""
+        return self.row.calls
+
+    @property
+    def total(self) -> int:
+        """As `Sketch` says."""
+        return self.row.total
+
+    @property
+    def run_is_over(self) -> bool:
+        """As `Sketch` says."""
+        return self.row.run_is_over
+
+    @property
+    def is_done(self) -> bool:
+        """As `Sketch` says."""
+        return self.row.is_done
+
+    def enter(self) -> None:
+        """As `Sketch` says."""
+        self.row.enter(self.pipeline.start)
+
+    def preview(self) -> Callable[[], bytes]:
+        """As `Sketch` says; by the linear map that was fitted when the model was loaded."""
+        denoised = self.row.denoised(self.pipeline.schedule)
+
+        def draw() -> bytes:
+            (image,) = self.preview_map.draw(denoised(), self.pipeline.model.vae.compression)
+            file = io.BytesIO()
+            image.save(file, format="JPEG", quality=PREVIEW_QUALITY)
+            return file.getvalue()
+
+        return draw
+
+    def finish(self) -> Drawn:
+        """As `Sketch` says. Raises BackendError for latents that are no numbers."""
+        latents = self.row.latents
+        if not np.isfinite(latents).all():
+            raise BackendError("the model gave latents that are no numbers")
+        plan = self.row.plan
+        (image,) = self.pipeline.finish(plan, self.pipeline.decode(latents))
+        chosen = self.pipeline.engines
+        settings = {
+            **plan.settings[0],
+            "model": self.wish.model,
+            "loras": [f"{name}:{weight:g}" for name, weight in self.wish.loras],
+            "backend": chosen.settings.backend or DEFAULT,
+            "precision": chosen.precision,
+            "latentrt": program_version(),
+        }
+        data = encode_image(image, self.wish.format, settings, quality=self.wish.quality)
+        return Drawn(data=data, settings=settings)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Models:
+    """The operator's models and adapters by name, loaded when they are first asked for.
+
+    models, loras: files and folders by the names that requests know them by
+    load: makes a pipeline of a model's name or path
+    keep: pipelines that stay loaded; pictures on their way keep theirs beyond that
+    """
+
+    models: Mapping[str, str | Path]
+    loras: Mapping[str, Path]
+    load: Callable[[str | Path], Pipeline]
+    limits: Limits
+    keep: int = 3
+    _open: "OrderedDict[Hashable, tuple[Pipeline, Preview]]" = field(default_factory=OrderedDict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def sketches(self, wish: Wish) -> list[RowSketch]:
+        """As `Studio` says."""
+        pipeline, preview_map = self._pipeline(wish)
+        request = wish.request()
+        check_chunks(pipeline, request, self.limits.chunks)
+        plan = pipeline.plan(request)
+        chosen = pipeline.engines
+        exact = (chosen.settings.backend or DEFAULT, chosen.precision) == ("cpu", "float32")
+        return [RowSketch(row, pipeline, preview_map, wish, exact) for row in rows_of(plan)]
+
+    def step(self, sketches: Sequence[RowSketch]) -> None:
+        """As `Studio` says."""
+        step_rows([sketch.row for sketch in sketches], sketches[0].pipeline.engine)
+
+    def warm(self, model: str) -> None:
+        """Load a model and run each of its parts once, so that the first request waits for none."""
+        wish = Wish(fields={"prompt": "", "num_inference_steps": 1, "seed": 0}, model=model)
+        (sketch,) = self.sketches(wish)
+        sketch.enter()
+        while not sketch.is_done:
+            self.step([sketch])
+        sketch.finish()
+
+    def _pipeline(self, wish: Wish) -> tuple[Pipeline, Preview]:
+        """Return a model with its adapters, loading it if it is not."""
+        key = (wish.model, tuple(wish.loras))
+        with self._lock:
+            if key not in self._open:
+                pipeline = self.load(self.models[wish.model])
+                pipeline.set_loras(
+                    [
+                        AdapterChoice(path=self.loras[name], unet=weight, text_encoder=weight)
+                        for name, weight in wish.loras
+                    ]
+                )
+                latents = probe(pipeline.model.vae.latent_channels)
+                self._open[key] = pipeline, Preview.fit(latents, pipeline.decode(latents))
+            self._open.move_to_end(key)
+            while len(self._open) > self.keep:
+                self._open.popitem(last=False)
+            return self._open[key]
+
+
+def check_chunks(pipeline: Pipeline, request: Request, most: int) -> None:
+    """Refuse texts that would keep the text encoder long: every version of each, in chunks.
+
+    Raises RequestError.
+    """
+    prompts, _ = request.composed()
+    texts = [text for group in prompts for text in group]
+    texts += request.written(request.negative_prompts)
+    steps = request.num_inference_steps or DEFAULT_STEPS
+    versions = {version for text in texts for _, version in schedule(text, steps)}
+    if len(versions) > most:
+        raise RequestError(f"the prompt has {len(versions)} versions; up to {most} are taken")
+    tokenizer = next(iter(pipeline.encoder.tokenizers.values()))
+    longest = max(len(make_chunks(version, tokenizer)) for version in versions)
+    if len(versions) * longest > most:
+        raise RequestError(
+            f"the prompts are {len(versions) * longest} chunks of 75 tokens, every version as long "
+            f"as the longest; up to {most} are taken"
+        )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names that a request or a metric could not bear. Raises RequestError."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise RequestError(
+                f"{name!r} is no name for a model or an adapter; take letters, digits, '.', '-' "
+                "and '_', up to 100"
+            )

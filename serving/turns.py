@@ -1,0 +1,59 @@
+"""Which rows the next call of the step engine draws.
+
+A call takes rows of one bucket. The bucket of the oldest row is next, unless another would then
+wait more turns than it may: `PATIENCE` turns at most, which can be kept as long as there are no
+more buckets than that.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol, TypeVar
+
+PATIENCE = 16  # turns that a bucket may be passed over, one after the other
+ROWS = 8
+
+
+class Waiting(Protocol):
+    """A row that waits for its next call; bucket: what it has in common with others of a call."""
+
+    @property
+    def bucket(self) -> Hashable:
+        """Rows with an equal one may share a call."""
+        ...
+
+
+AnyWaiting = TypeVar("AnyWaiting", bound=Waiting)
+
+
+class Turns:
+    """Chooses rows turn by turn, and counts how long every bucket has waited.
+
+    rows: at most in a call
+    """
+
+    def __init__(self, rows: int = ROWS, patience: int = PATIENCE) -> None:
+        self.rows = rows
+        self.patience = patience
+        self._waited: dict[Hashable, int] = {}
+
+    def choose(self, waiting: Sequence[AnyWaiting]) -> list[AnyWaiting]:
+        """Return the rows of the next call; waiting: at least one, the oldest first."""
+        buckets: dict[Hashable, list[AnyWaiting]] = {}
+        for row in waiting:
+            buckets.setdefault(row.bucket, []).append(row)
+        waited = {bucket: self._waited.get(bucket, 0) for bucket in buckets}
+        chosen = self._next(list(buckets), waited)
+        self._waited = {b: 0 if b == chosen else turns + 1 for b, turns in waited.items()}
+        return buckets[chosen][: self.rows]
+
+    def _next(self, buckets: Sequence[Hashable], waited: dict[Hashable, int]) -> Hashable:
+        """Return the oldest row's bucket, or the most pressing where that could come too late.
+
+        After this turn every other bucket has one turn less, and one bucket is drawn a turn: in
+        the order of what is left to them, the i-th must have i turns left.
+        """
+        oldest, *others = buckets
+        pressing = sorted(others, key=lambda bucket: waited[bucket], reverse=True)
+        left = (self.patience - waited[bucket] for bucket in pressing)
+        if any(turns <= place for place, turns in enumerate(left)):
+            return pressing[0]
+        return oldest

@@ -1,0 +1,176 @@
+"""A wish: what a caller wants drawn, in numbers, texts and bytes that can go to another process."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
+
+from PIL import Image
+
+from engine.errors import RequestError
+from runtime.request import Hires, Request
+from serving.errors import BadRequestError, TooLargeError
+from serving.limits import Limits
+from serving.uploads import decode, size_of, transparency_as_mask
+
+PIXELS = 512 * 512  # of the picture whose step is one unit of work
+GROUPS = 2
+# Control characters, which a picture's file could not keep as text, and halves of characters.
+NO_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+DEFAULT_STEPS = 20  # for an estimate, where neither request nor model says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """A request as it goes to the engine; the seeds are drawn, so it is the same picture always.
+
+    fields: of `runtime.request.Request`, as JSON has them, without image and mask
+    image, mask: files as they were sent, checked by their headers
+    mask_by_alpha: whether transparency of the mask, or of the image where there is no mask, says
+        where to paint, as in OpenAI's API; a mask without any is white there, as everywhere here
+    model: a name of the operator's; loras: names with weights
+    exact: whether every step is computed alone
+    preview_every: steps between previews, 0 for none
+    format: "PNG", "JPEG" or "WEBP"; quality: 1 to 100, of the latter two
+    """
+
+    fields: Mapping[str, Any]
+    model: str
+    image: bytes | None = field(default=None, repr=False)
+    mask: bytes | None = field(default=None, repr=False)
+    mask_by_alpha: bool = False
+    loras: Sequence[tuple[str, float]] = ()
+    exact: bool = False
+    preview_every: int = 0
+    format: str = "PNG"
+    quality: int = 95
+
+    def request(self) -> Request:
+        """Make the request of the runtime; decodes the pictures.
+
+        Raises RequestError, and BadRequestError for a picture that is not whole.
+        """
+        image = None if self.image is None else decode("image", self.image)
+        mask = None if self.mask is None else decode("mask", self.mask)
+        if self.mask_by_alpha and image is not None:
+            mask = transparency_as_mask(image if mask is None else mask) or mask
+            image = image.convert("RGB")  # what is transparent in it keeps its colours
+        return _request(self.fields, image, mask)
+
+    def checked(self, limits: Limits) -> Self:
+        """Return the wish with its seeds drawn.
+
+        Raises RequestError for what no model could draw; BadRequestError or TooLargeError
+        beyond a limit.
+        """
+        sizes = {
+            name: size_of(name, data, limits.upload_pixels)
+            for name, data in (("image", self.image), ("mask", self.mask))
+            if data is not None
+        }
+        stand_in = Image.new("1", (8, 8)) if self.image is not None else None
+        request = _request(self.fields, stand_in, stand_in if self.mask else None)
+        drawn = replace(self, fields={**self.fields, "seed": request.draw_seeds()})
+        _check(request, sizes, limits, self)
+        if drawn.work > limits.work:
+            raise TooLargeError(
+                f"the request is {drawn.work:.0f} steps of 512 x 512 pixels' work, all pictures "
+                f"together; up to {limits.work:.0f} are taken"
+            )
+        return drawn
+
+    @cached_property
+    def count(self) -> int:
+        """How many pictures it is."""
+        return int(self.fields.get("num_images_per_prompt") or 1)
+
+    @cached_property
+    def work(self) -> float:
+        """About what it takes, all pictures together, in guided steps of 512 by 512 pixels."""
+        given = self.fields
+        sides = [given.get(name) for name in ("height", "width")]
+        if None in sides and self.image is not None:
+            sides = list(size_of("image", self.image, 2**62))
+        pixels = float(sides[0] or 512) * float(sides[1] or 512)
+        steps = float(given.get("num_inference_steps") or DEFAULT_STEPS)
+        parts = str(given.get("prompt", "")).count("AND") + 1
+        groups = 1 + parts + (given.get("negative_scale") is not None)
+        work = steps * pixels / PIXELS * groups / GROUPS
+        if hires := given.get("hires"):
+            again = float(hires.get("num_inference_steps") or steps) * hires.get("strength", 0.6)
+            work *= 1 + again / steps * float(hires.get("scale", 2.0)) ** 2
+        return work * self.count
+
+    def packed(self) -> tuple[bytes, list[bytes]]:
+        """Return all but the pictures as JSON, and the pictures, empty for none."""
+        head = {**asdict(replace(self, image=None, mask=None)), "image": None, "mask": None}
+        return json.dumps(head).encode(), [self.image or b"", self.mask or b""]
+
+    @classmethod
+    def unpacked(cls, head: bytes, pictures: Sequence[bytes]) -> Self:
+        """Return the wish that was packed."""
+        given = json.loads(head)
+        image, mask = (data or None for data in pictures)
+        loras = tuple((name, weight) for name, weight in given.pop("loras"))
+        return cls(**{**given, "loras": loras, "image": image, "mask": mask})
+
+
+def _request(
+    given: Mapping[str, Any], image: Image.Image | None, mask: Image.Image | None
+) -> Request:
+    fields = {**given, "image": image, "mask": mask}
+    if fields.get("hires") is not None:
+        fields["hires"] = Hires(**fields["hires"])
+    return Request(**fields)
+
+
+def _check(
+    request: Request, sizes: Mapping[str, tuple[int, int]], limits: Limits, wish: Wish
+) -> None:
+    """Refuse what is beyond a server's limits, each named by its field."""
+    if not isinstance(request.prompt, str) or not isinstance(request.negative_prompt, str):
+        raise BadRequestError("prompt and negative_prompt are one text each here", param="prompt")
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        _most(name, len(text), limits.prompt_characters, "characters")
+        if unwritable := NO_TEXT.search(text):
+            raise BadRequestError(
+                f"{name} holds the character {unwritable[0]!a}, which no file can hold", param=name
+            )
+    hires = request.hires
+    steps = {"num_inference_steps": request.num_inference_steps}
+    if hires is not None:
+        steps["hires"] = hires.num_inference_steps
+    for name, count in steps.items():
+        _most(name, count or 0, limits.steps, "steps")
+    _most("num_images_per_prompt", request.num_images_per_prompt, limits.pictures, "pictures")
+    _most("loras", len(wish.loras), limits.loras, "adapters")
+    width, height = _sides(request, sizes.get("image"))
+    for name, side in (("height", height), ("width", width)):
+        _most(name, side, limits.side, "pixels")
+    _most("size", height * width, limits.pixels, "pixels, height times width")
+    try:
+        parts, _ = request.composed()
+    except RequestError as error:
+        raise BadRequestError(str(error), param="prompt") from None
+    _most("prompt", len(parts), limits.parts, "parts joined with AND")
+
+
+def _sides(request: Request, sent: tuple[int, int] | None) -> tuple[float, float]:
+    """Return the width and height of the largest run, as far as the request says; 0 if not."""
+    width, height = sent or (0, 0)
+    if request.extend is not None:
+        left, top, right, bottom = request.extend
+        width, height = width + left + right, height + top + bottom
+    scale = 1.0 if request.hires is None else request.hires.scale
+    return (request.width or width) * scale, (request.height or height) * scale
+
+
+def _most(name: str, value: float, most: float, what: str) -> None:
+    if value > most:
+        raise BadRequestError(
+            f"{name} has {value:g} {what}; up to {most:g} are taken here",
+            code="too_much",
+            param=name,
+        )

@@ -1,0 +1,225 @@
+"""The engine as a process that dies: nothing is lost, nothing is drawn wrong, culprits fail."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import defaultdict
+
+import pytest
+
+from serving.child import EngineSettings
+from serving.limits import Limits
+from serving.loop import Order
+from serving.supervisor import ProcessEngine, Unfinished
+from serving.wish import Wish
+from tests.support.dying import COMMAND
+from tests.support.servers import load
+
+SETTINGS = EngineSettings(models={"pictogram": "pictogram"}, backend="cpu", threads=1)
+
+
+def order(job, **wishes):
+    fields = {"prompt": job, "num_inference_steps": 6, "seed": 7, **wishes}
+    return Order(job=job, wish=Wish(fields=fields, model="pictogram").checked(Limits()))
+
+
+class Watched:
+    """An engine in a process, and what it told: finished files by picture, failures by job."""
+
+    def __init__(self, settings=SETTINGS, **options):
+        self.files, self.failed, self.counts = {}, {}, defaultdict(int)
+        self.changed = threading.Condition()
+        self.engine = ProcessEngine(settings, pause=0.01, **options)
+        self.deaths = 0
+        self.engine.on_death(self.died)
+
+    def died(self):
+        self.deaths += 1
+
+    def tell(self, event):
+        with self.changed:
+            self.counts[event.kind] += 1
+            if event.kind == "finished":
+                assert (event.job, event.index) not in self.files, "told once"
+                self.files[event.job, event.index] = event.blob
+            elif event.kind == "failed":
+                self.failed[event.job] = event.data["code"]
+            self.changed.notify_all()
+
+    def wait(self, what, seconds=60):
+        with self.changed:
+            assert self.changed.wait_for(what, seconds), (self.files.keys(), self.failed)
+
+    def wait_ready(self):
+        end = time.monotonic() + 60
+        while not self.engine.is_ready and time.monotonic() < end:
+            time.sleep(0.005)
+        assert self.engine.is_ready
+
+    def kill(self, within):
+        """Kill the engine some time after it is ready, and wait until that is noticed."""
+        self.wait_ready()
+        time.sleep(random.random() * within)
+        before = self.deaths
+        os.kill(self.engine.pid, signal.SIGKILL)
+        end = time.monotonic() + 10
+        while self.deaths == before and time.monotonic() < end:
+            time.sleep(0.001)
+        assert self.deaths == before + 1
+
+    def __enter__(self):
+        self.engine.start(self.tell)
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_):
+        self.engine.stop()
+        assert self.engine._process.poll() is not None
+
+
+@pytest.fixture
+def fake():
+    with Watched(command=COMMAND) as watched:
+        yield watched
+
+
+def alone(prompt, index=0, steps=6):
+    made = {"prompt": prompt, "seed": 7 + index}
+    return b"\x89PNG\r\n\x1a\n" + repr((made, steps)).encode()
+
+
+def test_a_killed_engine_loses_nothing(fake):
+    """Killed ten times under load, a finished picture apart: every file is what it must be."""
+    random.seed(3)
+    for number in range(40):
+        fake.engine.submit(order(f"{number}", num_images_per_prompt=1 + number % 2))
+    for _ in range(10):
+        done = len(fake.files)
+        fake.wait(lambda least=done: len(fake.files) > least)
+        fake.kill(within=0.02)
+    fake.wait(lambda: len(fake.files) == 60)
+    assert fake.deaths == 10
+    assert fake.failed == {}
+    assert fake.files == {
+        (f"{n}", i): alone(f"{n}", i) for n in range(40) for i in range(1 + n % 2)
+    }
+    assert fake.engine._unfinished.orders == {}
+    assert not fake.engine._unfinished.deaths
+
+
+@pytest.mark.parametrize("prompt", ["poison", "bad text"])
+def test_only_the_culprit_fails(fake, prompt):
+    """Four rows die with it twice, are drawn one by one, and only it dies alone twice."""
+    for job in ("a", "b"):
+        fake.engine.submit(order(job, num_inference_steps=100))
+    fake.engine.submit(order("culprit", prompt=prompt))
+    for job in ("c", "d"):
+        fake.engine.submit(order(job, num_inference_steps=100))
+    fake.wait(lambda: len(fake.files) == 4 and fake.failed)
+    assert fake.failed == {"culprit": "engine_failed"}
+    assert {job for job, _ in fake.files} == {"a", "b", "c", "d"}
+    assert 3 <= fake.deaths <= 4
+    assert all(data == alone(job, steps=100) for (job, _), data in fake.files.items())
+
+
+def test_who_dies_once_is_drawn_again(fake, tmp_path):
+    job = f"once {tmp_path / 'died'}"
+    fake.engine.submit(order(job))
+    fake.wait(lambda: fake.files)
+    assert (fake.deaths, fake.failed) == (1, {})
+
+
+def test_alone_from_the_beginning_two_deaths_are_enough(fake):
+    fake.engine.submit(order("culprit", prompt="poison"))
+    fake.wait(lambda: fake.failed)
+    assert fake.deaths == 2
+    fake.wait_ready()
+    fake.engine.submit(order("next"))
+    fake.wait(lambda: fake.files)
+
+
+def test_cancelled_while_the_engine_is_dead(fake):
+    fake.engine.submit(order("long", num_inference_steps=150))
+    fake.engine.submit(order("short"))
+    os.kill(fake.engine.pid, signal.SIGKILL)
+    fake.engine.cancel("long")
+    fake.wait(lambda: fake.files)
+    assert set(fake.files) == {("short", 0)}
+    assert fake.engine._unfinished.orders == {}
+
+
+def test_a_refused_wish_fails_with_its_sentence(fake):
+    fake.engine.submit(order("refused"))
+    fake.wait(lambda: fake.failed)
+    assert fake.failed == {"refused": "invalid_request"}
+    assert fake.deaths == 0
+
+
+def test_an_engine_that_cannot_start_says_so(tmp_path, capfd):
+    (tmp_path / "model").mkdir()
+    settings = EngineSettings(models={"none": str(tmp_path / "model")})
+    watched = Watched(settings)
+    watched.engine.start(watched.tell)
+    end = time.monotonic() + 60
+    while not watched.engine.has_failed and time.monotonic() < end:
+        time.sleep(0.01)
+    assert watched.engine.has_failed
+    assert not watched.engine.is_ready
+    watched.engine.stop()
+    assert "error: " in capfd.readouterr().err
+
+
+def test_who_is_owed_what():
+    unfinished = Unfinished()
+    unfinished.add(order("a", num_images_per_prompt=2))
+    unfinished.aboard |= {("a", 0), ("a", 1)}
+    assert unfinished.died() == []
+    unfinished.aboard |= {("a", 0)}
+    assert unfinished.died() == []
+    assert unfinished.suspect == ("a", 0)
+    unfinished.done("a", 0)
+    assert unfinished.suspect is None
+    assert list(unfinished.rest("a").indices) == [1]
+    unfinished.done("a", 1)
+    assert unfinished.orders == {}
+
+
+def kill_under_load(kills, pictures):
+    """Kill the engine at random moments, at least a finished picture apart; compare every file."""
+    random.seed(5)
+    samplers = ("ddim", "euler_a", "lms", "dpmpp_2m", "unipc", "ddpm")
+    wishes = {
+        f"{n}": {"seed": n, "sampler": samplers[n % 6], "num_inference_steps": 4 + n % 7}
+        for n in range(pictures)
+    }
+    with Watched() as watched:
+        for job, wish in wishes.items():
+            watched.engine.submit(order(job, **wish))
+        for _ in range(kills):
+            done = len(watched.files)
+            watched.wait(lambda least=done: len(watched.files) > least)
+            watched.kill(within=0.3)
+        watched.wait(lambda: len(watched.files) == pictures, 300)
+        assert watched.failed == {}
+        assert watched.deaths == kills
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    with load("pictogram") as pipeline:
+        for (job, _), data in watched.files.items():
+            (image,) = pipeline(job, **wishes[job]).images
+            drawn = np.asarray(Image.open(io.BytesIO(data)))
+            np.testing.assert_array_equal(drawn, np.asarray(image), job)
+
+
+def test_the_model_that_ships_is_redrawn_bit_for_bit():
+    kill_under_load(kills=2, pictures=9)
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_no_picture():
+    kill_under_load(kills=50, pictures=500)

@@ -1,0 +1,94 @@
+"""Servers in a thread of the test's process, on a port of their own; with or without a model."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import uvicorn
+
+from engine.backends.settings import BackendSettings
+from runtime import Pipeline
+from serving.client import LocalEngine
+from serving.http.app import make_service
+from serving.http.connections import ImpatientProtocol
+from serving.http.doors import Doors
+from serving.http.fields import Catalog
+from serving.limits import Limits
+from serving.loop import Loop
+from serving.server import listen_on
+from serving.studio import Models
+from tests.support.studios import FakeStudio
+
+CATALOG = Catalog(models=("pictogram", "other"), loras=("ink",))
+
+
+def load(model):
+    settings = BackendSettings(backend="cpu", threads=1)
+    return Pipeline.load(model, settings=settings, precision="float32")
+
+
+def models(loras=None, limits=None):
+    return Models(
+        models={"pictogram": "pictogram", "other": "pictogram"},
+        loras=loras or {},
+        load=load,
+        limits=limits or Limits(),
+    )
+
+
+class SlowStudio(FakeStudio):
+    """One whose steps take real time."""
+
+    def __init__(self, seconds=0.002):
+        super().__init__(texts_cost=0.0)
+        self.seconds = seconds
+
+    def step(self, sketches):
+        time.sleep(self.seconds)
+        super().step(sketches)
+
+
+class Running:
+    """A server that runs: where it is, and what it is made of."""
+
+    def __init__(self, url, service, loops):
+        self.url, self.service, self.loops = url, service, loops
+
+    @property
+    def loop(self):
+        return self.loops[-1]
+
+
+@contextmanager
+def serving(studio, *, keys=None, limits=None, catalog=CATALOG, names=(), origins=(), rows=8):
+    """Serve with a studio until the end of the `with`."""
+    loops = []
+
+    def make(tell):
+        loops.append(Loop(studio, tell, rows=rows))
+        return loops[-1]
+
+    doors = Doors.of("127.0.0.1", names, origins, keys)
+    service = make_service(LocalEngine(make), catalog, doors, limits=limits, rows=rows)
+    with listening(service) as url:
+        yield Running(url, service, loops)
+
+
+@contextmanager
+def listening(service):
+    """Let a service listen; yields its URL."""
+    config = uvicorn.Config(
+        service.app, log_config=None, access_log=False, ws="none", http=ImpatientProtocol
+    )
+    server, listener = uvicorn.Server(config), listen_on("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server has ended"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
