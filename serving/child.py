@@ -17,17 +17,17 @@ from typing import Any, BinaryIO, Protocol, Self
 from engine.backends.settings import BackendSettings, ComputePrecision
 from engine.errors import LatentrtError
 from runtime.pipeline import Pipeline
+from serving.bucket_scheduler import ROWS
 from serving.events import Event
 from serving.frames import of_event, read_frame, to_order, write_frame
 from serving.limits import Limits
 from serving.loop import Loop
-from serving.studio import Models, Studio
-from serving.turns import ROWS
+from serving.model_runner import ModelRunner, Models
 
 FAILED = 3  # exit status: a model cannot be loaded, which another try would not change
 
 
-class WarmStudio(Studio, Protocol):
+class WarmModelRunner(ModelRunner, Protocol):
     """What draws, once it is warm."""
 
     def warm(self, model: str) -> None:
@@ -63,7 +63,7 @@ class EngineSettings:
         """Return the settings that were written."""
         return cls(**{**given, "limits": Limits(**given["limits"])})
 
-    def studio(self) -> Models:
+    def runner(self) -> Models:
         """Return what draws; nothing is loaded yet."""
         settings = BackendSettings(
             backend=self.backend, threads=self.threads, build_missing=self.build_missing
@@ -87,8 +87,8 @@ class EngineSettings:
         )
 
 
-def main(studio_of: Callable[[EngineSettings], WarmStudio] = EngineSettings.studio) -> int:
-    """Draw until the input ends; return the exit status. studio_of: makes what draws."""
+def main(runner_of: Callable[[EngineSettings], WarmModelRunner] = EngineSettings.runner) -> int:
+    """Draw until the input ends; return the exit status. runner_of: makes what draws."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the process that speaks HTTP is asked to end
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(message)s")
@@ -97,9 +97,9 @@ def main(studio_of: Callable[[EngineSettings], WarmStudio] = EngineSettings.stud
     if first is None:
         return 0
     settings = EngineSettings.from_json(first[0])
-    studio = studio_of(settings)
+    runner = runner_of(settings)
     try:
-        studio.warm(next(iter(settings.models)))
+        runner.warm(next(iter(settings.models)))
     except LatentrtError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -111,7 +111,7 @@ def main(studio_of: Callable[[EngineSettings], WarmStudio] = EngineSettings.stud
         if event.kind == "taken":  # it may kill this process: who is on board is known outside
             waiting.join()
 
-    loop = Loop(studio, tell, rows=settings.rows)
+    loop = Loop(runner, tell, rows=settings.rows)
     waiting.put(Event(kind="ready"))
     loop.start()
     while (frame := read_frame(orders)) is not None:

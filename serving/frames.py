@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from serving.events import Event
 from serving.loop import Order
-from serving.wish import Wish
+from serving.picture_request import PictureRequest
 
 MOST_OF_A_HEAD = 2**24
 
@@ -49,7 +49,7 @@ def to_event(head: Mapping[str, Any], blobs: Sequence[bytes]) -> Event:
 
 def of_order(order: Order) -> tuple[dict[str, Any], list[bytes]]:
     """Return the frame of an order."""
-    wish, pictures = order.wish.packed()
+    picture_request, pictures = order.picture_request.packed()
     head = {
         "do": "submit",
         "job": order.job,
@@ -57,11 +57,11 @@ def of_order(order: Order) -> tuple[dict[str, Any], list[bytes]]:
         "priority": order.priority,
         "indices": list(order.indices),
     }
-    return head, [wish, *pictures]
+    return head, [picture_request, *pictures]
 
 
 def to_order(head: Mapping[str, Any], blobs: Sequence[bytes]) -> Order:
     """Return the order of a frame."""
-    wish, *pictures = blobs
+    picture_request, *pictures = blobs
     fields = {name: head[name] for name in ("job", "caller", "priority", "indices")}
-    return Order(**fields, wish=Wish.unpacked(wish, pictures))
+    return Order(**fields, picture_request=PictureRequest.unpacked(picture_request, pictures))

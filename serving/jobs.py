@@ -28,7 +28,7 @@ from serving.events import Event
 from serving.limits import Limits
 from serving.loop import Order
 from serving.metrics import Metrics
-from serving.wish import Wish
+from serving.picture_request import PictureRequest
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 OVER = frozenset(("done", "failed", "cancelled"))
@@ -59,14 +59,14 @@ class DrawnPicture:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
-    """A wish on its way.
+    """A request on its way.
 
     caller: the name of the key that it came with; api: by which it came
     error: why there are no pictures
     """
 
     id: str
-    wish: Wish
+    picture_request: PictureRequest
     caller: str
     api: str
     created: float
@@ -147,38 +147,48 @@ class Jobs:
 
     def submit(
         self,
-        wish: Wish,
+        picture_request: PictureRequest,
         *,
         caller: str,
         api: str,
         priority: int = 0,
         deadline_seconds: float | None = None,
     ) -> Job:
-        """Take a wish on. Raises UnavailableError, BusyError or BadRequestError."""
+        """Take a request on. Raises UnavailableError, BusyError or BadRequestError."""
         if self.draining or not self._engine.is_ready:
             why = "the server is going down" if self.draining else "the engine is starting"
             raise UnavailableError(f"{why}; try again soon", code="not_ready", retry_after=1)
-        self.admission.admit(wish.work, caller, deadline_seconds)
+        self.admission.admit(picture_request.work, caller, deadline_seconds)
         job = Job(
             id=secrets.token_hex(ID_BYTES),
-            wish=wish,
+            picture_request=picture_request,
             caller=caller,
             api=api,
             created=self._clock(),
             priority=priority,
-            undone=wish.work,
-            pictures=[DrawnPicture() for _ in range(wish.count)],
+            undone=picture_request.work,
+            pictures=[DrawnPicture() for _ in range(picture_request.count)],
         )
         self._jobs[job.id] = job
         job.tell("queued", position=self.admission.jobs - 1, eta_s=round(self.admission.seconds, 2))
         if deadline_seconds is not None:
             loop = asyncio.get_running_loop()
             job.deadline = loop.call_later(deadline_seconds, self._expire, job)
-        self._engine.submit(Order(job=job.id, wish=wish, caller=caller, priority=priority))
+        self._engine.submit(
+            Order(job=job.id, picture_request=picture_request, caller=caller, priority=priority)
+        )
         return job
 
-    def once(self, key: str | None, body: bytes, wish: Wish, *, caller: str, **options: Any) -> Job:
-        """Submit a wish, or return the job that the same Idempotency-Key has begun.
+    def once(
+        self,
+        key: str | None,
+        body: bytes,
+        picture_request: PictureRequest,
+        *,
+        caller: str,
+        **options: Any,
+    ) -> Job:
+        """Submit a request, or return the job that the same Idempotency-Key has begun.
 
         body: what the request said, by which two are the same; options: as `submit` takes them
         Raises ConflictError where that was another request, and what `submit` does.
@@ -186,10 +196,10 @@ class Jobs:
         self._sweep()
         same = hashlib.sha256(body).digest()
         if key is None:
-            return self.submit(wish, caller=caller, **options)
+            return self.submit(picture_request, caller=caller, **options)
         known = self._by_idempotency.get((caller, key))
         if known is None or known[0] not in self._jobs:
-            job = self.submit(wish, caller=caller, **options)
+            job = self.submit(picture_request, caller=caller, **options)
             self._by_idempotency[caller, key] = job.id, same
             return job
         if known[1] != same:
@@ -258,7 +268,10 @@ class Jobs:
             job = self._jobs.get(job_id)
             if job is None or job.is_over:
                 continue
-            picture, share = job.pictures[index], job.wish.work / job.wish.count / total
+            picture, share = (
+                job.pictures[index],
+                job.picture_request.work / job.picture_request.count / total,
+            )
             picture.calls = calls
             share = min(share, job.undone)
             job.undone -= share

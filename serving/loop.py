@@ -19,12 +19,12 @@ from threading import Condition, Thread
 from typing import Any
 
 from engine.errors import RequestError
+from serving.bucket_scheduler import ROWS, BucketScheduler
 from serving.errors import RefusalError
 from serving.events import Event, Kind
 from serving.fair_queue import FairQueue
-from serving.studio import Sketch, Studio
-from serving.turns import ROWS, Turns
-from serving.wish import Wish
+from serving.model_runner import ModelRunner, UnfinishedPicture
+from serving.picture_request import PictureRequest
 
 log = logging.getLogger("latentrt.serving")
 
@@ -33,25 +33,25 @@ FAILED = "drawing this picture failed; the server's log has more under this requ
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Order:
-    """A wish in the engine: pictures of one job.
+    """A request in the engine: pictures of one job.
 
-    indices: of the wish's pictures, those that are wanted here; none for all
+    indices: of the request's pictures, those that are wanted here; none for all
     caller: whose it is; priority: among the caller's own, the higher first
     left: how many are neither finished nor failed
     """
 
     job: str
-    wish: Wish
+    picture_request: PictureRequest
     caller: str = ""
     priority: int = 0
     indices: Sequence[int] = ()
     cancelled: bool = False
-    sketches: Sequence[Sketch] | None = field(default=None, repr=False)
+    unfinished_pictures: Sequence[UnfinishedPicture] | None = field(default=None, repr=False)
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Take all pictures where none were named."""
-        self.indices = self.indices or range(self.wish.count)
+        self.indices = self.indices or range(self.picture_request.count)
         self.left = len(self.indices)
 
 
@@ -62,14 +62,14 @@ class Picture:
     order: Order
     index: int
     number: int
-    sketch: Sketch | None = None
+    unfinished: UnfinishedPicture | None = None
     batched: bool = False
 
     @property
     def bucket(self) -> Hashable:
         """Of its next step."""
-        assert self.sketch is not None
-        return self.sketch.bucket
+        assert self.unfinished is not None
+        return self.unfinished.bucket
 
     def event(self, kind: Kind, blob: bytes = b"", **data: Any) -> Event:
         """Tell something of this picture."""
@@ -77,7 +77,7 @@ class Picture:
 
 
 class Loop:
-    """Draws orders with a studio, and tells what happens.
+    """Draws orders with a runner, and tells what happens.
 
     tell: takes events, on any of the threads; must not wait
     rows: pictures at most in a step; board: at most between preparation and file
@@ -86,7 +86,7 @@ class Loop:
 
     def __init__(
         self,
-        studio: Studio,
+        runner: ModelRunner,
         tell: Callable[[Event], None],
         *,
         rows: int = ROWS,
@@ -94,10 +94,10 @@ class Loop:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.board = board or 2 * rows
-        self._studio = studio
+        self._runner = runner
         self._tell = tell
         self._clock = clock
-        self._turns = Turns(rows)
+        self._turns = BucketScheduler(rows)
         self._changed = Condition()
         self._numbers = count()
         self._orders: dict[str, Order] = {}
@@ -112,7 +112,7 @@ class Loop:
 
     def submit(self, order: Order) -> None:
         """Let an order's pictures wait."""
-        cost = order.wish.work / order.wish.count
+        cost = order.picture_request.work / order.picture_request.count
         with self._changed:
             self._orders[order.job] = order
             for index in order.indices:
@@ -156,7 +156,7 @@ class Loop:
             if picture is None:
                 return False
             self._at_work["prepare"] = [picture]
-        is_new = picture.sketch is None
+        is_new = picture.unfinished is None
         if is_new:
             self._tell(picture.event("taken"))
         try:
@@ -165,8 +165,8 @@ class Loop:
             self._fail(picture, error)
             self._hand_on("prepare", [])
             return True
-        if is_new and picture.sketch is not None and not picture.order.cancelled:
-            self._tell(picture.event("started", total=picture.sketch.total))
+        if is_new and picture.unfinished is not None and not picture.order.cancelled:
+            self._tell(picture.event("started", total=picture.unfinished.total))
         self._hand_on("prepare", [picture])
         return True
 
@@ -182,11 +182,15 @@ class Loop:
         self._call(chosen)
         ended = self._clock()
         elapsed = ended - (began if self._since is None else self._since)
-        done = [p for p in chosen if not p.order.cancelled and p.sketch is not None]
+        done = [p for p in chosen if not p.order.cancelled and p.unfinished is not None]
         for picture in done:
             picture.batched |= len(chosen) > 1
             self._keep_preview(picture)
-        rows = [[p.order.job, p.index, p.sketch.calls, p.sketch.total] for p in done if p.sketch]
+        rows = [
+            [p.order.job, p.index, p.unfinished.calls, p.unfinished.total]
+            for p in done
+            if p.unfinished
+        ]
         data = {"seconds": ended - began, "elapsed": elapsed, "rows": rows}
         self._tell(Event(kind="turn", data=data))
         self._hand_on("step", done)
@@ -247,16 +251,16 @@ class Loop:
 
     def _enter(self, picture: Picture) -> None:
         order = picture.order
-        if picture.sketch is None:
-            if order.sketches is None:
-                order.sketches = self._studio.sketches(order.wish)
-            picture.sketch = order.sketches[picture.index]
-        picture.sketch.enter()
+        if picture.unfinished is None:
+            if order.unfinished_pictures is None:
+                order.unfinished_pictures = self._runner.unfinished_pictures(order.picture_request)
+            picture.unfinished = order.unfinished_pictures[picture.index]
+        picture.unfinished.enter()
 
     def _call(self, chosen: Sequence[Picture]) -> None:
         """Step together; what fails is tried again in halves, until one alone has failed."""
         try:
-            self._studio.step([p.sketch for p in chosen])
+            self._runner.step([p.unfinished for p in chosen])
         except Exception as error:
             if len(chosen) == 1:
                 self._fail(chosen[0], error)
@@ -269,10 +273,10 @@ class Loop:
 
     def _keep_preview(self, picture: Picture) -> None:
         """Keep what the newest preview is drawn from, in place of one that still waits."""
-        every, sketch = picture.order.wish.preview_every, picture.sketch
-        assert sketch is not None
-        if every and sketch.calls % every == 0 and not sketch.is_done:
-            preview = sketch.calls, sketch.preview()
+        every, unfinished = picture.order.picture_request.preview_every, picture.unfinished
+        assert unfinished is not None
+        if every and unfinished.calls % every == 0 and not unfinished.is_done:
+            preview = unfinished.calls, unfinished.preview()
             with self._changed:
                 self._previews[picture] = preview
 
@@ -281,10 +285,10 @@ class Loop:
         with self._changed:
             self._at_work.pop(stage, None)
             for picture in pictures:
-                assert picture.sketch is not None
-                if picture.sketch.is_done:
+                assert picture.unfinished is not None
+                if picture.unfinished.is_done:
                     self._finishing.append(picture)
-                elif picture.sketch.run_is_over:
+                elif picture.unfinished.run_is_over:
                     self._entering.append(picture)
                 else:
                     self._stepping.append(picture)
@@ -293,10 +297,10 @@ class Loop:
             self._changed.notify_all()
 
     def _deliver(self, picture: Picture) -> None:
-        assert picture.sketch is not None
+        assert picture.unfinished is not None
         if picture.order.cancelled:
             return
-        order, drawn = picture.order, picture.sketch.finish()
+        order, drawn = picture.order, picture.unfinished.finish()
         with self._changed:
             order.left -= 1
             if not order.left and self._orders.get(order.job) is order:

@@ -9,11 +9,11 @@ from engine.errors import RequestError
 from engine.model import find_model, shipped_models
 from runtime.options import add_engine_options
 from serving.addresses import is_loopback
+from serving.bucket_scheduler import ROWS
 from serving.child import EngineSettings
 from serving.keys import Keys
 from serving.limits import Limits
-from serving.studio import NAME, check_names
-from serving.turns import ROWS
+from serving.model_runner import NAME, check_names
 
 HOST, PORT = "127.0.0.1", 7860
 ADAPTERS = ".safetensors"

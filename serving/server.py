@@ -10,9 +10,9 @@ from types import FrameType
 import uvicorn
 
 from engine.errors import BackendError, OutputError
+from serving.http.access import AccessRules
 from serving.http.app import Service, make_service
 from serving.http.connections import ImpatientProtocol
-from serving.http.doors import Doors
 from serving.http.fields import Catalog
 from serving.keys import Keys
 from serving.supervisor import ProcessEngine
@@ -26,7 +26,7 @@ def serve(options: argparse.Namespace, keys: Keys | None, engine: ProcessEngine)
     service = make_service(
         engine,
         Catalog(models=tuple(settings.models), loras=tuple(settings.loras)),
-        Doors.of(options.host, options.hosts, options.origins, keys),
+        AccessRules.of(options.host, options.hosts, options.origins, keys),
         limits=settings.limits,
         rows=settings.rows,
     )

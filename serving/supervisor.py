@@ -94,11 +94,11 @@ class Unfinished:
 
     def rest(self, job: str) -> Order:
         """Return an order for what is left of a job."""
-        return replace(self.orders[job], indices=list(self.left[job]), sketches=None)
+        return replace(self.orders[job], indices=list(self.left[job]), unfinished_pictures=None)
 
     def only(self, key: Key) -> Order:
         """Return an order for one picture of a job."""
-        return replace(self.orders[key[0]], indices=[key[1]], sketches=None)
+        return replace(self.orders[key[0]], indices=[key[1]], unfinished_pictures=None)
 
 
 class ProcessEngine:

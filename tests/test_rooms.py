@@ -33,7 +33,17 @@ ROOMS = {
         "__main__",
     ),
     "serving": (
-        *("errors", "limits", "uploads", "wish", "events", "fair_queue", "turns", "studio", "loop"),
+        *(
+            "errors",
+            "limits",
+            "uploads",
+            "picture_request",
+            "events",
+            "fair_queue",
+            "bucket_scheduler",
+            "model_runner",
+            "loop",
+        ),
         *("client", "admission", "metrics", "jobs", "addresses", "keys", "http"),
         *("frames", "child", "supervisor", "options", "server", "__main__"),
     ),

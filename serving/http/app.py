@@ -17,14 +17,14 @@ from engine.errors import RequestError
 from runtime.images.files import program_version
 from serving.client import EngineClient
 from serving.errors import BadRequestError, EngineFailedError, NotFoundError, RefusalError
+from serving.http.access import AccessMiddleware, AccessRules
 from serving.http.answers import refuse
 from serving.http.body import BodyReader
 from serving.http.documents import invalid
-from serving.http.doors import Doorkeeper, Doors
 from serving.http.fields import Catalog
 from serving.http.native import native_routes
 from serving.http.openai import openai_routes
-from serving.http.watch import Watcher
+from serving.http.request_log import RequestLog
 from serving.jobs import Jobs
 from serving.limits import Limits
 from serving.metrics import CONTENT_TYPE, Metrics
@@ -42,7 +42,7 @@ class Service:
 def make_service(
     engine: EngineClient,
     catalog: Catalog,
-    doors: Doors,
+    rules: AccessRules,
     *,
     limits: Limits | None = None,
     rows: int = 8,
@@ -69,8 +69,8 @@ def make_service(
     _add_state(app, engine, jobs, metrics)
     _add_refusals(app, metrics)
     guarded: ASGIApp = BodyReader(app, limits)
-    guarded = Doorkeeper(guarded, doors)
-    return Service(jobs=jobs, metrics=metrics, app=Watcher(guarded, metrics))
+    guarded = AccessMiddleware(guarded, rules)
+    return Service(jobs=jobs, metrics=metrics, app=RequestLog(guarded, metrics))
 
 
 def _add_state(app: FastAPI, engine: EngineClient, jobs: Jobs, metrics: Metrics) -> None:

@@ -1,4 +1,4 @@
-"""The fields of a request, as every API takes them, and the wish that they make."""
+"""The fields of a request, as every API takes them, and the request that they make."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import BadRequestError, NotFoundError
 from serving.limits import Limits
+from serving.picture_request import PictureRequest
 from serving.uploads import read_base64
-from serving.wish import Wish
 
 Numbers = float | list[float]
 
@@ -59,7 +59,7 @@ class DrawingFields(BaseModel):
 
 
 class Picture(DrawingFields):
-    """A wish of the native API. What it leaves out is chosen as `latentrt draw` chooses it.
+    """A request of the native API. What it leaves out is chosen as `latentrt draw` chooses it.
 
     A picture is base64 of a PNG, JPEG or WebP file; a mask is white where the image is painted
     anew. `exact` computes every step alone; `deadline_s` is how long it may take in all; a higher
@@ -157,13 +157,13 @@ def check_whole(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def native_wish(body: Picture, catalog: Catalog, limits: Limits) -> Wish:
-    """Return what a body of the native API wishes, checked. Raises RefusalError, RequestError."""
+def native_request(body: Picture, catalog: Catalog, limits: Limits) -> PictureRequest:
+    """Return what a body of the native API requests, checked. Raises RefusalError, RequestError."""
     fields = {"prompt": body.prompt, **body.of_request()}
     if body.num_images_per_prompt is not None:
         fields["num_images_per_prompt"] = body.num_images_per_prompt
     check_whole("priority", body.priority, -10, 10)
-    wish = Wish(
+    picture_request = PictureRequest(
         fields=fields,
         model=catalog.model(body.model),
         image=None if body.image is None else read_base64("image", body.image),
@@ -174,4 +174,4 @@ def native_wish(body: Picture, catalog: Catalog, limits: Limits) -> Wish:
         format=file_format(body.format, "format"),
         quality=check_whole("quality", body.quality, 1, 100),
     )
-    return wish.checked(limits)
+    return picture_request.checked(limits)

@@ -12,7 +12,7 @@ from runtime.presets import PRESETS
 from runtime.samplers import SAMPLERS, SCHEDULES
 from serving.errors import BusyError, NotFoundError
 from serving.http.documents import REFUSALS
-from serving.http.fields import Catalog, Picture, native_wish
+from serving.http.fields import Catalog, Picture, native_request
 from serving.http.sse import EventStream, event
 from serving.jobs import Job, Jobs
 from serving.limits import Limits
@@ -32,11 +32,11 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
         idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
     ) -> JSONResponse:
         """Begin a job; the same Idempotency-Key with the same body begins none twice."""
-        wish = native_wish(body, catalog, limits)
+        picture_request = native_request(body, catalog, limits)
         job = jobs.once(
             idempotency_key,
             body.model_dump_json().encode(),
-            wish,
+            picture_request,
             caller=request.state.caller,
             api="native",
             priority=body.priority,
@@ -92,7 +92,7 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
         job = jobs.find(job_id, request.state.caller)
         if not 0 <= index < len(job.pictures) or not job.pictures[index].data:
             raise NotFoundError("that picture is not drawn", code="picture_not_found")
-        return Response(job.pictures[index].data, media_type=MEDIA[job.wish.format])
+        return Response(job.pictures[index].data, media_type=MEDIA[job.picture_request.format])
 
     @router.get("/capabilities")
     async def capabilities() -> dict[str, Any]:
@@ -121,13 +121,13 @@ def describe(job: Job) -> dict[str, Any]:
     told: dict[str, Any] = {
         "id": job.id,
         "state": job.state,
-        "model": job.wish.model,
+        "model": job.picture_request.model,
         "pictures": [
             {
                 "index": index,
                 "step": picture.calls,
                 "total": picture.total,
-                "seed": job.wish.fields["seed"][index],
+                "seed": job.picture_request.fields["seed"][index],
                 "batched": picture.batched,
                 "settings": picture.settings or None,
                 "image": f"/api/v1/pictures/{job.id}/image/{index}" if picture.data else None,

@@ -31,7 +31,7 @@ from serving.http.fields import (
 from serving.http.sse import EventStream, event
 from serving.jobs import Job, Jobs
 from serving.limits import Limits
-from serving.wish import DEFAULT_STEPS, Wish
+from serving.picture_request import DEFAULT_STEPS, PictureRequest
 
 SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 NO_TOKENS = {
@@ -48,13 +48,15 @@ def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) ->
     """Return the routes; started: when the server was, in seconds of the epoch."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=REFUSALS)
 
-    async def answer(request: Request, kind: str, body: OpenAIFields, wish: Wish) -> Response:
-        wish = wish.checked(limits)
+    async def answer(
+        request: Request, kind: str, body: OpenAIFields, picture_request: PictureRequest
+    ) -> Response:
+        picture_request = picture_request.checked(limits)
         if body.stream:
-            job = jobs.submit(wish, caller=request.state.caller, api="openai")
+            job = jobs.submit(picture_request, caller=request.state.caller, api="openai")
             events = _events(job, kind, body)
             return EventStream(events, left=lambda: jobs.forget(job))
-        job = jobs.submit(wish, caller=request.state.caller, api="openai")
+        job = jobs.submit(picture_request, caller=request.state.caller, api="openai")
         try:
             await over_or_left(request, job)
             return JSONResponse(_result(job))
@@ -64,19 +66,21 @@ def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) ->
     @router.post("/images/generations")
     async def generations(request: Request, body: Generation) -> Response:
         """Draw pictures from a prompt."""
-        return await answer(request, "image_generation", body, openai_wish(body, catalog))
+        return await answer(request, "image_generation", body, openai_request(body, catalog))
 
     @router.post("/images/edits", openapi_extra=FORM)
     async def edits(request: Request) -> Response:
         """Paint a picture anew, where its mask is transparent, or as a whole."""
         body, files = await read_form(request, limits)
-        wish = openai_wish(body, catalog)
+        picture_request = openai_request(body, catalog)
         image, mask = files.get("image"), files.get("mask")
         if image is None:
             raise BadRequestError("image is missing; send the picture to edit", param="image")
-        fields = {"mask_blur": 0.0, **wish.fields}
-        wish = replace(wish, fields=fields, image=image, mask=mask, mask_by_alpha=True)
-        return await answer(request, "image_edit", body, wish)
+        fields = {"mask_blur": 0.0, **picture_request.fields}
+        picture_request = replace(
+            picture_request, fields=fields, image=image, mask=mask, mask_by_alpha=True
+        )
+        return await answer(request, "image_edit", body, picture_request)
 
     @router.post("/images/variations", openapi_extra=FORM)
     async def variations(request: Request) -> Response:
@@ -84,8 +88,8 @@ def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) ->
         body, files = await read_form(request, limits)
         if "image" not in files:
             raise BadRequestError("image is missing; send the picture to vary", param="image")
-        wish = replace(openai_wish(body, catalog), image=files["image"])
-        return await answer(request, "image_generation", body, wish)
+        picture_request = replace(openai_request(body, catalog), image=files["image"])
+        return await answer(request, "image_generation", body, picture_request)
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -100,8 +104,8 @@ def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) ->
     return router
 
 
-def openai_wish(body: OpenAIFields, catalog: Catalog) -> Wish:
-    """Return what a body wishes, without its pictures. Raises RefusalError."""
+def openai_request(body: OpenAIFields, catalog: Catalog) -> PictureRequest:
+    """Return what a body requests, without its pictures. Raises RefusalError."""
     if body.response_format not in (None, "b64_json"):
         raise BadRequestError(
             "response_format must be b64_json; no picture is kept here for a URL to lead to",
@@ -125,7 +129,7 @@ def openai_wish(body: OpenAIFields, catalog: Catalog) -> Wish:
     every = 0
     if body.stream and partials:
         every = max(1, (body.num_inference_steps or DEFAULT_STEPS) // (partials + 1))
-    return Wish(
+    return PictureRequest(
         fields=fields,
         model=catalog.model(body.model),
         loras=catalog.adapters(body.loras),
@@ -214,7 +218,7 @@ def _told(job: Job) -> dict[str, Any]:
     settings = job.pictures[0].settings
     size = f"{settings.get('width', 0)}x{settings.get('height', 0)}"
     return {
-        "output_format": job.wish.format.lower(),
+        "output_format": job.picture_request.format.lower(),
         "size": size,
         "background": "opaque",
         "quality": "auto",

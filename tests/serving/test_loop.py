@@ -1,4 +1,4 @@
-"""The engine's loop on a studio without a model: stages, turns, shares, cancelling, failures."""
+"""The engine's loop on a runner without a model: stages, turns, shares, cancelling, failures."""
 
 import random
 import threading
@@ -7,29 +7,33 @@ from collections import Counter
 import pytest
 
 from engine.errors import BackendError
+from serving.bucket_scheduler import MAX_TURNS_WAITED, BucketScheduler
 from serving.fair_queue import FairQueue
 from serving.limits import Limits
 from serving.loop import Loop, Order
-from serving.turns import PATIENCE, Turns
-from serving.wish import Wish
-from tests.support.studios import FakeStudio
+from serving.picture_request import PictureRequest
+from tests.support.model_runners import FakeModelRunner
 
 STEPS = 6
 
 
-def order(job, caller="", priority=0, **wishes):
-    extra = {name: wishes.pop(name) for name in ("exact", "preview_every") if name in wishes}
-    fields = {"prompt": job, "num_inference_steps": STEPS, "seed": 7, **wishes}
-    wish = Wish(fields=fields, model="fake", **extra).checked(Limits())
-    return Order(job=job, wish=wish, caller=caller, priority=priority)
+def order(job, caller="", priority=0, **picture_requests):
+    extra = {
+        name: picture_requests.pop(name)
+        for name in ("exact", "preview_every")
+        if name in picture_requests
+    }
+    fields = {"prompt": job, "num_inference_steps": STEPS, "seed": 7, **picture_requests}
+    picture_request = PictureRequest(fields=fields, model="fake", **extra).checked(Limits())
+    return Order(job=job, picture_request=picture_request, caller=caller, priority=priority)
 
 
 class Bench:
     """A loop whose stages are called by hand; told: its events."""
 
     def __init__(self, **options):
-        self.studio, self.told = FakeStudio(), []
-        self.loop = Loop(self.studio, self.told.append, clock=self.studio.clock, **options)
+        self.runner, self.told = FakeModelRunner(), []
+        self.loop = Loop(self.runner, self.told.append, clock=self.runner.clock, **options)
 
     def turn(self):
         """Let each stage do one piece of work, as its thread would meanwhile."""
@@ -54,7 +58,7 @@ def bench():
 def test_a_picture_goes_through_three_stages(bench):
     bench.loop.submit(order("cat", preview_every=2))
     bench.run()
-    assert [stage for stage, _ in bench.studio.done] == [
+    assert [stage for stage, _ in bench.runner.done] == [
         *("texts", "enter", *["step"] * STEPS, "finish"),
     ]
     assert [event.kind for event in bench.told if event.kind != "turn"] == [
@@ -72,7 +76,7 @@ def test_a_picture_goes_through_three_stages(bench):
 def test_pictures_of_one_wish_share_its_texts(bench):
     bench.loop.submit(order("cat", num_images_per_prompt=3))
     bench.run()
-    assert Counter(stage for stage, _ in bench.studio.done)["texts"] == 1
+    assert Counter(stage for stage, _ in bench.runner.done)["texts"] == 1
     assert [event.data["settings"]["seed"] for event in bench.of("finished")] == [7, 8, 9]
 
 
@@ -81,13 +85,13 @@ def test_rows_join_at_any_step_and_leave_on_their_own(bench):
         bench.loop.submit(order(f"of {steps}", num_inference_steps=steps))
     bench.run()
     assert [event.job for event in bench.of("finished")] == ["of 3", "of 6", "of 9"]
-    assert bench.studio.sizes == [1, 2, 3, 2, 2, 2, 2, 1, 1, 1, 1]
+    assert bench.runner.sizes == [1, 2, 3, 2, 2, 2, 2, 1, 1, 1, 1]
 
 
 def test_a_second_run_is_begun_by_the_stage_that_prepares(bench):
     bench.loop.submit(order("cat", hires={"scale": 2.0}))
     bench.run()
-    assert Counter(stage for stage, _ in bench.studio.done)["enter"] == 2
+    assert Counter(stage for stage, _ in bench.runner.done)["enter"] == 2
     assert len(bench.of("finished")) == 1
     assert len(bench.of("started")) == 1
 
@@ -98,7 +102,7 @@ def test_a_step_has_so_many_rows_and_the_board_so_many_pictures():
         bench.loop.submit(order(f"{number}"))
     while any(bench.turn()):
         boards.append(bench.loop.on_board)
-    assert max(bench.studio.sizes) == 4
+    assert max(bench.runner.sizes) == 4
     assert max(boards) <= 6
     assert len(bench.of("finished")) == 20
 
@@ -107,7 +111,7 @@ def test_exact_pictures_are_stepped_alone(bench):
     bench.loop.submit(order("exact", exact=True))
     bench.loop.submit(order("other"))
     bench.run()
-    assert bench.studio.sizes == [1] * 2 * STEPS
+    assert bench.runner.sizes == [1] * 2 * STEPS
     assert [event.data["batched"] for event in bench.of("finished")] == [False, False]
 
 
@@ -115,7 +119,7 @@ def test_exact_pictures_are_stepped_alone(bench):
 def test_cancelled_in_any_state_its_row_is_free_within_two_steps(state):
     bench = Bench(rows=1, board=1) if state == "queued" else Bench()
     other, leaving = order("stays"), order("leaves", preview_every=1)
-    bench.studio.hooks[state, "leaves"] = lambda: bench.loop.cancel("leaves")
+    bench.runner.hooks[state, "leaves"] = lambda: bench.loop.cancel("leaves")
     bench.loop.submit(other)
     bench.loop.submit(leaving)
     if state == "queued":
@@ -123,7 +127,7 @@ def test_cancelled_in_any_state_its_row_is_free_within_two_steps(state):
         bench.loop.cancel("leaves")
     bench.run()
     bench.loop.cancel("leaves")  # twice does no harm
-    done = [stage for stage, prompt in bench.studio.done if prompt == "leaves"]
+    done = [stage for stage, prompt in bench.runner.done if prompt == "leaves"]
     assert done.count("step") <= {"step": 1, "finish": STEPS}.get(state, 0)
     assert [event.job for event in bench.of("finished")] in (["stays"], ["stays", "leaves"])
     if state != "finish":
@@ -135,7 +139,7 @@ def test_what_fails_alone_fails_alone(bench):
     """One row cannot be stepped: the others of its batch go on, and lose nothing."""
     for name in ("a", "bad", "c", "d"):
         bench.loop.submit(order(name))
-    bench.studio.fail["step", "bad"] = BackendError("/home/operator/model: secret 0x7f12")
+    bench.runner.fail["step", "bad"] = BackendError("/home/operator/model: secret 0x7f12")
     bench.run()
     assert sorted(event.job for event in bench.of("finished")) == ["a", "c", "d"]
     (failed,) = bench.of("failed")
@@ -145,17 +149,17 @@ def test_what_fails_alone_fails_alone(bench):
 
 
 def test_out_of_memory_halves_the_batch(bench):
-    bench.studio.most = 2
+    bench.runner.most = 2
     for number in range(8):
         bench.loop.submit(order(f"{number}"))
     bench.run()
     assert len(bench.of("finished")) == 8
-    assert max(bench.studio.sizes) == 2
+    assert max(bench.runner.sizes) == 2
 
 
 @pytest.mark.parametrize("stage", ["enter", "finish"])
 def test_a_stage_that_fails_fails_one_picture(bench, stage):
-    bench.studio.fail[stage, "bad"] = MemoryError()
+    bench.runner.fail[stage, "bad"] = MemoryError()
     for name in ("bad", "good"):
         bench.loop.submit(order(name))
     bench.run()
@@ -189,17 +193,17 @@ def test_no_bucket_waits_more_than_its_patience():
         def __init__(self, bucket):
             self.bucket = bucket
 
-    turns, passed = Turns(rows=2), Counter()
-    rows = [Row(0) for _ in range(20)] + [Row(bucket) for bucket in range(1, PATIENCE)]
+    turns, passed = BucketScheduler(rows=2), Counter()
+    rows = [Row(0) for _ in range(20)] + [Row(bucket) for bucket in range(1, MAX_TURNS_WAITED)]
     worst = 0
     for turn in range(3000):
         if turn % 50 == 0:
             random.shuffle(rows)
         chosen = turns.choose(rows)[0].bucket
-        for bucket in range(PATIENCE):
+        for bucket in range(MAX_TURNS_WAITED):
             passed[bucket] = 0 if bucket == chosen else passed[bucket] + 1
         worst = max(worst, *passed.values())
-    assert worst <= PATIENCE
+    assert worst <= MAX_TURNS_WAITED
 
 
 def test_an_unlucky_bucket_is_drawn_beside_a_flood():
@@ -209,12 +213,12 @@ def test_an_unlucky_bucket_is_drawn_beside_a_flood():
     bench.loop.submit(order("other", height=256))
     bench.run()
     waits, last = [], None
-    for turn, bucket in enumerate(bench.studio.buckets):
+    for turn, bucket in enumerate(bench.runner.buckets):
         if bucket[0] == 256:
             waits.append(turn - last if last is not None else 0)
             last = turn
     assert len(waits) == STEPS
-    assert max(waits) <= PATIENCE + 1
+    assert max(waits) <= MAX_TURNS_WAITED + 1
 
 
 def test_callers_have_equal_shares():
@@ -257,7 +261,7 @@ def test_ten_thousand_pictures_leave_nothing_behind():
             while any(bench.turn()):
                 pass
             bench.told.clear()
-            for log in (bench.studio.done, bench.studio.sizes, bench.studio.buckets):
+            for log in (bench.runner.done, bench.runner.sizes, bench.runner.buckets):
                 log.clear()
         bench.loop.submit(order(f"{number}", num_inference_steps=1))
         if number % 7 == 0:
@@ -275,7 +279,7 @@ def test_threads_draw_what_stages_do():
         if event.kind == "finished":
             finished.release()
 
-    loop = Loop(FakeStudio(), tell)
+    loop = Loop(FakeModelRunner(), tell)
     threads = loop.start()
     for number in range(30):
         loop.submit(order(f"{number}", caller=f"{number % 3}"))

@@ -109,7 +109,7 @@ def test_events_go_on_where_a_client_left_off(http):
 
 def test_every_mode_is_what_the_pipeline_draws(http):
     """A mask, a second run, guidance that ends, deep features: all by their names."""
-    wishes = {
+    picture_requests = {
         "mask": {"image": IMAGE, "mask": MASK, "strength": 0.9, "sampler": "dpm2"},
         "hires": {"hires": {"scale": 1.25}, "sampler": "lms"},
         "curve": {"guidance_scale": [7.0, 3.0], "guidance_interval": [0.0, 0.5]},
@@ -117,8 +117,10 @@ def test_every_mode_is_what_the_pipeline_draws(http):
         "AND": {"prompt": "a cat AND a hat :0.6", "clip_skip": 2},
     }
     jobs = {}
-    for name, wish in wishes.items():
-        sent = {k: file_of(v) if isinstance(v, Image.Image) else v for k, v in wish.items()}
+    for name, picture_request in picture_requests.items():
+        sent = {
+            k: file_of(v) if isinstance(v, Image.Image) else v for k, v in picture_request.items()
+        }
         answer = http.post(PICTURES, json={**BODY, **sent})
         assert answer.status_code == 202, answer.text
         jobs[name] = answer.json()["id"]
@@ -127,7 +129,7 @@ def test_every_mode_is_what_the_pipeline_draws(http):
     with load("pictogram") as pipeline:
         for name, job in jobs.items():
             assert events(http, job)[-1][0] == "done", name
-            given = {**BODY, **wishes[name]}
+            given = {**BODY, **picture_requests[name]}
             if "hires" in given:
                 given["hires"] = Hires(**given["hires"])
             (image,) = pipeline(given.pop("prompt"), **given).images
@@ -175,7 +177,7 @@ def test_the_same_key_draws_once(slow):
     other = client.post(PICTURES, json={"prompt": "a dog"}, headers=headers)
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
     assert events(client, first["id"])[-1][0] == "done"
-    assert running.loop._studio.done.count(("texts", "a cat")) == 1
+    assert running.loop._runner.done.count(("texts", "a cat")) == 1
 
 
 def test_deadlines(slow):

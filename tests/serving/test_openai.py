@@ -85,24 +85,26 @@ def test_a_generation_is_the_pipelines_picture_bit_for_bit(running, pipeline):
 
 def test_many_at_once_are_what_they_are_alone(running, pipeline):
     """Sixteen clients with other samplers, steps and scales at the same time."""
-    wishes = [
+    picture_requests = [
         {"seed": i, "num_inference_steps": 3 + i % 4, "sampler": s, "guidance_scale": 2.0 + i % 3}
         for i, s in enumerate(["ddim", "euler_a", "lms", "unipc"] * 4)
     ]
     drawn = {}
 
     def ask(number):
-        extra = {**wishes[number]}
+        extra = {**picture_requests[number]}
         answer = client(running).images.generate(prompt=f"a {number}", extra_body=extra)
         drawn[number] = pixels(answer.data[0])
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(wishes))]
+    threads = [
+        threading.Thread(target=ask, args=(number,)) for number in range(len(picture_requests))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    for number, wish in enumerate(wishes):
-        (image,) = pipeline(f"a {number}", **wish).images
+    for number, picture_request in enumerate(picture_requests):
+        (image,) = pipeline(f"a {number}", **picture_request).images
         np.testing.assert_array_equal(drawn[number], np.asarray(image))
     text = running.service.metrics.text().decode()
     assert any(f'bucket_rows="{rows}"' in text for rows in range(3, 9)), "rows shared steps"
@@ -230,7 +232,7 @@ def test_models(running):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "kind", "code", "param"),
+    ("picture_requests", "kind", "code", "param"),
     [
         ({"model": "dall-e-9"}, openai.NotFoundError, "model_not_found", "model"),
         ({"model": "../../etc/passwd"}, openai.NotFoundError, "model_not_found", "model"),
@@ -244,9 +246,9 @@ def test_models(running):
         ({"extra_body": {"num_inference_steps": 1.5}}, openai.BadRequestError, None, None),
     ],
 )
-def test_errors_are_openais(running, wishes, kind, code, param):
+def test_errors_are_openais(running, picture_requests, kind, code, param):
     with pytest.raises(kind) as raised:
-        client(running).images.generate(prompt="a cat", **wishes)
+        client(running).images.generate(prompt="a cat", **picture_requests)
     body = raised.value.body
     assert set(body) == {"message", "type", "param", "code"}
     if code is not None:

@@ -55,8 +55,8 @@ def test_the_example_of_the_native_api(url, capsys):
 
 
 def test_the_page_names_the_limits_as_they_are():
+    from serving.bucket_scheduler import MAX_TURNS_WAITED
     from serving.limits import Limits
-    from serving.turns import PATIENCE
 
     limits = Limits()
     for told in (
@@ -65,7 +65,7 @@ def test_the_page_names_the_limits_as_they_are():
         f"{limits.parts} parts, {limits.loras} adapters",
         f"(`--max-queue` unfinished requests ({limits.jobs})"[1:],
         f"work ({limits.queue_seconds:.0f})",
-        f"waits more than {PATIENCE} steps",
+        f"waits more than {MAX_TURNS_WAITED} steps",
         f"bodies within {limits.body_bytes >> 20} MiB and {limits.body_seconds:.0f} s",
         f"{limits.upload_pixels // 10**6} megapixels",
         f"({limits.kept_bytes >> 20} MiB, ten minutes)",

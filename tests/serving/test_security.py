@@ -17,8 +17,8 @@ from PIL import Image
 
 from engine.errors import RequestError
 from serving.addresses import is_loopback
+from serving.http.access import AccessRules
 from serving.http.connections import ImpatientProtocol
-from serving.http.doors import Doors
 from serving.keys import Keys
 from serving.limits import Limits
 from tests.support.servers import SlowStudio, serving
@@ -164,7 +164,7 @@ def test_an_origin_that_the_operator_allows():
 def test_which_addresses_are_this_machines_alone():
     assert all(map(is_loopback, ("127.0.0.1", "127.8.0.1", "::1", "localhost")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.0.2", "example.com", "")))
-    assert Doors.of("0.0.0.0", [], [], None).hosts is None
+    assert AccessRules.of("0.0.0.0", [], [], None).hosts is None
 
 
 # 5: pictures
@@ -344,7 +344,7 @@ def test_forms_of_too_many_parts(http):
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "picture_request",
     [
         {"height": 2048, "width": 2056},
         {"height": 2049},
@@ -362,8 +362,8 @@ def test_forms_of_too_many_parts(http):
         {"priority": 10**6},
     ],
 )
-def test_products_of_what_is_allowed(http, wish):
-    answer = http.post(PICTURES, json={"prompt": "p", **wish})
+def test_products_of_what_is_allowed(http, picture_request):
+    answer = http.post(PICTURES, json={"prompt": "p", **picture_request})
     assert answer.status_code in (400, 413), answer.text
     error(answer, answer.status_code)
 
@@ -399,7 +399,7 @@ def test_keys_are_needed_and_never_seen(tmp_path, caplog):
         assert client.get("/health").status_code == 200
         right = {"authorization": f"Bearer {SECRET}"}
         error(client.post(PICTURES, json={**body, "sampler": PROMPT}, headers=right), 400)
-        running.loop._studio.fail["step", PROMPT] = RuntimeError("a library's own words")
+        running.loop._runner.fail["step", PROMPT] = RuntimeError("a library's own words")
         answer = client.post(GENERATIONS, json=body, headers=right)
         told = error(answer, 500)
         assert answer.headers["x-should-retry"] == "false"

@@ -12,17 +12,19 @@ import pytest
 from serving.child import EngineSettings
 from serving.limits import Limits
 from serving.loop import Order
+from serving.picture_request import PictureRequest
 from serving.supervisor import ProcessEngine, Unfinished
-from serving.wish import Wish
 from tests.support.dying import COMMAND
 from tests.support.servers import load
 
 SETTINGS = EngineSettings(models={"pictogram": "pictogram"}, backend="cpu", threads=1)
 
 
-def order(job, **wishes):
-    fields = {"prompt": job, "num_inference_steps": 6, "seed": 7, **wishes}
-    return Order(job=job, wish=Wish(fields=fields, model="pictogram").checked(Limits()))
+def order(job, **picture_requests):
+    fields = {"prompt": job, "num_inference_steps": 6, "seed": 7, **picture_requests}
+    return Order(
+        job=job, picture_request=PictureRequest(fields=fields, model="pictogram").checked(Limits())
+    )
 
 
 class Watched:
@@ -190,13 +192,13 @@ def kill_under_load(kills, pictures):
     """Kill the engine at random moments, at least a finished picture apart; compare every file."""
     random.seed(5)
     samplers = ("ddim", "euler_a", "lms", "dpmpp_2m", "unipc", "ddpm")
-    wishes = {
+    picture_requests = {
         f"{n}": {"seed": n, "sampler": samplers[n % 6], "num_inference_steps": 4 + n % 7}
         for n in range(pictures)
     }
     with Watched() as watched:
-        for job, wish in wishes.items():
-            watched.engine.submit(order(job, **wish))
+        for job, picture_request in picture_requests.items():
+            watched.engine.submit(order(job, **picture_request))
         for _ in range(kills):
             done = len(watched.files)
             watched.wait(lambda least=done: len(watched.files) > least)
@@ -211,7 +213,7 @@ def kill_under_load(kills, pictures):
 
     with load("pictogram") as pipeline:
         for (job, _), data in watched.files.items():
-            (image,) = pipeline(job, **wishes[job]).images
+            (image,) = pipeline(job, **picture_requests[job]).images
             drawn = np.asarray(Image.open(io.BytesIO(data)))
             np.testing.assert_array_equal(drawn, np.asarray(image), job)
 

@@ -6,34 +6,34 @@ import time
 from pathlib import Path
 
 from serving.child import main as child
-from tests.support.studios import FakeStudio
+from tests.support.model_runners import FakeModelRunner
 
 ROOT = str(Path(__file__).parents[2])
 START = "import sys; sys.path.insert(0, sys.argv[1]); from tests.support.dying import main; main()"
 COMMAND = (sys.executable, "-P", "-c", START, ROOT)
 
 
-class DyingStudio(FakeStudio):
+class DyingStudio(FakeModelRunner):
     """Dies of "poison" in a step, of "bad text" in its text, once of "once PATH" in a step."""
 
     def warm(self, model):
         pass
 
-    def sketches(self, wish):
-        if wish.fields["prompt"] == "bad text":
+    def unfinished_pictures(self, picture_request):
+        if picture_request.fields["prompt"] == "bad text":
             os._exit(9)
-        return super().sketches(wish)
+        return super().unfinished_pictures(picture_request)
 
-    def step(self, sketches):
+    def step(self, unfinished_pictures):
         time.sleep(0.002)
-        for sketch in sketches:
-            prompt, _, path = sketch.wish.fields["prompt"].partition(" ")
-            if prompt == "poison" and sketch.calls > 1:
+        for unfinished in unfinished_pictures:
+            prompt, _, path = unfinished.picture_request.fields["prompt"].partition(" ")
+            if prompt == "poison" and unfinished.calls > 1:
                 os._exit(9)
             if prompt == "once" and not Path(path).exists():
                 Path(path).touch()
                 os._exit(9)
-        super().step(sketches)
+        super().step(unfinished_pictures)
 
 
 def main():

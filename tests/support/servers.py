@@ -9,15 +9,15 @@ import uvicorn
 from engine.backends.settings import BackendSettings
 from runtime import Pipeline
 from serving.client import LocalEngine
+from serving.http.access import AccessRules
 from serving.http.app import make_service
 from serving.http.connections import ImpatientProtocol
-from serving.http.doors import Doors
 from serving.http.fields import Catalog
 from serving.limits import Limits
 from serving.loop import Loop
+from serving.model_runner import Models
 from serving.server import listen_on
-from serving.studio import Models
-from tests.support.studios import FakeStudio
+from tests.support.model_runners import FakeModelRunner
 
 CATALOG = Catalog(models=("pictogram", "other"), loras=("ink",))
 
@@ -36,16 +36,16 @@ def models(loras=None, limits=None):
     )
 
 
-class SlowStudio(FakeStudio):
+class SlowStudio(FakeModelRunner):
     """One whose steps take real time."""
 
     def __init__(self, seconds=0.002):
         super().__init__(texts_cost=0.0)
         self.seconds = seconds
 
-    def step(self, sketches):
+    def step(self, unfinished_pictures):
         time.sleep(self.seconds)
-        super().step(sketches)
+        super().step(unfinished_pictures)
 
 
 class Running:
@@ -60,16 +60,16 @@ class Running:
 
 
 @contextmanager
-def serving(studio, *, keys=None, limits=None, catalog=CATALOG, names=(), origins=(), rows=8):
-    """Serve with a studio until the end of the `with`."""
+def serving(runner, *, keys=None, limits=None, catalog=CATALOG, names=(), origins=(), rows=8):
+    """Serve with a runner until the end of the `with`."""
     loops = []
 
     def make(tell):
-        loops.append(Loop(studio, tell, rows=rows))
+        loops.append(Loop(runner, tell, rows=rows))
         return loops[-1]
 
-    doors = Doors.of("127.0.0.1", names, origins, keys)
-    service = make_service(LocalEngine(make), catalog, doors, limits=limits, rows=rows)
+    rules = AccessRules.of("127.0.0.1", names, origins, keys)
+    service = make_service(LocalEngine(make), catalog, rules, limits=limits, rows=rows)
     with listening(service) as url:
         yield Running(url, service, loops)
 

@@ -26,7 +26,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Doors:
+class AccessRules:
     """What a request must be to come in.
 
     hosts: names that this server may be called by, None for any
@@ -41,8 +41,8 @@ class Doors:
     @classmethod
     def of(
         cls, host: str, names: Iterable[str], origins: Iterable[str], keys: Keys | None
-    ) -> "Doors":
-        """Return the doors of a server that listens on an address, with these names beside."""
+    ) -> "AccessRules":
+        """Return the rules of a server that listens on an address, with these names beside."""
         names = frozenset(name.lower() for name in names)
         checked = LOCAL_NAMES | names | {host} if is_loopback(host) else names
         return cls(hosts=checked or None, origins=frozenset(origins), keys=keys)
@@ -93,12 +93,12 @@ def _host_and_port(url: str) -> tuple[str, int | None]:
         return "", None
 
 
-class Doorkeeper:
-    """The doors before an application; pure ASGI, so that a client that leaves is seen."""
+class AccessMiddleware:
+    """The rules before an application; pure ASGI, so that a client that leaves is seen."""
 
-    def __init__(self, app: ASGIApp, doors: Doors) -> None:
+    def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
         self._app = app
-        self._doors = doors
+        self._doors = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, with its caller in `scope["state"]`, or answer it here."""

@@ -1,14 +1,14 @@
 """Which rows the next call of the step engine draws.
 
 A call takes rows of one bucket. The bucket of the oldest row is next, unless another would then
-wait more turns than it may: `PATIENCE` turns at most, which can be kept as long as there are no
+wait more turns than it may: `MAX_TURNS_WAITED` at most, which can be kept as long as there are no
 more buckets than that.
 """
 
 from collections.abc import Hashable, Sequence
 from typing import Protocol, TypeVar
 
-PATIENCE = 16  # turns that a bucket may be passed over, one after the other
+MAX_TURNS_WAITED = 16  # turns that a bucket may be passed over, one after the other
 ROWS = 8
 
 
@@ -24,15 +24,15 @@ class Waiting(Protocol):
 AnyWaiting = TypeVar("AnyWaiting", bound=Waiting)
 
 
-class Turns:
+class BucketScheduler:
     """Chooses rows turn by turn, and counts how long every bucket has waited.
 
     rows: at most in a call
     """
 
-    def __init__(self, rows: int = ROWS, patience: int = PATIENCE) -> None:
+    def __init__(self, rows: int = ROWS, max_turns_waited: int = MAX_TURNS_WAITED) -> None:
         self.rows = rows
-        self.patience = patience
+        self.max_turns_waited = max_turns_waited
         self._waited: dict[Hashable, int] = {}
 
     def choose(self, waiting: Sequence[AnyWaiting]) -> list[AnyWaiting]:
@@ -53,7 +53,7 @@ class Turns:
         """
         oldest, *others = buckets
         pressing = sorted(others, key=lambda bucket: waited[bucket], reverse=True)
-        left = (self.patience - waited[bucket] for bucket in pressing)
+        left = (self.max_turns_waited - waited[bucket] for bucket in pressing)
         if any(turns <= place for place, turns in enumerate(left)):
             return pressing[0]
         return oldest

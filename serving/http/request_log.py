@@ -14,7 +14,7 @@ from serving.metrics import Metrics
 log = logging.getLogger("latentrt.serving")
 
 
-class Watcher:
+class RequestLog:
     """Numbers, times and counts requests, and answers for what nobody expected."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

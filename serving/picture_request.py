@@ -1,4 +1,4 @@
-"""A wish: what a caller wants drawn, in numbers, texts and bytes that can go to another process."""
+"""What a caller wants drawn, in numbers, texts and bytes that can go to another process."""
 
 import json
 import re
@@ -23,7 +23,7 @@ DEFAULT_STEPS = 20  # for an estimate, where neither request nor model says
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class PictureRequest:
     """A request as it goes to the engine; the seeds are drawn, so it is the same picture always.
 
     fields: of `runtime.request.Request`, as JSON has them, without image and mask
@@ -60,7 +60,7 @@ class Wish:
         return _request(self.fields, image, mask)
 
     def checked(self, limits: Limits) -> Self:
-        """Return the wish with its seeds drawn.
+        """Return the request with its seeds drawn.
 
         Raises RequestError for what no model could draw; BadRequestError or TooLargeError
         beyond a limit.
@@ -110,7 +110,7 @@ class Wish:
 
     @classmethod
     def unpacked(cls, head: bytes, pictures: Sequence[bytes]) -> Self:
-        """Return the wish that was packed."""
+        """Return the request that was packed."""
         given = json.loads(head)
         image, mask = (data or None for data in pictures)
         loras = tuple((name, weight) for name, weight in given.pop("loras"))
@@ -127,7 +127,10 @@ def _request(
 
 
 def _check(
-    request: Request, sizes: Mapping[str, tuple[int, int]], limits: Limits, wish: Wish
+    request: Request,
+    sizes: Mapping[str, tuple[int, int]],
+    limits: Limits,
+    picture_request: PictureRequest,
 ) -> None:
     """Refuse what is beyond a server's limits, each named by its field."""
     if not isinstance(request.prompt, str) or not isinstance(request.negative_prompt, str):
@@ -145,7 +148,7 @@ def _check(
     for name, count in steps.items():
         _most(name, count or 0, limits.steps, "steps")
     _most("num_images_per_prompt", request.num_images_per_prompt, limits.pictures, "pictures")
-    _most("loras", len(wish.loras), limits.loras, "adapters")
+    _most("loras", len(picture_request.loras), limits.loras, "adapters")
     width, height = _sides(request, sizes.get("image"))
     for name, side in (("height", height), ("width", width)):
         _most(name, side, limits.side, "pixels")

@@ -1,4 +1,4 @@
-"""Studios: the models that a server draws with, and what it does with one, stage by stage.
+"""Model runners: the models that a server draws with, and what it does with one, stage by stage.
 
 A model with a set of adapters is a pipeline of its own: their weights are bound to engines, so no
 two sets share a call. Small parts are opened again for each; large ones read their weights where
@@ -27,21 +27,21 @@ from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from serving.limits import Limits
-from serving.wish import DEFAULT_STEPS, Wish
+from serving.picture_request import DEFAULT_STEPS, PictureRequest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PREVIEW_QUALITY = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
+class FinishedPicture:
     """A finished picture: its file, and what makes it again."""
 
     data: bytes
     settings: Mapping[str, Any]
 
 
-class Sketch(Protocol):
+class UnfinishedPicture(Protocol):
     """A picture on its way, as the engine's loop sees it."""
 
     @property
@@ -77,65 +77,69 @@ class Sketch(Protocol):
         """Return what draws a JPEG of what the picture is about to become, on any thread."""
         ...
 
-    def finish(self) -> Drawn:
+    def finish(self) -> FinishedPicture:
         """Decode the finished picture and make its file."""
         ...
 
 
-class Studio(Protocol):
+class ModelRunner(Protocol):
     """What draws: the loop's only way to a model, so that it can be tested without one."""
 
-    def sketches(self, wish: Wish) -> Sequence[Sketch]:
-        """Encode a wish's texts; return its pictures, none begun. Raises RequestError."""
+    def unfinished_pictures(self, picture_request: PictureRequest) -> Sequence[UnfinishedPicture]:
+        """Encode a request's texts; return its pictures, none begun. Raises RequestError."""
         ...
 
-    def step(self, sketches: Sequence[Any]) -> None:
+    def step(self, unfinished_pictures: Sequence[Any]) -> None:
         """Make the next step of several of one bucket, or of none of them."""
         ...
 
 
 @dataclass(slots=True, eq=False)
-class RowSketch:
+class RowPicture:
     """A row of a pipeline."""
 
     row: Row
     pipeline: Pipeline
     preview_map: Preview
-    wish: Wish
+    picture_request: PictureRequest
     exact: bool
 
     @property
     def bucket(self) -> Hashable:
-        """As `Sketch` says; a row that neighbours would change has one of its own."""
-        alone = id(self) if self.wish.exact or (self.exact and self.row.is_sensitive) else None
+        """As `UnfinishedPicture` says; a row that neighbours would change has one of its own."""
+        alone = (
+            id(self)
+            if self.picture_request.exact or (self.exact and self.row.is_sensitive)
+            else None
+        )
         return id(self.pipeline), self.row.bucket, alone
 
     @property
     def calls(self) -> int:
-        """As `Sketch` says."""
+        """As `UnfinishedPicture` says."""
         return self.row.calls
 
     @property
     def total(self) -> int:
-        """As `Sketch` says."""
+        """As `UnfinishedPicture` says."""
         return self.row.total
 
     @property
     def run_is_over(self) -> bool:
-        """As `Sketch` says."""
+        """As `UnfinishedPicture` says."""
         return self.row.run_is_over
 
     @property
     def is_done(self) -> bool:
-        """As `Sketch` says."""
+        """As `UnfinishedPicture` says."""
         return self.row.is_done
 
     def enter(self) -> None:
-        """As `Sketch` says."""
+        """As `UnfinishedPicture` says."""
         self.row.enter(self.pipeline.start)
 
     def preview(self) -> Callable[[], bytes]:
-        """As `Sketch` says; by the linear map that was fitted when the model was loaded."""
+        """As `UnfinishedPicture` says; by the linear map fitted when the model was loaded."""
         denoised = self.row.denoised(self.pipeline.schedule)
 
         def draw() -> bytes:
@@ -146,8 +150,8 @@ class RowSketch:
 
         return draw
 
-    def finish(self) -> Drawn:
-        """As `Sketch` says. Raises BackendError for latents that are no numbers."""
+    def finish(self) -> FinishedPicture:
+        """As `UnfinishedPicture` says. Raises BackendError for latents that are no numbers."""
         latents = self.row.latents
         if not np.isfinite(latents).all():
             raise BackendError("the model gave latents that are no numbers")
@@ -156,14 +160,16 @@ class RowSketch:
         chosen = self.pipeline.engines
         settings = {
             **plan.settings[0],
-            "model": self.wish.model,
-            "loras": [f"{name}:{weight:g}" for name, weight in self.wish.loras],
+            "model": self.picture_request.model,
+            "loras": [f"{name}:{weight:g}" for name, weight in self.picture_request.loras],
             "backend": chosen.settings.backend or DEFAULT,
             "precision": chosen.precision,
             "latentrt": program_version(),
         }
-        data = encode_image(image, self.wish.format, settings, quality=self.wish.quality)
-        return Drawn(data=data, settings=settings)
+        data = encode_image(
+            image, self.picture_request.format, settings, quality=self.picture_request.quality
+        )
+        return FinishedPicture(data=data, settings=settings)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -183,39 +189,46 @@ class Models:
     _open: "OrderedDict[Hashable, tuple[Pipeline, Preview]]" = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
-    def sketches(self, wish: Wish) -> list[RowSketch]:
-        """As `Studio` says."""
-        pipeline, preview_map = self._pipeline(wish)
-        request = wish.request()
+    def unfinished_pictures(self, picture_request: PictureRequest) -> list[RowPicture]:
+        """As `ModelRunner` says."""
+        pipeline, preview_map = self._pipeline(picture_request)
+        request = picture_request.request()
         check_chunks(pipeline, request, self.limits.chunks)
         plan = pipeline.plan(request)
         chosen = pipeline.engines
         exact = (chosen.settings.backend or DEFAULT, chosen.precision) == ("cpu", "float32")
-        return [RowSketch(row, pipeline, preview_map, wish, exact) for row in rows_of(plan)]
+        return [
+            RowPicture(row, pipeline, preview_map, picture_request, exact) for row in rows_of(plan)
+        ]
 
-    def step(self, sketches: Sequence[RowSketch]) -> None:
-        """As `Studio` says."""
-        step_rows([sketch.row for sketch in sketches], sketches[0].pipeline.engine)
+    def step(self, unfinished_pictures: Sequence[RowPicture]) -> None:
+        """As `ModelRunner` says."""
+        step_rows(
+            [unfinished.row for unfinished in unfinished_pictures],
+            unfinished_pictures[0].pipeline.engine,
+        )
 
     def warm(self, model: str) -> None:
         """Load a model and run each of its parts once, so that the first request waits for none."""
-        wish = Wish(fields={"prompt": "", "num_inference_steps": 1, "seed": 0}, model=model)
-        (sketch,) = self.sketches(wish)
-        sketch.enter()
-        while not sketch.is_done:
-            self.step([sketch])
-        sketch.finish()
+        picture_request = PictureRequest(
+            fields={"prompt": "", "num_inference_steps": 1, "seed": 0}, model=model
+        )
+        (unfinished,) = self.unfinished_pictures(picture_request)
+        unfinished.enter()
+        while not unfinished.is_done:
+            self.step([unfinished])
+        unfinished.finish()
 
-    def _pipeline(self, wish: Wish) -> tuple[Pipeline, Preview]:
+    def _pipeline(self, picture_request: PictureRequest) -> tuple[Pipeline, Preview]:
         """Return a model with its adapters, loading it if it is not."""
-        key = (wish.model, tuple(wish.loras))
+        key = (picture_request.model, tuple(picture_request.loras))
         with self._lock:
             if key not in self._open:
-                pipeline = self.load(self.models[wish.model])
+                pipeline = self.load(self.models[picture_request.model])
                 pipeline.set_loras(
                     [
                         AdapterChoice(path=self.loras[name], unet=weight, text_encoder=weight)
-                        for name, weight in wish.loras
+                        for name, weight in picture_request.loras
                     ]
                 )
                 latents = probe(pipeline.model.vae.latent_channels)

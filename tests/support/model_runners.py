@@ -1,20 +1,20 @@
-"""A studio without a model, on a clock that only it moves: steps cost what a curve says."""
+"""A runner without a model, on a clock that only it moves: steps cost what a curve says."""
 
 from dataclasses import dataclass, field
 
 from engine.errors import RequestError
-from serving.studio import Drawn
-from serving.wish import Wish
+from serving.model_runner import FinishedPicture
+from serving.picture_request import PictureRequest
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(eq=False)
-class FakeSketch:
+class FakePicture:
     """A picture that counts; its file is its prompt, seed and steps."""
 
-    studio: "FakeStudio"
-    wish: Wish
+    runner: "FakeModelRunner"
+    picture_request: PictureRequest
     index: int
     total: int
     calls: int = 0
@@ -22,11 +22,11 @@ class FakeSketch:
 
     @property
     def bucket(self):
-        fields = self.wish.fields
+        fields = self.picture_request.fields
         return (
             fields.get("height"),
             fields.get("guidance_scale") == 1.0,
-            self.wish.exact and id(self),
+            self.picture_request.exact and id(self),
         )
 
     @property
@@ -35,14 +35,14 @@ class FakeSketch:
 
     @property
     def hires(self):
-        return self.wish.fields.get("hires") is not None and self.runs < 2
+        return self.picture_request.fields.get("hires") is not None and self.runs < 2
 
     @property
     def is_done(self):
         return self.runs > 0 and self.calls == self.total
 
     def enter(self):
-        self.studio.do("enter", self)
+        self.runner.do("enter", self)
         self.runs += 1
 
     def preview(self):
@@ -50,13 +50,16 @@ class FakeSketch:
         return lambda: b"\xff\xd8\xff" + b"%d" % calls
 
     def finish(self):
-        self.studio.do("finish", self)
-        made = {"prompt": self.wish.fields["prompt"], "seed": self.wish.fields["seed"][self.index]}
-        return Drawn(data=PNG + repr((made, self.calls)).encode(), settings=made)
+        self.runner.do("finish", self)
+        made = {
+            "prompt": self.picture_request.fields["prompt"],
+            "seed": self.picture_request.fields["seed"][self.index],
+        }
+        return FinishedPicture(data=PNG + repr((made, self.calls)).encode(), settings=made)
 
 
 @dataclass(eq=False)
-class FakeStudio:
+class FakeModelRunner:
     """What a loop draws with; `now` is the time.
 
     done: what was done, as (stage, prompt); sizes: rows of each step; buckets: of each step
@@ -76,33 +79,36 @@ class FakeStudio:
     def clock(self):
         return self.now
 
-    def do(self, stage, sketch):
-        prompt = sketch.wish.fields["prompt"]
+    def do(self, stage, unfinished):
+        prompt = unfinished.picture_request.fields["prompt"]
         self.done.append((stage, prompt))
         if hook := self.hooks.get((stage, prompt)):
             hook()
         if error := self.fail.get((stage, prompt)):
             raise error
 
-    def sketches(self, wish):
+    def unfinished_pictures(self, picture_request):
         self.now += self.texts_cost
-        prompt = wish.fields["prompt"]
+        prompt = picture_request.fields["prompt"]
         self.done.append(("texts", prompt))
         if hook := self.hooks.get(("texts", prompt)):
             hook()
         if prompt == "refused":
             raise RequestError("the prompt is refused")
-        total = wish.fields.get("num_inference_steps") or 20
-        return [FakeSketch(self, wish, index, total) for index in range(wish.count)]
+        total = picture_request.fields.get("num_inference_steps") or 20
+        return [
+            FakePicture(self, picture_request, index, total)
+            for index in range(picture_request.count)
+        ]
 
-    def step(self, sketches):
-        assert len({sketch.bucket for sketch in sketches}) == 1
-        self.now += 1 + self.slope * (len(sketches) - 1)
-        for sketch in sketches:
-            self.do("step", sketch)
-        if len(sketches) > self.most:
+    def step(self, unfinished_pictures):
+        assert len({unfinished.bucket for unfinished in unfinished_pictures}) == 1
+        self.now += 1 + self.slope * (len(unfinished_pictures) - 1)
+        for unfinished in unfinished_pictures:
+            self.do("step", unfinished)
+        if len(unfinished_pictures) > self.most:
             raise MemoryError
-        self.sizes.append(len(sketches))
-        self.buckets.append(sketches[0].bucket)
-        for sketch in sketches:
-            sketch.calls += 1
+        self.sizes.append(len(unfinished_pictures))
+        self.buckets.append(unfinished_pictures[0].bucket)
+        for unfinished in unfinished_pictures:
+            unfinished.calls += 1
