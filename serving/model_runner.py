@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.adapters.choice import AdapterChoice
 from engine.backends.settings import DEFAULT
-from engine.errors import BackendError, RequestError
+from engine.errors import BackendError, ModelError, RequestError
 from runtime.conditioning.syntax import schedule
 from runtime.conditioning.tokenizer import make_chunks
 from runtime.denoising.rows import Row, rows_of, step_rows
@@ -225,18 +225,28 @@ class Models:
         with self._lock:
             if key not in self._open:
                 pipeline = self.load(self.models[picture_request.model])
-                pipeline.set_loras(
-                    [
-                        AdapterChoice(path=self.loras[name], unet=weight, text_encoder=weight)
-                        for name, weight in picture_request.loras
-                    ]
-                )
+                self._put_on(pipeline, picture_request)
                 latents = probe(pipeline.model.vae.latent_channels)
                 self._open[key] = pipeline, Preview.fit(latents, pipeline.decode(latents))
             self._open.move_to_end(key)
             while len(self._open) > self.keep:
                 self._open.popitem(last=False)
             return self._open[key]
+
+    def _put_on(self, pipeline: Pipeline, picture_request: PictureRequest) -> None:
+        """Put a request's adapters on. Raises RequestError where one does not fit."""
+        chosen = [
+            AdapterChoice(path=self.loras[name], unet=weight, text_encoder=weight)
+            for name, weight in picture_request.loras
+        ]
+        try:
+            pipeline.set_loras(chosen)
+        except ModelError as error:  # its text names paths of this machine
+            names = " or ".join(name for name, _ in picture_request.loras)
+            raise RequestError(
+                f"loras: {names} does not fit the model {picture_request.model}; leave it out, or "
+                "take a model that it was trained for"
+            ) from error
 
 
 def check_chunks(pipeline: Pipeline, request: Request, most: int) -> None:
