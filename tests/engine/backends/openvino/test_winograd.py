@@ -133,7 +133,7 @@ def test_the_first_number_of_a_tile_is_of_one_output_and_the_second_of_both(tili
 
 
 def latents(height, width):
-    return {"latents": np.random.default_rng(0).standard_normal((1, 4, height, width), np.float32)}
+    return {"latents": np.random.default_rng(0).standard_normal((1, 8, height, width), np.float32)}
 
 
 def test_a_decoder_of_any_size():

@@ -175,8 +175,8 @@ def test_targets_that_a_library_does_not_build_for_are_refused(library, target, 
 def write_graph(path, operator="Relu", domain=""):
     """Write a preview decoder of one node, without weights, that describes itself as ours."""
     values = [
-        helper.make_tensor_value_info("latents", TensorProto.FLOAT, ["B", 4, "h", "w"]),
-        helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["B", 4, "h", "w"]),
+        helper.make_tensor_value_info("latents", TensorProto.FLOAT, ["B", 8, "h", "w"]),
+        helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["B", 8, "h", "w"]),
     ]
     node = helper.make_node(operator, ["latents"], ["pixels"], name="the_node", domain=domain)
     opsets = [helper.make_opsetid("", 23), *([helper.make_opsetid(domain, 1)] if domain else [])]
