@@ -23,7 +23,8 @@ from engine.checkpoints.ldm_names import (
     text_encoder_sources,
     unet_sources,
 )
-from engine.configs.diffusion import AutoencoderConfig, Config, Shape, TextEncoderConfig, UNetConfig
+from engine.configs.base import Config, Shape
+from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from engine.errors import ModelError
 
 __all__ = [
