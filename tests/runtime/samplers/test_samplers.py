@@ -202,7 +202,8 @@ def test_programs_are_whole(chosen, noise, steps, strength):
     assert run.matrices.dtype == run.timesteps.dtype == run.input_scales.dtype == np.float64
     assert np.isfinite(run.matrices).all()
     if name not in ("dpm2_a", "dpmpp_2s_a"):  # whose midpoint, on the way down, may lie lower
-        assert np.all(np.diff(run.timesteps) <= 0)
+        # those of a curve are rounded, as diffusers does, and their midpoints are not
+        assert np.all(np.diff(run.timesteps) <= (0.5 if name in TWO_CALLS and schedule else 0))
     assert np.all((run.input_scales > 0) & (run.input_scales <= 2))
     assert run.signal_scales.shape == run.noise_scales.shape == (run.timesteps.size + 1,)
     assert (run.signal_scales[-1], run.noise_scales[-1]) == (1, 0)
