@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are loaded; of tests' processes too
@@ -18,6 +19,9 @@ from engine import engines
 from tests.support.oracles import missing, oracles
 
 engines.capabilities = frozenset
+
+hypothesis.settings.register_profile("latentrt", deadline=None)  # a busy machine is no mistake
+hypothesis.settings.load_profile("latentrt")
 
 if sys.platform == "darwin":  # for which NVIDIA's libraries are not made
     collect_ignore_glob = [
