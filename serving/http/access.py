@@ -65,8 +65,8 @@ class AccessRules:
 
     def check_site(self, method: str, scheme: str, headers: Headers) -> None:
         """Refuse foreign names and browsers on other sites. Raises ForbiddenError."""
-        host, _ = _host_and_port(f"{scheme}://{headers.get('host', '')}")
-        if self.hosts is not None and host not in self.hosts:
+        here = _host_and_port(f"{scheme}://{headers.get('host', '')}")
+        if self.hosts is not None and here[0] not in self.hosts:
             raise ForbiddenError(
                 "this server is not called that; the operator may allow a name with --allow-host",
                 code="unknown_host",
@@ -74,7 +74,6 @@ class AccessRules:
         origin = headers.get("origin")
         if method in READING or origin in self.origins:
             return
-        here = _host_and_port(f"{scheme}://{headers.get('host', '')}")
         foreign = origin is not None and _host_and_port(origin) != here
         if foreign or headers.get("sec-fetch-site") == "cross-site":
             raise ForbiddenError(
@@ -98,7 +97,7 @@ class AccessMiddleware:
 
     def __init__(self, app: ASGIApp, rules: AccessRules) -> None:
         self._app = app
-        self._doors = rules
+        self._rules = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, with its caller in `scope["state"]`, or answer it here."""
@@ -107,7 +106,7 @@ class AccessMiddleware:
             return
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        allowed = origin if origin in self._doors.origins else None
+        allowed = origin if origin in self._rules.origins else None
 
         async def send_allowed(message: Message) -> None:
             if message["type"] == "http.response.start" and allowed is not None:
@@ -118,10 +117,10 @@ class AccessMiddleware:
 
         try:
             if allowed and scope["method"] == "OPTIONS":
-                self._doors.check_site("OPTIONS", scope["scheme"], headers)
+                self._rules.check_site("OPTIONS", scope["scheme"], headers)
                 await _preflight()(scope, receive, send_allowed)
                 return
-            caller = self._doors.check(scope["method"], scope["path"], scope["scheme"], headers)
+            caller = self._rules.check(scope["method"], scope["path"], scope["scheme"], headers)
         except (ForbiddenError, UnauthorizedError) as error:
             await refuse(error)(scope, receive, send_allowed)
             return

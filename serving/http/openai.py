@@ -51,12 +51,11 @@ def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) ->
     async def answer(
         request: Request, kind: str, body: OpenAIFields, picture_request: PictureRequest
     ) -> Response:
-        picture_request = picture_request.checked(limits)
+        checked = picture_request.checked(limits)
+        job = jobs.submit(checked, caller=request.state.caller, api="openai")
         if body.stream:
-            job = jobs.submit(picture_request, caller=request.state.caller, api="openai")
             events = _events(job, kind, body)
             return EventStream(events, left=lambda: jobs.forget(job))
-        job = jobs.submit(picture_request, caller=request.state.caller, api="openai")
         try:
             await over_or_left(request, job)
             return JSONResponse(_result(job))
