@@ -36,15 +36,19 @@ def evaluate(model: str, data: Pictograms, seeds: Sequence[int] = SEEDS) -> dict
     trained = np.argwhere(~data.held_out & data.everyday[:, None])
     chosen = np.random.default_rng(TRAINED_SEED).permutation(len(trained))[: len(held_out)]
     trained = trained[np.sort(chosen)]
-    originals = data.images[held_out[:, 0], held_out[:, 1]]
-    drawn = [np.stack(list(_draw(pipeline, data, held_out, seed))) for seed in seeds]
+    originals, of_trained = (data.images[pairs[:, 0], pairs[:, 1]] for pairs in (held_out, trained))
+
+    def draw(pairs: np.ndarray, steps: int) -> list[np.ndarray]:
+        return [np.stack(list(_draw(pipeline, data, pairs, seed, steps))) for seed in seeds]
+
+    drawn = draw(held_out, STEPS)
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "sampler": "ddim"}
     return {
         "settings": settings,
         "seeds": list(seeds),
         "held_out": _shares(drawn, originals),
-        "trained": _drawn_shares(pipeline, data, trained, seeds, STEPS),
-        "few_steps": _drawn_shares(pipeline, data, held_out, seeds, FEW_STEPS),
+        "trained": _shares(draw(trained, STEPS), of_trained),
+        "few_steps": _shares(draw(held_out, FEW_STEPS), originals),
         "sharpness": sharpness(np.concatenate(drawn)) / sharpness(originals),
         "autoencoder_psnr": _reconstruction(model, originals),
     }
@@ -95,13 +99,6 @@ def _reconstruction(model: str, images: np.ndarray) -> float:
     return autoencoder.psnr(images, autoencoder.reconstruct(module, images))
 
 
-def _drawn_shares(
-    pipeline: Pipeline, data: Pictograms, pairs: np.ndarray, seeds: Sequence[int], steps: int
-) -> dict[str, Any]:
-    drawn = [np.stack(list(_draw(pipeline, data, pairs, seed, steps))) for seed in seeds]
-    return _shares(drawn, data.images[pairs[:, 0], pairs[:, 1]])
-
-
 def _shares(drawn: Sequence[np.ndarray], originals: np.ndarray) -> dict[str, Any]:
     places = np.stack([ranks(pictures, originals) for pictures in drawn])
     shares = {f"top_{k}": float((places <= k).mean()) for k in TOPS}
@@ -109,7 +106,7 @@ def _shares(drawn: Sequence[np.ndarray], originals: np.ndarray) -> dict[str, Any
 
 
 def _draw(
-    pipeline: Pipeline, data: Pictograms, pairs: np.ndarray, seed: int, steps: int = STEPS
+    pipeline: Pipeline, data: Pictograms, pairs: np.ndarray, seed: int, steps: int
 ) -> Iterator[np.ndarray]:
     captions = [caption(data.names[subject], STYLES[style]) for subject, style in pairs]
     for start in range(0, len(captions), BATCH):
