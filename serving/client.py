@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from serving.events import Event
-from serving.loop import Loop, Order
+from serving.loop import Order
 
-__all__ = ["EngineClient", "LocalEngine"]
+__all__ = ["EngineClient"]
 
 
 class EngineClient(Protocol):
@@ -32,37 +32,3 @@ class EngineClient(Protocol):
     def stop(self) -> None:
         """End, whatever is unfinished."""
         ...
-
-
-class LocalEngine:
-    """An engine in threads of this process: for tests, and where nothing may start a process."""
-
-    def __init__(self, make: Callable[[Callable[[Event], None]], Loop]) -> None:
-        self._make = make
-        self._loop: Loop | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        """As `EngineClient` says."""
-        return self._loop is not None
-
-    def start(self, tell: Callable[[Event], None]) -> None:
-        """As `EngineClient` says."""
-        self._loop = self._make(tell)
-        self._loop.start()
-
-    def submit(self, order: Order) -> None:
-        """As `EngineClient` says."""
-        assert self._loop is not None
-        self._loop.submit(order)
-
-    def cancel(self, job: str) -> None:
-        """As `EngineClient` says."""
-        if self._loop is not None:
-            self._loop.cancel(job)
-
-    def stop(self) -> None:
-        """As `EngineClient` says."""
-        if self._loop is not None:
-            self._loop.stop()
-            self._loop = None

@@ -8,7 +8,6 @@ import uvicorn
 
 from engine.backends.settings import BackendSettings
 from runtime import Pipeline
-from serving.client import LocalEngine
 from serving.http.access import AccessRules
 from serving.http.app import make_service
 from serving.http.connections import ImpatientProtocol
@@ -20,6 +19,40 @@ from serving.server import listen_on
 from tests.support.model_runners import FakeModelRunner
 
 CATALOG = Catalog(models=("pictogram", "other"), loras=("ink",))
+
+
+class LocalEngine:
+    """An `EngineClient` in threads of this process."""
+
+    def __init__(self, make):
+        self._make = make
+        self._loop = None
+
+    @property
+    def is_ready(self):
+        """As `EngineClient` says."""
+        return self._loop is not None
+
+    def start(self, tell):
+        """As `EngineClient` says."""
+        self._loop = self._make(tell)
+        self._loop.start()
+
+    def submit(self, order):
+        """As `EngineClient` says."""
+        assert self._loop is not None
+        self._loop.submit(order)
+
+    def cancel(self, job):
+        """As `EngineClient` says."""
+        if self._loop is not None:
+            self._loop.cancel(job)
+
+    def stop(self):
+        """As `EngineClient` says."""
+        if self._loop is not None:
+            self._loop.stop()
+            self._loop = None
 
 
 def load(model):
