@@ -104,7 +104,10 @@ def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, options: Mapping[st
 
 
 def calibrate(scenario: Scenario) -> None:
-    """Find the ranges that int8 needs, unless they are known, in a process of its own."""
+    """Find the ranges that int8 needs, unless they are known, in a process of its own.
+
+    Raises BackendError when they were not found.
+    """
     model = Model.open(scenario.model())
     if any(find_ranges(name, graph_folders()) is None for name in ranges_of(model).values()):
         command = [sys.executable, "-m", "runtime.calibration", str(scenario.model())]

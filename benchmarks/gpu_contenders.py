@@ -54,7 +54,8 @@ def _ours(backend: str, precision: str, scenario: Scenario, threads: int) -> Par
 def queued(engine: "DeviceEngine", inputs: Arrays) -> Callable[[], NDArray[Any]]:
     """Return what runs a step several times in a row, and waits for the last alone.
 
-    The inputs are on the device before: this is the engine's own time.
+    The inputs are on the device before: this is the engine's own time. What is returned gives the
+    latents of the last step, (B, C, h, w) in float32.
     """
     placed: dict[str, DeviceArray] = {}
 

@@ -131,7 +131,8 @@ def random_tensor(
 ) -> NDArray[np.float16]:
     """Take numbers that keep activations at the size they come in: an untrained network's.
 
-    No two tensors have the same: libraries find equal weights and keep them once.
+    No two tensors have the same: libraries find equal weights and keep them once. `pool` is normal
+    numbers, (n,) float32, repeated where n is small; what comes back is float16 of the shape given.
     """
     start = zlib.crc32(name.encode()) % (len(pool) // 2)
     values = np.resize(pool[start : start + math.prod(shape)], shape)

@@ -243,7 +243,7 @@ def compared(
     setting: Setting,
     distance: Distance | None = None,
 ) -> dict[str, Any]:
-    """Compare pictures one by one, and their medians with a setting's bounds."""
+    """Compare images, (H, W, 3) uint8, one by one, and their medians with a setting's bounds."""
     pairs = list(zip(drawn, expected, strict=True))
     decibels = summary([min(psnr(a, b), LARGEST_DB) for a, b in pairs])
     similar = summary([ssim(a, b) for a, b in pairs])

@@ -164,7 +164,7 @@ def arrays(scenario: Scenario, model: Model) -> dict[str, NDArray[Any]]:
 
 
 def engine_inputs(scenario: Scenario, model: Model) -> dict[Part, dict[str, NDArray[Any]]]:
-    """Return the inputs of the project's own engines.
+    """Return the inputs of the project's own engines: shapes and dtypes of their signatures.
 
     The step's matrix takes the guided output of the UNet and nothing else, which is what the
     peers compute.

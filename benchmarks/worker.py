@@ -181,7 +181,7 @@ def _last_line(errors: bytes) -> str:
 
 
 def timed(run: Callable[[], NDArray[Any]]) -> tuple[NDArray[Any], float]:
-    """Return what a part gives and its seconds, of a short part the median of further runs."""
+    """Return what a part gives, of any shape, and its seconds: a short part's are a median."""
     laps = [time.perf_counter()]
     output = run()
     laps.append(time.perf_counter())

@@ -22,7 +22,7 @@ class TextEncode(nn.Module):
         self.model = text_encoder
 
     def forward(self, input_ids: Tensor, extra_embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the last and the penultimate hidden states and the pooled text."""
+        """Return the last and the penultimate hidden states, (B, n, D), and the pooled text."""
         last, penultimate, pooled = self.model(input_ids, extra_embeddings)
         return last.float(), penultimate.float(), pooled.float()
 
@@ -100,7 +100,7 @@ class VaeDecode(nn.Module):
         self.model = autoencoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Undo the scaling, decode, round to bytes."""
+        """Undo the scaling of latents (B, C, h, w), decode, round to (B, H, W, 3) uint8."""
         config = self.model.config
         latents = latents / config.scaling_factor + config.shift_factor
         pixels = self.model.decode(latents.to(self.model.decoder.conv_in.weight.dtype)).float()
@@ -116,7 +116,7 @@ class VaeEncode(nn.Module):
         self.model = autoencoder
 
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Encode, draw from the posterior with the noise, scale."""
+        """Encode (B, H, W, 3) uint8, draw from the posterior with the noise (B, C, h, w), scale."""
         config = self.model.config
         # Floats first: TensorRT takes bytes and moves none.
         scaled = pixels.float().permute(0, 3, 1, 2) / 127.5 - 1.0

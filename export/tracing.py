@@ -68,7 +68,7 @@ def build_module(part: Part, config: Config) -> nn.Module:
 def example_inputs(
     part: Part, config: Config, sizes: dict[str, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Draw random inputs of a part; `sizes` gives the signature's symbols a number."""
+    """Draw random inputs of a part's signature; `sizes` gives its shapes' symbols a number."""
     sizes = {**config.symbols(), **sizes, "r + 2": sizes["r"] + 2}
     for pixels, latents in (("H", "h"), ("W", "w")):
         sizes[pixels] = config.compression * sizes.get(latents, 0)

@@ -32,7 +32,7 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
 
 
 def check_picture(name: str, image: object) -> None:
-    """Refuse what is no picture of PIL's, and one whose file cannot be read."""
+    """Refuse what is no image of PIL's, and one whose file cannot be read. Raises RequestError."""
     if not isinstance(image, Image.Image):
         raise RequestError(
             f"{name} came as {type(image).__name__}; give a PIL image (PIL.Image.open of a file)"
@@ -50,7 +50,7 @@ def check_picture(name: str, image: object) -> None:
 
 
 def texts(name: str, values: object) -> list[str]:
-    """Return a list of texts, refusing all else."""
+    """Return a list of texts; raises RequestError for all else."""
     if not isinstance(values, Sequence) or isinstance(values, bytes):
         raise RequestError(
             f"{name} came as {type(values).__name__}; give a text or a list of texts"
@@ -62,13 +62,13 @@ def texts(name: str, values: object) -> list[str]:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse what is not one of some names."""
+    """Refuse what is not one of some names; raises RequestError."""
     if value not in tuple(choices):
         raise RequestError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
 
 
 def check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
-    """Refuse what is no number of a kind, Integral or Real, from low to high."""
+    """Refuse what is no number of a kind, Integral or Real, from low to high: RequestError."""
     # bool counts as a number in Python, but nobody means True pixels.
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
         what = "whole number" if kind is Integral else "number"
@@ -76,7 +76,7 @@ def check_number(name: str, value: object, kind: type, low: float, high: float) 
 
 
 def check_names(names: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse options that there are none of, and name the one that is meant."""
+    """Refuse options that there are none of, and name the one that is meant: RequestError."""
     for name in names:
         if name not in known:
             meant = FOREIGN_NAMES.get(name) or next(

@@ -83,7 +83,7 @@ class Sampling:
         return scores
 
     def token(self, logits: NDArray[np.float32], seen: Sequence[int], uniform: float) -> int:
-        """Return the token that a number falls on, which is drawn evenly from [0, 1)."""
+        """Return the token that a number of [0, 1) falls on, by logits of (tokens,)."""
         upto = self.probabilities(logits, seen).cumsum()
         return int(np.searchsorted(upto, uniform * upto[-1], side="right"))
 

@@ -49,7 +49,7 @@ def curand_normal(words: tuple[Words, ...], output: int) -> NDArray[np.float32]:
     them is the GPU's to the last bit.
 
     Args:
-        words: from `philox4x32`
+        words: from `philox4x32`; the numbers have the shape of one of them
         output: 0 to 3
     """
     x, y = words[output & 2].astype(np.float32), words[output & 2 | 1].astype(np.float32)

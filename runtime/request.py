@@ -263,7 +263,8 @@ class Request:
     def composed(self) -> tuple[list[list[str]], NDArray[np.float64]]:
         """Return the parts of the prompts that AND joins, (m, P) texts, and what each counts.
 
-        All prompts get as many parts as the longest has; those that a prompt lacks count 0.
+        All prompts get as many parts as the longest has; those that a prompt lacks count 0. Raises
+        RequestError for more parts than can be drawn together.
         """
         if not self.prompt_syntax:
             return [self.written(self.prompts)], np.ones((1, len(self.prompts)))

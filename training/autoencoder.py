@@ -110,7 +110,9 @@ def encode(autoencoder: Autoencoder, images: np.ndarray) -> Tensor:
 
 @torch.no_grad()
 def normalise(autoencoder: Autoencoder, images: np.ndarray) -> None:
-    """Give the latents of these images mean 0 and standard deviation 1 in every channel.
+    """Give these images' latents mean 0 and standard deviation 1 in every channel.
+
+    images: (n, H, W, 3) uint8
 
     The shift and the scale go into the 1x1 convolutions on both sides of the latents, so the
     autoencoder draws what it drew before, and diffusion starts from what it expects.

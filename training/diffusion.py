@@ -140,7 +140,8 @@ def train(
 ) -> Denoiser:
     """Train on the examples; checkpoints and sample grids of `prompts` go to `folder`.
 
-    `start` is the state of a denoiser to train on from; without it, training begins anew.
+    `start` is the state of a denoiser to train on from, tensors by their names and of their shapes;
+    without it, training begins anew.
     """
     autoencoder = autoencoder.to(settings.device)
     torch.manual_seed(settings.seed)

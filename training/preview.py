@@ -101,7 +101,7 @@ def train(
 
 
 def difference(pixels: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean squared difference of pictures of 0 to 1, once the first are clamped."""
+    """Return the mean squared difference of images (B, 3, H, W) of 0 to 1, the first clamped."""
     clamped = pixels.clamp(0, 1)
     return (clamped + BEYOND * (pixels - clamped) - wanted).square().mean()
 

@@ -40,7 +40,7 @@ class Factor(Protocol):
         """The shape as it is stored."""
 
     def array(self) -> NDArray[Any]:
-        """Read the numbers."""
+        """Read the numbers, of `shape`, in the dtype of the file."""
 
 
 class Change(Protocol):
@@ -70,7 +70,7 @@ class Transposed:
         return self.stored.shape[::-1]
 
     def array(self) -> NDArray[Any]:
-        """Read the numbers."""
+        """Read the numbers: (columns, rows) of what is stored, in the dtype of the file."""
         return self.stored.array().T
 
 
@@ -106,7 +106,7 @@ class LowRank:
         return self.up.shape[0], _flat(self.down)[1] * kernel
 
     def matrix(self, scale: float = 1.0) -> Matrix:
-        """Multiply the factors; the scale goes into a small one."""
+        """Multiply the factors to (out, in · k · k); the scale goes into a small one."""
         up, down = _read(self.up, scale), _read(self.down)
         if self.core is None:
             return up @ down
@@ -141,7 +141,7 @@ class Hadamard:
         return self.first.matrix_shape
 
     def matrix(self, scale: float = 1.0) -> Matrix:
-        """Multiply both sides out, then with each other."""
+        """Multiply both sides out to (out, in · k · k), then with each other."""
         delta = self.first.matrix(scale)
         delta *= self.second.matrix()
         return delta
@@ -169,7 +169,7 @@ class Kronecker:
         return a * b, c * d
 
     def matrix(self, scale: float = 1.0) -> Matrix:
-        """Multiply the sides out and take every product of theirs."""
+        """Multiply the sides out and take every product of theirs: (out, in · k · k)."""
         first, second = self.first.matrix(scale), self.second.matrix()
         blocks: Matrix = first[:, None, :, None] * second[None, :, None, :]
         return blocks.reshape(self.matrix_shape)
@@ -196,7 +196,7 @@ class Difference:
         return _flat(self.diff)
 
     def matrix(self, scale: float = 1.0) -> Matrix:
-        """Read it."""
+        """Read it as float32, in its own shape."""
         return np.multiply(_read(self.diff), np.float32(scale))
 
 

@@ -41,7 +41,7 @@ class Norms:
         return (math.prod(self.stored.shape),)
 
     def array(self) -> NDArray[Any]:
-        """Read the numbers."""
+        """Read the numbers: (n,), in the dtype of the file."""
         return self.stored.array().reshape(-1)
 
 
@@ -69,7 +69,8 @@ class ModuleChange:
     def alpha(self) -> float | None:
         """Read alpha, from the file's tensor or its configuration.
 
-        None where there is none, or where it is 0: trainers write 0 for "the rank".
+        None where there is none, or where it is 0: trainers write 0 for "the rank". Raises
+        ModelError when it is no finite number.
         """
         if self.stored_alpha is None:
             alpha = self.config.alpha_of(self.module)

@@ -85,7 +85,7 @@ def run_from_host(
 ) -> dict[str, NDArray[Any]]:
     """Run an engine once; inputs may lie on either side, and what comes back is the processor's.
 
-    Raises BackendError.
+    Shapes and dtypes are those of the graph's signature, in and out. Raises BackendError.
     """
     device, placed = engine.device, {}
     for name, array in inputs.items():

@@ -69,7 +69,10 @@ class TextEncoderConfig(Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read a CLIPTextModel's configuration, with or without a projection."""
+        """Read a CLIPTextModel's configuration, with or without a projection.
+
+        Raises ModelError when it is of another class, or states no projection where one is needed.
+        """
         values = dict(values)
         if values.get("eos_token_id") == values.get("vocab_size", 0) - 1:
             values["eos_token_id"] = LARGEST_ID  # two ways to say the same
@@ -272,7 +275,10 @@ class TinyDecoderConfig(Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read an AutoencoderTiny's configuration; refuse variants that change the maths."""
+        """Read an AutoencoderTiny's configuration.
+
+        Raises ModelError when it is of another class, or a variant that changes the maths.
+        """
         kind = values.get("_class_name")
         if kind != "AutoencoderTiny":
             raise ModelError(

@@ -150,7 +150,7 @@ class CudaDevice:
 
     @_alone
     def upload(self, array: NDArray[Any], to: DeviceArray) -> None:
-        """Queue a copy into the device's memory; see `engine.devices.device.Device`."""
+        """Queue a copy of the same shape and dtype; see `engine.devices.device.Device`."""
         self._refuse_recording("the processor's memory is read")
         assert (array.shape, array.dtype) == (to.shape, to.dtype)
         if not to.nbytes:
@@ -170,7 +170,7 @@ class CudaDevice:
 
     @_alone
     def download(self, array: DeviceArray) -> NDArray[Any]:
-        """Wait for all work, and return what the array holds then."""
+        """Wait for all work, and return what the array holds then, of its shape and dtype."""
         if not array.nbytes:
             return np.empty(array.shape, array.dtype)
         with self._errors():

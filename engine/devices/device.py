@@ -46,7 +46,10 @@ class DeviceArray:
         return replace(self, address=self.address + offset, shape=shape)
 
     def head(self, shape: Shape) -> "DeviceArray":
-        """Return its first numbers as an array of this shape, in the same memory."""
+        """Return its first numbers as an array of this shape, in the same memory.
+
+        Raises ValueError when the shape holds more.
+        """
         if prod(shape) > prod(self.shape):
             raise ValueError(f"{shape} of {self.shape}")
         return replace(self, shape=shape)
@@ -85,7 +88,7 @@ class Device(Protocol):
         ...
 
     def upload(self, array: NDArray[Any], to: DeviceArray) -> None:
-        """Queue a copy into the device's memory; the array may change as soon as this returns."""
+        """Queue a copy of the same shape and dtype; the array may change once this returns."""
         ...
 
     def copy(self, source: DeviceArray, to: DeviceArray) -> None:
@@ -93,7 +96,7 @@ class Device(Protocol):
         ...
 
     def download(self, array: DeviceArray) -> NDArray[Any]:
-        """Wait for all work, and return what the array holds then."""
+        """Wait for all work, and return what the array holds then, of its shape and dtype."""
         ...
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -113,7 +116,7 @@ class Device(Protocol):
 
 
 def on_host(array: HostOrDeviceArray) -> NDArray[Any]:
-    """Return an array that the processor can read; waits for a device's."""
+    """Return an array of the same shape and dtype on the CPU; waits for a device's."""
     return array.device.download(array) if isinstance(array, DeviceArray) else array
 
 

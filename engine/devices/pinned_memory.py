@@ -32,7 +32,7 @@ class Piece:
         return int(self.buffer.handle)
 
     def view(self, shape: Shape, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Look at its beginning as an array."""
+        """Look at its beginning as an array of this shape and dtype."""
         raw = (ctypes.c_byte * (prod(shape) * dtype.itemsize)).from_address(self.address)
         array: NDArray[Any] = np.frombuffer(memoryview(raw), dtype)
         return array.reshape(shape)

@@ -38,13 +38,13 @@ class Scratch:
         self._used = 0
 
     def put(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Copy an array into the file; returns it there."""
+        """Copy an array into the file; returns it there, of the same shape and dtype."""
         there = self.take(array.shape, array.dtype)
         there[...] = array
         return there
 
     def take(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Return the next array of the file, of zeros."""
+        """Return the next array of the file, of this shape and dtype, all zeros."""
         there = np.frombuffer(self._map, dtype, math.prod(shape), self._used).reshape(shape)
         self._used += there.nbytes
         return there

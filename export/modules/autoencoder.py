@@ -21,7 +21,7 @@ class SpatialAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> Tensor:
-        """Return the feature map plus its attention."""
+        """Return the feature map (B, C, h, w) plus its attention."""
         height, width = hidden_states.shape[2:]
         tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2)
         out = super().forward(tokens, context)
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the moments before `quant_conv`."""
+        """Return the moments before `quant_conv`, (B, 2 C, h, w), of pixels (B, 3, H, W)."""
         hidden_states = self.conv_in(pixels)
         for block in self.down_blocks:
             hidden_states = block(hidden_states)
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return pictures, about [-1, 1], not clamped."""
+        """Return images (B, 3, H, W), about [-1, 1], not clamped, of latents (B, C, h, w)."""
         hidden_states = self.mid_block(self.conv_in(latents))
         for block in self.up_blocks:
             hidden_states = block(hidden_states)

@@ -13,7 +13,7 @@ from engine.configs.diffusion import LARGEST_ID, TextEncoderConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """Approximate GELU as the original CLIP does: x · sigmoid(1.702 x)."""
+    """Approximate GELU as the original CLIP does: x · sigmoid(1.702 x), of any shape."""
     return x * torch.sigmoid(1.702 * x)
 
 

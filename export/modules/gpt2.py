@@ -82,7 +82,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden_states: Tensor, past: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Take and give what `Attention` does."""
+        """Take and give what `Attention` does; the hidden states are (B, n, D)."""
         attended, present = self.attn(self.ln_1(hidden_states), past, mask)
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.ln_2(hidden_states)), present

@@ -36,7 +36,7 @@ class ResnetBlock(nn.Module):
         self.has_shortcut = in_channels != out_channels
 
     def forward(self, hidden_states: Tensor, time_embedding: Tensor | None = None) -> Tensor:
-        """Return the residual block's output; see the class."""
+        """Return the output (B, C, h, w) of the residual block; see the class."""
         x = self.conv1(F.silu(self.norm1(hidden_states)))
         if time_embedding is not None:
             x = x + self.time_emb_proj(F.silu(time_embedding))[:, :, None, None]
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> Tensor:
-        """Attend from `hidden_states` to `context`; see the class."""
+        """Attend from `hidden_states` (B, n, D) to `context` (B, m, D'); see the class."""
         context = hidden_states if context is None else context
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)

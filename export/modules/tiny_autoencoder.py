@@ -26,7 +26,7 @@ class TinyBlock(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return the block's output, which is not negative."""
+        """Return the block's output, (B, C, h, w), which is not negative."""
         return F.relu(self.conv(hidden_states) + hidden_states)
 
 
@@ -49,7 +49,7 @@ class TinyDecoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return pictures, about [0, 1], not clamped."""
+        """Return images (B, 3, H, W), about [0, 1], not clamped, of latents (B, C, h, w)."""
         return self.layers(torch.tanh(latents / LIMIT) * LIMIT)
 
 
@@ -70,7 +70,7 @@ class PreviewDecode(nn.Module):
         self.model = autoencoder
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Decode, round to bytes."""
+        """Decode latents (B, C, h, w), round to bytes: (B, H, W, 3) uint8."""
         dtype = next(self.model.parameters()).dtype
         pixels = self.model.decoder(latents.to(dtype)).float()
         pixels = (pixels * 255.0).clamp(0.0, 255.0).round()

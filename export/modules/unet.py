@@ -194,7 +194,7 @@ class UpBlock(Block):
         time_embedding: Tensor,
         context: Tensor,
     ) -> Tensor:
-        """Run one residual block, and its transformer where it has one."""
+        """Run one residual block, and its transformer where it has one; maps are (B, C, h, w)."""
         hidden_states = torch.cat([hidden_states, skip], dim=1)
         hidden_states = self.resnets[i](hidden_states, time_embedding)
         return self.attentions[i](hidden_states, context) if self.has_attention else hidden_states

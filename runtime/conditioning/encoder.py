@@ -72,7 +72,7 @@ class EmbeddingCache:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def get(self, key: Hashable) -> tuple[NDArray[np.float32], ...] | None:
-        """Return what was put there, None for what was not or is gone."""
+        """Return the arrays that were put there, of any shape, or None."""
         with self._lock:
             found = self._arrays.get(key)
             if found is not None:
@@ -80,7 +80,7 @@ class EmbeddingCache:
             return found
 
     def put(self, key: Hashable, arrays: tuple[NDArray[np.float32], ...]) -> None:
-        """Keep arrays in place of those that were not asked for the longest."""
+        """Keep arrays, of any shape, in place of those that were not asked for the longest."""
         with self._lock:
             self._bytes += _size(arrays) - _size(self._arrays.pop(key, ()))
             self._arrays[key] = arrays

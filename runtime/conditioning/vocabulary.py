@@ -110,7 +110,7 @@ class Vocabulary:
             ) from error
 
     def special_id(self, name: str) -> int:
-        """Return the id of a special token by its name, such as "pad_token"."""
+        """Return the id of a special token by its name, such as "pad_token"; raises ModelError."""
         content = self.named[name]["content"]
         for index, fields in self.added.items():
             if fields["content"] == content:
@@ -171,7 +171,7 @@ def named_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, Fields]:
 
 
 def token_fields(entry: object) -> Fields:
-    """Return a token that stands in JSON as a string or an object as the library's fields."""
+    """Return the library's fields of a token, a string or an object in JSON; else ValueError."""
     if isinstance(entry, str):
         return {"content": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
@@ -180,7 +180,10 @@ def token_fields(entry: object) -> Fields:
 
 
 def read_pairs(folder: Path) -> tuple[dict[str, int], list[Merge], list[Fields]]:
-    """Return ids, merges by rank and the added tokens that a `tokenizer.json` lists."""
+    """Return ids, merges by rank and the added tokens of a tokenizer's folder.
+
+    Raises ModelError when its `tokenizer.json` has no byte-pair vocabulary.
+    """
     whole = folder / "tokenizer.json"
     if not whole.exists():
         return read_json(folder / "vocab.json"), read_merges(folder / "merges.txt"), []

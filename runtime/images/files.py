@@ -227,6 +227,6 @@ def _chunk(settings: Mapping[str, Any], packet: bytes) -> PngImagePlugin.PngInfo
 
 
 def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio of pictures of 8 bits, in dB; infinite for equal ones."""
+    """Peak signal-to-noise ratio of images of one shape, in dB; infinite for equal ones."""
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return 10 * math.log10(WHITE**2 / error) if error else math.inf

@@ -105,7 +105,8 @@ def edm_euler(run: Run) -> Iterator[Call]:
     """Euler's method for models with EDM's preconditioning (arXiv:2206.00364, table 1, EDM).
 
     Sigma goes from 80 to 0.002, along `karras` or `exponential`; the model sees log(sigma) / 4,
-    and its output is weighted with sigma_data = 0.5. The model's betas are not used.
+    and its output is weighted with sigma_data = 0.5. The model's betas are not used. Raises
+    RequestError for another curve.
     """
     if run.schedule not in (None, "karras", "exponential"):
         raise RequestError(f"sampler edm_euler takes karras or exponential, not {run.schedule!r}")

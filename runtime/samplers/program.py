@@ -111,6 +111,8 @@ def predict(
 ) -> tuple[Array, Array]:
     """Return the rows of x0 and eps from those of x = alpha x0 + sigma eps and of out.
 
+    A row is (r + 2,) in float64: what is taken of every register, of out and of the noise.
+
     Raises:
         ModelError: alpha is 0, and the model predicts eps.
     """

@@ -21,7 +21,7 @@ MEDIA = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
 
 def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
-    """Return the routes of /api/v1."""
+    """Return the routes of /api/v1; NotFoundError and BusyError are among their refusals."""
     router = APIRouter(prefix="/api/v1", tags=["pictures"], responses=REFUSALS)
     streams: Counter[str] = Counter()
 

@@ -45,7 +45,10 @@ FILES = ("image", "image[]", "mask")
 
 
 def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) -> APIRouter:
-    """Return the routes; started: when the server was, in seconds of the epoch."""
+    """Return the routes, which refuse with BadRequestError.
+
+    started: when the server was, in seconds of the epoch
+    """
     router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=REFUSALS)
 
     async def answer(
@@ -104,7 +107,7 @@ def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) ->
 
 
 def openai_request(body: OpenAIFields, catalog: Catalog) -> PictureRequest:
-    """Return what a body requests, without its pictures. Raises RefusalError."""
+    """Return what a body requests, without its pictures. Raises BadRequestError."""
     if body.response_format not in (None, "b64_json"):
         raise BadRequestError(
             "response_format must be b64_json; no picture is kept here for a URL to lead to",

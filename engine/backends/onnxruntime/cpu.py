@@ -45,7 +45,7 @@ class OnnxRuntimeEngine:
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; raises BackendError when the library fails, as for want of memory."""
+        """Run once, with arrays of the signature; raises BackendError, as for want of memory."""
         value = self._library.OrtValue.ortvalue_from_numpy
         fed = {} if self._constant else self._weights
         fed = fed | {name: value(array) for name, array in inputs.items()}

@@ -58,7 +58,7 @@ class OnnxRuntimeCudaEngine:
         self._asynchronous.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
-        """Run once; see `engine.backends.base.DeviceEngine`."""
+        """Run once, with arrays of the signature; see `engine.backends.base.DeviceEngine`."""
         return run_from_host(self, inputs)
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:

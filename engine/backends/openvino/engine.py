@@ -89,7 +89,7 @@ class OpenVinoEngine:
         self.rebind(weights, graph.weights)
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once; raises BackendError for inputs that do not fit, or when the library fails."""
+        """Run once, with arrays of the signature; raises BackendError, also for other shapes."""
         self._check(inputs)
         compiled = self._ready({name: array.shape for name, array in inputs.items()})
         try:

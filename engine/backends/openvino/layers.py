@@ -25,6 +25,8 @@ def put_weight(
     """Put a weight in the place of a model's parameters, which are float32, without a copy.
 
     parameters: one, or several that have equal shares of the weight's rows
+
+    Raises ValueError where the shapes differ.
     """
     ops = library.opset13
     array = weight.values if isinstance(weight, QuantizedWeight) else weight
@@ -75,7 +77,7 @@ def as_float32(library: Any, constant: Any) -> Any:
 
 
 def as_constant(library: Any, array: NDArray[Any]) -> Any:
-    """Return an array as a constant, without a copy."""
+    """Return an array of any shape and dtype as a constant, without a copy."""
     return library.op.Constant(_writable(array), shared_memory=True)
 
 

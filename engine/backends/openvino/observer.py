@@ -14,7 +14,7 @@ class ObservingEngine(OpenVinoEngine):
     """Runs as any other; `ranges` are those of all runs so far."""
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Run once, and keep what the observers saw to itself."""
+        """Run once, with arrays of the signature, and keep what the observers saw to itself."""
         outputs = super().run(inputs)
         for title, further in ((MIN, np.minimum), (MAX, np.maximum)):
             for name in [name for name in outputs if name.startswith(title)]:

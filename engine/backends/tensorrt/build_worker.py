@@ -48,7 +48,10 @@ def main() -> None:
 
 
 def build_part(request: BuildRequest, to: Path, tell: Tell, cancelled: Event) -> None:
-    """Build the part of a model that is asked for; raises LatentrtError."""
+    """Build the part of a model that is asked for.
+
+    Raises LatentrtError: OutputError where the engine cannot be written.
+    """
     module = library(request.library)
     graph = Graph.read(request.graph)
     model = Model.open(

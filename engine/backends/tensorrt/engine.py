@@ -52,7 +52,7 @@ class TensorRTEngine:
         return bool(self._loaded.engine.refittable)
 
     def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
-        """Run once; see `engine.backends.base.DeviceEngine`."""
+        """Run once, with arrays of the signature; see `engine.backends.base.DeviceEngine`."""
         return run_from_host(self, inputs)
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:

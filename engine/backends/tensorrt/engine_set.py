@@ -77,7 +77,7 @@ class EngineSet:
     _chosen: dict[tuple[tuple[str, Shape], ...], TensorRTEngine] = field(default_factory=dict)
 
     def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
-        """Run once; see `DeviceEngine`."""
+        """Run once, with arrays of the signature; see `DeviceEngine`."""
         return self._engine_for({name: a.shape for name, a in inputs.items()}).run(inputs)
 
     def prepare(self, inputs: Shapes) -> Mapping[str, DeviceArray]:

@@ -29,6 +29,8 @@ def build_engine(
 ) -> Any:
     """Parse a graph, give it its weights, and build; returns the engine's bytes, a buffer.
 
+    weights: each by its name, of the shape and the dtype that the graph declares
+
     Raises GraphError when the library cannot take the graph, BackendError when it cannot build.
     """
     logger = _logger(module)

@@ -134,7 +134,7 @@ def open_weights(path: Path) -> Weights:
 
 
 def release(weights: Mapping[str, NDArray[Any]]) -> None:
-    """Give back the memory of weights that were read from a file, whichever way they come."""
+    """Give back the memory of a file's weights, of any shape and dtype, however they come."""
     if give_back := getattr(weights, "release", None):
         give_back()
 

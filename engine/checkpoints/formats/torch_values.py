@@ -87,7 +87,7 @@ class ParameterDict:
     parameters: dict[str, Any] = field(default_factory=dict)
 
     def set_state(self, state: Any) -> None:
-        """Take the tensors out of the attributes of the module."""
+        """Take the tensors out of the attributes of the module; raises UnfitError without any."""
         parameters = state.get("_parameters") if isinstance(state, dict) else None
         if not isinstance(parameters, dict):
             raise UnfitError("a ParameterDict without parameters")
@@ -102,7 +102,7 @@ class NumpyType:
     order: str = field(default="<")
 
     def set_state(self, state: Any) -> None:
-        """Take the order of the bytes out of the state (version, order, …)."""
+        """Take the order of the bytes out of (version, order, …); raises UnfitError for others."""
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|"):
             raise UnfitError("a numpy dtype of an unknown state")
         self.order = state[1]
