@@ -5,6 +5,7 @@ wherever a test does not say. Files whose imports reach a library of `tests/supp
 marked `oracle`, and are left out where that library is not installed.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -34,6 +35,7 @@ if sys.platform == "darwin":  # for which NVIDIA's libraries are not made
 # Workers take one file after the other, the longest first: nobody waits for one of them at the end.
 FIRST = (
     "runtime/test_family_parity.py",
+    "runtime/denoising/test_rows.py",
     "export/test_islands.py",
     "export/test_tracing.py",
     "engine/checkpoints/formats/test_reader_fuzz.py",
@@ -41,6 +43,8 @@ FIRST = (
     "runtime/denoising/test_device_loop.py",
     "engine/backends/tensorrt",
     "benchmarks",
+    "runtime/test_calibration.py",
+    "serving",
 )
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
@@ -54,6 +58,10 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         count[name] = count.get(name, 0) + 1
     unasked = "not oracle" in config.option.markexpr and oracles(collection_path)
     return True if absent or unasked else None
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what torch and its kin made on import is not looked through again and again
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
