@@ -61,7 +61,7 @@ def parsed(words):
         command = given[0] if given[0] in export._COMMANDS else "model"
         export._PARSERS[command]("export").parse_args(given[command != "model" :])
     elif name == "training":
-        training._parser().parse_args(given)
+        training.parser(training.COMMANDS, None).parse_args(given)
     elif name in ("benchmarks", "bench"):
         benchmarks._parser("bench").parse_args(given)
     elif name == "serve":

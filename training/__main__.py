@@ -1,7 +1,7 @@
 """`python -m training`: make the model that ships, or one from your own captioned pictures.
 
 data, autoencoder, diffusion and ship are run in this order over one working folder, by `all` too;
-preview adds a tiny decoder to a model.
+preview adds a tiny decoder to a model, few-steps a LoRA that draws in 4 calls.
 """
 
 import argparse
@@ -26,26 +26,21 @@ import numpy as np
 from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
 from runtime.conditioning.tokenizer import Tokenizer
-from training import autoencoder, card, diffusion, pictograms, preview, quality, ship
+from training import autoencoder, card, diffusion, distillation, pictograms, preview, quality, ship
 from training.captions import read_coco, read_flickr30k
 from training.dataset import PictogramTrainingSet, TrainingSet, load_training_set
 from training.loop import LoopSettings
+from training.options import DEFAULTS, parser
 from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
 
 MOVED = 3  # copies of each picture that are moved a little, where encoding them takes seconds
 AUTOENCODER_SHARE = 0.3  # of the minutes of `all`
-# What a training is asked for by default: text, steps, batch size, learning rate, batch on a GPU.
-DEFAULTS = {
-    "autoencoder": ("train the autoencoder", 30_000, 16, 2e-3, 192),
-    "diffusion": ("train text encoder and UNet", 100_000, 48, 3e-3, 512),
-    "preview": ("distil a model's tiny decoder for previews", 5000, 8, 5e-3, 8),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
     return exit_status(
-        lambda: _run(_parser().parse_args(arguments)),
+        lambda: _run(parser(COMMANDS, __doc__).parse_args(arguments)),
         cancelled="stopped; the last checkpoint is kept, run the command again",
     )
 
@@ -122,16 +117,30 @@ def _examples(data: TrainingSet, trained: Autoencoder, seed: int) -> diffusion.E
 
 
 def _preview(options: argparse.Namespace) -> None:
-    data, folder = _training_set(options), find_model(options.model)
-    denoiser_state, autoencoder_state = ship.read_model(folder)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    denoiser = diffusion.Denoiser(tokenizer.vocab_size).eval()
-    denoiser.load_state_dict(denoiser_state)
-    trained = Autoencoder(autoencoder.CONFIG).eval()
-    trained.load_state_dict(autoencoder_state)
-    settings = _settings(options)
+    data, settings = _training_set(options), _settings(options)
+    denoiser, trained, tokenizer = _read_model(find_model(options.model))
     decoded = preview.examples(data, denoiser, trained, tokenizer, settings.seed)
     print(preview.write(preview.train(decoded, settings, options.work), options.out))
+
+
+def _few_steps(options: argparse.Namespace) -> None:
+    data = _training_set(options)
+    denoiser, trained, tokenizer = _read_model(find_model(options.model))
+    settings = _settings(options)
+    denoiser.to(settings.device)
+    taught = distillation.trajectories(
+        data,
+        denoiser,
+        tokenizer,
+        options.work / "trajectories",
+        count=options.pictures,
+        size=(trained.config.latent_channels, ship.LATENT_SIDE, ship.LATENT_SIDE),
+        device=settings.device,
+        seed=settings.seed,
+    )
+    student = distillation.train(taught, denoiser, trained, settings, options.work)
+    distillation.write(student.cpu(), options.out)
+    print(options.out)
 
 
 def _ship(options: argparse.Namespace) -> None:
@@ -172,7 +181,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{options.work / 'data.npz'} holds captioned pictures, of which none is held out; "
             "evaluate measures pictograms: run `python -m training data` without captions"
         )
-    report = quality.evaluate(options.model, data.pictograms)
+    report = quality.evaluate(options.model, data.pictograms, few_steps=options.few_steps)
     ship.write_json(options.work / "quality.json", report)
     found = quality.figures(report)
     if options.json:
@@ -188,6 +197,17 @@ def _begin_from(options: argparse.Namespace) -> dict[str, torch.Tensor]:
     torch.save(trained, options.work / "autoencoder-final.pt")
     shutil.copytree(folder / "tokenizer", options.work / "tokenizer", dirs_exist_ok=True)
     return denoiser
+
+
+def _read_model(folder: Path) -> tuple[diffusion.Denoiser, Autoencoder, Tokenizer]:
+    """Return a model that `ship` wrote as modules, to go on from."""
+    denoiser_state, autoencoder_state = ship.read_model(folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    denoiser = diffusion.Denoiser(tokenizer.vocab_size).eval()
+    denoiser.load_state_dict(denoiser_state)
+    trained = Autoencoder(autoencoder.CONFIG).eval()
+    trained.load_state_dict(autoencoder_state)
+    return denoiser, trained, tokenizer
 
 
 def _training_set(options: argparse.Namespace) -> TrainingSet:
@@ -241,80 +261,16 @@ def _settings(options: argparse.Namespace) -> LoopSettings:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text)
-        added.add_argument(
-            "--work", type=Path, default=Path("work"), help="working folder (default: %(default)s)"
-        )
-        added.set_defaults(command=run)
-        return added
-
-    def sources(data: argparse.ArgumentParser) -> None:
-        data.add_argument("--all", action="store_true", help="all subjects, not the everyday ones")
-        source = data.add_mutually_exclusive_group()
-        source.add_argument("--coco", type=Path, metavar="JSON", help="captions as COCO has them")
-        source.add_argument(
-            "--flickr30k", type=Path, metavar="FILE", help="captions as Flickr30k has them"
-        )
-        data.add_argument(
-            "--images", type=Path, metavar="FOLDER", help="the pictures they describe"
-        )
-
-    def machine(train: argparse.ArgumentParser) -> None:
-        train.add_argument("--sample-steps", type=int, default=1000, help="between sample grids")
-        train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-        train.add_argument("--threads", type=int, help="processor threads")
-        train.add_argument("--seed", type=int, default=0)
-
-    def vocabulary(train: argparse.ArgumentParser) -> None:
-        train.add_argument("--vocab-size", type=int, default=2560, help="(default: %(default)s)")
-
-    sources(command("data", _data, "make the data set: pictograms, or your own captioned pictures"))
-    for name, run in (
-        ("autoencoder", _autoencoder),
-        ("diffusion", _diffusion),
-        ("preview", _preview),
-    ):
-        text, steps, batch, rate, _ = DEFAULTS[name]
-        train = command(name, run, text)
-        train.add_argument("--steps", type=int, default=steps, help="(default: %(default)s)")
-        train.add_argument("--minutes", type=float, help="end sooner, after this much computing")
-        train.add_argument("--batch-size", type=int, default=batch, help="(default: %(default)s)")
-        train.add_argument(
-            "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
-        )
-        machine(train)
-        if name == "preview":
-            train.add_argument("--model", default="pictogram", help="(default: %(default)s)")
-            train.add_argument(
-                "--out", type=Path, required=True, help="the folder to put preview_decoder/ into"
-            )
-        if name == "diffusion":
-            train.add_argument(
-                "--start", metavar="MODEL", help="train on from this model, with its autoencoder"
-            )
-            vocabulary(train)
-    everything = command("all", _all, "data, autoencoder, diffusion and ship, what is not done yet")
-    sources(everything)
-    everything.add_argument(
-        "--minutes", type=float, required=True, help="of computing, for both trainings together"
-    )
-    everything.add_argument("--out", type=Path, required=True, help="the model's folder")
-    everything.set_defaults(start=None)
-    machine(everything)
-    vocabulary(everything)
-
-    shipping = command("ship", _ship, "write the trained model in diffusers' layout")
-    shipping.add_argument("--out", type=Path, required=True, help="the model's folder")
-    evaluate = command("evaluate", _evaluate, "measure the held-out match of a model")
-    evaluate.add_argument("--model", default="pictogram")
-    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
-    return parser
-
+COMMANDS = {
+    "data": _data,
+    "autoencoder": _autoencoder,
+    "diffusion": _diffusion,
+    "preview": _preview,
+    "few-steps": _few_steps,
+    "all": _all,
+    "ship": _ship,
+    "evaluate": _evaluate,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -148,7 +148,17 @@ def _quality(work: Path, *, pictograms: bool) -> str:
             )
     if "few_steps" in report:
         share = f"{report['few_steps']['top_1']:.1%}"
-        lines.append(f"- Drawn in 4 steps, {share} of the held-out pairs are nearest (top-1).")
+        how = "without guidance, by the LoRA of few steps" if report.get("few_steps_lora") else ""
+        lines.append(
+            f"- Drawn in 4 steps{how and ' ' + how}, {share} of the held-out pairs are nearest "
+            "(top-1)."
+        )
+    if "copied" in report:
+        best = report["copied"]["all"]
+        lines.append(
+            "- The original of the same subject in the best other style, in the place of the "
+            f"picture drawn: {best['top_1']:.1%} (top-1) and {best['top_5']:.1%} (top-5)."
+        )
     if "sharpness" in report:
         lines.append(
             "- Sharpness, the mean difference of neighbouring pixels in drawn held-out pairs: "

@@ -5,6 +5,7 @@ of 8 x 8 pixels, and the 16 x 16 RGB values are compared by their Euclidean dist
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,20 @@ TRAINED_SEED = 7
 TOPS = (1, 5)
 
 
-def evaluate(model: str, data: Pictograms, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
+def evaluate(
+    model: str,
+    data: Pictograms,
+    seeds: Sequence[int] = SEEDS,
+    *,
+    few_steps: Path | None = None,
+) -> dict[str, Any]:
     """Draw every held-out pair and as many trained ones; return means over the seeds.
 
     A picture is matched among all originals of its own kind (held out or trained); rank 1 means
     that no other original is nearer than the one it was asked for. Sharpness is the mean
     difference of neighbours in the held-out pairs drawn, beside that of their originals.
+
+    few_steps: a LoRA of `training.distillation`, to draw in few steps with and without guidance
     """
     pipeline = Pipeline.load(model)
     held_out = np.argwhere(data.held_out)
@@ -38,17 +47,22 @@ def evaluate(model: str, data: Pictograms, seeds: Sequence[int] = SEEDS) -> dict
     trained = trained[np.sort(chosen)]
     originals, of_trained = (data.images[pairs[:, 0], pairs[:, 1]] for pairs in (held_out, trained))
 
-    def draw(pairs: np.ndarray, steps: int) -> list[np.ndarray]:
-        return [np.stack(list(_draw(pipeline, data, pairs, seed, steps))) for seed in seeds]
+    def draw(pairs: np.ndarray, steps: int, scale: float = GUIDANCE_SCALE) -> list[np.ndarray]:
+        return [np.stack(list(_draw(pipeline, data, pairs, seed, steps, scale))) for seed in seeds]
 
-    drawn = draw(held_out, STEPS)
+    drawn, of_trained_drawn = draw(held_out, STEPS), draw(trained, STEPS)
+    if few_steps is not None:
+        pipeline.set_loras([few_steps])
+    few = draw(held_out, FEW_STEPS, GUIDANCE_SCALE if few_steps is None else 1.0)
     settings = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "sampler": "ddim"}
     return {
         "settings": settings,
         "seeds": list(seeds),
         "held_out": _shares(drawn, originals),
-        "trained": _shares(draw(trained, STEPS), of_trained),
-        "few_steps": _shares(draw(held_out, FEW_STEPS), originals),
+        "trained": _shares(of_trained_drawn, of_trained),
+        "few_steps": _shares(few, originals),
+        "few_steps_lora": few_steps is not None,
+        "copied": copied(data, held_out),
         "sharpness": sharpness(np.concatenate(drawn)) / sharpness(originals),
         "autoencoder_psnr": _reconstruction(model, originals),
     }
@@ -64,6 +78,31 @@ def figures(report: dict[str, Any]) -> dict[str, float]:
         "sharpness": report["sharpness"],
         "four_step_top1": report["few_steps"]["top_1"],
     }
+
+
+def copied(data: Pictograms, pairs: np.ndarray) -> dict[str, dict[str, float]]:
+    """Match the originals of the same subjects in another style: the best other, for each style.
+
+    That is what can be known of a held-out picture: its subject in the styles that were trained.
+    """
+    originals = data.images[pairs[:, 0], pairs[:, 1]]
+    places = np.stack(
+        [ranks(data.images[pairs[:, 0], style], originals) for style in range(len(STYLES))]
+    )
+    found = {}
+    for style, name in enumerate(STYLES):
+        own = np.delete(places[:, pairs[:, 1] == style], style, axis=0)
+        found[name] = {f"top_{k}": float((own <= k).mean(axis=1).max()) for k in TOPS}
+    found["all"] = {
+        f"top_{k}": float(
+            np.average(
+                [found[name][f"top_{k}"] for name in STYLES],
+                weights=np.bincount(pairs[:, 1], minlength=len(STYLES)),
+            )
+        )
+        for k in TOPS
+    }
+    return found
 
 
 def sharpness(images: np.ndarray) -> float:
@@ -106,7 +145,7 @@ def _shares(drawn: Sequence[np.ndarray], originals: np.ndarray) -> dict[str, Any
 
 
 def _draw(
-    pipeline: Pipeline, data: Pictograms, pairs: np.ndarray, seed: int, steps: int
+    pipeline: Pipeline, data: Pictograms, pairs: np.ndarray, seed: int, steps: int, scale: float
 ) -> Iterator[np.ndarray]:
     captions = [caption(data.names[subject], STYLES[style]) for subject, style in pairs]
     for start in range(0, len(captions), BATCH):
@@ -114,7 +153,7 @@ def _draw(
             captions[start : start + BATCH],
             seed=seed * len(captions) + start,
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
+            guidance_scale=scale,
             sampler="ddim",
         )
         yield from map(np.asarray, result.images)

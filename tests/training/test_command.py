@@ -134,3 +134,12 @@ def test_a_key_press_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "load_training_set", interrupted)
     assert main(["autoencoder", "--work", str(tmp_path)]) == INTERRUPTED
     assert "the last checkpoint is kept" in capsys.readouterr().err
+
+
+def test_a_lora_of_few_steps_is_made_from_any_model(shipped, tmp_path):
+    work, out = shipped
+    lora = tmp_path / "few-steps.safetensors"
+    asked = [*STEPS, "--pictures", "2", "--model", str(out), "--out", str(lora)]
+    shutil.copy(work / "data.npz", tmp_path)
+    assert main(["few-steps", *asked, "--work", str(tmp_path)]) == 0
+    assert 0 < lora.stat().st_size <= 2_000_000

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from training.quality import features, ranks
+from training.pictograms import STYLES, Pictograms
+from training.quality import copied, features, ranks
 
 
 @pytest.fixture
@@ -38,3 +39,21 @@ def test_the_farthest_ranks_last():
     originals = np.stack([np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200)])
     drawn = np.stack([originals[2], originals[2], originals[2]])
     assert ranks(drawn, originals).tolist() == [3, 2, 1]
+
+
+def test_copying_takes_the_best_other_style():
+    styles = len(STYLES)
+    images = np.random.default_rng(1).integers(0, 256, (styles, styles, 8, 8, 3), np.uint8)
+    images[:, 1] = images[:, 0]  # the first two styles are drawn alike
+    images[2, :2] = images[3, 3]  # the third subject's others are another subject's original
+    images[2, 3] = images[3, 3]
+    pairs = np.stack([np.arange(styles)] * 2, axis=1)
+    data = Pictograms(
+        names=("a", "b", "c", "d"), keywords=((),) * 4, images=images,
+        held_out=np.eye(styles, dtype=bool), everyday=np.ones(styles, bool),
+    )  # fmt: skip
+    found = copied(data, pairs)
+    assert found[STYLES[0]]["top_1"] == found[STYLES[1]]["top_1"] == 1.0
+    assert found[STYLES[2]]["top_1"] == 0.0, "its own original does not count"
+    means = [found[style]["top_1"] for style in STYLES]
+    assert found["all"]["top_1"] == pytest.approx(np.mean(means))

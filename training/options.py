@@ -1,0 +1,98 @@
+"""The options of `python -m training`."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+Run = Callable[[argparse.Namespace], None]
+
+# What a training is asked for by default: text, steps, batch size, learning rate, batch on a GPU.
+DEFAULTS = {
+    "autoencoder": ("train the autoencoder", 30_000, 16, 2e-3, 192),
+    "diffusion": ("train text encoder and UNet", 100_000, 48, 3e-3, 512),
+    "preview": ("distil a model's tiny decoder for previews", 5000, 8, 5e-3, 8),
+    "few-steps": ("distil a LoRA that draws in 4 calls without guidance", 6000, 64, 2e-3, 512),
+}
+
+
+def parser(runs: Mapping[str, Run], description: str | None) -> argparse.ArgumentParser:
+    """Return the program's parser; `runs` has the function of each command by its name."""
+    program = argparse.ArgumentParser(prog="python -m training", description=description)
+    commands = program.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument(
+            "--work", type=Path, default=Path("work"), help="working folder (default: %(default)s)"
+        )
+        added.set_defaults(command=runs[name])
+        return added
+
+    def sources(data: argparse.ArgumentParser) -> None:
+        data.add_argument("--all", action="store_true", help="all subjects, not the everyday ones")
+        source = data.add_mutually_exclusive_group()
+        source.add_argument("--coco", type=Path, metavar="JSON", help="captions as COCO has them")
+        source.add_argument(
+            "--flickr30k", type=Path, metavar="FILE", help="captions as Flickr30k has them"
+        )
+        data.add_argument(
+            "--images", type=Path, metavar="FOLDER", help="the pictures they describe"
+        )
+
+    def machine(train: argparse.ArgumentParser) -> None:
+        train.add_argument("--sample-steps", type=int, default=1000, help="between sample grids")
+        train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        train.add_argument("--threads", type=int, help="processor threads")
+        train.add_argument("--seed", type=int, default=0)
+
+    def vocabulary(train: argparse.ArgumentParser) -> None:
+        train.add_argument("--vocab-size", type=int, default=2560, help="(default: %(default)s)")
+
+    sources(command("data", "make the data set: pictograms, or your own captioned pictures"))
+    for name, (text, steps, batch, rate, _) in DEFAULTS.items():
+        train = command(name, text)
+        train.add_argument("--steps", type=int, default=steps, help="(default: %(default)s)")
+        train.add_argument("--minutes", type=float, help="end sooner, after this much computing")
+        train.add_argument("--batch-size", type=int, default=batch, help="(default: %(default)s)")
+        train.add_argument(
+            "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
+        )
+        machine(train)
+        if name in ("preview", "few-steps"):
+            train.add_argument("--model", default="pictogram", help="(default: %(default)s)")
+        if name == "preview":
+            train.add_argument(
+                "--out", type=Path, required=True, help="the folder to put preview_decoder/ into"
+            )
+        if name == "few-steps":
+            train.add_argument("--out", type=Path, required=True, help="the LoRA, .safetensors")
+            train.add_argument(
+                "--pictures",
+                type=int,
+                default=12_000,
+                help="that the model draws for it to learn from (default: %(default)s)",
+            )
+        if name == "diffusion":
+            train.add_argument(
+                "--start", metavar="MODEL", help="train on from this model, with its autoencoder"
+            )
+            vocabulary(train)
+    everything = command("all", "data, autoencoder, diffusion and ship, what is not done yet")
+    sources(everything)
+    everything.add_argument(
+        "--minutes", type=float, required=True, help="of computing, for both trainings together"
+    )
+    everything.add_argument("--out", type=Path, required=True, help="the model's folder")
+    everything.set_defaults(start=None)
+    machine(everything)
+    vocabulary(everything)
+
+    shipping = command("ship", "write the trained model in diffusers' layout")
+    shipping.add_argument("--out", type=Path, required=True, help="the model's folder")
+    evaluate = command("evaluate", "measure the held-out match of a model")
+    evaluate.add_argument("--model", default="pictogram")
+    evaluate.add_argument(
+        "--few-steps", type=Path, metavar="LORA", help="what few-steps wrote, to draw in 4 steps"
+    )
+    evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return program
