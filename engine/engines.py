@@ -105,6 +105,11 @@ class Engines:
                 )
         return cls(model, settings, precision, ranges=ranges, folders=folders)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether a picture is the same bits whatever is beside it in a batch of guided ones."""
+        return (self.settings.backend or DEFAULT, self.precision) == ("cpu", "float32")
+
     def graph(self, part: Part) -> Graph:
         """Find a part's graph; raises GraphError."""
         precision = graph_precision(self.settings, self.precision)

@@ -10,10 +10,12 @@ LatentrtError
 Every message is one sentence or two: what came, what is allowed, what to do.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from pathlib import Path
 
 __all__ = [
     "BackendError",
@@ -89,15 +91,30 @@ def exit_status(command: Callable[[], int | None], *, cancelled: str = "cancelle
     cancelled: what to tell after Ctrl-C
 
     Where the output's encoding lacks a character, as that of Windows' pipes does, it is written as
-    an escape, and nothing ends in an error of encoding.
+    an escape, and nothing ends in an error of encoding. Where nobody reads the output any more, the
+    command ends without a word, as if it had been read.
     """
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command() or 0
+        status = command() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except LatentrtError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"\n{cancelled}", file=sys.stderr)
+        _tell(f"\n{cancelled}")
         return INTERRUPTED
+    except BrokenPipeError:
+        with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # the last flush would fail too
+        return 0
+
+
+def _tell(text: str) -> None:
+    """Write to the standard error, if there is one and somebody reads it."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr)

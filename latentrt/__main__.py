@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
 
+from engine.errors import exit_status
+
 DRAW = "draw"
 
 
@@ -37,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given in (["-h"], ["--help"]):
-        print(usage())
-        return 0
+        return exit_status(lambda: print(usage()))
     if given[0] in SUBCOMMANDS:
         name, given = given[0], given[1:]
         return _run(name)(given, f"latentrt {name}")

@@ -1,41 +1,34 @@
 """`python -m runtime PROMPT`: draw pictures from the command line."""
 
 import argparse
+import os
 import re
+import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any, TextIO
 
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from runtime.again import settings_of
-from runtime.images.files import (
-    SOURCE_KEY,
-    Sign,
-    SourceType,
-    check_output,
-    program_version,
-    read_image,
-    write_image,
-)
-from runtime.images.previews import (
-    Preview,
-    check_animation,
-    parse_steps,
-    side_by_side,
-    write_animation,
-)
+from runtime.images.files import Sign, check_output, program_version, read_image, write_image
+from runtime.images.previews import check_animation, parse_steps
+from runtime.images.upscaling import Hires
 from runtime.images.watermark import check_watermark, embed_watermark
-from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, OWN, make_parser
+from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, make_parser
+from runtime.output_options import OWN
 from runtime.pipeline import Pipeline
-from runtime.plan import Array
-from runtime.request import Hires, Request
+from runtime.plan import Plan
+from runtime.request import Request
 
-BAR_WIDTH = 30
+if TYPE_CHECKING:
+    from runtime.watched_steps import WatchedSteps
+
+BAR_WIDTH, BAR_COLUMNS = 30, 80
+RANDOM_SEED = -1
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime") -> int:
@@ -50,12 +43,23 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
     try:
         _draw(_parse(arguments, prog))
     except LatentrtError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("\ncancelled; only the pictures named above were written", file=sys.stderr)
+        _say("\ncancelled; only the pictures named above were written", sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _say(text: str, stream: TextIO | None, end: str = "\n") -> None:
+    """Print a line at once; where nobody reads any more, nothing is lost but what is said."""
+    if stream is None:  # a windowed app has none
+        return
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())  # the last flush, at the end, would fail too
 
 
 def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> argparse.Namespace:
@@ -75,7 +79,20 @@ def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> 
         raise RequestError(
             "--preview-decoder came without a preview to draw; give --preview-steps or --animation"
         )
+    _settle_seeds(options)
     return options
+
+
+def _settle_seeds(options: argparse.Namespace) -> None:
+    """Draw a seed for each -1, as other programs do; several seeds are as many pictures."""
+    if options.seed == RANDOM_SEED:
+        options.seed = None
+    elif isinstance(options.seed, Sequence):
+        options.seed = tuple(
+            secrets.randbelow(2**32) if seed == RANDOM_SEED else seed for seed in options.seed
+        )
+        if options.num_images_per_prompt == 1:
+            options.num_images_per_prompt = len(options.seed)
 
 
 def _draw(options: argparse.Namespace) -> None:
@@ -106,31 +123,68 @@ def _draw(options: argparse.Namespace) -> None:
     options.backend, options.precision = chosen.settings.backend, chosen.precision
     building = ["engines that the cache lacks are built first, which takes up to minutes each"]
     for note in (*pipeline.model.notes, *(building if options.build_missing else ())):
-        print(f"note: {note}", file=sys.stderr)
+        _say(f"note: {note}", sys.stderr)
     plan = pipeline.plan(request)
     if tiny:
         pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
-    paths = _paths(options, plan.seeds)
-    shown = parse_steps(options.preview_steps, plan.calls) if options.preview_steps else ()
-    watched: dict[int, Array] = {}
-    for progress in pipeline.denoise(plan):
-        _show_progress(progress.step, progress.total)
-        if options.animation or progress.step in shown:
-            watched[progress.step] = progress.denoised()
-    pictures = pipeline.finish(plan, pipeline.decode(progress.latents))
-    if options.watermark:
-        pictures = [embed_watermark(picture, options.watermark) for picture in pictures]
-    for picture, path, settings in zip(pictures, paths, plan.settings, strict=True):
-        made_with = {**settings, **_made_with(options)}
-        write_image(picture, path, made_with, mark=options.mark, sign=sign)
-        print(path)
-    if watched:
-        draw = pipeline.previews if tiny else Preview.fit(progress.latents, pictures).draw
-        size = pictures[0].size
-        frames = {step: [f.resize(size) for f in draw(seen)] for step, seen in watched.items()}
-        if plan.calls in frames:
-            frames[plan.calls] = pictures
-        _write_watched(options, frames, shown, paths[0], plan.source_type, sign)
+    _write(options, pipeline, plan, _paths(options, plan.seeds), sign)
+
+
+def _write(
+    options: argparse.Namespace,
+    pipeline: Pipeline,
+    plan: Plan,
+    paths: Sequence[Path],
+    sign: Sign | None,
+) -> None:
+    """Draw a plan group by group, and write each picture when its group is done."""
+    watched = _watched(options, pipeline, plan, sign)
+    groups = pipeline.groups(plan, options.batch_size)
+    done, total = 0, sum(group.calls for group in groups)
+    written: list[Path] = []
+    for group in groups:
+        for progress in pipeline.denoise(group):
+            done += 1
+            _show_progress(done, total)
+            if watched:
+                watched.see(progress)
+        images = pipeline.finish(group, pipeline.decode(progress.latents))
+        if options.watermark:
+            images = [embed_watermark(image, options.watermark) for image in images]
+        made_with = _made_with(options, pipeline, len(group.seeds))
+        for image, settings in zip(images, group.settings, strict=True):
+            path = write_image(
+                image,
+                paths[len(written)],
+                {**settings, **made_with},
+                mark=options.mark,
+                sign=sign,
+                replaces=options.out is not None,
+            )
+            written.append(path)
+            _say(str(path), sys.stdout)
+        for path in watched.finish(group, progress.latents, images) if watched else ():
+            _say(str(path), sys.stdout)
+    if watched and watched.steps:
+        strip = written[0].with_name(f"{written[0].stem}-steps.png")
+        _say(str(watched.write_strip(plan, strip)), sys.stdout)
+
+
+def _watched(
+    options: argparse.Namespace, pipeline: Pipeline, plan: Plan, sign: Sign | None
+) -> "WatchedSteps | None":
+    """Return what keeps the steps that are to be shown, if there are any."""
+    if not options.preview_steps and not options.animation:
+        return None
+    from runtime.watched_steps import WatchedSteps
+
+    return WatchedSteps(
+        steps=parse_steps(options.preview_steps, plan.calls) if options.preview_steps else (),
+        animations=_numbered(options.animation, len(plan.seeds)) if options.animation else (),
+        previews=pipeline.previews if options.preview_decoder else None,
+        mark=options.mark,
+        sign=sign,
+    )
 
 
 def _sign(options: argparse.Namespace) -> Sign | None:
@@ -171,41 +225,18 @@ def _expanded(options: argparse.Namespace, backend: BackendSettings) -> str:
     expand = PromptExpander.load(options.expand, graphs=options.graphs, settings=backend)
     seed = options.seed if isinstance(options.seed, int) else None
     prompt = expand(options.prompt, seed=seed, prompt_syntax=options.prompt_syntax)
-    print(f"note: the prompt is {prompt!r}", file=sys.stderr)
+    _say(f"note: the prompt is {prompt!r}", sys.stderr)
     return prompt
-
-
-def _write_watched(
-    options: argparse.Namespace,
-    frames: Mapping[int, Sequence[Image.Image]],
-    shown: Sequence[int],
-    first: Path,
-    source_type: SourceType,
-    sign: Sign | None,
-) -> None:
-    """Write the strip of steps and the animations; frames: by step, one for each picture."""
-    count = len(next(iter(frames.values())))
-    if shown:
-        strip = first.with_name(f"{first.stem}-steps.png")
-        rows = [[frames[step][i] for step in shown] for i in range(count)]
-        sheet = side_by_side(rows, [f"step {step}" for step in shown])
-        sheet.info[SOURCE_KEY] = source_type
-        write_image(sheet, strip, {}, mark=options.mark, sign=sign)
-        print(strip)
-    if options.animation:
-        for i, path in enumerate(_numbered(options.animation, count)):
-            shots = [frames[step][i] for step in sorted(frames)]
-            marked_as = source_type if options.mark else None
-            write_animation(path, shots, source_type=marked_as, sign=sign)
-            print(path)
 
 
 def _paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
     """Name the files: `--out`, numbered if there are several, or the prompt and the seed."""
     if options.out is None:
         # 60 bytes, for file systems count bytes: letters of other scripts have up to four
-        words = re.sub(r"\W+", "-", options.prompt.lower()).strip("-").encode("utf-8", "ignore")
-        name = words[:60].decode("utf-8", "ignore").strip("-") or "picture"
+        letters = re.sub(r"\W+", "-", options.prompt.lower()).strip("-")
+        coding = sys.getfilesystemencoding()
+        known = letters.encode(coding, "ignore").decode(coding).encode("utf-8", "ignore")
+        name = known[:60].decode("utf-8", "ignore").strip("-") or "picture"
         paths = [Path(f"{name}-{seed}.png") for seed in seeds]
     else:
         paths = _numbered(options.out, len(seeds))
@@ -220,11 +251,13 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
 
 
-def _made_with(options: argparse.Namespace) -> dict[str, Any]:
-    """Collect what makes a picture again beside the request."""
+def _made_with(options: argparse.Namespace, pipeline: Pipeline, batch: int) -> dict[str, Any]:
+    """Collect what makes a picture again beside the request; batch: pictures in its calls."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
     names += ("watermark",) if options.watermark else ()
     given = {name: getattr(options, name) for name in names}
+    if batch > 1 and not pipeline.engines.is_exact:
+        given["batch_size"] = batch
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
         "latentrt": program_version(),
@@ -232,13 +265,23 @@ def _made_with(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show_progress(step: int, total: int) -> None:
-    """Draw a bar on a terminal; in a pipe stay quiet."""
-    if not sys.stderr.isatty():
+    """Draw a bar on a terminal, within one line of it; elsewhere stay quiet."""
+    terminal = sys.stderr
+    if terminal is None or terminal.closed or not terminal.isatty():
         return
-    done = BAR_WIDTH * step // total
-    bar = "█" * done + "░" * (BAR_WIDTH - done)
-    print(f"\r{bar} step {step}/{total}", end="\n" if step == total else "", file=sys.stderr)
-    sys.stderr.flush()
+    columns = BAR_COLUMNS
+    with suppress(OSError, ValueError):  # it may not say, or say 0
+        columns = os.get_terminal_size(terminal.fileno()).columns or columns
+    text = f" step {step}/{total}"
+    width = max(0, min(BAR_WIDTH, columns - 1 - len(text)))
+    done = width * step // total
+    bar = "█" * done + "░" * (width - done)
+    try:
+        bar.encode(terminal.encoding or "ascii")
+    except UnicodeEncodeError:
+        bar = "#" * done + "." * (width - done)
+    line = f"\r{bar}{text}"[:columns]
+    _say(line, terminal, end="\n" if step == total else "")
 
 
 if __name__ == "__main__":

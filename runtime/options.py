@@ -13,23 +13,22 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import ComputePrecision
 from runtime.images.canvas import BLUR
-from runtime.images.upscaling import UPSCALERS
-from runtime.images.watermark import MAX_CHARACTERS
+from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.noise import NOISES
+from runtime.output_options import OUTPUT_OPTIONS
 from runtime.plan import GUIDANCE_SCALE, PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
-from runtime.request import Hires, Request
+from runtime.request import Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 
-__all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "OWN", "add_engine_options", "make_parser"]
+__all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "add_engine_options", "make_parser"]
 
 # What makes a picture again beside the request, by the options' names.
 MADE_WITH = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
-OWN = "own"  # as a preview decoder: the one that comes with the model
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
-AGAIN = {*MADE_WITH, "watermark", *HIRES, *FIELDS}  # and nothing else of a file
+AGAIN = {*MADE_WITH, "watermark", "batch_size", *HIRES, *FIELDS}  # and nothing else of a file
 
 
 def _numbers(kind: type, separator: str, count: int | None = None) -> Callable[[str], Any]:
@@ -81,7 +80,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     _add_drawing(parser.add_argument_group("how it is drawn"))
     _add_guidance(parser.add_argument_group("the text and its guidance"))
     _add_images(parser.add_argument_group("pictures to start from"))
-    _add_output(parser.add_argument_group("what is written"))
+    written = parser.add_argument_group("what is written")
+    for flags, settings in OUTPUT_OPTIONS:
+        written.add_argument(*flags, **settings)
     return parser
 
 
@@ -185,7 +186,7 @@ def _add_drawing(group: Any) -> None:
         "--seed",
         type=_numbers(int, ","),
         metavar="N",
-        help="the same seed gives the same picture; with commas one for each picture",
+        help="the same seed gives the same picture; with commas one for each picture, -1 for any",
     )
     add(
         "--noise",
@@ -202,6 +203,12 @@ def _add_drawing(group: Any) -> None:
         default=1,
         metavar="N",
         help="pictures to draw, with seeds that count up (default: %(default)s)",
+    )
+    add(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="pictures to draw at once, the others after them (default: by memory, up to 4)",
     )
 
 
@@ -285,7 +292,7 @@ def _add_images(group: Any) -> None:
         metavar="SCALE",
         help="draw, enlarge so many times, and draw over it",
     )
-    add("--hires-strength", type=float, metavar="X", help=f"(default: {Hires().strength})")
+    add("--hires-strength", type=float, metavar="X", help=f"(default: {HIRES_STRENGTH})")
     add(
         "--hires-steps",
         dest="hires_num_inference_steps",
@@ -296,50 +303,5 @@ def _add_images(group: Any) -> None:
     add(
         "--hires-upscaler",
         choices=UPSCALERS,
-        help=f"of the pixels (lanczos) or of the latents (default: {Hires().upscaler})",
+        help=f"of the pixels (lanczos) or of the latents (default: {PIXELS})",
     )
-
-
-def _add_output(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "-o",
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="a .png, .jpg or .webp; several pictures are numbered "
-        "(default: the prompt and the seed)",
-    )
-    add(
-        "--again",
-        type=Path,
-        metavar="PICTURE",
-        help="draw what made this PNG, of this program or of Automatic1111's; other options change "
-        "it",
-    )
-    add(
-        "--preview-steps",
-        metavar="N,N",
-        help="write the picture as it is after these steps beside each other, to OUT-steps.png",
-    )
-    add(
-        "--preview-decoder",
-        metavar="FILE",
-        help="draw both with a tiny decoder, such as TAESD's: its file or folder, or "
-        f"{OWN} for the model's own (default: linear, coarse and quick)",
-    )
-    add("--animation", type=Path, metavar="FILE.webp", help="write the denoising as an animation")
-    add(
-        "--no-mark",
-        dest="mark",
-        action="store_false",
-        help="leave out that a trained model made the picture, which files say by XMP",
-    )
-    add(
-        "--watermark",
-        metavar="TEXT",
-        help=f"up to {MAX_CHARACTERS} characters, hidden in the picture's brightness",
-    )
-    for name in ("cert", "key"):
-        text = "certificate with its chain" if name == "cert" else "private key"
-        add(f"--c2pa-{name}", type=Path, metavar="PEM", help=f"sign files with this {text}")

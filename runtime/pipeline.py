@@ -5,7 +5,6 @@ registers and a mask. An adapter changes weights before the first step, nothing 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -24,27 +23,19 @@ from engine.model import Model, find_model
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
 from runtime.denoising.device_loop import DeviceLoop
+from runtime.denoising.groups import batch_limit, groups_of
 from runtime.denoising.latents import LatentSpace, Progress, State, predicted_x0
+from runtime.denoising.rows import finished_rows, rows_of
 from runtime.images import tiles
 from runtime.images.canvas import paste_back
 from runtime.images.files import SOURCE_KEY
 from runtime.images.previews import finite
 from runtime.images.upscaling import PIXELS
 from runtime.plan import Array, Plan, StepInputs, make_plan
-from runtime.request import Request, RequestOptions
+from runtime.request import Request
+from runtime.request_options import RequestOptions
+from runtime.result import DrawnImage, Result
 from runtime.samplers.noise_schedule import NoiseSchedule
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Result:
-    """The images, in the order of the prompts, and what each was made with.
-
-    settings: of each image, as `runtime.images.files.write_image` keeps them in a file
-    """
-
-    images: list[Image.Image]
-    seeds: list[int]
-    settings: Sequence[Mapping[str, Any]]
 
 
 class Pipeline:
@@ -110,27 +101,64 @@ class Pipeline:
         return pipeline
 
     def __call__(self, prompt: str | Sequence[str], **options: Unpack[RequestOptions]) -> Result:
-        """Draw images; `options` are the other fields of `Request`.
+        """Draw images, in `groups`; `options` are the other fields of `Request`.
 
         Raises RequestError for an invalid request, BackendError when an engine fails.
         """
         plan = self.plan(Request(prompt=prompt, **cast(dict[str, Any], options)))
-        latents: HostOrDeviceArray | None = None
-        for run in plan.runs():
-            state = self.start(run, latents)
-            latents = self._run(run, state)
-        assert latents is not None
-        images = self.finish(plan, self.decode(latents))
+        images = [image for group in self.groups(plan) for image in self._draw(group)]
         return Result(images=images, seeds=plan.seeds, settings=plan.settings)
+
+    def draw(
+        self, requests: Sequence[Request], *, batch_size: int | None = None
+    ) -> Iterator[DrawnImage]:
+        """Draw unlike requests in shared calls of the UNet; yields each image as it is finished.
+
+        Those that fit together share a call: of one size, with prompts of one length. On ONNX
+        Runtime in float32 every image is what it is alone, bit for bit.
+        batch_size: images of a call, as `groups` takes it; None takes up to 4, on OpenVINO one
+        Raises what a call of the pipeline does.
+        """
+        plans = [self.plan(request) for request in requests]
+        limits = (self._batch_limit(plan, batch_size) for plan in plans)
+        rows = {row: index for index, plan in enumerate(plans) for row in rows_of(plan)}
+        for row in finished_rows(
+            list(rows),
+            self.engine,
+            self.start,
+            min(limits, default=1),
+            is_exact=self.engines.is_exact,
+        ):
+            (image,) = self.finish(row.plan, self.decode(row.latents))
+            (settings,) = row.plan.settings
+            yield DrawnImage(image=image, request=rows[row], settings=settings)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model, compute its sampler and encode its texts.
 
-        Raises RequestError, and BackendError where it would not fit into a GPU's memory.
+        Raises RequestError, and BackendError where one picture of it would not fit into a GPU's
+        memory.
         """
         plan = make_plan(request, self.model, self.schedule, self.encoder)
-        self.engines.require_memory(self._parts(plan), **_sizes(plan))
+        self.engines.require_memory(self._parts(plan), **{**_sizes(plan), "batch": 1})
         return plan
+
+    def groups(self, plan: Plan, batch_size: int | None = None) -> list[Plan]:
+        """Return a plan's pictures as plans to draw one after the other, for less memory.
+
+        batch_size: pictures of each: at most where they are the same bits in every group, and
+            exactly elsewhere, by repeats that `finish` drops; None takes what memory and gain
+            allow, on OpenVINO one
+        Raises RequestError for a size that is none.
+        """
+        if len(plan.seeds) == 1 and batch_size is None:
+            return [plan]
+        return groups_of(
+            plan,
+            self._batch_limit(plan, batch_size),
+            is_exact=self.engines.is_exact,
+            is_filled=batch_size is not None,
+        )
 
     def start(self, plan: Plan, latents: HostOrDeviceArray | None = None) -> State:
         """Return the state before a run's first call: noise, or a noised image.
@@ -173,8 +201,9 @@ class Pipeline:
     def finish(self, plan: Plan, images: list[Image.Image]) -> list[Image.Image]:
         """Give a plan's decoded images the pixels that are the image's own outside its mask.
 
-        What they are then is in their `info`, where `write_image` looks.
+        What they are then is in their `info`, where `write_image` looks. Repeats are dropped.
         """
+        images = images[: len(images) - plan.surplus]
         if plan.mask is not None and plan.image is not None and plan.paste_back:
             images = [paste_back(new, plan.image, plan.mask, plan.mask_blur) for new in images]
         for image in images:
@@ -243,6 +272,17 @@ class Pipeline:
     ) -> None:
         """Close the pipeline."""
         self.close()
+
+    def _draw(self, plan: Plan) -> list[Image.Image]:
+        """Draw a plan that nobody watches."""
+        latents: HostOrDeviceArray | None = None
+        for run in plan.runs():
+            latents = self._run(run, self.start(run, latents))
+        assert latents is not None
+        return self.finish(plan, self.decode(latents))
+
+    def _batch_limit(self, plan: Plan, batch_size: int | None) -> int:
+        return batch_limit(self.engines, self._parts(plan), _sizes(plan), batch_size)
 
     def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
         """Make all calls of a run that nobody watches; returns the latents, where they are."""

@@ -71,6 +71,7 @@ class Plan:
     from_noise: whether the image leaves no trace in the start
     paste_back: whether the image's own pixels come back outside the mask
     settings: of each picture, what makes it again
+    surplus: pictures at the end that only fill the batch
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
     """
@@ -91,6 +92,7 @@ class Plan:
     from_noise: bool = True
     paste_back: bool = True
     settings: Sequence[Mapping[str, Any]] = ()
+    surplus: int = 0
     hires: "Plan | None" = None
     upscaler: str = ""
 
@@ -145,6 +147,11 @@ class Plan:
             )
             for conditioning, (matrix, kept, timestep, input_scale, signal, noise), is_full in calls
         ]
+
+    @property
+    def is_sensitive(self) -> bool:
+        """Whether a call has one group of guidance, whose bits depend on the batch everywhere."""
+        return any(len(call["guidance"]) == 1 for run in self.runs() for call in run.conditioning)
 
     @property
     def source_type(self) -> SourceType:

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
-from typing import Self, TypedDict
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from engine.errors import RequestError
 from runtime.checks import check_choice, check_names, check_number, check_picture, texts
 from runtime.conditioning.syntax import Piece, compose, escape
 from runtime.images.canvas import BLUR, MAX_BLUR, MAX_SIDE
-from runtime.images.upscaling import PIXELS, UPSCALERS
+from runtime.images.upscaling import MAX_STEPS, Hires
 from runtime.noise import MAX_SEED, NOISES
 from runtime.presets import PRESETS
 from runtime.samplers import DEFAULT_SAMPLER, resolve
@@ -23,32 +23,6 @@ MAX_IMAGES = 256
 MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
 MAX_PARTS = 16  # of a composed prompt: each is a row of every batch
 MAX_SCALE = 1000
-MAX_STEPS = 10**6  # the model's schedule knows how many there may be
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hires:
-    """A second run over the finished latents, enlarged: "hires fix".
-
-    scale: of both sides, above 1 and up to 8; the sides are rounded to what the model takes
-    strength: how far the second run goes from the enlarged picture, above 0 and up to 1
-    num_inference_steps: of the second run before `strength` shortens it; None takes the first's
-    upscaler: one of `runtime.images.upscaling.UPSCALERS`; "lanczos" enlarges the decoded
-        pixels, the others the latents
-    """
-
-    scale: float = 2.0
-    strength: float = 0.6
-    num_inference_steps: int | None = None
-    upscaler: str = PIXELS
-
-    def __post_init__(self) -> None:
-        """Refuse what no model could fulfil."""
-        check_number("the scale of hires", self.scale, Real, 1, 8)
-        check_number("the strength of hires", self.strength, Real, 0, 1)
-        if self.num_inference_steps is not None:
-            check_number("the steps of hires", self.num_inference_steps, Integral, 1, MAX_STEPS)
-        check_choice("the upscaler of hires", self.upscaler, UPSCALERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,33 +280,3 @@ class Request:
                     f"such as {max(round(side / multiple), 1) * multiple}"
                 )
         return int(height), int(width)
-
-
-class RequestOptions(TypedDict, total=False):
-    """The fields of `Request` but the prompt, as `Pipeline.__call__` takes them."""
-
-    negative_prompt: str | Sequence[str] | None
-    num_images_per_prompt: int | None
-    preset: str | None
-    num_inference_steps: int | None
-    guidance_scale: float | Sequence[float] | None
-    guidance_rescale: float | None
-    guidance_interval: tuple[float, float] | None
-    negative_scale: float | None
-    sampler: str | None
-    schedule: str | None
-    height: int | None
-    width: int | None
-    seed: int | Sequence[int] | None
-    noise: str | None
-    image: Image.Image | None
-    mask: Image.Image | None
-    mask_blur: float | None
-    paste_back: bool | None
-    extend: tuple[int, int, int, int] | None
-    strength: float | None
-    hires: Hires | None
-    cache_interval: int | None
-    eta: float | None
-    prompt_syntax: bool | None
-    clip_skip: int | None

@@ -195,8 +195,7 @@ class Models:
         request = picture_request.request()
         check_chunks(pipeline, request, self.limits.chunks)
         plan = pipeline.plan(request)
-        chosen = pipeline.engines
-        exact = (chosen.settings.backend or DEFAULT, chosen.precision) == ("cpu", "float32")
+        exact = pipeline.engines.is_exact
         return [
             RowPicture(row, pipeline, preview_map, picture_request, exact) for row in rows_of(plan)
         ]

@@ -10,7 +10,8 @@ from typing import Any, Self
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.request import Hires, Request
+from runtime.images.upscaling import Hires
+from runtime.request import Request
 from serving.errors import BadRequestError, TooLargeError
 from serving.limits import Limits
 from serving.uploads import decode, size_of, transparency_as_mask

@@ -29,8 +29,8 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("plan", "denoising", "pipeline", "calibration", "expansion", "again", "options"),
-        "__main__",
+        *("request_options", "plan", "denoising", "result", "pipeline", "calibration", "expansion"),
+        *("again", "output_options", "options", "watched_steps", "__main__"),
     ),
     "serving": (
         *(

@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
 from engine.errors import LatentrtError, OutputError
 from engine.store.file_lock import locked
 
-__all__ = ["Cache", "cache_folder", "is_intact", "write_atomically"]
+__all__ = ["Cache", "cache_folder", "is_intact", "write_atomically", "write_new"]
 
 
 def cache_folder() -> Path:
@@ -132,15 +133,51 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     with _output_errors(str(path), "choose another path"):
         target = _destination(path)
-        temporary = target.parent / f".{secrets.token_hex(8)}.tmp"
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
+        with _written(target.parent, write) as temporary:
             temporary.replace(target)
-        finally:
-            _remove(temporary)
+
+
+def write_new(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file beside those that are there: NAME.png, or the next free of NAME-2.png, ...
+
+    Returns its path; of several processes each gets one of its own. Raises as `write_atomically`.
+    """
+    with _output_errors(str(path), "choose another path"), _written(path.parent, write) as file:
+        free = path
+        for number in count(2):
+            if _is_placed(file, free):
+                break
+            free = path.with_stem(f"{path.stem}-{number}")
+        return free
+
+
+@contextmanager
+def _written(folder: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """Write a temporary file of a folder, to the disk; what is left of it goes."""
+    temporary = folder / f".{secrets.token_hex(8)}.tmp"
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        _remove(temporary)
+
+
+def _is_placed(file: Path, target: Path) -> bool:
+    """Give a file a name that no other has; tells whether it was free."""
+    try:
+        os.link(file, target)
+    except FileExistsError:
+        return False
+    except OSError:  # the file system knows no second name of a file
+        try:
+            target.open("xb").close()
+        except FileExistsError:
+            return False
+        file.replace(target)
+    return True
 
 
 def _destination(path: Path) -> Path:

@@ -11,7 +11,7 @@ of a matrix and a vector there, which is summed in another order than that of tw
 row differs in the last bits beside others, and `Row.is_sensitive` says so.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
 
-__all__ = ["Row", "rows_of", "step_rows"]
+__all__ = ["Row", "finished_rows", "part_of", "rows_of", "step_rows"]
 
 # Inputs and outputs that have groups of conditioning first and pictures second; others begin with
 # pictures.
@@ -136,15 +136,48 @@ class Row:
 
 def rows_of(plan: Plan) -> list[Row]:
     """Return a plan's pictures as rows; each gives what it gives in the plan."""
-    return [Row(_of_one(plan, index)) for index in range(len(plan.seeds))]
+    return [Row(part_of(plan, [index])) for index in range(len(plan.seeds))]
 
 
-def step_rows(rows: Sequence[Row], engine: Callable[[Part], Engine]) -> None:
+def finished_rows(
+    rows: Sequence[Row],
+    engine: Callable[[Part], Engine],
+    start: Start,
+    limit: int,
+    *,
+    is_exact: bool,
+) -> Iterator[Row]:
+    """Make all calls of rows, the oldest's bucket first; yields each row as it is done.
+
+    A row is begun when there is room for it beside the oldest.
+    limit: rows of a call at most; where they are not exact, repeats fill every call up to it
+    Raises BackendError.
+    """
+    waiting, begun = list(reversed(rows)), list[Row]()
+    while waiting or begun:
+        while waiting and sum(row.bucket == begun[0].bucket for row in begun) < limit:
+            begun.append(waiting.pop())
+            begun[-1].enter(start)
+        oldest = begun[0]
+        alone = is_exact and oldest.is_sensitive
+        together = [oldest] if alone else [r for r in begun if r.bucket == oldest.bucket]
+        step_rows(together[:limit], engine, filled_to=0 if is_exact else limit)
+        for row in [row for row in begun if row.is_done]:
+            begun.remove(row)
+            yield row
+        for row in begun:
+            if row.run_is_over:
+                row.enter(start)
+
+
+def step_rows(rows: Sequence[Row], engine: Callable[[Part], Engine], *, filled_to: int = 0) -> None:
     """Make the next call of rows of one bucket together.
 
-    engine: returns a part's engine. Raises BackendError, and then every row is where it was.
+    engine: returns a part's engine; filled_to: rows that the call has at least, by repeats
+    Raises BackendError, and then every row is where it was.
     """
-    laid = _laid_out([row.inputs() for row in rows])
+    inputs = [row.inputs() for row in rows]
+    laid = _laid_out(inputs + inputs[-1:] * (filled_to - len(rows)))
     outputs = engine(rows[0].part).run(laid)
     for index, row in enumerate(rows):
         registers = row.inputs()["registers"].shape[1]
@@ -196,15 +229,22 @@ def _shape_of_one(name: str, array: NDArray[Any]) -> tuple[int, ...]:
     return array.shape[:axis] + array.shape[axis + 1 :]
 
 
-def _of_one(plan: Plan, index: int) -> Plan:
-    """Return the plan of one of a plan's pictures; what is one array in several calls stays one."""
-    if len(plan.seeds) == 1:
+def part_of(plan: Plan, pictures: Sequence[int]) -> Plan:
+    """Return the plan of some of a plan's pictures; an index beyond the last one repeats it.
+
+    Repeats fill a batch, and are dropped when it is finished. What is one array in several calls
+    stays one.
+    """
+    count = len(plan.seeds)
+    chosen = [min(index, count - 1) for index in pictures]
+    if chosen == list(range(count)):
         return plan
     taken: dict[int, Array] = {}
 
     def take(name: str, array: Array) -> Array:
         if id(array) not in taken:
-            taken[id(array)] = _take(name, array, index)
+            axis = int(name in BY_GROUPS)
+            taken[id(array)] = np.ascontiguousarray(np.take(array, chosen, axis=axis))
         return taken[id(array)]
 
     return replace(
@@ -212,7 +252,10 @@ def _of_one(plan: Plan, index: int) -> Plan:
         conditioning=[
             {name: take(name, array) for name, array in call.items()} for call in plan.conditioning
         ],
-        seeds=plan.seeds[index : index + 1],
-        settings=plan.settings[index : index + 1],
-        hires=None if plan.hires is None else _of_one(plan.hires, index),
+        seeds=[plan.seeds[index] for index in chosen],
+        settings=[plan.settings[index] for index in pictures if index < count]
+        if plan.settings
+        else (),
+        surplus=sum(index >= count for index in pictures),
+        hires=None if plan.hires is None else part_of(plan.hires, pictures),
     )

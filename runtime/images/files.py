@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from engine.errors import OutputError, RequestError
-from engine.store.cache import write_atomically
+from engine.store.cache import write_atomically, write_new
 from runtime.images.a1111 import PARAMETERS_KEY, format_parameters, parse_parameters
 
 SETTINGS_KEY = "latentrt"  # the PNG text chunk that holds the settings as JSON
@@ -106,12 +106,15 @@ def write_image(
     *,
     mark: bool = True,
     sign: Sign | None = None,
-) -> None:
+    replaces: bool = True,
+) -> Path:
     """Write a picture, whole or not at all; a PNG also holds the settings it was made with.
 
     They are there as JSON and, where they name a prompt and a sampler, as Automatic1111 has them.
     mark: whether the file says that a trained model made the picture
     sign: such as `Credentials.sign`
+    replaces: whether it takes the place of a file that is there, or the next free number
+    Returns where it is.
     Raises OutputError when it cannot be written; a file that was there then stays as it was.
     """
     path = Path(path)
@@ -122,7 +125,10 @@ def write_image(
         data = encode_image(image, kind, settings, mark=mark)
         target.write(data if sign is None else sign(data, kind, source_type_of(image)))
 
+    if not replaces:
+        return write_new(path, write)
     write_atomically(path, write)
+    return path
 
 
 def encode_image(

@@ -34,6 +34,21 @@ def test_every_subcommand_is_there_and_bears_its_name(name, capsys):
     assert capsys.readouterr().out.startswith(f"usage: latentrt {name} ")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes that break with a signal's error")
+@pytest.mark.parametrize("given", [[], ["info", "pictogram"], ["export", "info", "pictogram"]])
+def test_a_reader_that_goes_away_hears_no_traceback(given):
+    command = [sys.executable, "-m", "latentrt", *given]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 0
+
+
+def test_an_error_without_a_place_to_say_it(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["info", "nosuch"]) == 2
+
+
 def test_a_prompt_needs_no_subcommand(tmp_path, capsys):
     short = ["-o", str(tmp_path / "a.png"), "-s", "7", "-n", "2", "-m", "pictogram"]
     long = ["--out", str(tmp_path / "b.png"), "--seed", "7", "--num-images", "2"]

@@ -104,6 +104,18 @@ def test_several_pictures_are_numbered(here, capsys):
     assert [read_settings(here / name)["seed"] for name in names] == [7, 8, 9]
 
 
+def test_seeds_draw_as_many_pictures_and_any(here):
+    assert command.main(["a", *QUICK, "--seed", "9,7", "--out", "a.png"]) == 0
+    assert [read_settings(here / f"a-{i}.png")["seed"] for i in (1, 2)] == [9, 7]
+    for name in ("b.png", "c.png"):
+        assert command.main(["a", *QUICK, "--seed", "-1", "--out", name]) == 0
+    assert command.main(["a", *QUICK, "--seed=-1,7", "--out", "d.png"]) == 0
+    drawn = [read_settings(here / name)["seed"] for name in ("b.png", "c.png", "d-1.png")]
+    assert len(set(drawn)) == 3
+    assert all(0 <= seed < 2**32 for seed in drawn)
+    assert read_settings(here / "d-2.png")["seed"] == 7
+
+
 @pytest.mark.parametrize(
     ("prompt", "name"),
     [
@@ -175,8 +187,7 @@ def test_the_same_picture_again(here, capsys):
     assert command.main(["--again", "a-2.png", *threads, "--out", "b.png"]) == 0
     with Image.open("a-2.png") as first, Image.open("b.png") as again:
         assert first.size == again.size == (192, 192)
-        difference = np.abs(np.asarray(first, int) - np.asarray(again, int))
-        assert difference.max() <= 1, "alone it is summed in another order than in a batch"
+        np.testing.assert_array_equal(first, again)
         assert "Sampler: Euler a" in first.text["parameters"]
     assert command.main(["--again", "b.png", *threads, "--out", "c.png"]) == 0
     assert command.main(["--again", "b.png", *threads, "--seed", "5", "--out", "d.png"]) == 0
@@ -251,7 +262,7 @@ def test_settings_of_a_stranger_are_not_trusted(here, capsys, odd):
 def test_steps_beside_each_other_and_an_animation(here, capsys):
     flags = ("--steps", "3", "--preview-steps", "1,3", "--animation", "a.webp")
     assert command.main(["house", *QUICK, *flags, "--num-images", "2", "--out", "a.png"]) == 0
-    names = ["a-1.png", "a-2.png", "a-1-steps.png", "a-1.webp", "a-2.webp"]
+    names = ["a-1.png", "a-2.png", "a-1.webp", "a-2.webp", "a-1-steps.png"]
     assert capsys.readouterr().out.split() == names
     assert files(here) == sorted(names)
     with Image.open("a-1-steps.png") as strip, Image.open("a-2.png") as second:
@@ -313,7 +324,7 @@ def test_a_long_prompt_needs_no_warning(capsys):
         (("--steps", "1001"), "from 1 to 1000"),
         (("--guidance-scale", "nan"), "guidance_scale is nan"),
         (("--guidance-scale", "-1"), "guidance_scale is -1"),
-        (("--seed", "-1"), "seed is -1"),
+        (("--seed", "-2"), "seed is -2"),
         (("--num-images", "0"), "num_images_per_prompt is 0"),
         (("--threads", "0"), "threads is 0"),
         (("--strength", "0.5"), "--strength came without --image"),
@@ -326,7 +337,7 @@ def test_a_long_prompt_needs_no_warning(capsys):
         (("--cache-interval", "0"), "cache_interval is 0; give a whole number from 1"),
         (("--cache-interval", "99"), "cache_interval is 99; give a whole number from 1 to"),
         (("--guidance-interval", "0.9:0.1"), "must not end before it begins"),
-        (("--seed", "1,2"), "seed has 2 numbers for 1 pictures"),
+        (("--seed", "1,2", "--num-images", "3"), "seed has 2 numbers for 3 pictures"),
         (("--preview-steps", "0,1"), "hold '0'"),
         (("--preview-steps", "2"), "hold '2'"),
         (("--animation", "a.gif"), "ends in '.gif'"),

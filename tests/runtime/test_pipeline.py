@@ -228,9 +228,9 @@ def test_engine_inputs_of_a_guided_batch(recorded):
 @pytest.mark.parametrize("guidance_scale", [0, 0.5, 1, 1.0])
 def test_without_guidance_the_unet_sees_each_picture_once(recorded, guidance_scale):
     recorded.draw(["a", "b"], guidance_scale=guidance_scale, num_inference_steps=1)
-    call = recorded.engines["step"].calls[0]
-    assert call["guidance"].tolist() == [[1.0, 1.0]]
-    assert call["context"].shape[:2] == (1, 2)
+    calls = recorded.engines["step"].calls
+    assert [call["guidance"].tolist() for call in calls] == [[[1.0]]] * 2, "one by one"
+    assert {call["context"].shape[:2] for call in calls} == {(1, 1)}
 
 
 def test_an_image_is_brought_to_size_and_noised(recorded):

@@ -1,0 +1,74 @@
+"""The options of `python -m runtime` that say what is written, as `argparse` takes them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.images.watermark import MAX_CHARACTERS
+
+__all__ = ["OUTPUT_OPTIONS", "OWN"]
+
+OWN = "own"  # as a preview decoder: the one that comes with the model
+OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
+    (
+        ("-o", "--out"),
+        {
+            "type": Path,
+            "metavar": "FILE",
+            "help": "a .png, .jpg or .webp; several pictures are numbered "
+            "(default: the prompt and the seed, and a number where that file is there)",
+        },
+    ),
+    (
+        ("--again",),
+        {
+            "type": Path,
+            "metavar": "PICTURE",
+            "help": "draw what made this PNG, of this program or of Automatic1111's; other options "
+            "change it",
+        },
+    ),
+    (
+        ("--preview-steps",),
+        {
+            "metavar": "N,N",
+            "help": "write the picture as it is after these steps beside each other, to "
+            "OUT-steps.png",
+        },
+    ),
+    (
+        ("--preview-decoder",),
+        {
+            "metavar": "FILE",
+            "help": "draw both with a tiny decoder, such as TAESD's: its file or folder, or "
+            f"{OWN} for the model's own (default: linear, coarse and quick)",
+        },
+    ),
+    (
+        ("--animation",),
+        {"type": Path, "metavar": "FILE.webp", "help": "write the denoising as an animation"},
+    ),
+    (
+        ("--no-mark",),
+        {
+            "dest": "mark",
+            "action": "store_false",
+            "help": "leave out that a trained model made the picture, which files say by XMP",
+        },
+    ),
+    (
+        ("--watermark",),
+        {
+            "metavar": "TEXT",
+            "help": f"up to {MAX_CHARACTERS} characters, hidden in the picture's brightness",
+        },
+    ),
+    (
+        ("--c2pa-cert",),
+        {"type": Path, "metavar": "PEM", "help": "sign files with this certificate with its chain"},
+    ),
+    (
+        ("--c2pa-key",),
+        {"type": Path, "metavar": "PEM", "help": "sign files with this private key"},
+    ),
+)

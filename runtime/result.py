@@ -1,0 +1,31 @@
+"""What a pipeline gives: images, each with what it was made with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """The images, in the order of the prompts, and what each was made with.
+
+    settings: of each image, as `runtime.images.files.write_image` keeps them in a file
+    """
+
+    images: list[Image.Image]
+    seeds: list[int]
+    settings: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DrawnImage:
+    """An image of several requests, and what it was made with.
+
+    request: the index of its request; settings: as `Result` has them
+    """
+
+    image: Image.Image
+    request: int
+    settings: Mapping[str, Any]
