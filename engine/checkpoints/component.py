@@ -31,8 +31,8 @@ __all__ = [
 
 # Where a whole model keeps its text encoders; a folder's part has no such prefix.
 _TEXT = (
-    r"(cond_stage_model\.(model\.|transformer\.)?|conditioner\.embedders\.\d\.(model\.|transformer\.)?)?"
-    r"(text_model\.)?"
+    r"(cond_stage_model\.(1\.)?(model\.|transformer\.)?|text_encoders\.clip_[lg]\.transformer\."
+    r"|conditioner\.embedders\.\d\.(model\.|transformer\.)?)?(text_model\.)?"
 )
 
 # pattern of the whole name: reason
@@ -49,8 +49,10 @@ UNUSED: Mapping[str, str] = MappingProxyType(
         rf"{_TEXT}attn_mask": "the causal mask, which a rule gives",
         rf"{_TEXT}logit_scale": "the temperature of CLIP's comparison with pictures",
         rf"{_TEXT}(vision_model|visual_projection|visual)\..+": "CLIP's half for pictures",
-        r"(cond_stage_model\.(transformer\.|model\.)?|conditioner\.embedders\.0\.(transformer\.)?)?"
-        r"text_projection(\.weight)?": "the projection into CLIP's space, which is not attended to",
+        r"(cond_stage_model\.(transformer\.|model\.)?|conditioner\.embedders\.0\.(transformer\.)?"
+        r"|text_encoders\.clip_l\.transformer\.)?(text_model\.)?text_projection(\.weight)?": (
+            "the projection into CLIP's space, which is not attended to"
+        ),
         r"v_pred|ztsnr": "a mark that says what the model predicts",
         r"(.+\.)?scaled_fp8|.+\.comfy_quant": "a mark that says that weights have scales",
         r".+\.(scale_input|input_scale|output_scale)": "the range of what a layer reads or gives, "
