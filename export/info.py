@@ -13,7 +13,18 @@ from engine.checkpoints.single_file import open_vae
 from engine.model import Model, find_model
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
-DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# Formats of numbers by their names in files; GGML's (Q8_0 and so on) keep theirs.
+DTYPES = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I8": "int8",
+}
 
 
 def describe(file: str | Path) -> dict[str, Any]:
@@ -74,7 +85,7 @@ def _model(model: Model, layout: str) -> dict[str, Any]:
         "inpainting": model.is_inpainting,
         "prediction_type": model.scheduler.get("prediction_type", "epsilon"),
         "picture": f"{side} × {side}",
-        "precision": _precision(part.weights for part in parts.values()),
+        **_formats([part.weights for part in parts.values()]),
         "parameters": {name: _count(part.shapes) for name, part in parts.items()},
         "hash": {name: part.weights.content_hash() for name, part in parts.items()},
     }
@@ -131,7 +142,7 @@ def _numbers(
     stored = {name: tensor.shape for name, tensor in weights.tensors.items()}
     counted = {name: _count(shapes) for name, shapes in components.items()}
     return {
-        "precision": _precision([weights]),
+        **_formats([weights]),
         "parameters": counted or {"in all": _count(stored)},
         "hash": weights.content_hash(),
     }
@@ -141,14 +152,20 @@ def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _precision(files: Iterable[Weights]) -> str:
-    """Name the number formats, the most frequent first; whole numbers are left out."""
-    counts = Counter[str]()
+def _formats(files: Iterable[Weights]) -> dict[str, Any]:
+    """Name the number formats of weights, that of the most numbers first; count their tensors.
+
+    Whole numbers are left out, unless a scale makes weights of them.
+    """
+    numbers, tensors = Counter[str](), Counter[str]()
     for weights in files:
         for tensor in weights.tensors.values():
-            if tensor.dtype in DTYPES:
-                counts[DTYPES[tensor.dtype]] += math.prod(tensor.shape)
-    return ", ".join(name for name, _ in counts.most_common()) or "none"
+            if tensor.is_float:
+                name = DTYPES.get(tensor.dtype, tensor.dtype)
+                numbers[name] += math.prod(tensor.shape)
+                tensors[f"{name} with scales" if tensor.scale else name] += 1
+    precision = ", ".join(name for name, _ in numbers.most_common()) or "none"
+    return {"precision": precision, "tensors": dict(tensors.most_common())}
 
 
 def as_table(facts: Mapping[str, Any]) -> str:

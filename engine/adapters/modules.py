@@ -25,7 +25,6 @@ from engine.errors import ModelError
 
 __all__ = ["ModuleChange", "Norms", "read_modules"]
 
-FLOATS = ("F16", "BF16", "F32", "F64")
 BUNDLED = "bundle_emb."  # textual inversions that some programs put beside a LoRA
 
 
@@ -128,10 +127,10 @@ def _check_numbers(path: Path, name: str, part: str, tensor: StoredTensor) -> No
         raise ModelError(
             f"{path} holds {short(name)} of the shape {list(tensor.shape)}; an alpha is one number"
         )
-    if part != "alpha" and tensor.dtype not in FLOATS:
+    if part != "alpha" and not tensor.is_float:
         raise ModelError(
             f"{path} holds {short(name)} as {tensor.dtype}; an adapter's tensors are "
-            f"{', '.join(FLOATS)}"
+            "floating-point numbers"
         )
 
 

@@ -22,7 +22,6 @@ __all__ = ["Embedding", "read_embedding"]
 
 Name = TypeVar("Name", bound=str)
 
-FLOATS = ("F16", "BF16", "F32", "F64")
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")  # in a folder of diffusers
 # Names that mean a text encoder, and no word.
 ENCODERS: Mapping[str, str] = MappingProxyType(
@@ -109,10 +108,10 @@ def _word(path: Path, weights: Weights) -> tuple[str, Mapping[str, str]]:
 def _vectors(path: Path, name: str, weights: Weights) -> NDArray[np.float32]:
     """Read a tensor (D,) or (n, D) as (n, D) float32."""
     tensor = weights.tensors[name]
-    if tensor.dtype not in FLOATS or 0 in tensor.shape:
+    if not tensor.is_float or 0 in tensor.shape:
         raise ModelError(
             f"{path} holds {short(name)} as {tensor.dtype} of the shape {list(tensor.shape)}; "
-            f"an embedding is (n, D) of {', '.join(FLOATS)}"
+            "an embedding is (n, D) of floating-point numbers"
         )
     if len(tensor.shape) == 2 and tensor.shape[0] > MAX_VECTORS:
         raise ModelError(

@@ -31,6 +31,17 @@ AUTOENCODER_LAYOUTS = (
     ("encoder.down.{}", "block.{}", "encoder.mid.attn_1"),
     ("encoder.down_blocks.{}", "resnets.{}", "encoder.mid_block.attentions"),
 )
+# What OpenCLIP calls its tokens' table, positions, a layer and its first matrix; and what
+# stable-diffusion.cpp calls them, which names every text encoder as transformers does.
+OPEN_CLIP_LAYOUTS = (
+    ("token_embedding.weight", "positional_embedding", "transformer.resblocks.{}", "mlp.c_fc"),
+    (
+        "embeddings.token_embedding.weight",
+        "embeddings.position_embedding.weight",
+        "encoder.layers.{}",
+        "mlp.fc1",
+    ),
+)
 MAX_NAME = 200  # characters; real names have some 100
 # LCM's addition was never in the original code: files have it in its style or in diffusers'.
 CONDITIONS = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
@@ -207,22 +218,30 @@ def open_clip_config(stored: Stored, *, pooled: bool) -> TextEncoderConfig:
     Diffusion 2 attends to the layer before the last one, and the last is not used; some files
     have lost it, and these have lost the projection too.
     """
-    width = stored.size("token_embedding.weight", 1)
-    layers = stored.count("transformer.resblocks.{}")
+    tokens, positions, layer, fc1 = OPEN_CLIP_LAYOUTS["encoder.layers" in stored]
+    width, layers = stored.size(tokens, 1), stored.count(layer)
     if not pooled:
         whole = width != SD2_WIDTH and "text_projection" in stored
         layers = SD2_LAYERS if width == SD2_WIDTH else layers - whole
     return TextEncoderConfig(
-        vocab_size=stored.size("token_embedding.weight"),
+        vocab_size=stored.size(tokens),
         hidden_size=width,
-        intermediate_size=stored.size("transformer.resblocks.0.mlp.c_fc.weight"),
+        intermediate_size=stored.size(f"{layer.format(0)}.{fc1}.weight"),
         num_hidden_layers=layers,
         num_attention_heads=_heads(width),
-        max_position_embeddings=stored.size("positional_embedding"),
+        max_position_embeddings=stored.size(positions),
         hidden_act="gelu",
         eos_token_id=LARGEST_ID,
-        projection_dim=stored.size("text_projection", 1) if pooled else 0,
+        projection_dim=_projection(stored) if pooled else 0,
     )
+
+
+def _projection(stored: Stored) -> int:
+    """Return the width of the projected text; transformers' name stands outside the model's."""
+    outside = stored.prefix.removesuffix("text_model.") + "text_projection.weight"
+    if outside in stored.shapes:
+        return stored.shapes[outside][0]
+    return stored.size("text_projection", 1)
 
 
 def _heads(width: int) -> int:

@@ -31,8 +31,8 @@ __all__ = [
 
 # Where a whole model keeps its text encoders; a folder's part has no such prefix.
 _TEXT = (
-    r"(cond_stage_model\.(model\.|transformer\.)?|conditioner\.embedders\.\d\.(model\.|transformer\.)?)?"
-    r"(text_model\.)?"
+    r"(cond_stage_model\.(1\.)?(model\.|transformer\.)?|text_encoders\.clip_[lg]\.transformer\."
+    r"|conditioner\.embedders\.\d\.(model\.|transformer\.)?)?(text_model\.)?"
 )
 
 # pattern of the whole name: reason
@@ -49,9 +49,14 @@ UNUSED: Mapping[str, str] = MappingProxyType(
         rf"{_TEXT}attn_mask": "the causal mask, which a rule gives",
         rf"{_TEXT}logit_scale": "the temperature of CLIP's comparison with pictures",
         rf"{_TEXT}(vision_model|visual_projection|visual)\..+": "CLIP's half for pictures",
-        r"(cond_stage_model\.(transformer\.|model\.)?|conditioner\.embedders\.0\.(transformer\.)?)?"
-        r"text_projection(\.weight)?": "the projection into CLIP's space, which is not attended to",
+        r"(cond_stage_model\.(transformer\.|model\.)?|conditioner\.embedders\.0\.(transformer\.)?"
+        r"|text_encoders\.clip_l\.transformer\.)?(text_model\.)?text_projection(\.weight)?": (
+            "the projection into CLIP's space, which is not attended to"
+        ),
         r"v_pred|ztsnr": "a mark that says what the model predicts",
+        r"(.+\.)?scaled_fp8|.+\.comfy_quant": "a mark that says that weights have scales",
+        r".+\.(scale_input|input_scale|output_scale)": "the range of what a layer reads or gives, "
+        "for kernels that compute in float8",
     }
 )
 _PATTERN = re.compile("|".join(f"(?:{pattern})" for pattern in UNUSED))
@@ -84,7 +89,6 @@ OLD_ATTENTION = (
     (".to_v.", ".value."),
     (".to_out.0.", ".proj_attn."),
 )
-FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +178,10 @@ def assemble(
                 f"{path}: {source.name} has shape {list(stored.shape)}, and {name}, which is made "
                 f"of it, {list(shapes[name])}; the file is damaged or of another architecture"
             )
-        if stored.dtype not in FLOATS:
+        if not stored.is_float:
             raise ModelError(
-                f"{path}: {source.name} has dtype {stored.dtype}; weights in {', '.join(FLOATS)} "
-                "are supported: use a file that is not quantised"
+                f"{path}: {source.name} has dtype {stored.dtype}, which is no weight's; take the "
+                "model in float32, float16, bfloat16 or float8, or as GGUF"
             )
     return Component(weights=weights, sources=sources, shapes=shapes)
 

@@ -6,7 +6,7 @@ name. The numbers of blocks are worked out once for each part. Sources: `openaim
 generative-models (names of 2022 and 2023), and OpenCLIP's `transformer.py`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from engine.checkpoints.component import Source
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
@@ -14,6 +14,7 @@ from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetC
 __all__ = [
     "autoencoder_sources",
     "open_clip_sources",
+    "renamed_open_clip_sources",
     "text_encoder_sources",
     "unet_sources",
 ]
@@ -75,6 +76,8 @@ OPEN_CLIP_LAYER = (
     ("layer_norm2", "ln_2"),
 )
 FUSED = ("q_proj", "k_proj", "v_proj")  # the thirds of OpenCLIP's in_proj_weight and in_proj_bias
+# What the three are called where transformers' names were given to an OpenCLIP model.
+FUSED_NAMES = ("attn.in_proj_{}", "self_attn.in_proj.{}")
 
 
 Sources = dict[str, Source]
@@ -153,6 +156,32 @@ def open_clip_sources(config: TextEncoderConfig) -> Sources:
     if config.projection_dim:
         sources["text_projection.weight"] = Source(name="text_projection", transposed=True)
     return {name: sources[name] for name in names}
+
+
+def renamed_open_clip_sources(
+    config: TextEncoderConfig, prefix: str, names: Container[str]
+) -> Sources:
+    """Say where each tensor of an OpenCLIP model is that stable-diffusion.cpp wrote.
+
+    prefix: stands for `text_model.`, as in `text_encoder_sources`; names: of all tensors there are.
+    The three projections are one matrix where they came so, and the projection of the text lies as
+    it came: OpenCLIP's under the prefix, transformers' beside it.
+    """
+    sources = text_encoder_sources(config, prefix)
+    for i in range(config.num_hidden_layers):
+        for fused in FUSED_NAMES:
+            layer = f"encoder.layers.{i}.{fused}"
+            if prefix + layer.format("weight") in names:
+                for third, name in enumerate(FUSED):
+                    for kind in ("weight", "bias"):
+                        ours = f"text_model.encoder.layers.{i}.self_attn.{name}.{kind}"
+                        sources[ours] = Source(name=prefix + layer.format(kind), third=third)
+    if config.projection_dim:
+        own, outside = "text_projection", "text_projection.weight"
+        beside = prefix.removesuffix("text_model.") + outside
+        inside = Source(name=prefix + own, transposed=True)
+        sources[outside] = Source(name=beside) if beside in names else inside
+    return sources
 
 
 def _add_resnet(modules: dict[str, str], ours: str, theirs: str) -> None:

@@ -20,6 +20,7 @@ from engine.checkpoints.ldm_names import (
     Sources,
     autoencoder_sources,
     open_clip_sources,
+    renamed_open_clip_sources,
     text_encoder_sources,
     unet_sources,
 )
@@ -43,7 +44,8 @@ __all__ = [
 Shapes = Mapping[str, Shape]
 C = TypeVar("C", bound=Config)
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+UNET = "model.diffusion_model."
+VAE = ("first_stage_model.", "vae.")  # the second where stable-diffusion.cpp was given one apart
 AVERAGED = "model_ema."  # what follows is the name under `model.` without its dots
 POOLED = 1280  # width of XL's pooled text, where its encoder is not in the file
 
@@ -61,7 +63,7 @@ class PartLayout(Generic[C]):
     prefixes: tuple[str, ...]
     read: Callable[[Stored, Mapping[ComponentName, Config]], C]
     sources: Callable[[C, Stored], Sources]
-    unused: Callable[[C], str] | None = None
+    unused: Callable[[C, Stored], str] | None = None
 
     def prefix(self, shapes: Shapes) -> str | None:
         """Return the prefix that a file has; None when it has not the part."""
@@ -104,15 +106,25 @@ def clip(prefixes: tuple[str, ...]) -> PartLayout[TextEncoderConfig]:
 
 
 def open_clip(prefixes: tuple[str, ...], *, pooled: bool) -> PartLayout[TextEncoderConfig]:
-    """Return the layout of an OpenCLIP text tower.
+    """Return the layout of an OpenCLIP text tower, under its own names or transformers'.
 
     pooled: the model is told the projected text; else it does not attend to the last layer
     """
+
+    def sources(config: TextEncoderConfig, stored: Stored) -> Sources:
+        if "encoder.layers" in stored:
+            return renamed_open_clip_sources(config, stored.prefix, stored.shapes)
+        return _under(stored, open_clip_sources(config))
+
+    def last(config: TextEncoderConfig, stored: Stored) -> str:
+        layers = "encoder.layers" if "encoder.layers" in stored else "transformer.resblocks"
+        return f"{layers}.{config.num_hidden_layers}."
+
     return PartLayout(
         prefixes=prefixes,
         read=lambda stored, before: open_clip_config(stored, pooled=pooled),
-        sources=lambda config, stored: _under(stored, open_clip_sources(config)),
-        unused=None if pooled else lambda c: f"transformer.resblocks.{c.num_hidden_layers}.",
+        sources=sources,
+        unused=None if pooled else last,
     )
 
 
@@ -137,7 +149,7 @@ def unet(*, linear: bool, refiner: bool = False) -> PartLayout[UNetConfig]:
 def autoencoder(scaling_factor: float) -> PartLayout[AutoencoderConfig]:
     """Return the layout of an autoencoder; its scaling factor is no tensor's shape."""
     return PartLayout(
-        prefixes=(VAE,),
+        prefixes=VAE,
         read=lambda stored, before: autoencoder_config(stored, scaling_factor=scaling_factor),
         sources=lambda config, stored: _under(stored, autoencoder_sources(config)),
     )

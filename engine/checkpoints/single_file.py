@@ -102,7 +102,7 @@ def _parts(
         component = components[part] = assemble(path, weights, config, sources)
         used |= component.used()
         if layout.unused:
-            unused = re.escape(prefix + layout.unused(config)) + ".+"
+            unused = re.escape(prefix + layout.unused(config, stored)) + ".+"
         if part == "unet" and any(name.startswith(AVERAGED) for name in shapes):
             means = averaged(shapes, config, sources)
             if means:

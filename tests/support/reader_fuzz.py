@@ -20,9 +20,12 @@ from hypothesis import strategies as st
 from benchmarks.machine import peak_bytes
 from engine.checkpoints.formats.files import open_weights
 from engine.errors import ModelError
-from tests.support import bad_pickles
+from tests.support import bad_legacy, bad_pickles
 from tests.support.bad_archives import archive
+from tests.support.bad_gguf import GOOD as GGUF
+from tests.support.bad_numbers import described
 from tests.support.bad_pickles import dictionary, name, number, state_dict, storage, tensor, text
+from tests.support.bad_pictures import EMBEDDING, carrying
 
 LABEL = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 PICKLED = state_dict(
@@ -38,7 +41,10 @@ ARRAYS = {
     "nothing": np.zeros((0, 2)),
     "scalar": np.array(1.5),
 }
+VIEWED = bad_legacy.storage(bad_legacy.view(1, 3))
+LEGACY = bad_legacy.legacy(bad_legacy.state_dict(half=tensor(VIEWED, 0, (3,), (1,))))
 INDEX = "model.safetensors.index.json"
+MOST = 13  # bytes of numbers for each of a file's: a block of Q2_K has 84, and makes 1024
 # What a folder holds, and which of its files is damaged.
 VALID: Mapping[str, tuple[Mapping[str, bytes], str]] = {
     "safetensors": (
@@ -57,6 +63,13 @@ VALID: Mapping[str, tuple[Mapping[str, bytes], str]] = {
             ).encode(),
         },
         INDEX,
+    ),
+    "GGUF": ({"model.safetensors": GGUF}, "model.safetensors"),
+    "old torch": ({"pytorch_model.bin": LEGACY}, "pytorch_model.bin"),
+    "picture": ({"model.safetensors": carrying(EMBEDDING)}, "model.safetensors"),
+    "scales": (
+        {"model.safetensors": described('{"format": "float8_e4m3fn"}')},
+        "model.safetensors",
     ),
 }
 LENGTHS = [0, 1, 7, 8, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
@@ -140,7 +153,7 @@ class Fuzz:
         size = sum(len(content) for content in files.values())
         for key, array in weights.items():
             assert array.shape == weights.tensors[key].shape
-            assert array.nbytes <= 2 * size
+            assert array.nbytes <= MOST * size
             array.copy()
         assert all(isinstance(value, str) for value in weights.metadata.values())
         self.opened += 1
@@ -188,7 +201,9 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True)
     fuzz = Fuzz(target)
-    fuzz.check(VALID["archive"][0])
+    for files, _ in VALID.values():
+        fuzz.check(files)
+    assert fuzz.opened == len(VALID)
     fuzz.run(float(sys.argv[2]))
     peak = peak_bytes()
     print(json.dumps({"opened": fuzz.opened, "refused": fuzz.refused, "peak": peak}))

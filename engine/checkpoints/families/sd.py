@@ -23,6 +23,7 @@ __all__ = [
 
 CLIP_PLACE = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
 OPEN_CLIP_PLACE = ("cond_stage_model.model.",)
+OPEN_CLIP_WIDTH = 1024
 INPAINTING_CHANNELS = 9  # the latent, the mask and the masked picture's latents
 LCM_GUIDANCE_CHANNELS = 256  # of the embedded guidance scale that an LCM's UNet is told
 
@@ -68,11 +69,24 @@ def _has_unet(file: Stored) -> bool:
     return has(file, (UNET,)) and f"{UNET}label_emb" not in file
 
 
+def _has_renamed_open_clip(file: Stored) -> bool:
+    """Tell an OpenCLIP model in CLIP's place, where stable-diffusion.cpp puts it, by its layers."""
+    for place in CLIP_PLACE:
+        width = file.shapes.get(f"{place}embeddings.token_embedding.weight", ())[-1:]
+        layer = f"{place}encoder.layers.0"
+        if width == (OPEN_CLIP_WIDTH,) or has(
+            file, (f"{layer}.attn", f"{layer}.self_attn.in_proj")
+        ):
+            return True
+    return False
+
+
 def _is_sd1(file: Stored) -> bool:
     """Tell it by CLIP; without a text encoder by the convolutions around its transformers."""
     convolutions = len(file.shapes.get(f"{UNET}middle_block.1.proj_in.weight", ())) == 4
     reads_by_clip = has(file, CLIP_PLACE) or convolutions
-    return _has_unet(file) and not has(file, OPEN_CLIP_PLACE) and reads_by_clip
+    by_open_clip = has(file, OPEN_CLIP_PLACE) or _has_renamed_open_clip(file)
+    return _has_unet(file) and not by_open_clip and reads_by_clip
 
 
 def _is_sd2(file: Stored) -> bool:
@@ -117,7 +131,7 @@ SD2_FAMILY = Family(
     unet=MappingProxyType({"addition_embed_type": None, "use_linear_projection": True}),
     parts=MappingProxyType(
         {
-            "text_encoder": open_clip(OPEN_CLIP_PLACE, pooled=False),
+            "text_encoder": open_clip(OPEN_CLIP_PLACE + CLIP_PLACE[:1], pooled=False),
             "unet": unet(linear=True),
             "vae": autoencoder(SCALING_FACTOR),
         }

@@ -17,11 +17,18 @@ from engine.configs.diffusion import (
 
 __all__ = ["OPEN_CLIP_G", "REFINER", "REFINER_FAMILY", "XL", "XL_FAMILY"]
 
+# The last two of each are stable-diffusion.cpp's: all its text encoders have transformers' names.
 CLIP_PLACE = (
     "conditioner.embedders.0.transformer.text_model.",
     "conditioner.embedders.0.transformer.",
+    "cond_stage_model.transformer.text_model.",
+    "text_encoders.clip_l.transformer.text_model.",
 )
-OPEN_CLIP_PLACE = ("conditioner.embedders.1.model.",)
+OPEN_CLIP_PLACE = (
+    "conditioner.embedders.1.model.",
+    "cond_stage_model.1.transformer.text_model.",
+    "text_encoders.clip_g.transformer.text_model.",
+)
 REFINER_PLACE = ("conditioner.embedders.0.model.",)
 REFINER_CONTEXT = 1280  # what the refiner attends to; XL attends to 2048
 SCHEDULER = MappingProxyType(

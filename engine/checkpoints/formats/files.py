@@ -1,14 +1,14 @@
 """The weights of a checkpoint, in whichever format, and in however many files.
 
-A file is read as what it holds: safetensors, or an archive of torch.save; its suffix decides
-nothing. A large model is cut into shards, several files with an index,
-`{"weight_map": {name: file}}`.
+A file is read as what it holds: safetensors, GGUF, what torch.save writes, or a picture with a
+textual inversion; its suffix decides nothing. A large model is cut into shards, several files with
+an index, `{"weight_map": {name: file}}`.
 """
 
 import hashlib
 import mmap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.checkpoints.formats.gguf import MAGIC as GGUF
+from engine.checkpoints.formats.gguf import read_gguf
+from engine.checkpoints.formats.picture import is_picture, read_picture
+from engine.checkpoints.formats.scales import with_scales
 from engine.checkpoints.formats.tensors import (
     MAX_HEADER,
     StoredTensor,
@@ -26,6 +30,8 @@ from engine.checkpoints.formats.tensors import (
     short,
 )
 from engine.checkpoints.formats.torch_archive import read_archive
+from engine.checkpoints.formats.torch_legacy import MAGIC as LEGACY
+from engine.checkpoints.formats.torch_legacy import read_legacy
 from engine.errors import ModelError
 
 __all__ = ["StoredTensor", "Weights", "open_weights", "read_tensors", "release", "require_finite"]
@@ -114,18 +120,19 @@ class Weights(Mapping[str, NDArray[Any]]):
 def open_weights(path: Path) -> Weights:
     """Map a checkpoint and read its header, but none of its tensors.
 
-    path: a file of safetensors or of torch.save (`.ckpt`, `.pt`, `.bin`), the `.index.json` of a
-    sharded one, or the folder of a model's part, such as `unet/`. The files must not be changed
-    while the weights are in use. No code of a pickled file is ever run.
+    path: a file of safetensors, GGUF or torch.save (`.ckpt`, `.pt`, `.bin`), a picture that carries
+    a textual inversion, the `.index.json` of a sharded checkpoint, or the folder of a model's part,
+    such as `unet/`. The files must not be changed while the weights are in use. No code of a
+    pickled file is ever run.
     Raises ModelError when there are none, when they are damaged or of an unknown dtype, or when a
     pickle holds anything else than data.
     """
     try:
         if path.is_dir():
             path = _find(path)
-        if path.suffix == ".json":
-            return _open_shards(path)
-        return _join([path])
+        weights = _open_shards(path) if path.suffix == ".json" else _join([path])
+        tensors = with_scales(path, weights.tensors, weights.metadata)
+        return replace(weights, tensors=MappingProxyType(dict(tensors)))
     except OSError as error:
         raise ModelError(
             f"{error.filename or path} cannot be read ({error.strerror or error}); "
@@ -224,8 +231,8 @@ def _is_plain_name(name: str) -> bool:
 
 
 # Formats that are not read, by their first bytes, and what to do about each.
-TORCH_OLD = (
-    "is in the format of torch before 1.6; load it with torch and torch.save it again, "
+TAR = (
+    "is in the format of torch before 0.2; load it with torch and torch.save it again, "
     "or save it as .safetensors"
 )
 PLAIN_PICKLE = "is a bare pickle, which torch.save did not write; take the model as .safetensors"
@@ -233,8 +240,6 @@ PICKLES = tuple(bytes([0x80, version]) for version in range(2, 6))
 WEB_PAGE = "is a web page, not a checkpoint; download the file itself"
 OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "is a pointer of Git LFS; run `git lfs pull` for the weights"),
-    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", TORCH_OLD),
-    (b"GGUF", "is a GGUF file, which is not read; take the model as .safetensors"),
     (b"\x89HDF\r\n", "is an HDF5 file, of Keras; take the model as .safetensors"),
     (b"\x1f\x8b", "is compressed by gzip; unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it first"),
@@ -250,6 +255,12 @@ def read_tensors(path: Path, file: mmap.mmap) -> tuple[dict[str, StoredTensor], 
     """
     if file[:4] in (b"PK\3\4", b"PK\5\6"):
         return read_archive(path, file)
+    if file[: len(GGUF)] == GGUF:
+        return read_gguf(path, file)
+    if file[: len(LEGACY)] == LEGACY:
+        return read_legacy(path, file)
+    if is_picture(file[:16]):
+        return read_picture(path, file)
     _refuse_others(path, file)
     return read_header(path, file)
 
@@ -263,7 +274,7 @@ def _refuse_others(path: Path, file: mmap.mmap) -> None:
         if start.startswith(signature):
             raise ModelError(f"{path} {what}")
     if start[257:262] == b"ustar":
-        raise ModelError(f"{path} {TORCH_OLD}")
+        raise ModelError(f"{path} {TAR}")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b'{"error')):
         raise ModelError(f"{path} {WEB_PAGE}")
     if path.suffix == ".safetensors" and not start.startswith(PICKLES):

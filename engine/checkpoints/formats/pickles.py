@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickletools import genops
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from engine.checkpoints.formats.tensors import damaged, is_unicode, short
 from engine.errors import ModelError
@@ -85,9 +85,12 @@ class _RefusalError(Exception):
     """What a pickle does, and why that is refused."""
 
 
-def read_pickle(path: Path, pickle: bytes, calls: Mapping[str, Call | None], load: Call) -> Any:
+def read_pickle(
+    path: Path, pickle: bytes | IO[bytes], calls: Mapping[str, Call | None], load: Call
+) -> Any:
     """Read a pickle: None, truth values, numbers, texts, bytes, lists, tuples and dictionaries.
 
+    pickle: or what it is read from, which is left where it ends
     calls: by name ("collections.OrderedDict"), what makes a value of a call's arguments; it raises
         UnfitError when they are wrong. None stands for a name that may be there but not be called.
     load: makes a value of a persistent id, which is where torch puts its storages; the same errors

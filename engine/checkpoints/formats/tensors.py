@@ -24,10 +24,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.checkpoints.formats.blocks import BLOCKS, read_blocks
+from engine.checkpoints.formats.float8 import FLOAT8, read_float8
 from engine.errors import ModelError
 
 __all__ = [
     "DTYPES",
+    "FLOATS",
     "MAX_HEADER",
     "StoredTensor",
     "add_into",
@@ -58,6 +61,18 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "BF16": np.dtype("<u2"),  # as it is stored: numpy has no bfloat16
         "F32": np.dtype("<f4"),
         "F64": np.dtype("<f8"),
+        **dict.fromkeys(FLOAT8, np.dtype("<u1")),
+    }
+)
+FLOATS = ("F16", "BF16", "F32", "F64", *FLOAT8, *BLOCKS)  # what weights may be
+# What safetensors has besides, and why it is no weight that is read.
+NOT_READ: Mapping[str, str] = MappingProxyType(
+    {
+        "C64": "complex numbers",
+        "F4": "numbers of 4 bits",
+        "F6_E2M3": "numbers of 6 bits",
+        "F6_E3M2": "numbers of 6 bits",
+        "F8_E8M0": "the scales of numbers of 4 to 8 bits (MX)",
     }
 )
 MAX_DIMENSIONS = 32  # numpy's limit before version 2
@@ -68,10 +83,11 @@ MAX_BYTES = 2**63 - 1  # of one array, in numpy
 class StoredTensor:
     """Where a tensor lies in a mapped file; nothing of it is read before `array` is called.
 
-    dtype: safetensors' name for it, such as "F16" or "BF16"
+    dtype: safetensors' name for it, such as "F16" or "BF16", or GGML's, such as "Q8_0"
     offset: of its first value, in bytes from the start of the file
     nbytes: the size of its values, side by side
     strides: steps in values from one index to the next, as torch counts them; None: side by side
+    scale: what its values are to be multiplied by; each of its sizes divides that of the tensor
     """
 
     dtype: str
@@ -80,26 +96,52 @@ class StoredTensor:
     nbytes: int
     file: mmap.mmap
     strides: tuple[int, ...] | None = None
+    scale: "StoredTensor | None" = None
 
     def array(self) -> NDArray[Any]:
         """View the tensor in the file, read-only and without a copy.
 
-        Two kinds are copied: BF16, which becomes float32 (exactly: it is a float32's upper half),
-        and tensors at an offset that no processor likes, in files of safetensors before 0.3.
+        Copied are numbers that numpy has not, of which all come out exactly: BF16 as float32 (it is
+        a float32's upper half), float8 as float16, GGML's blocks as float32. So are tensors with a
+        scale, which become float32, and those at an offset that no processor likes, in files of
+        safetensors before 0.3.
         """
+        array = self._values()
+        if self.scale is not None:
+            array = _scaled(array, self.scale.array())
+        array.flags.writeable = False
+        return array
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its numbers are a weight's: floating-point ones, or whole ones with a scale."""
+        return self.dtype in FLOATS or (self.dtype == "I8" and self.scale is not None)
+
+    def _values(self) -> NDArray[Any]:
+        if self.dtype in BLOCKS:
+            data = np.ndarray((self.nbytes,), np.uint8, buffer=self.file, offset=self.offset)
+            return read_blocks(self.dtype, data).reshape(self.shape)
         dtype = DTYPES[self.dtype]
         strides = self.strides and tuple(step * dtype.itemsize for step in self.strides)
         stored: NDArray[Any] = np.ndarray(
             self.shape, dtype, buffer=self.file, offset=self.offset, strides=strides
         )
+        if self.dtype in FLOAT8:
+            return read_float8(self.dtype, stored)
         if self.dtype == "BF16":
             bits = stored.astype(np.uint32)
             bits <<= 16
-            stored = bits.view(np.float32)
-        elif not stored.flags.aligned:
-            stored = stored.copy()
-        stored.flags.writeable = False
-        return stored
+            return bits.view(np.float32)
+        return stored if stored.flags.aligned else stored.copy()
+
+
+def _scaled(array: NDArray[Any], scale: NDArray[Any]) -> NDArray[np.float32]:
+    """Multiply an array by a scale, of which each value counts for a block of the array's."""
+    wide = widen(array)
+    pairs = list(zip(scale.shape, array.shape, strict=True))
+    blocks = wide.reshape([size for s, n in pairs for size in (s, n // s)])
+    blocks *= widen(scale).reshape([size for s, _ in pairs for size in (s, 1)])
+    return wide
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -238,6 +280,11 @@ def _locate(path: Path, name: str, entry: Any, file: mmap.mmap, start: int) -> S
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise damaged(path, f"{short(name)} lacks its dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype in NOT_READ:
+        raise ModelError(
+            f"{path}: {short(name)} has dtype {dtype}, {NOT_READ[dtype]}, which are not read; "
+            "take the model in float16, bfloat16 or float8"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(
             f"{path}: {short(name)} has dtype {short(dtype)}; supported are "

@@ -18,7 +18,7 @@ from engine.checkpoints.formats.torch_values import CALLS, ParameterDict, load_s
 from engine.checkpoints.formats.zip_archive import read_directory
 from engine.errors import ModelError
 
-__all__ = ["read_archive"]
+__all__ = ["MAX_PICKLE", "flatten", "read_archive"]
 
 MAX_PICKLE = 2**25  # bytes; a training checkpoint of SD 1.5 has 1 MB
 MAX_VISITS = 2**24  # characters of all names, and steps to them; a cycle of values ends here too
@@ -67,10 +67,10 @@ def read_archive(path: Path, file: mmap) -> tuple[dict[str, StoredTensor], dict[
             "expected; "
             "save the model's state_dict"
         )
-    return _flatten(path, value)
+    return flatten(path, value)
 
 
-def _flatten(path: Path, root: Mapping[str, Any]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def flatten(path: Path, root: Mapping[str, Any]) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Name all tensors and numbers below a dictionary, without recursion, in its order."""
     tensors: dict[str, StoredTensor] = {}
     metadata = {name: str(value) for name, value in root.items() if _is_plain(value)}

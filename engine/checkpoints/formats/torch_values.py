@@ -25,7 +25,7 @@ from engine.checkpoints.formats.tensors import (
 )
 from engine.checkpoints.formats.zip_archive import Entry
 
-__all__ = ["CALLS", "ParameterDict", "load_storage"]
+__all__ = ["CALLS", "STORAGES", "ParameterDict", "Storage", "load_storage"]
 
 STORAGES: Mapping[str, str] = {
     "torch.BoolStorage": "BOOL",
@@ -54,6 +54,10 @@ TYPES: Mapping[str, str] = {
     "torch.bfloat16": "BF16",
     "torch.float32": "F32",
     "torch.float64": "F64",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
 }
 # Classes that published checkpoints name, as keys of dictionaries.
 LABELS = (
@@ -66,7 +70,7 @@ LABELS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """Numbers in the archive that tensors view; dtype as in DTYPES, entry in bytes."""
+    """Numbers in the file that tensors view; dtype as in DTYPES, entry in bytes."""
 
     dtype: str
     entry: Entry
@@ -138,7 +142,7 @@ def load_storage(entries: Mapping[bytes, Entry], root: bytes, file: mmap, key: A
 def _rebuild_tensor(
     storage: Any, start: Any, shape: Any, strides: Any, *others: Any
 ) -> StoredTensor:
-    """Place a tensor in its storage: torch._utils._rebuild_tensor_v2."""
+    """Place a tensor in its storage: torch._utils._rebuild_tensor, and _v2 since 0.4."""
     if not isinstance(storage, Storage):
         raise UnfitError("a tensor without a storage")
     if len(others) > 2 and others[2]:
@@ -274,6 +278,7 @@ def _numpy_scalar(kind: Any, data: Any) -> bool | int | float:
 
 CALLS: Mapping[str, Call | None] = {
     "collections.OrderedDict": _ordered,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_typed_tensor,
     "torch._utils._rebuild_parameter": _parameter,

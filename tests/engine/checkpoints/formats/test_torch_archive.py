@@ -246,7 +246,8 @@ def test_names_are_checked(tmp_path):
         (torch.ones(1), "type StoredTensor, and a dictionary"),
         ([torch.ones(1)], "of type list, and a dictionary"),
         ({"a": torch.ones(1, dtype=torch.complex64)}, "holds values of torch.ComplexFloatStorage"),
-        ({"a": torch.ones(1).to(torch.float8_e4m3fn)}, "holds values of torch.float8_e4m3fn"),
+        ({"a": torch.zeros(1, dtype=torch.uint8).view(torch.float8_e8m0fnu)}, "torch.float8_e8m0"),
+        ({"a": torch.empty(2, dtype=torch.float4_e2m1fn_x2)}, "holds values of torch.float4_e2m1"),
         ({"a": torch.ones(1, dtype=torch.complex64).conj().imag}, "conjugated or negated"),
         ({"a": torch.ones(2).to_sparse()}, "names torch._utils._rebuild_sparse_tensor"),
         ({"a": torch.ones(1, device="meta")}, "names torch._utils._rebuild_meta_tensor_no_storage"),
@@ -264,8 +265,6 @@ def test_what_is_not_read_is_named(tmp_path, value, expected):
 
 def test_other_formats_of_torch_are_refused(tmp_path):
     path = tmp_path / "a.pt"
-    torch.save({"a": torch.ones(1)}, path, _use_new_zipfile_serialization=False)
-    assert "format of torch before 1.6" in refused(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(torch.nn.Linear(1, 1)).save(path)
