@@ -5,11 +5,10 @@ wait more turns than it may: `MAX_TURNS_WAITED` at most, which can be kept as lo
 more buckets than that.
 """
 
-from collections.abc import Hashable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 MAX_TURNS_WAITED = 16  # turns that a bucket may be passed over, one after the other
-ROWS = 8
 
 
 class Waiting(Protocol):
@@ -24,26 +23,37 @@ class Waiting(Protocol):
 AnyWaiting = TypeVar("AnyWaiting", bound=Waiting)
 
 
-class BucketScheduler:
+class Scheduler(Protocol[AnyWaiting]):
+    """Chooses what is drawn next."""
+
+    def choose(self, waiting: Sequence[AnyWaiting]) -> list[AnyWaiting]:
+        """Return the rows of the next call; waiting: at least one, the oldest first."""
+        ...
+
+
+class BucketScheduler(Generic[AnyWaiting]):
     """Chooses rows turn by turn, and counts how long every bucket has waited.
 
-    rows: at most in a call
+    limit: returns how many rows a call of this one's bucket may have
     """
 
-    def __init__(self, rows: int = ROWS, max_turns_waited: int = MAX_TURNS_WAITED) -> None:
-        self.rows = rows
+    def __init__(
+        self, limit: Callable[[AnyWaiting], int], max_turns_waited: int = MAX_TURNS_WAITED
+    ) -> None:
+        self._limit = limit
         self.max_turns_waited = max_turns_waited
         self._waited: dict[Hashable, int] = {}
 
     def choose(self, waiting: Sequence[AnyWaiting]) -> list[AnyWaiting]:
-        """Return the rows of the next call; waiting: at least one, the oldest first."""
+        """As `Scheduler` says."""
         buckets: dict[Hashable, list[AnyWaiting]] = {}
         for row in waiting:
             buckets.setdefault(row.bucket, []).append(row)
         waited = {bucket: self._waited.get(bucket, 0) for bucket in buckets}
         chosen = self._next(list(buckets), waited)
         self._waited = {b: 0 if b == chosen else turns + 1 for b, turns in waited.items()}
-        return buckets[chosen][: self.rows]
+        rows = buckets[chosen]
+        return rows[: self._limit(rows[0])]
 
     def _next(self, buckets: Sequence[Hashable], waited: dict[Hashable, int]) -> Hashable:
         """Return the oldest row's bucket, or the most pressing where that could come too late.

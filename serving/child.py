@@ -14,15 +14,17 @@ from queue import Queue
 from threading import Thread
 from typing import Any, BinaryIO, Protocol, Self
 
-from engine.backends.settings import BackendSettings, ComputePrecision
+from engine.backends.settings import BackendSettings, ComputePrecision, processors
 from engine.errors import LatentrtError
+from engine.store.cache import Cache, cache_folder
+from runtime.images.files import program_version
 from runtime.pipeline import Pipeline
-from serving.bucket_scheduler import ROWS
 from serving.events import Event
 from serving.frames import of_event, read_frame, to_order, write_frame
 from serving.limits import Limits
 from serving.loop import Loop
 from serving.model_runner import ModelRunner, Models
+from serving.row_limits import ROWS, Aim, RowLimits
 
 FAILED = 3  # exit status: a model cannot be loaded, which another try would not change
 
@@ -40,7 +42,8 @@ class EngineSettings:
     """What an engine's process draws with; all of it can be written as JSON.
 
     models, loras: paths, or names of models that ship, by the names that requests use
-    keep: models with their adapters that stay loaded
+    rows: in a step, as `serving.row_limits.RowLimits` takes them
+    model_bytes: of weights that stay loaded, None for any number
     """
 
     models: Mapping[str, str]
@@ -50,8 +53,8 @@ class EngineSettings:
     threads: int | None = None
     build_missing: bool = False
     graphs: str | None = None
-    rows: int = ROWS
-    keep: int = 3
+    rows: int | Aim = ROWS
+    model_bytes: int | None = None
     limits: Limits = field(default_factory=Limits)
 
     def as_json(self) -> dict[str, Any]:
@@ -62,6 +65,14 @@ class EngineSettings:
     def from_json(cls, given: Mapping[str, Any]) -> Self:
         """Return the settings that were written."""
         return cls(**{**given, "limits": Limits(**given["limits"])})
+
+    def row_limits(self) -> RowLimits:
+        """Return the limits of rows, with the times that were kept of these models here."""
+        facts = {
+            name: getattr(self, name) for name in ("models", "backend", "precision", "threads")
+        }
+        key = Cache.key(**facts, version=program_version(), processors=processors())
+        return RowLimits(self.rows, cache_folder() / f"step-times-{key[:16]}.json")
 
     def runner(self) -> Models:
         """Return what draws; nothing is loaded yet."""
@@ -83,7 +94,7 @@ class EngineSettings:
             loras={name: Path(path) for name, path in self.loras.items()},
             load=load,
             limits=self.limits,
-            keep=self.keep,
+            budget=self.model_bytes,
         )
 
 
@@ -111,7 +122,7 @@ def main(runner_of: Callable[[EngineSettings], WarmModelRunner] = EngineSettings
         if event.kind == "taken":  # it may kill this process: who is on board is known outside
             waiting.join()
 
-    loop = Loop(runner, tell, rows=settings.rows)
+    loop = Loop(runner, tell, limits=settings.row_limits())
     waiting.put(Event(kind="ready"))
     loop.start()
     while (frame := read_frame(orders)) is not None:

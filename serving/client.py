@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from serving.events import Event
-from serving.loop import Order
+from serving.order import Order
 
 __all__ = ["EngineClient"]
 
@@ -15,6 +15,11 @@ class EngineClient(Protocol):
     @property
     def is_ready(self) -> bool:
         """Whether orders are drawn now."""
+        ...
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What its process has resident, None where nobody knows."""
         ...
 
     def start(self, tell: Callable[[Event], None]) -> None:

@@ -14,9 +14,9 @@ class Event:
     kind: "taken" from the queue, "started" and "finished" of a picture, "preview" with a JPEG,
         "turn" of all rows of a call, "failed" with a sentence, "ready" of the engine
     job, index: whose picture; "" where it is nobody's
-    data: by kind; started: total. turn: seconds of the step,
-        elapsed since the last where rows waited, and rows as [job, index, calls, total]. preview:
-        step. finished: settings, batched. failed: code, message
+    data: by kind; started: total. turn: seconds of the step, elapsed since the last where rows
+        waited, limit of rows now, and rows as [job, index, calls, total]. preview: step.
+        finished: settings, batched. failed: code, message
     blob: a file
     """
 

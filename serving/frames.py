@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from serving.events import Event
-from serving.loop import Order
+from serving.order import Order
 from serving.picture_request import PictureRequest
 
 MOST_OF_A_HEAD = 2**24

@@ -26,8 +26,8 @@ from serving.errors import (
 )
 from serving.events import Event
 from serving.limits import Limits
-from serving.loop import Order
 from serving.metrics import Metrics
+from serving.order import Order
 from serving.picture_request import PictureRequest
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
@@ -280,7 +280,7 @@ class Jobs:
                 job.first_step = now
                 self._metrics.first_step_seconds.observe(now - job.created)
             job.tell("step", index=index, step=calls, total=total, rows=len(event.data["rows"]))
-        self._metrics.turn(len(event.data["rows"]), event.data["seconds"])
+        self._metrics.turn(len(event.data["rows"]), event.data["limit"], event.data["seconds"])
         if done:
             self.admission.turned(done, event.data["elapsed"])
 

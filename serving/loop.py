@@ -12,75 +12,31 @@ between their preparation and their file, the others wait in the queue as the re
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, count
 from threading import Condition, Thread
-from typing import Any
 
 from engine.errors import RequestError
-from serving.bucket_scheduler import ROWS, BucketScheduler
+from serving.bucket_scheduler import BucketScheduler, Scheduler
 from serving.errors import RefusalError
-from serving.events import Event, Kind
+from serving.events import Event
 from serving.fair_queue import FairQueue
-from serving.model_runner import ModelRunner, UnfinishedPicture
-from serving.picture_request import PictureRequest
+from serving.model_runner import ModelRunner
+from serving.order import Order, Picture
+from serving.row_limits import RowLimits
 
 log = logging.getLogger("latentrt.serving")
 
 FAILED = "drawing this picture failed; the server's log has more under this request's id"
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Order:
-    """A request in the engine: pictures of one job.
-
-    indices: of the request's pictures, those that are wanted here; none for all
-    caller: whose it is; priority: among the caller's own, the higher first
-    left: how many are neither finished nor failed
-    """
-
-    job: str
-    picture_request: PictureRequest
-    caller: str = ""
-    priority: int = 0
-    indices: Sequence[int] = ()
-    cancelled: bool = False
-    unfinished_pictures: Sequence[UnfinishedPicture] | None = field(default=None, repr=False)
-    left: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Take all pictures where none were named."""
-        self.indices = self.indices or range(self.picture_request.count)
-        self.left = len(self.indices)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Picture:
-    """One picture of an order, from the queue to its file; number: in the order of arrival."""
-
-    order: Order
-    index: int
-    number: int
-    unfinished: UnfinishedPicture | None = None
-    batched: bool = False
-
-    @property
-    def bucket(self) -> Hashable:
-        """Of its next step."""
-        assert self.unfinished is not None
-        return self.unfinished.bucket
-
-    def event(self, kind: Kind, blob: bytes = b"", **data: Any) -> Event:
-        """Tell something of this picture."""
-        return Event(kind=kind, job=self.order.job, index=self.index, data=data, blob=blob)
-
-
 class Loop:
     """Draws orders with a runner, and tells what happens.
 
     tell: takes events, on any of the threads; must not wait
-    rows: pictures at most in a step; board: at most between preparation and file
+    limits: of the pictures in a step; board: pictures at most between preparation and file, twice
+        as many where None
+    scheduler: chooses the rows of a step, within the limits where None
     clock: seconds, never set back
     """
 
@@ -89,15 +45,17 @@ class Loop:
         runner: ModelRunner,
         tell: Callable[[Event], None],
         *,
-        rows: int = ROWS,
+        limits: RowLimits | None = None,
         board: int | None = None,
+        scheduler: Scheduler[Picture] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.board = board or 2 * rows
+        self._limits = limits or RowLimits()
+        self._board = board
         self._runner = runner
         self._tell = tell
         self._clock = clock
-        self._turns = BucketScheduler(rows)
+        self._scheduler = scheduler or BucketScheduler(lambda p: self._limits.limit(p.begun))
         self._changed = Condition()
         self._numbers = count()
         self._orders: dict[str, Order] = {}
@@ -135,6 +93,11 @@ class Loop:
                 self._queue.remove(picture)
             self._drop_cancelled()
             self._changed.notify_all()
+
+    @property
+    def board(self) -> int:
+        """How many pictures may be between their preparation and their file."""
+        return self._board or 2 * self._limits.largest
 
     @property
     def on_board(self) -> int:
@@ -175,11 +138,11 @@ class Loop:
         with self._changed:
             if not self._stepping:
                 return False
-            chosen = self._turns.choose(self._stepping)
+            chosen = self._scheduler.choose(self._stepping)
             self._stepping = [p for p in self._stepping if p not in chosen]
             self._at_work["step"] = chosen
         began = self._clock()
-        self._call(chosen)
+        self._call(chosen, chosen[0].begun.form)
         ended = self._clock()
         elapsed = ended - (began if self._since is None else self._since)
         done = [p for p in chosen if not p.order.cancelled and p.unfinished is not None]
@@ -191,7 +154,8 @@ class Loop:
             for p in done
             if p.unfinished
         ]
-        data = {"seconds": ended - began, "elapsed": elapsed, "rows": rows}
+        limit = self._limits.largest
+        data = {"seconds": ended - began, "elapsed": elapsed, "limit": limit, "rows": rows}
         self._tell(Event(kind="turn", data=data))
         self._hand_on("step", done)
         with self._changed:
@@ -200,19 +164,21 @@ class Loop:
         return True
 
     def finish(self) -> bool:
-        """Make a finished picture's file or, where there is none to make, draw a preview."""
+        """Make a finished picture's file or, where there is none to make, draw a preview.
+
+        Where there is none either, the times of steps are kept.
+        """
+        picture = preview = None
         with self._changed:
             if self._finishing:
                 picture = self._finishing.popleft()
-                preview = None
                 self._previews.pop(picture, None)
+                self._at_work["finish"] = [picture]
             elif self._previews:
                 picture = next(iter(self._previews))
                 preview = self._previews.pop(picture)
-            else:
-                return False
-            if preview is None:
-                self._at_work["finish"] = [picture]
+        if picture is None:
+            return self._limits.save()
         try:
             if preview is None:
                 self._deliver(picture)
@@ -257,19 +223,27 @@ class Loop:
             picture.unfinished = order.unfinished_pictures[picture.index]
         picture.unfinished.enter()
 
-    def _call(self, chosen: Sequence[Picture]) -> None:
-        """Step together; what fails is tried again in halves, until one alone has failed."""
+    def _call(self, chosen: Sequence[Picture], form: str) -> bool:
+        """Step together; what fails is tried again in halves, until one alone has failed.
+
+        Returns whether none has. Where both halves of a call can be made, it had too many rows.
+        """
+        began = self._clock()
         try:
             self._runner.step([p.unfinished for p in chosen])
         except Exception as error:
             if len(chosen) == 1:
                 self._fail(chosen[0], error)
-                return
+                return False
             kind = type(error).__name__
             log.warning("a step of %d rows failed (%s); halving it", len(chosen), kind)
             middle = len(chosen) // 2
-            self._call(chosen[:middle])
-            self._call(chosen[middle:])
+            succeeded = [self._call(half, form) for half in (chosen[:middle], chosen[middle:])]
+            if all(succeeded):
+                self._limits.too_many(form, len(chosen))
+            return all(succeeded)
+        self._limits.took(form, len(chosen), self._clock() - began)
+        return True
 
     def _keep_preview(self, picture: Picture) -> None:
         """Keep what the newest preview is drawn from, in place of one that still waits."""

@@ -10,7 +10,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Metrics:
     """The numbers of one server, in a registry of its own.
 
-    rows: at most in a step
+    rows: at most in a step, before the first
     """
 
     def __init__(self, rows: int) -> None:
@@ -54,11 +54,15 @@ class Metrics:
         self.queued_work = Gauge(
             "latentrt_queued_work_seconds", "How long their work takes", registry=registry
         )
+        self.engine_memory = Gauge(
+            "latentrt_engine_memory_bytes", "Resident in the engine's process", registry=registry
+        )
         self.rows_capacity.set(rows)
 
-    def turn(self, rows: int, seconds: float) -> None:
+    def turn(self, rows: int, limit: int, seconds: float) -> None:
         """Note a step."""
         self.rows.set(rows)
+        self.rows_capacity.set(limit)
         self.step_seconds.labels(str(rows)).observe(seconds)
 
     def text(self) -> bytes:

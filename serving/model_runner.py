@@ -27,6 +27,7 @@ from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from serving.limits import Limits
+from serving.model_memory import fitting_rows, weight_bytes
 from serving.picture_request import DEFAULT_STEPS, PictureRequest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -47,6 +48,15 @@ class UnfinishedPicture(Protocol):
     @property
     def bucket(self) -> Hashable:
         """Those with an equal one may be stepped together."""
+        ...
+
+    @property
+    def form(self) -> str:
+        """What its next call has in common with others of as many rows, in every process."""
+        ...
+
+    def fitting_rows(self) -> int:
+        """Return how many rows of its next call's form fit into the memory that is free."""
         ...
 
     @property
@@ -115,6 +125,15 @@ class RowPicture:
         return id(self.pipeline), self.row.bucket, alone
 
     @property
+    def form(self) -> str:
+        """As `UnfinishedPicture` says; adapters change no time."""
+        return f"{self.picture_request.model} {self.row.bucket}"
+
+    def fitting_rows(self) -> int:
+        """As `UnfinishedPicture` says."""
+        return fitting_rows(self.pipeline, self.row)
+
+    @property
     def calls(self) -> int:
         """As `UnfinishedPicture` says."""
         return self.row.calls
@@ -178,14 +197,15 @@ class Models:
 
     models, loras: files and folders by the names that requests know them by
     load: makes a pipeline of a model's name or path
-    keep: pipelines that stay loaded; pictures on their way keep theirs beyond that
+    budget: bytes of weights that stay loaded, None for any number; the model last asked for stays
+        whatever it takes, and pictures on their way keep theirs
     """
 
     models: Mapping[str, str | Path]
     loras: Mapping[str, Path]
     load: Callable[[str | Path], Pipeline]
     limits: Limits
-    keep: int = 3
+    budget: int | None = None
     _open: "OrderedDict[Hashable, tuple[Pipeline, Preview]]" = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
@@ -224,13 +244,20 @@ class Models:
         with self._lock:
             if key not in self._open:
                 pipeline = self.load(self.models[picture_request.model])
+                self._make_room(weight_bytes(pipeline))
                 self._put_on(pipeline, picture_request)
                 latents = probe(pipeline.model.vae.latent_channels)
                 self._open[key] = pipeline, Preview.fit(latents, pipeline.decode(latents))
             self._open.move_to_end(key)
-            while len(self._open) > self.keep:
-                self._open.popitem(last=False)
             return self._open[key]
+
+    def _make_room(self, needed: int) -> None:
+        """Let go of the models that were asked for longest ago, before another is opened."""
+        while self.budget is not None and self._open:
+            held = sum(weight_bytes(pipeline) for pipeline, _ in self._open.values())
+            if held + needed <= self.budget:
+                return
+            self._open.popitem(last=False)
 
     def _put_on(self, pipeline: Pipeline, picture_request: PictureRequest) -> None:
         """Put a request's adapters on. Raises RequestError where one does not fit."""

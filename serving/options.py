@@ -7,13 +7,15 @@ from pathlib import Path
 
 from engine.errors import RequestError
 from engine.model import find_model, shipped_models
+from engine.store.eviction import parse_size
 from runtime.options import add_engine_options
 from serving.addresses import is_loopback
-from serving.bucket_scheduler import ROWS
 from serving.child import EngineSettings
 from serving.keys import Keys
 from serving.limits import Limits
+from serving.memory import total_bytes
 from serving.model_runner import NAME, check_names
+from serving.row_limits import ROWS, parse_rows
 
 HOST, PORT = "127.0.0.1", 7860
 ADAPTERS = ".safetensors"
@@ -48,11 +50,10 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         help=f"whose {ADAPTERS} files requests may name, without that ending",
     )
     group.add_argument(
-        "--keep",
-        type=int,
-        default=3,
-        metavar="N",
-        help="models with their adapters that stay loaded (default: %(default)s)",
+        "--model-memory",
+        metavar="SIZE",
+        help="weights that stay loaded, such as 20GB, or none for any number; a model with other "
+        "adapters is another (default: half of this machine's memory)",
     )
     add_engine_options(group)
 
@@ -91,10 +92,10 @@ def _add_work(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--rows",
-        type=int,
-        default=ROWS,
+        default="preview",
         metavar="N",
-        help="pictures at most in one step; fewer finish sooner, more begin sooner "
+        help="pictures at most in one step: preview for as many as gain, but at least "
+        f"{ROWS}, so that pictures begin soon; capacity for as many as gain; or a number "
         "(default: %(default)s)",
     )
     add(
@@ -127,7 +128,7 @@ def read_keys(options: argparse.Namespace) -> Keys | None:
 
 def engine_settings(options: argparse.Namespace) -> EngineSettings:
     """Return what the engine draws with. Raises RequestError or ModelError."""
-    for name, least in (("rows", 1), ("keep", 1), ("max_queue", 1), ("port", 0)):
+    for name, least in (("max_queue", 1), ("port", 0)):
         if getattr(options, name) < least:
             option = name.replace("_", "-")
             raise RequestError(f"--{option} is {getattr(options, name)}; give {least} or more")
@@ -141,10 +142,21 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         threads=options.threads,
         build_missing=options.build_missing,
         graphs=None if options.graphs is None else str(options.graphs.resolve()),
-        rows=options.rows,
-        keep=options.keep,
+        rows=parse_rows(options.rows),
+        model_bytes=read_model_memory(options.model_memory),
         limits=Limits(jobs=options.max_queue, queue_seconds=options.max_queue_seconds),
     )
+
+
+def read_model_memory(text: str | None) -> int | None:
+    """Return how many bytes of weights stay loaded, None for any number. Raises RequestError."""
+    if text is None:
+        total = total_bytes()
+        return None if total is None else total // 2
+    try:
+        return parse_size(text)
+    except RequestError as error:
+        raise RequestError(f"--model-memory: {error}") from None
 
 
 def find_models(given: Sequence[str]) -> dict[str, str]:

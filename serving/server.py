@@ -15,6 +15,7 @@ from serving.http.app import Service, make_service
 from serving.http.connections import ImpatientProtocol
 from serving.http.fields import Catalog
 from serving.keys import Keys
+from serving.row_limits import RowLimits
 from serving.supervisor import ProcessEngine
 
 KEEP_ALIVE = 30  # seconds that an idle connection is kept
@@ -28,7 +29,7 @@ def serve(options: argparse.Namespace, keys: Keys | None, engine: ProcessEngine)
         Catalog(models=tuple(settings.models), loras=tuple(settings.loras)),
         AccessRules.of(options.host, options.hosts, options.origins, keys),
         limits=settings.limits,
-        rows=settings.rows,
+        rows=RowLimits(settings.rows).largest,
     )
     engine.on_death(service.metrics.restarts.inc)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)

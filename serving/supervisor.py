@@ -23,7 +23,8 @@ from serving.child import FAILED, EngineSettings
 from serving.events import Event
 from serving.frames import of_order, read_frame, to_event, write_frame
 from serving.loop import FAILED as FAILED_SENTENCE
-from serving.loop import Order
+from serving.memory import resident_bytes
+from serving.order import Order
 
 log = logging.getLogger("latentrt.serving")
 
@@ -138,6 +139,11 @@ class ProcessEngine:
     def pid(self) -> int | None:
         """The engine's process, None where there is none."""
         return None if self._process is None else self._process.pid
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """As `EngineClient` says."""
+        return None if self.pid is None else resident_bytes(self.pid)
 
     @property
     def has_failed(self) -> bool:

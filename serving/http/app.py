@@ -94,6 +94,7 @@ def _add_state(app: FastAPI, engine: EngineClient, jobs: Jobs, metrics: Metrics)
         """Return what is counted, for Prometheus."""
         metrics.waiting.set(jobs.admission.jobs)
         metrics.queued_work.set(jobs.admission.seconds)
+        metrics.engine_memory.set(engine.memory_bytes or 0)
         return Response(metrics.text(), media_type=CONTENT_TYPE)
 
 

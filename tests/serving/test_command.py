@@ -132,6 +132,8 @@ def test_a_second_signal_ends_it_at_once():
         (["--lora-dir", "/no/such/folder"], "is no folder"),
         (["--api-key-file", "/no/such/file"], "cannot be read"),
         (["--rows", "0"], "--rows is 0"),
+        (["--rows", "many"], "preview, capacity or a number"),
+        (["--model-memory", "a lot"], "--model-memory: 'a lot' is no size"),
         (["--max-queue", "0"], "--max-queue is 0"),
         (["--max-queue-seconds", "nan"], "--max-queue-seconds"),
     ],
@@ -172,10 +174,16 @@ def test_settings_reach_the_engine(tmp_path):
     from serving.child import EngineSettings
 
     given = ["--rows", "4", "--max-queue", "9", "--backend", "cpu", "--precision", "float32"]
+    given += ["--model-memory", "1.5GiB"]
     settings = engine_settings(make_parser("serve").parse_args(given))
     assert (settings.rows, settings.limits.jobs, settings.precision) == (4, 9, "float32")
+    assert settings.model_bytes == 3 << 29
+    chosen = engine_settings(make_parser("serve").parse_args(["--rows", "capacity"]))
+    assert chosen.row_limits().largest == 1, "before anything is measured"
+    assert chosen.model_bytes > 0
     again = EngineSettings.from_json(json.loads(json.dumps(settings.as_json())))
     assert again == settings
+    assert engine_settings(make_parser("serve").parse_args([])).row_limits().largest == 8
 
 
 def test_who_may_come_in(tmp_path):

@@ -10,8 +10,10 @@ from engine.errors import BackendError
 from serving.bucket_scheduler import MAX_TURNS_WAITED, BucketScheduler
 from serving.fair_queue import FairQueue
 from serving.limits import Limits
-from serving.loop import Loop, Order
+from serving.loop import Loop
+from serving.order import Order
 from serving.picture_request import PictureRequest
+from serving.row_limits import LADDER, RowLimits
 from tests.support.model_runners import FakeModelRunner
 
 STEPS = 6
@@ -31,8 +33,9 @@ def order(job, caller="", priority=0, **picture_requests):
 class Bench:
     """A loop whose stages are called by hand; told: its events."""
 
-    def __init__(self, **options):
+    def __init__(self, rows=8, **options):
         self.runner, self.told = FakeModelRunner(), []
+        options = {"limits": RowLimits(rows), **options}
         self.loop = Loop(self.runner, self.told.append, clock=self.runner.clock, **options)
 
     def turn(self):
@@ -69,6 +72,7 @@ def test_a_picture_goes_through_three_stages(bench):
     assert bench.of("turn")[-1].data == {
         "seconds": 1.0,
         "elapsed": 1.0,
+        "limit": 8,
         "rows": [["cat", 0, STEPS, STEPS]],
     }
 
@@ -155,6 +159,34 @@ def test_out_of_memory_halves_the_batch(bench):
     bench.run()
     assert len(bench.of("finished")) == 8
     assert max(bench.runner.sizes) == 2
+    wanted = [len(event.data["rows"]) for event in bench.of("turn")]
+    assert wanted[:3] == [1, 2, 3]
+    assert set(wanted[3:]) == {1, 2}, "what did not fit is not tried again"
+    assert bench.of("turn")[-1].data["limit"] == 2
+
+
+def test_memory_bounds_the_rows_of_a_step(bench):
+    bench.runner.fitting = 3
+    for number in range(9):
+        bench.loop.submit(order(f"{number}"))
+    bench.run()
+    assert max(bench.runner.sizes) == 3
+
+
+@pytest.mark.parametrize(("slope", "rows"), [(0.95, 2), (0.5, 8), (0.01, 16)])
+def test_rows_that_gain_are_found_while_pictures_are_drawn(tmp_path, slope, rows):
+    """A step of b rows takes 1 + slope * (b - 1); the next engine begins with what was found."""
+    path, tried = tmp_path / "times.json", []
+    for _ in range(2):
+        bench = Bench(limits=RowLimits("capacity", path))
+        bench.runner.slope = slope
+        for number in range(100):
+            bench.loop.submit(order(f"{number}", num_inference_steps=20))
+        bench.run()
+        assert len(bench.of("finished")) == 100
+        assert max(set(bench.runner.sizes), key=bench.runner.sizes.count) == rows
+        tried.append(max(bench.runner.sizes))
+    assert tried == [next((b for b in LADDER if b > rows), rows), rows]
 
 
 @pytest.mark.parametrize("stage", ["enter", "finish"])
@@ -193,7 +225,7 @@ def test_no_bucket_waits_more_than_its_patience():
         def __init__(self, bucket):
             self.bucket = bucket
 
-    turns, passed = BucketScheduler(rows=2), Counter()
+    turns, passed = BucketScheduler(lambda row: 2), Counter()
     rows = [Row(0) for _ in range(20)] + [Row(bucket) for bucket in range(1, MAX_TURNS_WAITED)]
     worst = 0
     for turn in range(3000):
@@ -267,7 +299,7 @@ def test_ten_thousand_pictures_leave_nothing_behind():
         if number % 7 == 0:
             bench.loop.cancel(f"{number}")
     bench.run()
-    assert len(bench.loop._turns._waited) <= 1
+    assert len(bench.loop._scheduler._waited) <= 1
     assert not bench.loop._queue._waiting
 
 

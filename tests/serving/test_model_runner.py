@@ -8,6 +8,7 @@ from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline
 from serving.limits import Limits
+from serving.model_memory import weight_bytes
 from serving.model_runner import Models
 from serving.picture_request import PictureRequest
 from tests.support.named_requests import write_lora
@@ -40,3 +41,28 @@ def test_an_adapter_of_another_model_is_refused_by_its_name_alone(models, tmp_pa
         models.unfinished_pictures(asked(("wide", 1.0)))
     assert str(tmp_path) not in str(raised.value)
     assert len(models.unfinished_pictures(asked(("ink", 1.0)))) == 1, "others are drawn with"
+
+
+def test_models_stay_within_their_bytes(models):
+    """Each set of adapters is a model of its own; those asked for longest ago go first."""
+    pipelines = {}
+
+    def use(*loras):
+        (unfinished,) = models.unfinished_pictures(asked(*loras))
+        pipelines[loras] = unfinished.pipeline
+        return [key[1] for key in models._open]
+
+    base, one, two = (), ("ink", 1.0), ("ink", 0.5)
+    use()
+    size = weight_bytes(pipelines[base])
+    models.budget = int(2.5 * size)
+    assert use(one) == [base, (one,)]
+    assert use() == [(one,), base], "the last used is last"
+    assert use(two) == [base, (two,)]
+    kept = pipelines[base]
+    use()
+    assert pipelines[base] is kept, "nothing is loaded twice that fits"
+    models.budget = 1
+    assert use(one) == [(one,)], "what is asked for is drawn with whatever it takes"
+    models.budget = None
+    assert use(two) == [(one,), (two,)]

@@ -231,6 +231,7 @@ def test_the_numbers_are_prometheus(http, running):
     assert after["latentrt_pictures_total", ()] == before["latentrt_pictures_total", ()] + 1
     assert after["latentrt_rows", ()] <= after["latentrt_rows_capacity", ()] == 8
     assert after["latentrt_waiting", ()] == 0
+    assert after["latentrt_engine_memory_bytes", ()] > 10**7
     text = http.get("/metrics").text
     assert "a cat" not in text
     assert job not in text

@@ -11,7 +11,7 @@ import pytest
 
 from serving.child import EngineSettings
 from serving.limits import Limits
-from serving.loop import Order
+from serving.order import Order
 from serving.picture_request import PictureRequest
 from serving.supervisor import ProcessEngine, Unfinished
 from tests.support.dying import COMMAND

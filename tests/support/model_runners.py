@@ -30,6 +30,13 @@ class FakePicture:
         )
 
     @property
+    def form(self):
+        return str(self.bucket[:2])
+
+    def fitting_rows(self):
+        return self.runner.fitting
+
+    @property
     def run_is_over(self):
         return self.runs == 0 or self.calls in (self.total // 2 if self.hires else -1, self.total)
 
@@ -63,7 +70,8 @@ class FakeModelRunner:
     """What a loop draws with; `now` is the time.
 
     done: what was done, as (stage, prompt); sizes: rows of each step; buckets: of each step
-    fail: of a prompt and a stage, what to raise; most: rows that fit into memory
+    fail: of a prompt and a stage, what to raise; most: rows that fit into memory, and fitting: what
+        is estimated
     """
 
     now: float = 0.0
@@ -72,6 +80,7 @@ class FakeModelRunner:
     buckets: list = field(default_factory=list)
     fail: dict = field(default_factory=dict)
     most: int = 10**6
+    fitting: int = 10**6
     hooks: dict = field(default_factory=dict)
     texts_cost: float = 0.5
     slope: float = 0.5

@@ -1,5 +1,6 @@
 """Servers in a thread of the test's process, on a port of their own; with or without a model."""
 
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from serving.http.connections import ImpatientProtocol
 from serving.http.fields import Catalog
 from serving.limits import Limits
 from serving.loop import Loop
+from serving.memory import resident_bytes
 from serving.model_runner import Models
+from serving.row_limits import RowLimits
 from serving.server import listen_on
 from tests.support.model_runners import FakeModelRunner
 
@@ -32,6 +35,11 @@ class LocalEngine:
     def is_ready(self):
         """As `EngineClient` says."""
         return self._loop is not None
+
+    @property
+    def memory_bytes(self):
+        """As `EngineClient` says."""
+        return resident_bytes(os.getpid())
 
     def start(self, tell):
         """As `EngineClient` says."""
@@ -98,7 +106,7 @@ def serving(runner, *, keys=None, limits=None, catalog=CATALOG, names=(), origin
     loops = []
 
     def make(tell):
-        loops.append(Loop(runner, tell, rows=rows))
+        loops.append(Loop(runner, tell, limits=RowLimits(rows)))
         return loops[-1]
 
     rules = AccessRules.of("127.0.0.1", names, origins, keys)

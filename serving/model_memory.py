@@ -1,0 +1,55 @@
+"""The memory of a model that serves: of its weights, and of one row more in a call."""
+
+import math
+
+from engine.backends.memory_estimate import ITEM_BYTES, Sizes
+from engine.backends.settings import ON_GPU, graph_precision
+from runtime.denoising.rows import Row
+from runtime.pipeline import Pipeline
+from serving.memory import free_bytes
+from serving.row_limits import LADDER
+
+__all__ = ["fitting_rows", "weight_bytes"]
+
+FREE_SHARE = 0.5  # of the free memory that the rows of a call may take
+LIBRARYS_OWN = 1.8  # times the estimate, as `engine.backends.memory_estimate` has it measured
+
+
+def weight_bytes(pipeline: Pipeline) -> int:
+    """Count what a pipeline's weights take when all of its parts are open."""
+    configs = pipeline.model.configs.values()
+    numbers = sum(math.prod(s) for config in configs for s in config.tensor_shapes().values())
+    return _item_bytes(pipeline) * numbers
+
+
+def fitting_rows(pipeline: Pipeline, row: Row) -> int:
+    """Return how many rows of a row's next call fit, by an estimate of its activations."""
+    free = _free_bytes(pipeline)
+    return LADDER[-1] if free is None else int(FREE_SHARE * free / _row_bytes(pipeline, row))
+
+
+def _row_bytes(pipeline: Pipeline, row: Row) -> float:
+    model, groups = pipeline.model, len(row.inputs()["guidance"])
+    height, width = (model.vae.compression * side for side in row.latents.shape[2:])
+    one, two = (
+        model.config(row.part).activations(
+            row.part, Sizes(height=height, width=width, groups=groups, batch=rows)
+        )
+        for rows in (1, 2)
+    )
+    return LIBRARYS_OWN * _item_bytes(pipeline) * (two - one)
+
+
+def _item_bytes(pipeline: Pipeline) -> int:
+    """Return the bytes of a number in the graphs that a pipeline runs."""
+    chosen = pipeline.engines
+    return ITEM_BYTES[graph_precision(chosen.settings, chosen.precision)]
+
+
+def _free_bytes(pipeline: Pipeline) -> int | None:
+    """Return what is free where a pipeline's engines compute, None where nobody knows."""
+    if pipeline.engines.settings.backend in ON_GPU:
+        from engine.devices.cuda import find_device
+
+        return find_device().memory()[0]
+    return free_bytes()
