@@ -18,7 +18,7 @@ INPUT, OUTPUT, NAME, OP_TYPE, ATTRIBUTE, DOMAIN = 1, 2, 3, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 3, 8, 20
 TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_LOCATION = 1, 2, 8, 14
 VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TYPE_DTYPE = 1, 2, 1, 1
-TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = 2, 1, 1
+TYPE_SHAPE, SHAPE_DIM, DIM_VALUE, DIM_NAME = 2, 1, 1, 2
 OPSET_DOMAIN, OPSET_VERSION = 1, 2
 EXTERNAL = 1  # TensorProto.DataLocation
 INT, INTS = 2, 7  # AttributeProto.AttributeType
@@ -44,6 +44,24 @@ def outputs(data: bytes) -> tuple[str, ...]:
         for field, value in fields(graph)
         if field == GRAPH_OUTPUT
     )
+
+
+def input_shapes(data: bytes) -> dict[str, tuple[int | str, ...]]:
+    """Read the shapes of a serialised ModelProto's inputs; a size that is not fixed is a symbol."""
+    graphs = [_bytes(value) for field, value in fields(data) if field == MODEL_GRAPH]
+    values = [dict(fields(_bytes(v))) for g in graphs for i, v in fields(g) if i == GRAPH_INPUT]
+    return {_bytes(value[VALUE_NAME]).decode(): tuple(_symbols(value)) for value in values}
+
+
+def _symbols(value: Mapping[int, bytes | int]) -> Iterator[int | str]:
+    """Read the sizes of a ValueInfoProto that describes a tensor."""
+    kind = dict(fields(_bytes(dict(fields(_bytes(value[VALUE_TYPE])))[TYPE_TENSOR])))
+    for _, dim in fields(_bytes(kind.get(TYPE_SHAPE, b""))):
+        stated = dict(fields(_bytes(dim)))
+        if DIM_VALUE in stated:
+            yield int(stated[DIM_VALUE])
+        else:
+            yield _bytes(stated.get(DIM_NAME, b"")).decode()
 
 
 def weights_as_inputs(data: bytes) -> bytes:
@@ -175,12 +193,14 @@ class Nodes:
     """The nodes of a serialised GraphProto, each by its place among the graph's fields.
 
     kinds: their operators; readers: how often each value is read, by nodes or as an output
+    outputs: the values that the graph gives
     """
 
     graph: bytes
     nodes: Mapping[int, Node]
     kinds: Mapping[int, bytes]
     readers: Mapping[bytes, int]
+    outputs: Sequence[bytes]
 
     @classmethod
     def read(cls, graph: bytes) -> Self:
@@ -190,14 +210,15 @@ class Nodes:
             for i, (field, value) in enumerate(fields(graph))
             if field == GRAPH_NODE and isinstance(value, bytes)
         }
-        readers = Counter(name for node in nodes.values() for name in named(node, INPUT))
-        readers.update(
+        given = [
             named(list(fields(value)), VALUE_NAME)[0]
             for field, value in fields(graph)
             if field == GRAPH_OUTPUT and isinstance(value, bytes)
-        )
+        ]
+        readers = Counter(name for node in nodes.values() for name in named(node, INPUT))
+        readers.update(given)
         kinds = {i: next(iter(named(node, OP_TYPE)), b"") for i, node in nodes.items()}
-        return cls(graph=graph, nodes=nodes, kinds=kinds, readers=readers)
+        return cls(graph=graph, nodes=nodes, kinds=kinds, readers=readers, outputs=given)
 
     def replaced(self, written: Mapping[int, bytes]) -> bytes:
         """Return the graph with other fields, any number of them, in these places."""
@@ -208,17 +229,26 @@ class Nodes:
 
 
 def with_own_operators(data: bytes, change: Callable[[Nodes], bytes]) -> bytes:
-    """Return a serialised ModelProto with another graph, which may use ONNX Runtime's operators."""
+    """Return a serialised ModelProto with another graph, which may use ONNX Runtime's operators.
+
+    Nodes whose outputs nothing reads any more are left out: the library would run them.
+    """
     opset = encode(OPSET_DOMAIN, CONTRIB) + encode(OPSET_VERSION, 1)
-    return b"".join(
-        encode(
-            field,
-            change(Nodes.read(value))
-            if field == MODEL_GRAPH and isinstance(value, bytes)
-            else value,
-        )
-        for field, value in fields(data)
-    ) + encode(MODEL_OPSET, opset)
+    content = b"".join(encode(*entry) for entry in fields(data) if entry != (MODEL_OPSET, opset))
+    content = _mapped(content, MODEL_GRAPH, lambda graph: _swept(change(Nodes.read(graph))))
+    return content + encode(MODEL_OPSET, opset)
+
+
+def _swept(graph: bytes) -> bytes:
+    """Leave out the nodes that no output of the graph needs; nodes stand before their readers."""
+    found = Nodes.read(graph)
+    needed, dead = set(found.outputs), {}
+    for i, node in reversed(found.nodes.items()):
+        if needed.isdisjoint(named(node, OUTPUT)):
+            dead[i] = b""
+        else:
+            needed.update(named(node, INPUT))
+    return found.replaced(dead)
 
 
 def written_node(
