@@ -18,13 +18,13 @@ from runtime.expansion import PromptExpander
 from runtime.images.credentials import Credentials
 from runtime.images.files import read_image, read_settings, write_image
 from runtime.images.previews import Preview, probe
-from runtime.images.upscaling import UPSCALERS
+from runtime.images.upscaling import UPSCALERS, Hires
 from runtime.images.watermark import embed_watermark, read_watermark
 from runtime.noise import NOISES
 from runtime.pipeline import Pipeline, Result
 from runtime.plan import Plan, StepInputs
 from runtime.presets import PRESETS, Preset, preset
-from runtime.request import Hires, Request, RequestOptions
+from runtime.request import Request, RequestOptions
 from runtime.samplers import SAMPLERS, SCHEDULES
 
 __all__ = [

@@ -17,9 +17,10 @@ if Path(engine.__file__ or "").resolve().parent.parent != Path(__file__).resolve
     raise ImportError(_message)
 
 from runtime.denoising.latents import Progress, State
+from runtime.images.upscaling import Hires
 from runtime.pipeline import Pipeline, Result
 from runtime.plan import Plan, StepInputs
-from runtime.request import Hires, Request
+from runtime.request import Request
 
 __all__ = [
     "Hires",

@@ -3,6 +3,8 @@
 import argparse
 import re
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
@@ -29,13 +31,15 @@ from runtime.images.previews import (
     side_by_side,
     write_animation,
 )
+from runtime.images.upscaling import Hires
 from runtime.images.watermark import check_watermark, embed_watermark
 from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, OWN, make_parser
 from runtime.pipeline import Pipeline
-from runtime.plan import Array
-from runtime.request import Hires, Request
+from runtime.plan import Array, Plan
+from runtime.request import Request
 
 BAR_WIDTH = 30
+SIGNS = (0.5, 8.0)  # seconds between signs of life on a terminal, and before one in a pipe
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime") -> int:
@@ -90,26 +94,9 @@ def _draw(options: argparse.Namespace) -> None:
         options.prompt = _expanded(options, backend)
     request = _request(options)
     tiny = options.preview_decoder
-    pipeline = Pipeline.load(
-        options.model,
-        vae=options.vae,
-        preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
-        loras=options.loras,
-        embeddings=options.embeddings,
-        prediction_type=options.prediction_type,
-        graphs=options.graphs,
-        precision=options.precision,
-        settings=backend,
-        fast_start=True,
-    )
-    chosen = pipeline.engines  # what was chosen makes the same picture again
-    options.backend, options.precision = chosen.settings.backend, chosen.precision
-    building = ["engines that the cache lacks are built first, which takes up to minutes each"]
-    for note in (*pipeline.model.notes, *(building if options.build_missing else ())):
-        print(f"note: {note}", file=sys.stderr)
-    plan = pipeline.plan(request)
-    if tiny:
-        pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
+    loading = _Loading(options.model)
+    with loading:
+        pipeline, plan = _load(options, backend, request, loading)
     paths = _paths(options, plan.seeds)
     shown = parse_steps(options.preview_steps, plan.calls) if options.preview_steps else ()
     watched: dict[int, Array] = {}
@@ -133,6 +120,36 @@ def _draw(options: argparse.Namespace) -> None:
         _write_watched(options, frames, shown, paths[0], plan.source_type, sign)
 
 
+def _load(
+    options: argparse.Namespace, backend: BackendSettings, request: Request, loading: "_Loading"
+) -> tuple[Pipeline, Plan]:
+    """Load the model and open its engines; says what was concluded about it."""
+    tiny = options.preview_decoder
+    pipeline = Pipeline.load(
+        options.model,
+        vae=options.vae,
+        preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
+        loras=options.loras,
+        lora_dir=options.lora_dir,
+        embeddings=options.embeddings,
+        prediction_type=options.prediction_type,
+        graphs=options.graphs,
+        precision=options.precision,
+        settings=backend,
+        fast_start=True,
+    )
+    chosen = pipeline.engines  # what was chosen makes the same picture again
+    options.backend, options.precision = chosen.settings.backend, chosen.precision
+    building = ["engines that the cache lacks are built first, which takes up to minutes each"]
+    loading.note(*pipeline.model.notes, *(building if options.build_missing else ()))
+    plan = pipeline.plan(request)
+    loading.note(*plan.notes)
+    if tiny:
+        pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
+    pipeline.open_engines(plan)
+    return pipeline, plan
+
+
 def _sign(options: argparse.Namespace) -> Sign | None:
     """Return what signs files, if they are to be signed; checks what is written before all work."""
     if options.watermark is not None:
@@ -154,6 +171,10 @@ def _request(options: argparse.Namespace) -> Request:
     for name in ("strength", "mask", "extend"):
         if getattr(options, name) is not None and not options.image:
             raise RequestError(f"--{name} came without --image; give the picture to start from")
+    for name in HIRES:
+        if getattr(options, name) is not None and options.hires_scale is None:
+            option = "--hires-" + name.removeprefix("hires_num_inference_").removeprefix("hires_")
+            raise RequestError(f"{option} came without --hires; give its scale")
     for name in ("image", "mask"):
         given[name] = read_image(given[name]) if given[name] else None
     if options.hires_scale is not None:
@@ -229,6 +250,51 @@ def _made_with(options: argparse.Namespace) -> dict[str, Any]:
         **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
         "latentrt": program_version(),
     }
+
+
+class _Loading:
+    """A sign of life while a model loads: a line that counts on a terminal, else one late note."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._shown = False
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._count, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._erase()
+
+    def note(self, *notes: str) -> None:
+        """Print notes, not into the line that counts."""
+        with self._lock:
+            for note in notes:
+                self._erase()
+                print(f"note: {note}", file=sys.stderr)
+
+    def _count(self) -> None:
+        if sys.stderr is None:
+            return
+        began, shows = time.monotonic(), sys.stderr.isatty()
+        while not self._over.wait(SIGNS[not shows]):
+            with self._lock:
+                seconds = time.monotonic() - began
+                if not shows:
+                    print(f"note: loading {self._model}", file=sys.stderr)
+                    return
+                print(f"\rloading {self._model[-40:]}: {seconds:.0f} s", end="", file=sys.stderr)
+                sys.stderr.flush()
+                self._shown = True
+
+    def _erase(self) -> None:
+        if self._shown:
+            print("\r\x1b[2K", end="", file=sys.stderr)
+            self._shown = False
 
 
 def _show_progress(step: int, total: int) -> None:

@@ -29,7 +29,8 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("plan", "denoising", "pipeline", "calibration", "expansion", "again", "options"),
+        *("plan", "denoising", "pipeline", "calibration", "expansion", "again"),
+        *("text_options", "options"),
         "__main__",
     ),
     "serving": (

@@ -6,15 +6,18 @@ with a = -0.75, and a = -0.5 where torch smooths against aliasing.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
+from runtime.checks import MAX_STEPS, check_choice, check_number
 
-__all__ = ["MODES", "PIXELS", "UPSCALERS", "upscale_latents", "upscale_pixels"]
+__all__ = ["MODES", "PIXELS", "UPSCALERS", "Hires", "upscale_latents", "upscale_pixels"]
 
 Kernel = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -27,7 +30,33 @@ MODES = {  # by Automatic1111's names
     "latent (nearest-exact)": "nearest-exact",
 }
 PIXELS = "lanczos"
+STRENGTH = 0.6  # of the second run
 UPSCALERS = (PIXELS, *MODES.values())  # of hires fix; the first enlarges pixels, the rest latents
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hires:
+    """A second run over the finished latents, enlarged: "hires fix".
+
+    scale: of both sides, above 1 and up to 8; the sides are rounded to what the model takes
+    strength: how far the second run goes from the enlarged picture, above 0 and up to 1
+    num_inference_steps: of the second run before `strength` shortens it; None takes the first's
+    upscaler: one of `UPSCALERS`; "lanczos" enlarges the decoded
+        pixels, the others the latents
+    """
+
+    scale: float = 2.0
+    strength: float = STRENGTH
+    num_inference_steps: int | None = None
+    upscaler: str = PIXELS
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could fulfil."""
+        check_number("the scale of hires", self.scale, Real, 1, 8)
+        check_number("the strength of hires", self.strength, Real, 0, 1)
+        if self.num_inference_steps is not None:
+            check_number("the steps of hires", self.num_inference_steps, Integral, 1, MAX_STEPS)
+        check_choice("the upscaler of hires", self.upscaler, UPSCALERS)
 
 
 def upscale_latents(
