@@ -1,15 +1,13 @@
 """`python -m runtime PROMPT`: draw pictures from the command line."""
 
 import argparse
-import os
 import re
 import secrets
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
@@ -23,11 +21,11 @@ from runtime.output_options import OWN
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
 from runtime.request import Request
+from runtime.terminal import Loading, say, show_progress
 
 if TYPE_CHECKING:
     from runtime.watched_steps import WatchedSteps
 
-BAR_WIDTH, BAR_COLUMNS = 30, 80
 RANDOM_SEED = -1
 
 
@@ -43,23 +41,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
     try:
         _draw(_parse(arguments, prog))
     except LatentrtError as error:
-        _say(f"error: {error}", sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        _say("\ncancelled; only the pictures named above were written", sys.stderr)
+        say("\ncancelled; only the pictures named above were written", sys.stderr)
         return INTERRUPTED
     return 0
-
-
-def _say(text: str, stream: TextIO | None, end: str = "\n") -> None:
-    """Print a line at once; where nobody reads any more, nothing is lost but what is said."""
-    if stream is None:  # a windowed app has none
-        return
-    try:
-        print(text, end=end, file=stream, flush=True)
-    except (OSError, ValueError):
-        with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())  # the last flush, at the end, would fail too
 
 
 def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> argparse.Namespace:
@@ -106,27 +93,9 @@ def _draw(options: argparse.Namespace) -> None:
     if options.expand:
         options.prompt = _expanded(options, backend)
     request = _request(options)
-    tiny = options.preview_decoder
-    pipeline = Pipeline.load(
-        options.model,
-        vae=options.vae,
-        preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
-        loras=options.loras,
-        embeddings=options.embeddings,
-        prediction_type=options.prediction_type,
-        graphs=options.graphs,
-        precision=options.precision,
-        settings=backend,
-        fast_start=True,
-    )
-    chosen = pipeline.engines  # what was chosen makes the same picture again
-    options.backend, options.precision = chosen.settings.backend, chosen.precision
-    building = ["engines that the cache lacks are built first, which takes up to minutes each"]
-    for note in (*pipeline.model.notes, *(building if options.build_missing else ())):
-        _say(f"note: {note}", sys.stderr)
-    plan = pipeline.plan(request)
-    if tiny:
-        pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
+    loading = Loading(options.model)
+    with loading:
+        pipeline, plan = _load(options, backend, request, loading)
     _write(options, pipeline, plan, _paths(options, plan.seeds), sign)
 
 
@@ -145,7 +114,7 @@ def _write(
     for group in groups:
         for progress in pipeline.denoise(group):
             done += 1
-            _show_progress(done, total)
+            show_progress(done, total)
             if watched:
                 watched.see(progress)
         images = pipeline.finish(group, pipeline.decode(progress.latents))
@@ -162,12 +131,12 @@ def _write(
                 replaces=options.out is not None,
             )
             written.append(path)
-            _say(str(path), sys.stdout)
+            say(str(path), sys.stdout)
         for path in watched.finish(group, progress.latents, images) if watched else ():
-            _say(str(path), sys.stdout)
+            say(str(path), sys.stdout)
     if watched and watched.steps:
         strip = written[0].with_name(f"{written[0].stem}-steps.png")
-        _say(str(watched.write_strip(plan, strip)), sys.stdout)
+        say(str(watched.write_strip(plan, strip)), sys.stdout)
 
 
 def _watched(
@@ -185,6 +154,36 @@ def _watched(
         mark=options.mark,
         sign=sign,
     )
+
+
+def _load(
+    options: argparse.Namespace, backend: BackendSettings, request: Request, loading: Loading
+) -> tuple[Pipeline, Plan]:
+    """Load the model and open its engines; says what was concluded about it."""
+    tiny = options.preview_decoder
+    pipeline = Pipeline.load(
+        options.model,
+        vae=options.vae,
+        preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
+        loras=options.loras,
+        lora_dir=options.lora_dir,
+        embeddings=options.embeddings,
+        prediction_type=options.prediction_type,
+        graphs=options.graphs,
+        precision=options.precision,
+        settings=backend,
+        fast_start=True,
+    )
+    chosen = pipeline.engines  # what was chosen makes the same picture again
+    options.backend, options.precision = chosen.settings.backend, chosen.precision
+    building = ["engines that the cache lacks are built first, which takes up to minutes each"]
+    loading.note(*pipeline.model.notes, *(building if options.build_missing else ()))
+    plan = pipeline.plan(request)
+    loading.note(*plan.notes)
+    if tiny:
+        pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
+    pipeline.open_engines(plan)
+    return pipeline, plan
 
 
 def _sign(options: argparse.Namespace) -> Sign | None:
@@ -208,6 +207,10 @@ def _request(options: argparse.Namespace) -> Request:
     for name in ("strength", "mask", "extend"):
         if getattr(options, name) is not None and not options.image:
             raise RequestError(f"--{name} came without --image; give the picture to start from")
+    for name in HIRES:
+        if getattr(options, name) is not None and options.hires_scale is None:
+            option = "--hires-" + name.removeprefix("hires_num_inference_").removeprefix("hires_")
+            raise RequestError(f"{option} came without --hires; give its scale")
     for name in ("image", "mask"):
         given[name] = read_image(given[name]) if given[name] else None
     if options.hires_scale is not None:
@@ -225,7 +228,7 @@ def _expanded(options: argparse.Namespace, backend: BackendSettings) -> str:
     expand = PromptExpander.load(options.expand, graphs=options.graphs, settings=backend)
     seed = options.seed if isinstance(options.seed, int) else None
     prompt = expand(options.prompt, seed=seed, prompt_syntax=options.prompt_syntax)
-    _say(f"note: the prompt is {prompt!r}", sys.stderr)
+    say(f"note: the prompt is {prompt!r}", sys.stderr)
     return prompt
 
 
@@ -262,26 +265,6 @@ def _made_with(options: argparse.Namespace, pipeline: Pipeline, batch: int) -> d
         **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
         "latentrt": program_version(),
     }
-
-
-def _show_progress(step: int, total: int) -> None:
-    """Draw a bar on a terminal, within one line of it; elsewhere stay quiet."""
-    terminal = sys.stderr
-    if terminal is None or terminal.closed or not terminal.isatty():
-        return
-    columns = BAR_COLUMNS
-    with suppress(OSError, ValueError):  # it may not say, or say 0
-        columns = os.get_terminal_size(terminal.fileno()).columns or columns
-    text = f" step {step}/{total}"
-    width = max(0, min(BAR_WIDTH, columns - 1 - len(text)))
-    done = width * step // total
-    bar = "█" * done + "░" * (width - done)
-    try:
-        bar.encode(terminal.encoding or "ascii")
-    except UnicodeEncodeError:
-        bar = "#" * done + "." * (width - done)
-    line = f"\r{bar}{text}"[:columns]
-    _say(line, terminal, end="\n" if step == total else "")
 
 
 if __name__ == "__main__":

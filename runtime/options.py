@@ -5,46 +5,34 @@ a picture's file are options too.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import ComputePrecision
 from runtime.images.canvas import BLUR
-from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
+from runtime.images.upscaling import PIXELS, UPSCALERS, Hires
+from runtime.images.upscaling import STRENGTH as HIRES_STRENGTH
 from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
-from runtime.plan import GUIDANCE_SCALE, PAINTED_STRENGTH, STEPS, STRENGTH
+from runtime.plan import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
 from runtime.request import Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
+from runtime.text_options import TEXT_OPTIONS, read_numbers
 
 __all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "add_engine_options", "make_parser"]
 
 # What makes a picture again beside the request, by the options' names.
-MADE_WITH = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
+MADE_WITH = (
+    *("model", "vae", "loras", "lora_dir", "embeddings", "prediction_type", "backend", "precision"),
+)
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
 AGAIN = {*MADE_WITH, "watermark", "batch_size", *HIRES, *FIELDS}  # and nothing else of a file
-
-
-def _numbers(kind: type, separator: str, count: int | None = None) -> Callable[[str], Any]:
-    """Return a reader of numbers with something between them; a single one stays alone."""
-
-    def read(text: str) -> Any:
-        try:
-            values = tuple(kind(part) for part in text.split(separator))
-        except ValueError:
-            values = ()
-        if not values or (count and len(values) != count):
-            wanted = f"{count} numbers" if count else "numbers"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} with {separator!r} between")
-        return values if count or len(values) > 1 else values[0]
-
-    return read
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +66,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     )
     _add_model(parser.add_argument_group("the model"))
     _add_drawing(parser.add_argument_group("how it is drawn"))
-    _add_guidance(parser.add_argument_group("the text and its guidance"))
+    text = parser.add_argument_group("the text and its guidance")
+    for name, option in TEXT_OPTIONS.items():
+        text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))
     written = parser.add_argument_group("what is written")
     for flags, settings in OUTPUT_OPTIONS:
@@ -102,6 +92,12 @@ def _add_model(group: Any) -> None:
         default=[],
         metavar="FILE[:WEIGHT]",
         help="an adapter (LoRA, LoCon, LoHa, LoKr) to add; may be given several times",
+    )
+    add(
+        "--lora-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="whose adapters a prompt may name, as <lora:NAME:WEIGHT>",
     )
     add(
         "--embedding",
@@ -184,7 +180,7 @@ def _add_drawing(group: Any) -> None:
     add(
         "-s",
         "--seed",
-        type=_numbers(int, ","),
+        type=partial(read_numbers, int, ",", None),
         metavar="N",
         help="the same seed gives the same picture; with commas one for each picture, -1 for any",
     )
@@ -209,49 +205,6 @@ def _add_drawing(group: Any) -> None:
         type=int,
         metavar="N",
         help="pictures to draw at once, the others after them (default: by memory, up to 4)",
-    )
-
-
-def _add_guidance(group: Any) -> None:
-    add = group.add_argument
-    add(
-        "--guidance-scale",
-        type=_numbers(float, ":"),
-        metavar="S[:S]",
-        help="how closely to follow the text; 1 turns guidance off, 7:3 falls from 7 to 3 "
-        f"(default: {GUIDANCE_SCALE}, or what a distilled model is made for)",
-    )
-    add(
-        "--guidance-rescale",
-        type=float,
-        metavar="X",
-        help="0 to 1; 0.7 against burnt colours at high scales (default: 0)",
-    )
-    add(
-        "--guidance-interval",
-        type=_numbers(float, ":", 2),
-        default=(0.0, 1.0),
-        metavar="A:B",
-        help="the part of the steps that is guided, such as 0:0.8; the rest costs half",
-    )
-    add(
-        "--negative-scale",
-        type=float,
-        metavar="S",
-        help="a scale of its own for the negative prompt (default: that of the guidance)",
-    )
-    add(
-        "--plain-prompt",
-        dest="prompt_syntax",
-        action="store_false",
-        help="take brackets in prompts as text; (word:1.3) and its kin are syntax otherwise",
-    )
-    add(
-        "--clip-skip",
-        type=int,
-        default=1,
-        metavar="N",
-        help="2 leaves out the text encoder's last layer (default: %(default)s)",
     )
 
 
@@ -281,7 +234,7 @@ def _add_images(group: Any) -> None:
     )
     add(
         "--extend",
-        type=_numbers(int, ",", 4),
+        type=partial(read_numbers, int, ",", 4),
         metavar="L,T,R,B",
         help="pixels to paint beyond --image: left, top, right, bottom",
     )

@@ -5,7 +5,9 @@ registers and a mask. An adapter changes weights before the first step, nothing 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack, cast
@@ -13,6 +15,8 @@ from typing import Any, Self, Unpack, cast
 from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
+from engine.adapters.choice import as_choice
+from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import read_embedding
 from engine.backends.base import Engine
 from engine.backends.settings import BackendSettings, ComputePrecision
@@ -21,6 +25,7 @@ from engine.engines import Engines
 from engine.graphs.graph import Part, TextPart
 from engine.model import Model, find_model
 from runtime.conditioning.encoder import Encoder
+from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
 from runtime.denoising.device_loop import DeviceLoop
 from runtime.denoising.groups import batch_limit, groups_of
@@ -43,13 +48,23 @@ class Pipeline:
 
     Engines are opened when they are first needed and kept, until `close`, the end of a `with`, or
     the last reference to the pipeline goes. Calls from several threads are safe as far as the
-    backend's engines are; ONNX Runtime's are.
+    backend's engines are, as ONNX Runtime's are, and prompts name the same adapters.
 
     engines: the engines, with the settings and the precision that were chosen for them
+    lora_dir: where adapters are that prompts name, as `<lora:name:0.8>`
     """
 
-    def __init__(self, engines: Engines, tokenizers: Mapping[TextPart, Tokenizer]) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        tokenizers: Mapping[TextPart, Tokenizer],
+        *,
+        lora_dir: Path | None = None,
+    ) -> None:
         self.engines = engines
+        self.lora_dir = None if lora_dir is None else check_folder(lora_dir)
+        self._loras: Sequence[AdapterChoice] = ()  # that were given, beside those prompts name
+        self._named: Sequence[AdapterChoice] = ()
         self.encoder = Encoder(model=engines.model, tokenizers=tokenizers, engine=engines.engine)
         self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
         self._latents = LatentSpace(model=engines.model, engine=engines.engine)
@@ -63,6 +78,7 @@ class Pipeline:
         vae: Path | None = None,
         preview_decoder: Path | None = None,
         loras: Sequence[str | Path | AdapterChoice] = (),
+        lora_dir: str | Path | None = None,
         embeddings: Sequence[Path] = (),
         prediction_type: str | None = None,
         graphs: Path | None = None,
@@ -76,6 +92,8 @@ class Pipeline:
         preview_decoder: a file or folder of a tiny decoder such as TAESD's, for `previews`; instead
             of the model's own, if it has one
         loras, embeddings: as `set_loras` and `set_embeddings` take them
+        lora_dir: a folder of adapters that prompts may name, as `<lora:name:0.8>`: they are on for
+            that call, beside `loras`
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
         precision: what the engines compute in: "float32", "bfloat16" or "int8"
@@ -93,7 +111,8 @@ class Pipeline:
         engines = Engines.choose(
             opened, graphs=graphs, settings=settings, precision=precision, fast_start=fast_start
         )
-        pipeline = cls(engines, load_tokenizers(opened))
+        folder = None if lora_dir is None else Path(lora_dir)
+        pipeline = cls(engines, load_tokenizers(opened), lora_dir=folder)
         if loras:
             pipeline.set_loras(loras)
         if embeddings:
@@ -107,7 +126,7 @@ class Pipeline:
         """
         plan = self.plan(Request(prompt=prompt, **cast(dict[str, Any], options)))
         images = [image for group in self.groups(plan) for image in self._draw(group)]
-        return Result(images=images, seeds=plan.seeds, settings=plan.settings)
+        return Result(images=images, seeds=plan.seeds, settings=plan.settings, notes=plan.notes)
 
     def draw(
         self, requests: Sequence[Request], *, batch_size: int | None = None
@@ -119,27 +138,36 @@ class Pipeline:
         batch_size: images of a call, as `groups` takes it; None takes up to 4, on OpenVINO one
         Raises what a call of the pipeline does.
         """
-        plans = [self.plan(request) for request in requests]
-        limits = (self._batch_limit(plan, batch_size) for plan in plans)
-        rows = {row: index for index, plan in enumerate(plans) for row in rows_of(plan)}
-        for row in finished_rows(
-            list(rows),
-            self.engine,
-            self.start,
-            min(limits, default=1),
-            is_exact=self.engines.is_exact,
-        ):
-            (image,) = self.finish(row.plan, self.decode(row.latents))
-            (settings,) = row.plan.settings
-            yield DrawnImage(image=image, request=rows[row], settings=settings)
+        for _, alike in groupby(enumerate(requests), lambda each: each[1].adapters):
+            plans = {index: self.plan(request) for index, request in alike}
+            limits = (self._batch_limit(plan, batch_size) for plan in plans.values())
+            rows = {row: index for index, plan in plans.items() for row in rows_of(plan)}
+            for row in finished_rows(
+                list(rows),
+                self.engine,
+                self.start,
+                min(limits, default=1),
+                is_exact=self.engines.is_exact,
+            ):
+                (image,) = self.finish(row.plan, self.decode(row.latents))
+                (settings,) = row.plan.settings
+                yield DrawnImage(
+                    image=image,
+                    request=rows[row],
+                    settings=settings,
+                    notes=row.plan.notes,
+                )
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model, compute its sampler and encode its texts.
 
-        Raises RequestError, and BackendError where one picture of it would not fit into a GPU's
-        memory.
+        Adapters that its prompts name are put on, in place of those that a prompt before named.
+        Raises RequestError, ModelError where an adapter does not fit, and BackendError where one
+        picture of it would not fit into a GPU's memory.
         """
+        notes = self._heed_names(request) if self._named or request.names_files else []
         plan = make_plan(request, self.model, self.schedule, self.encoder)
+        plan = replace(plan, notes=notes) if notes else plan
         self.engines.require_memory(self._parts(plan), **{**_sizes(plan), "batch": 1})
         return plan
 
@@ -167,9 +195,13 @@ class Pipeline:
         Every engine that the run needs is open then: what is damaged is found before a step.
         Raises GraphError, ModelError or BackendError.
         """
+        self.open_engines(plan)
+        return self._latents.start(plan, latents)
+
+    def open_engines(self, plan: Plan) -> None:
+        """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
         for part in self._parts(plan):
             self.engine(part)
-        return self._latents.start(plan, latents)
 
     def step(self, state: State, inputs: StepInputs) -> State:
         """Call the UNet once; returns the state after it, and leaves the one before as it was.
@@ -226,9 +258,9 @@ class Pipeline:
         anew, so what an adapter leaves behind is the base bit for bit.
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
-        self._device_loop.reset()
-        self.engines.set_loras(loras)
-        self.encoder = self.encoder.without_cache()
+        chosen = [as_choice(lora) for lora in loras]
+        self._put_on(chosen)
+        self._loras, self._named = chosen, ()
 
     def set_embeddings(self, embeddings: Sequence[Path]) -> None:
         """Teach the text encoders these words of textual inversion in place of others.
@@ -283,6 +315,25 @@ class Pipeline:
 
     def _batch_limit(self, plan: Plan, batch_size: int | None) -> int:
         return batch_limit(self.engines, self._parts(plan), _sizes(plan), batch_size)
+
+    def _put_on(self, adapters: Sequence[AdapterChoice]) -> None:
+        self._device_loop.reset()
+        self.engines.set_loras(adapters)
+        self.encoder = self.encoder.without_cache()
+
+    def _heed_names(self, request: Request) -> list[str]:
+        """Put on the adapters that the prompts name; return notes on what they name in vain."""
+        named, notes = named_adapters(
+            request.prompts if request.prompt_syntax else (),
+            request.negative_prompts if request.prompt_syntax else (),
+            words=self.encoder.words,
+            folder=self.lora_dir,
+            given={lora.known_as for lora in self._loras},
+        )
+        if named != list(self._named):
+            self._put_on([*self._loras, *named])
+            self._named = named
+        return notes
 
     def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
         """Make all calls of a run that nobody watches; returns the latents, where they are."""

@@ -20,7 +20,7 @@ from runtime.conditioning.guidance import Guidance
 from runtime.images.canvas import BLUR, extend, latent_mask
 from runtime.images.files import SourceType, as_rgb
 from runtime.presets import preset
-from runtime.request import Request
+from runtime.request import OF_AN_IMAGE, Request
 from runtime.samplers import DEFAULT_SAMPLER, Program, program
 from runtime.samplers.noise_schedule import NoiseSchedule
 
@@ -29,7 +29,6 @@ __all__ = ["Plan", "StepInputs", "make_plan"]
 Array = NDArray[np.float32]
 
 STEPS, GUIDANCE_SCALE = 20, 5.0
-OF_AN_IMAGE = ("strength", "mask_blur", "paste_back", "extend")  # means nothing without one
 STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
 
 
@@ -72,6 +71,7 @@ class Plan:
     paste_back: whether the image's own pixels come back outside the mask
     settings: of each picture, what makes it again
     surplus: pictures at the end that only fill the batch
+    notes: sentences on what the prompts ask for in vain
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
     """
@@ -93,6 +93,7 @@ class Plan:
     paste_back: bool = True
     settings: Sequence[Mapping[str, Any]] = ()
     surplus: int = 0
+    notes: Sequence[str] = ()
     hires: "Plan | None" = None
     upscaler: str = ""
 
@@ -180,8 +181,7 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     steps, strength = wanted.num_inference_steps, wanted.strength
     assert steps is not None
     check_number("cache_interval", wanted.cache_interval, Integral, 1, max(int(steps), 1))
-    assert strength is not None
-    first = run(steps, None if image is None else strength, height, width)
+    first = run(steps, strength, height, width)
     if image is not None:
         first = replace(
             first,
@@ -225,7 +225,9 @@ def _filled_in(request: Request, model: Model) -> Request:
         schedule=choose("schedule"),
         height=choose("height", chosen.get("size")),
         width=choose("width", chosen.get("size")),
-        strength=choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
+        strength=None
+        if request.image is None
+        else choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
         seed=request.draw_seeds(),  # once for all runs
     )
 
@@ -273,8 +275,8 @@ def _run(
         request.guidance_interval,
         request.negative_scale,
     )
-    prompts, parts = request.composed()
-    negatives = [request.written(request.negative_prompts)]
+    prompts, parts = request.composed(encoder.words)
+    negatives = [request.written(request.negative_prompts, encoder.words)]
     if request.negative_scale is not None:
         negatives.insert(0, [""] * len(negatives[0]))
     texts = Texts(

@@ -1,9 +1,10 @@
 """What a user asks for, checked before anything is computed."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Self
 
 import numpy as np
@@ -11,18 +12,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import check_choice, check_names, check_number, check_picture, texts
-from runtime.conditioning.syntax import Piece, compose, escape
+from runtime.checks import MAX_STEPS, check_choice, check_names, check_number, check_picture, texts
+from runtime.conditioning.names import MARKS, AdapterTag, take_names
+from runtime.conditioning.syntax import compose_all, escape
 from runtime.images.canvas import BLUR, MAX_BLUR, MAX_SIDE
-from runtime.images.upscaling import MAX_STEPS, Hires
+from runtime.images.upscaling import Hires
 from runtime.noise import MAX_SEED, NOISES
 from runtime.presets import PRESETS
 from runtime.samplers import DEFAULT_SAMPLER, resolve
 
 MAX_IMAGES = 256
 MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
-MAX_PARTS = 16  # of a composed prompt: each is a row of every batch
 MAX_SCALE = 1000
+OF_AN_IMAGE: Mapping[str, object] = MappingProxyType(
+    {"strength": None, "mask": None, "mask_blur": BLUR, "paste_back": True, "extend": None}
+)  # fields that cannot act without one, with what they are then
+NO_WORDS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,18 +180,19 @@ class Request:
         for name in ("image", "mask"):
             if (picture := getattr(self, name)) is not None:
                 check_picture(name, picture)
-        for name in ("mask", "extend"):
-            if getattr(self, name) is not None and self.image is None:
-                raise RequestError(f"{name} came without image; give the picture to change")
+        check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
+        if self.strength is not None:
+            check_number("strength", self.strength, Real, 0, 1)
+        if self.image is None:
+            for name, default in OF_AN_IMAGE.items():
+                if getattr(self, name) != default:
+                    raise RequestError(f"{name} came without image; give the picture to change")
         if self.extend is not None and (
             not isinstance(self.extend, Sequence) or len(self.extend) != 4
         ):
             raise RequestError(
                 f"extend is {self.extend!r}; give four numbers of pixels: left, top, right, bottom"
             )
-        check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
-        if self.strength is not None:
-            check_number("strength", self.strength, Real, 0, 1)
         if self.hires is not None and not isinstance(self.hires, Hires):
             raise RequestError(f"hires is {self.hires!r}; give Hires(scale=2.0)")
         if self.hires is not None and (self.mask is not None or self.extend is not None):
@@ -234,27 +240,34 @@ class Request:
         first = secrets.randbelow(2**32)
         return [first + i for i in range(len(self.prompts) * self.num_images_per_prompt)]
 
-    def composed(self) -> tuple[list[list[str]], NDArray[np.float64]]:
+    @property
+    def adapters(self) -> tuple[AdapterTag, ...]:
+        """The adapters that the prompts name."""
+        texts = dict.fromkeys(self.prompts) if self.names_files else ()
+        return tuple(tag for text in texts for tag in take_names(text, NO_WORDS).adapters)
+
+    @property
+    def names_files(self) -> bool:
+        """Whether a text may name an adapter, or a word of textual inversion."""
+        texts = (*self.prompts, *self.negative_prompts)
+        return self.prompt_syntax and any(map(MARKS.search, texts))
+
+    def composed(
+        self, words: Mapping[str, str] = NO_WORDS
+    ) -> tuple[list[list[str]], NDArray[np.float64]]:
         """Return the parts of the prompts that AND joins, (m, P) texts, and what each counts.
 
         All prompts get as many parts as the longest has; those that a prompt lacks count 0. Raises
         RequestError for more parts than can be drawn together.
+        words: that the model was taught, as `take_names` has them
         """
-        if not self.prompt_syntax:
-            return [self.written(self.prompts)], np.ones((1, len(self.prompts)))
-        composed = [compose(text) for text in self.prompts]
-        parts = max(len(pieces) for pieces in composed)
-        if parts > MAX_PARTS:
-            raise RequestError(
-                f"a prompt joins {parts} parts with AND; up to {MAX_PARTS} can be drawn together"
-            )
-        filled = [[*p, *[Piece(p[0].text, 0.0)] * (parts - len(p))] for p in composed]
-        groups = [[pieces[i].text for pieces in filled] for i in range(parts)]
-        return groups, np.array([[pieces[i].weight for pieces in filled] for i in range(parts)])
+        return compose_all(self.written(self.prompts, words))
 
-    def written(self, texts: Sequence[str]) -> list[str]:
-        """Return texts as the encoder is to read them: with every bracket escaped, or as given."""
-        return list(texts) if self.prompt_syntax else [escape(text) for text in texts]
+    def written(self, texts: Sequence[str], words: Mapping[str, str] = NO_WORDS) -> list[str]:
+        """Return texts as the encoder is to read them: without names, or all syntax escaped."""
+        if not self.prompt_syntax:
+            return [escape(text) for text in texts]
+        return [take_names(text, words).text if MARKS.search(text) else text for text in texts]
 
     def size(
         self, default: int, multiple: int, canvas: Image.Image | None = None

@@ -12,20 +12,23 @@ class Result:
     """The images, in the order of the prompts, and what each was made with.
 
     settings: of each image, as `runtime.images.files.write_image` keeps them in a file
+    notes: sentences on what the prompts ask for in vain, such as an adapter that is not there
     """
 
     images: list[Image.Image]
     seeds: list[int]
     settings: Sequence[Mapping[str, Any]]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DrawnImage:
     """An image of several requests, and what it was made with.
 
-    request: the index of its request; settings: as `Result` has them
+    request: the index of its request; settings, notes: as `Result` has them
     """
 
     image: Image.Image
     request: int
     settings: Mapping[str, Any]
+    notes: Sequence[str] = ()

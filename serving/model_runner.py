@@ -32,6 +32,8 @@ from serving.picture_request import DEFAULT_STEPS, PictureRequest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PREVIEW_QUALITY = 80
+Lora = tuple[str, float] | tuple[str, float, float]
+"""An adapter's name with its weight, or with those of the UNet and of the text encoders."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,10 +187,11 @@ class RowPicture:
             "precision": chosen.precision,
             "latentrt": program_version(),
         }
+        told = {**settings, "notes": list(plan.notes)} if plan.notes else settings
         data = encode_image(
             image, self.picture_request.format, settings, quality=self.picture_request.quality
         )
-        return FinishedPicture(data=data, settings=settings)
+        return FinishedPicture(data=data, settings=told)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -211,8 +214,9 @@ class Models:
 
     def unfinished_pictures(self, picture_request: PictureRequest) -> list[RowPicture]:
         """As `ModelRunner` says."""
-        pipeline, preview_map = self._pipeline(picture_request)
         request = picture_request.request()
+        loras = [*picture_request.loras, *self._named(picture_request, request)]
+        pipeline, preview_map = self._pipeline(picture_request.model, loras)
         check_chunks(pipeline, request, self.limits.chunks)
         plan = pipeline.plan(request)
         exact = pipeline.engines.is_exact
@@ -238,14 +242,25 @@ class Models:
             self.step([unfinished])
         unfinished.finish()
 
-    def _pipeline(self, picture_request: PictureRequest) -> tuple[Pipeline, Preview]:
+    def _named(self, picture_request: PictureRequest, request: Request) -> list[Lora]:
+        """Return those of the operator's adapters that the prompt names, `<lora:name:0.8>`."""
+        known = {name.lower(): name for name in self.loras}
+        given = {name.lower() for name, *_ in picture_request.loras}
+        tags = [(known.get(tag.name.lower()), tag) for tag in request.adapters]
+        return [
+            (name, tag.unet, tag.text_encoder)
+            for name, tag in tags
+            if name is not None and name.lower() not in given
+        ]
+
+    def _pipeline(self, model: str, loras: Sequence[Lora]) -> tuple[Pipeline, Preview]:
         """Return a model with its adapters, loading it if it is not."""
-        key = (picture_request.model, tuple(picture_request.loras))
+        key = (model, tuple(loras))
         with self._lock:
             if key not in self._open:
-                pipeline = self.load(self.models[picture_request.model])
+                pipeline = self.load(self.models[model])
                 self._make_room(weight_bytes(pipeline))
-                self._put_on(pipeline, picture_request)
+                self._put_on(pipeline, model, loras)
                 latents = probe(pipeline.model.vae.latent_channels)
                 self._open[key] = pipeline, Preview.fit(latents, pipeline.decode(latents))
             self._open.move_to_end(key)
@@ -259,18 +274,20 @@ class Models:
                 return
             self._open.popitem(last=False)
 
-    def _put_on(self, pipeline: Pipeline, picture_request: PictureRequest) -> None:
+    def _put_on(self, pipeline: Pipeline, model: str, loras: Sequence[Lora]) -> None:
         """Put a request's adapters on. Raises RequestError where one does not fit."""
         chosen = [
-            AdapterChoice(path=self.loras[name], unet=weight, text_encoder=weight)
-            for name, weight in picture_request.loras
+            AdapterChoice(
+                path=self.loras[name], unet=weights[0], text_encoder=weights[-1], name=name
+            )
+            for name, *weights in loras
         ]
         try:
             pipeline.set_loras(chosen)
         except ModelError as error:  # its text names paths of this machine
-            names = " or ".join(name for name, _ in picture_request.loras)
+            names = " or ".join(name for name, *_ in loras)
             raise RequestError(
-                f"loras: {names} does not fit the model {picture_request.model}; leave it out, or "
+                f"loras: {names} does not fit the model {model}; leave it out, or "
                 "take a model that it was trained for"
             ) from error
 

@@ -149,7 +149,8 @@ def _check(
     for name, count in steps.items():
         _most(name, count or 0, limits.steps, "steps")
     _most("num_images_per_prompt", request.num_images_per_prompt, limits.pictures, "pictures")
-    _most("loras", len(picture_request.loras), limits.loras, "adapters")
+    adapters = len(picture_request.loras) + len(request.adapters)
+    _most("loras", adapters, limits.loras, "adapters")
     width, height = _sides(request, sizes.get("image"))
     for name, side in (("height", height), ("width", width)):
         _most(name, side, limits.side, "pixels")

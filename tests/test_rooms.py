@@ -30,7 +30,8 @@ ROOMS = {
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
         *("request_options", "plan", "denoising", "result", "pipeline", "calibration", "expansion"),
-        *("again", "output_options", "options", "watched_steps", "__main__"),
+        *("again", "output_options", "text_options", "options", "watched_steps"),
+        *("terminal", "__main__"),
     ),
     "serving": (
         *(

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
-from engine.adapters.choice import AdapterChoice, parse_adapter
+from engine.adapters.choice import AdapterChoice, as_choice, parse_adapter
 from engine.adapters.info import describe_modules, family_of, family_of_model, words_of
 from engine.adapters.lora import Change, Factor
 from engine.adapters.modules import ModuleChange, read_modules
@@ -213,9 +213,7 @@ def adapt_model(
     """
     names = {*model.configs} - {"vae", "preview_decoder"}
     bases = {name: model.component(name) for name in names}
-    choices = [
-        lora if isinstance(lora, AdapterChoice) else parse_adapter(str(lora)) for lora in loras
-    ]
+    choices = [as_choice(lora) for lora in loras]
     adapters = [(read_adapter(choice.path), choice) for choice in choices]
     return adapt(bases, {name: base.shapes for name, base in bases.items()}, adapters)
 

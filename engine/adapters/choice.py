@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
 
-__all__ = ["AdapterChoice", "parse_adapter"]
+__all__ = ["AdapterChoice", "as_choice", "parse_adapter"]
 
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf)", re.ASCII)
 
@@ -18,11 +18,13 @@ class AdapterChoice:
     """An adapter's file, and how much of it is added to the UNet and to the text encoders.
 
     0 gives the base itself, 1 what was trained; more and less than both are allowed.
+    name: what prompts call it; None for the file's own name, without its ending
     """
 
     path: Path
     unet: float = 1.0
     text_encoder: float = 1.0
+    name: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse weights that nothing can be multiplied with."""
@@ -33,9 +35,19 @@ class AdapterChoice:
                     "give a finite number, such as 0.8"
                 )
 
+    @property
+    def known_as(self) -> str:
+        """What a prompt's `<lora:…>` calls it, in lower case."""
+        return (self.path.stem if self.name is None else self.name).lower()
+
     def weight(self, component: str) -> float:
         """Return the weight for a component."""
         return self.unet if component == "unet" else self.text_encoder
+
+
+def as_choice(lora: "str | Path | AdapterChoice") -> AdapterChoice:
+    """Return a choice as it is, and read any other way to write one. Raises ModelError."""
+    return lora if isinstance(lora, AdapterChoice) else parse_adapter(str(lora))
 
 
 def parse_adapter(text: str) -> AdapterChoice:

@@ -98,6 +98,7 @@ class Encoder:
     """The text encoders of a model with their tokenizers.
 
     extra: (e, D) for each, the rows of the words that textual inversion taught them
+    words: those words, by their names and their files' names in lower case
     cache: of what the engines gave lately; new weights need another
     """
 
@@ -105,6 +106,7 @@ class Encoder:
     tokenizers: Mapping[TextPart, Tokenizer]
     engine: Callable[[Part], Engine]
     extra: Mapping[TextPart, Array] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
 
     def without_cache(self) -> "Encoder":
@@ -130,7 +132,11 @@ class Encoder:
                 first += count
             tokenizers[name] = tokenizers[name].with_words(words)
             extra[name] = np.concatenate([embedding.vectors[name] for embedding in embeddings])
-        return replace(self, tokenizers=tokenizers, extra=extra, cache=EmbeddingCache())
+        known = {each.path.stem.lower(): each.name for each in embeddings}
+        known |= {each.name.lower(): each.name for each in embeddings}
+        return replace(
+            self, tokenizers=tokenizers, extra=extra, words=known, cache=EmbeddingCache()
+        )
 
     def condition(
         self, texts: Texts, guidance: Guidance, height: int, width: int, *, clip_skip: int = 1

@@ -15,9 +15,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-__all__ = ["Piece", "compose", "escape", "parse", "schedule"]
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import RequestError
+
+__all__ = ["Piece", "compose", "compose_all", "escape", "parse", "schedule"]
 
 ROUND, SQUARE = 1.1, 1 / 1.1
+MAX_PARTS = 16  # of a composed prompt: each is a row of every batch
 MAX_WEIGHT = 1e4  # of either sign; what is beyond makes no picture, and more would overflow
 
 _NUMBER = r"[+-]?(?>[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)"
@@ -27,7 +33,7 @@ _BREAK = re.compile(r"\bBREAK\b")
 _SCHEDULE = re.compile(r"(?:\\.?|[^\\()\[\]:|])++|.", re.DOTALL)
 _WHEN = re.compile(rf"{_NUMBER}(?:[eE][+-]?[0-9]+)?")
 _AND = re.compile(r"\\.|\bAND\b", re.DOTALL)
-_SYNTAX = re.compile(rf"[\\()\[\]]|{_BREAK.pattern}|\bAND\b")
+_SYNTAX = re.compile(rf"[\\()\[\]<]|{_BREAK.pattern}|\bAND\b|(?i:\bembedding:)")
 _OPENING = {")": "(", "]": "["}
 
 
@@ -53,6 +59,23 @@ def compose(text: str) -> list[Piece]:
         return [Piece(text, 1.0)]
     starts, ends = [0, *(end for _, end in cuts)], [*(start for start, _ in cuts), len(text)]
     return [_weighed(text[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def compose_all(texts: Sequence[str]) -> tuple[list[list[str]], NDArray[np.float64]]:
+    """Return the parts of several prompts, (m, P) texts, and what each counts.
+
+    All get as many parts as the longest has; those that a prompt lacks count 0.
+    Raises RequestError for more than 16 parts.
+    """
+    composed = [compose(text) for text in texts]
+    parts = max(len(pieces) for pieces in composed)
+    if parts > MAX_PARTS:
+        raise RequestError(
+            f"a prompt joins {parts} parts with AND; up to {MAX_PARTS} can be drawn together"
+        )
+    filled = [[*p, *[Piece(p[0].text, 0.0)] * (parts - len(p))] for p in composed]
+    groups = [[pieces[i].text for pieces in filled] for i in range(parts)]
+    return groups, np.array([[pieces[i].weight for pieces in filled] for i in range(parts)])
 
 
 def _weighed(part: str) -> Piece:

@@ -130,6 +130,7 @@ def describe(job: Job) -> dict[str, Any]:
                 "seed": job.picture_request.fields["seed"][index],
                 "batched": picture.batched,
                 "settings": picture.settings or None,
+                "notes": picture.settings.get("notes", []),
                 "image": f"/api/v1/pictures/{job.id}/image/{index}" if picture.data else None,
             }
             for index, picture in enumerate(job.pictures)

@@ -210,6 +210,7 @@ def _result(job: Job) -> dict[str, Any]:
             "b64_json": base64.b64encode(picture.data).decode(),
             "seed": picture.settings.get("seed"),
             "batched": picture.batched,
+            "notes": picture.settings.get("notes", []),
         }
         for picture in job.pictures
     ]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from engine.backends.settings import BackendSettings
 from engine.model import find_model
 from runtime import Pipeline, options
 from runtime.images.files import read_settings
+from tests.support.named_requests import write_lora
 from tests.support.pictures import drawing
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +70,11 @@ def refuse(capsys, *arguments):
     return said.err
 
 
+def pixels(path):
+    with Image.open(path) as file:
+        return file.tobytes()
+
+
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -83,8 +90,8 @@ def test_the_picture_is_the_pipelines(here):
     assert command.main(["apple", *QUICK, *arguments, "--height", "64", "--out", "a.png"]) == 0
     settings = read_settings(here / "a.png")
     assert (settings.pop("backend"), settings.pop("precision")) == ("cpu", "float32")
-    made_of = {name: settings.pop(name) for name in ("vae", "loras", "embeddings")}
-    assert made_of == {"vae": None, "loras": [], "embeddings": []}
+    made_of = {name: settings.pop(name) for name in ("vae", "loras", "lora_dir", "embeddings")}
+    assert made_of == {"vae": None, "loras": [], "lora_dir": None, "embeddings": []}
     assert settings.pop("prediction_type") is None
     assert settings.pop("latentrt")
     prompt = settings.pop("prompt")
@@ -439,9 +446,63 @@ def test_help_names_every_option(capsys):
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert command.main(["a", *QUICK, "--steps", "2", "--out", "a.png"]) == 0
-    bar = capsys.readouterr().err
+    bar = capsys.readouterr().err.rpartition("\x1b[2K")[2]  # behind the line of the loading
     assert bar.count("\r") == 2
     assert bar.endswith("█ step 2/2\n")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "said"),
+    [(True, "\rloading pictogram: "), (False, "note: loading pictogram\n")],
+)
+def test_a_sign_of_life_while_a_model_loads(here, capsys, monkeypatch, terminal, said):
+    shown, load = Event(), Pipeline.load
+
+    def say(*arguments, **options):
+        print(*arguments, **options)
+        shown.set()
+
+    def load_slowly(*arguments, **options):
+        assert shown.wait(60)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(command, "SIGNS", (0.0, 0.0))
+    monkeypatch.setattr(command, "print", say, raising=False)
+    monkeypatch.setattr(Pipeline, "load", load_slowly)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert command.main(["a", *QUICK, "--out", "a.png"]) == 0
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_names_in_a_prompt(here, capsys):
+    (here / "loras").mkdir()
+    write_lora(here / "loras")
+    prompt = "a cat <lora:lora:0.8> <lora:gone> embedding:bad"
+    assert command.main([prompt, *QUICK, "--lora-dir", "loras", "-o", "a.png"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    named = [["note:", "embedding:bad"], ["note:", "<lora:gone>"]]
+    assert [line.split()[:2] for line in said] == named
+    given = ("--lora", "loras/lora.safetensors:0.8")
+    assert command.main(["a cat   ", *QUICK, *given, "-o", "given.png"]) == 0
+    assert command.main(["a cat   ", *QUICK, "-o", "plain.png"]) == 0
+    assert pixels("a.png") == pixels("given.png") != pixels("plain.png")
+    assert command.main(["--again", "a.png", "-o", "again.png"]) == 0
+    assert pixels("again.png") == pixels("a.png")
+
+
+@pytest.mark.parametrize(
+    ("option", "missing"),
+    [
+        (("--strength", "0.5"), "--image"),
+        (("--mask-blur", "2"), "image"),
+        (("--no-paste-back",), "image"),
+        (("--hires-steps", "3"), "--hires"),
+        (("--hires-strength", "0.3"), "--hires"),
+        (("--hires-upscaler", "bicubic"), "--hires"),
+    ],
+)
+def test_an_option_that_cannot_act(capsys, option, missing):
+    assert f"came without {missing}" in refuse(capsys, "a", *QUICK, *option)
 
 
 def test_interrupted(here, capsys, monkeypatch):

@@ -104,9 +104,8 @@ def half(height, width):
 
 def drawn(pipeline, sampler, **fields):
     """Draw the picture as it is decoded, before the old one's pixels are put back."""
-    return pipeline(
-        PROMPT, sampler=sampler, seed=SEED, paste_back=False, **FIELDS, **fields
-    ).images[0]
+    own = {"paste_back": False} if "image" in fields else {}
+    return pipeline(PROMPT, sampler=sampler, seed=SEED, **own, **FIELDS, **fields).images[0]
 
 
 def assert_same(actual, expected):

@@ -14,6 +14,7 @@ from PIL import Image
 import runtime.__main__ as command
 from runtime import Pipeline
 from runtime.images.files import read_settings
+from runtime.terminal import show_progress
 from tests.support.tolerances import GROUPED_MEMORY
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,7 @@ def test_the_bar_stays_within_a_line(monkeypatch, columns):
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((columns, 24)))
     for step in range(1, 101):
-        command._show_progress(step, 100)
+        show_progress(step, 100)
     lines = terminal.getvalue().rstrip("\n").split("\r")[1:]
     assert len(lines) == 100
     assert all(len(line) < max(columns, 2) for line in lines)
@@ -134,7 +135,7 @@ def test_the_bar_stays_within_a_line(monkeypatch, columns):
 def test_the_bar_in_another_encoding(monkeypatch, encoding):
     terminal = Terminal(encoding)
     monkeypatch.setattr(sys, "stderr", terminal)
-    command._show_progress(1, 2)
+    show_progress(1, 2)
     bar = "█░" if encoding == "utf-8" else "#."
     assert terminal.getvalue() == f"\r{bar[0] * 15}{bar[1] * 15} step 1/2"
 

@@ -1,12 +1,16 @@
 """The models that a server draws with, without HTTP."""
 
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline
+from serving.errors import BadRequestError
 from serving.limits import Limits
 from serving.model_memory import weight_bytes
 from serving.model_runner import Models
@@ -31,8 +35,8 @@ def models(tmp_path):
     )
 
 
-def asked(*loras):
-    fields = {"prompt": "a red apple", "num_inference_steps": 1, "seed": 1}
+def asked(*loras, prompt="a red apple"):
+    fields = {"prompt": prompt, "num_inference_steps": 1, "seed": 1}
     return PictureRequest(fields=fields, model="pictogram", loras=loras)
 
 
@@ -66,3 +70,36 @@ def test_models_stay_within_their_bytes(models):
     assert use(one) == [(one,)], "what is asked for is drawn with whatever it takes"
     models.budget = None
     assert use(two) == [(one,), (two,)]
+
+
+def drawn(models, picture_request):
+    (unfinished,) = models.unfinished_pictures(picture_request)
+    unfinished.enter()
+    models.step([unfinished])
+    picture = unfinished.finish()
+    with Image.open(io.BytesIO(picture.data)) as file:
+        return file.tobytes(), picture.settings
+
+
+def test_an_adapter_that_a_prompt_names(models):
+    named, settings = drawn(models, asked(prompt="a red apple<lora:Ink:0.7>"))
+    given, _ = drawn(models, asked(("ink", 0.7)))
+    plain, _ = drawn(models, asked())
+    assert named == given != plain
+    assert "notes" not in settings
+    once, _ = drawn(models, asked(("ink", 0.7), prompt="a red apple<lora:ink:0.2>"))
+    assert once == given, "what a field names is not put on once more"
+
+
+def test_what_a_prompt_names_in_vain(models, tmp_path):
+    told, settings = drawn(models, asked(prompt="a red apple<lora:gone:1><lora:../wide:1>"))
+    plain, _ = drawn(models, asked())
+    assert told == plain
+    assert [note.split()[0] for note in settings["notes"]] == ["<lora:gone:1>", "<lora:../wide:1>"]
+    assert str(tmp_path) not in str(settings)
+
+
+def test_adapters_of_the_prompt_count_among_all():
+    request = asked(("ink", 0.7), prompt="<lora:a:1>" * 8)
+    with pytest.raises(BadRequestError, match="loras has 9 adapters"):
+        request.checked(Limits())
