@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import runtime.__main__ as command
+import runtime.terminal as signs
 from engine.backends.settings import BackendSettings
 from engine.model import find_model
 from runtime import Pipeline, options
@@ -466,8 +467,8 @@ def test_a_sign_of_life_while_a_model_loads(here, capsys, monkeypatch, terminal,
         assert shown.wait(60)
         return load(*arguments, **options)
 
-    monkeypatch.setattr(command, "SIGNS", (0.0, 0.0))
-    monkeypatch.setattr(command, "print", say, raising=False)
+    monkeypatch.setattr(signs, "SIGNS", (0.0, 0.0))
+    monkeypatch.setattr(signs, "print", say, raising=False)
     monkeypatch.setattr(Pipeline, "load", load_slowly)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert command.main(["a", *QUICK, "--out", "a.png"]) == 0
