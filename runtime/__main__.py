@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from runtime.again import settings_of
-from runtime.images.files import Sign, check_output, program_version, read_image, write_image
+from runtime.images.canvas import ALPHA
+from runtime.images.files import Sign, check_output, open_image, program_version, write_image
 from runtime.images.previews import check_animation, parse_steps
 from runtime.images.upscaling import Hires
 from runtime.images.watermark import check_watermark, embed_watermark
@@ -212,7 +213,9 @@ def _request(options: argparse.Namespace) -> Request:
             option = "--hires-" + name.removeprefix("hires_num_inference_").removeprefix("hires_")
             raise RequestError(f"{option} came without --hires; give its scale")
     for name in ("image", "mask"):
-        given[name] = read_image(given[name]) if given[name] else None
+        path = given[name]
+        by_alpha = name == "mask" and path == Path(ALPHA)
+        given[name] = ALPHA if by_alpha else path and open_image(path)
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}
         given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})

@@ -12,14 +12,14 @@ from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import ComputePrecision
-from runtime.images.canvas import BLUR
+from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import PIXELS, UPSCALERS, Hires
 from runtime.images.upscaling import STRENGTH as HIRES_STRENGTH
 from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
 from runtime.plan import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
-from runtime.request import Request
+from runtime.request import AREAS, PADDING, WHOLE, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 from runtime.text_options import TEXT_OPTIONS, read_numbers
@@ -218,7 +218,27 @@ def _add_images(group: Any) -> None:
         help=f"how far to go from --image, above 0 and up to 1 (default: {STRENGTH}; "
         f"{PAINTED_STRENGTH:.0f} where something is painted anew)",
     )
-    add("--mask", type=Path, metavar="FILE", help="a picture that is white where to paint anew")
+    add(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help=f"a picture that is white where to paint anew, or {ALPHA} for where --image is "
+        "transparent",
+    )
+    add(
+        "--inpaint-area",
+        choices=AREAS,
+        default=WHOLE,
+        help="what is drawn: the whole image, or only what is masked, enlarged to --height and "
+        "--width and laid back (default: %(default)s)",
+    )
+    add(
+        "--mask-padding",
+        type=int,
+        default=PADDING,
+        metavar="PIXELS",
+        help="around what is masked, which that draws too (default: %(default)s)",
+    )
     add(
         "--mask-blur",
         type=float,

@@ -32,7 +32,6 @@ from runtime.denoising.groups import batch_limit, groups_of
 from runtime.denoising.latents import LatentSpace, Progress, State, predicted_x0
 from runtime.denoising.rows import finished_rows, rows_of
 from runtime.images import tiles
-from runtime.images.canvas import paste_back
 from runtime.images.files import SOURCE_KEY
 from runtime.images.previews import finite
 from runtime.images.upscaling import PIXELS
@@ -231,13 +230,14 @@ class Pipeline:
         return [Image.fromarray(pixels) for pixels in self._latents.decode(latents)]
 
     def finish(self, plan: Plan, images: list[Image.Image]) -> list[Image.Image]:
-        """Give a plan's decoded images the pixels that are the image's own outside its mask.
+        """Bring a plan's decoded images to its image's size, with its own pixels outside the mask.
 
         What they are then is in their `info`, where `write_image` looks. Repeats are dropped.
         """
         images = images[: len(images) - plan.surplus]
-        if plan.mask is not None and plan.image is not None and plan.paste_back:
-            images = [paste_back(new, plan.image, plan.mask, plan.mask_blur) for new in images]
+        if plan.frame is not None:
+            blur = plan.mask_blur if plan.paste_back else None
+            images = [plan.frame.restore(image, blur) for image in images]
         for image in images:
             image.info[SOURCE_KEY] = plan.source_type
         return images

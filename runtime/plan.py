@@ -13,14 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.errors import RequestError
 from engine.model import Model
 from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
-from runtime.images.canvas import BLUR, extend, latent_mask
-from runtime.images.files import SourceType, as_rgb
+from runtime.images.canvas import BLUR, MAX_SIDE, extend, latent_mask
+from runtime.images.files import SourceType
+from runtime.images.frame import Frame
 from runtime.presets import preset
-from runtime.request import OF_AN_IMAGE, Request
+from runtime.request import MASKED, OF_AN_IMAGE, Request
 from runtime.samplers import DEFAULT_SAMPLER, Program, program
 from runtime.samplers.noise_schedule import NoiseSchedule
 
@@ -64,6 +66,7 @@ class Plan:
     conditioning: of each call of the UNet, as `runtime.conditioning.encoder` gives it
     cache_interval: at every so many calls at least, the UNet runs whole
     noise: whose random numbers the seeds mean; height, width: in pixels
+    frame: how the request's image lies in that size, and the way back
     image: RGB of that size, what the run starts from or is shown
     mask: white where it is painted anew; cells: (1, height // 8, width // 8), the mask of latents
     blends: whether every call puts the image's own latents back outside the mask
@@ -84,6 +87,7 @@ class Plan:
     noise: str
     height: int
     width: int
+    frame: Frame | None = None
     image: Image.Image | None = None
     mask: Image.Image | None = None
     cells: Array | None = None
@@ -172,8 +176,10 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     Raises RequestError for what the model cannot do.
     """
     wanted, multiple = _filled_in(request, model), model.vae.compression
-    image, mask = _canvas(wanted, multiple)
-    height, width = wanted.size(model.sample_size * multiple, multiple, image)
+    frame = _frame(wanted, model.sample_size * multiple, multiple)
+    height, width = wanted.size((model.sample_size * multiple,) * 2, multiple)
+    if frame is not None:
+        height, width = frame.height, frame.width
 
     def run(steps: int, strength: float | None, height: int, width: int) -> Plan:
         return _run(wanted, steps, strength, (height, width), schedule, encoder)
@@ -182,10 +188,12 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     assert steps is not None
     check_number("cache_interval", wanted.cache_interval, Integral, 1, max(int(steps), 1))
     first = run(steps, strength, height, width)
-    if image is not None:
+    if frame is not None:
+        mask = frame.drawn_mask()
         first = replace(
             first,
-            image=as_rgb(image).resize((width, height), Image.Resampling.LANCZOS),
+            frame=frame,
+            image=frame.drawn_image(),
             mask=mask,
             cells=None if mask is None else latent_mask(mask, height, width, multiple),
             mask_blur=wanted.mask_blur,
@@ -232,20 +240,30 @@ def _filled_in(request: Request, model: Model) -> Request:
     )
 
 
-def _canvas(request: Request, multiple: int) -> tuple[Image.Image | None, Image.Image | None]:
-    """Return the picture to start from, and where it is painted anew: the mask and the margins."""
-    if request.image is None or request.extend is None:
-        return request.image, request.mask
-    left, top, right, bottom = request.extend
-    return extend(
-        request.image,
-        left=left,
-        top=top,
-        right=right,
-        bottom=bottom,
-        multiple=multiple,
-        mask=request.mask,
-    )
+def _frame(request: Request, side: int, multiple: int) -> Frame | None:
+    """Return how the picture to start from is drawn; side: of the model's own pictures."""
+    if request.image is None:
+        return None
+    image, mask = request.image, request.mask
+    assert not isinstance(mask, str)
+    if request.extend is not None:
+        left, top, right, bottom = request.extend
+        image, mask = extend(image, left=left, top=top, right=right, bottom=bottom, mask=mask)
+    if mask is not None and request.inpaint_area == MASKED:
+        height, width = request.size((side, side), multiple)
+        return Frame.masked(image, mask, height, width, request.mask_padding)
+    frame = Frame.padded(image, mask, multiple)
+    if max(frame.height, frame.width) > MAX_SIDE:
+        raise RequestError(
+            f"the image has {image.width} x {image.height} pixels; each side may have {MAX_SIDE}, "
+            "give a smaller one, or height and width"
+        )
+    if request.height is None and request.width is None:
+        return frame
+    scale = (request.height or 0) / image.height or (request.width or 0) / image.width
+    sides = (max(round(s * scale / multiple), 1) * multiple for s in (image.height, image.width))
+    height, width = sides
+    return Frame.resized(image, mask, *request.size((height, width), multiple))
 
 
 def _run(
@@ -302,9 +320,9 @@ def _settings(request: Request, plan: Plan) -> list[dict[str, Any]]:
     }
     if request.hires is not None:
         shared["hires"] = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
-    if request.image is None:
+    if request.image is None:  # with one, its own size is drawn where none is given
         shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
-    shared |= {"height": plan.height, "width": plan.width}
+        shared |= {"height": plan.height, "width": plan.width}
     texts = zip(request.prompts, request.negative_prompts, strict=True)
     each = [pair for pair in texts for _ in range(request.num_images_per_prompt)]
     return [

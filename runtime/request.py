@@ -15,7 +15,8 @@ from engine.errors import RequestError
 from runtime.checks import MAX_STEPS, check_choice, check_names, check_number, check_picture, texts
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
-from runtime.images.canvas import BLUR, MAX_BLUR, MAX_SIDE
+from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
+from runtime.images.files import upright
 from runtime.images.upscaling import Hires
 from runtime.noise import MAX_SEED, NOISES
 from runtime.presets import PRESETS
@@ -24,8 +25,18 @@ from runtime.samplers import DEFAULT_SAMPLER, resolve
 MAX_IMAGES = 256
 MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
 MAX_SCALE = 1000
+WHOLE, MASKED = AREAS = ("whole", "masked")  # what inpainting draws
+PADDING = 32  # pixels around a mask
 OF_AN_IMAGE: Mapping[str, object] = MappingProxyType(
-    {"strength": None, "mask": None, "mask_blur": BLUR, "paste_back": True, "extend": None}
+    {
+        "strength": None,
+        "mask": None,
+        "inpaint_area": WHOLE,
+        "mask_padding": PADDING,
+        "mask_blur": BLUR,
+        "paste_back": True,
+        "extend": None,
+    }
 )  # fields that cannot act without one, with what they are then
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
 
@@ -50,11 +61,17 @@ class Request:
         empty one between them; None lets the negative prompt take the empty one's place
     sampler: None takes "ddim"
     schedule: the sigma schedule, such as "karras"; None for the model's own
-    height, width: in pixels; None takes the image's, or what the model was trained on
+    height, width: in pixels, multiples of 8; None takes the image's, whatever it is, or what the
+        model was trained on
     seed: of the first picture, or one for each; None draws one
     noise: whose random numbers a seed means, torch's on the "cpu" or on "cuda"
-    image: where image-to-image starts from
-    mask: where it is white the image is painted anew, where it is black it stays
+    image: where image-to-image starts from; it is turned as its camera says, and where height and
+        width are None, the result has its size
+    mask: where it is white the image is painted anew, where it is black it stays; "alpha" paints
+        where the image is transparent
+    inpaint_area: "whole" draws the whole image, "masked" the mask's surroundings alone, enlarged to
+        height and width, and lays them back
+    mask_padding: pixels around the mask that "masked" draws too
     mask_blur: pixels over which the new picture fades into the old one
     paste_back: whether the image's own pixels come back outside the mask; False hands out what the
         model made of them
@@ -92,7 +109,9 @@ class Request:
     seed: int | Sequence[int] | None = None
     noise: str = "cpu"
     image: Image.Image | None = None
-    mask: Image.Image | None = None
+    mask: Image.Image | str | None = None
+    inpaint_area: str = WHOLE
+    mask_padding: int = PADDING
     mask_blur: float = BLUR
     paste_back: bool = True
     extend: tuple[int, int, int, int] | None = None
@@ -177,9 +196,6 @@ class Request:
             )
 
     def _check_image(self) -> None:
-        for name in ("image", "mask"):
-            if (picture := getattr(self, name)) is not None:
-                check_picture(name, picture)
         check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
         if self.strength is not None:
             check_number("strength", self.strength, Real, 0, 1)
@@ -187,6 +203,19 @@ class Request:
             for name, default in OF_AN_IMAGE.items():
                 if getattr(self, name) != default:
                     raise RequestError(f"{name} came without image; give the picture to change")
+        for name in ("image", "mask"):
+            picture = getattr(self, name)
+            if picture is not None and not (name == "mask" and picture == ALPHA):
+                check_picture(name, picture)
+                object.__setattr__(self, name, upright(picture))
+        if self.mask == ALPHA:
+            assert self.image is not None
+            object.__setattr__(self, "mask", transparency(self.image))
+            object.__setattr__(self, "image", self.image.convert("RGB"))
+        check_choice("inpaint_area", self.inpaint_area, AREAS)
+        if self.inpaint_area == MASKED and self.mask is None:
+            raise RequestError('inpaint_area is "masked" without a mask; give what to paint anew')
+        check_number("mask_padding", self.mask_padding, Integral, 0, MAX_SIDE)
         if self.extend is not None and (
             not isinstance(self.extend, Sequence) or len(self.extend) != 4
         ):
@@ -269,22 +298,13 @@ class Request:
             return [escape(text) for text in texts]
         return [take_names(text, words).text if MARKS.search(text) else text for text in texts]
 
-    def size(
-        self, default: int, multiple: int, canvas: Image.Image | None = None
-    ) -> tuple[int, int]:
-        """Return height and width in pixels.
+    def size(self, default: tuple[int, int], multiple: int) -> tuple[int, int]:
+        """Return height and width in pixels: those given, or the default's.
 
-        `default` is the model's own side, `canvas` what the image was extended to; both sides must
-        be multiples of `multiple`. Raises RequestError otherwise.
+        Both must be multiples of `multiple`. Raises RequestError otherwise.
         """
-        height = width = default
-        image = canvas or self.image
-        if image is not None:
-            height, width = (
-                max(side - side % multiple, multiple) for side in (image.height, image.width)
-            )
-        height = height if self.height is None else self.height
-        width = width if self.width is None else self.width
+        height = default[0] if self.height is None else self.height
+        width = default[1] if self.width is None else self.width
         for name, side in (("height", height), ("width", width)):
             check_number(name, side, Integral, multiple, MAX_SIDE)
             if side % multiple:

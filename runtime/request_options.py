@@ -26,7 +26,9 @@ class RequestOptions(TypedDict, total=False):
     seed: int | Sequence[int] | None
     noise: str | None
     image: Image.Image | None
-    mask: Image.Image | None
+    mask: Image.Image | str | None
+    inpaint_area: str | None
+    mask_padding: int | None
     mask_blur: float | None
     paste_back: bool | None
     extend: tuple[int, int, int, int] | None

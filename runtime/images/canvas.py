@@ -6,6 +6,7 @@ shape is stretched over the picture. All of that is diffusers', which however do
 transparency, and takes a mask of 16 bits for white.
 """
 
+import math
 from numbers import Integral
 
 import numpy as np
@@ -14,9 +15,10 @@ from PIL import Image, ImageFilter
 
 from engine.errors import RequestError
 from runtime.checks import check_number
-from runtime.images.files import as_rgb
+from runtime.images.files import WHITE, as_rgb
 
 __all__ = [
+    "ALPHA",
     "BLUR",
     "GRAY",
     "MAX_BLUR",
@@ -25,8 +27,11 @@ __all__ = [
     "latent_mask",
     "masked_pixels",
     "paste_back",
+    "transparency",
+    "white_of",
 ]
 
+ALPHA = "alpha"  # as a mask: the image's own transparency
 GRAY = 128  # what hides a pixel: the encoder's zero would be 127.5
 MAX_SIDE = 8192  # pixels
 MAX_BLUR = 1000  # pixels
@@ -58,9 +63,25 @@ def latent_mask(
     if not cells.any():
         raise RequestError(
             f"the mask has no white area of {compression} x {compression} pixels or more when it "
-            f"is as large as the picture ({width} x {height}); make white what is to be painted"
+            f"is as large as the picture ({width} x {height}); make white what is to be painted, "
+            'or have a small part enlarged by inpaint_area="masked"'
         )
     return cells[None].astype(np.float32)
+
+
+def transparency(image: Image.Image) -> Image.Image:
+    """Return the mask of mode L that is white where a picture is transparent, by half or more.
+
+    Raises RequestError where nothing is.
+    """
+    alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else WHITE
+    mask = Image.fromarray(np.where(np.atleast_2d(alpha) < _WHITE, WHITE, 0).astype(np.uint8))
+    if mask.getbbox() is None:
+        raise RequestError(
+            'mask is "alpha" and nothing of the image is transparent; give a PNG or WebP whose '
+            "part to paint is erased, or a mask of its own"
+        )
+    return mask
 
 
 def masked_pixels(image: Image.Image, mask: Image.Image) -> NDArray[np.uint8]:
@@ -80,8 +101,8 @@ def paste_back(
 
     Under the mask's white every pixel stays the painted one, and the edge is feathered outwards
     only: there the painted picture weighs twice the blurred mask, up to 1, as in Automatic1111
-    (which lets the original through in corners and thin lines of the mask's inside, too). From
-    about 3 · blur pixels outside the mask on, every pixel is the original's, bit for bit.
+    (which lets the original through in corners and thin lines of the mask's inside, too). Farther
+    than 3 · blur pixels outside the mask every pixel is the original's, bit for bit.
 
     Args:
         picture: as it was decoded; an original of another size is resized to it.
@@ -93,8 +114,12 @@ def paste_back(
     kept = as_rgb(original)
     if kept.size != picture.size:
         kept = kept.resize(picture.size, Image.Resampling.LANCZOS)
-    inside = 255 * _white(mask, picture.height, picture.width).astype(np.uint8)
-    blurred = np.asarray(Image.fromarray(inside).filter(ImageFilter.GaussianBlur(float(blur))))
+    white = white_of(mask, picture.height, picture.width)
+    inside = np.asarray(white)
+    blurred = np.asarray(white.filter(ImageFilter.GaussianBlur(float(blur))))
+    if blur < 1:  # Pillow's three passes reach a pixel each; a square within the circle is kept
+        near = white.filter(ImageFilter.MaxFilter(2 * int(3 * blur / math.sqrt(2)) + 1))
+        blurred = np.minimum(blurred, np.asarray(near))
     painted = np.maximum(inside, np.minimum(blurred, 127) * 2 + (blurred > 127))
     return Image.composite(as_rgb(picture), kept, Image.fromarray(painted))
 
@@ -106,15 +131,12 @@ def extend(
     top: int = 0,
     right: int = 0,
     bottom: int = 0,
-    multiple: int = 8,
     mask: Image.Image | None = None,
 ) -> tuple[Image.Image, Image.Image]:
     """Lay a picture on a larger canvas; returns the canvas and the mask of what is new on it.
 
-    Sides that are no multiple of `multiple` grow to the next: on the right and at the bottom, or
-    on the left or at the top where only that side was to grow. New area is filled with what is
-    at the picture's edge, more blurred the farther away. The mask reaches 8 pixels into the
-    picture, so that seams are painted over.
+    New area is filled with what is at the picture's edge, more blurred the farther away. The mask
+    reaches 8 pixels into the picture, so that seams are painted over.
 
     Args:
         left, top, right, bottom: pixels to add, at least one of them above 0.
@@ -131,8 +153,6 @@ def extend(
         check_number(f"the growth of the canvas on the {name}", pixels, Integral, 0, MAX_SIDE)
     if not any(added.values()):
         raise RequestError("the canvas grows on no side; add pixels left, top, right or bottom")
-    left, right = _rounded(left, image.width, right, multiple)
-    top, bottom = _rounded(top, image.height, bottom, multiple)
     width, height = left + image.width + right, top + image.height + bottom
     if max(width, height) > MAX_SIDE:
         raise RequestError(
@@ -147,6 +167,14 @@ def extend(
     edges = np.pad(np.asarray(as_rgb(image)), ((top, bottom), (left, right), (0, 0)), "edge")
     canvas = _softened(Image.fromarray(edges), _away(*rows), _away(*columns))
     return canvas, Image.fromarray(new)
+
+
+def white_of(mask: Image.Image, height: int, width: int) -> Image.Image:
+    """Return a mask of (height, width) pixels and mode L: 255 where the picture is painted anew.
+
+    Raises RequestError for colours that Pillow cannot read.
+    """
+    return Image.fromarray(WHITE * _white(mask, height, width).astype(np.uint8))
 
 
 def _white(mask: Image.Image, height: int, width: int) -> NDArray[np.bool_]:
@@ -164,12 +192,6 @@ def _white(mask: Image.Image, height: int, width: int) -> NDArray[np.bool_]:
             f"the mask cannot be read as gray ({error}); give a picture of mode L or RGB"
         ) from error
     return np.asarray(gray) >= _WHITE
-
-
-def _rounded(near: int, side: int, far: int, multiple: int) -> tuple[int, int]:
-    """Let the far margin grow until the side is a multiple; the near one if it alone grows."""
-    missing = -(near + side + far) % multiple
-    return (near + missing, far) if near and not far else (near, far + missing)
 
 
 def _new(near: int, side: int, far: int) -> NDArray[np.uint8]:

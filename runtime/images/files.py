@@ -25,6 +25,7 @@ from runtime.images.a1111 import PARAMETERS_KEY, format_parameters, parse_parame
 
 SETTINGS_KEY = "latentrt"  # the PNG text chunk that holds the settings as JSON
 WHITE = 255
+ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF's tag and its value
 SourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
 """Of a whole picture, and of one that keeps a part of another: inpainting and outpainting."""
 Sign = Callable[[bytes, str, SourceType], bytes]
@@ -51,19 +52,34 @@ def read_image(path: str | Path) -> Image.Image:
 
     Transparent parts become white.
     """
-    from PIL import ImageOps
+    return as_rgb(open_image(path))
 
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read a picture in its own mode, turned as its camera says; raises RequestError."""
     try:
         with warnings.catch_warnings():
             # A picture that would fill the memory is an error here, not a warning.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                return as_rgb(ImageOps.exif_transpose(file))
+                file.load()
+                return upright(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise RequestError(
             f"the image {path} cannot be read ({why}); give a whole PNG, JPEG or WebP file"
         ) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn a picture as its camera says in EXIF; one that says nothing that can be read stays."""
+    from PIL import ImageOps
+
+    try:
+        turned = image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # Pillow raises many kinds for broken EXIF
+        return image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -146,7 +162,8 @@ def encode_image(
     packet = xmp_packet(source_type_of(image)) if mark else b""
     options: dict[str, Any] = {"quality": quality}
     if kind == "PNG":
-        options = {"pnginfo": _chunk(settings, packet)}
+        size = {"width": image.width, "height": image.height}
+        options = {"pnginfo": _chunk(settings, size, packet)}
     elif kind == "WEBP":
         options["xmp"] = packet
     file = io.BytesIO()
@@ -222,13 +239,15 @@ def _with_segment(data: bytes, content: bytes) -> bytes:
     return data[:at] + b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content + data[at:]
 
 
-def _chunk(settings: Mapping[str, Any], packet: bytes) -> PngImagePlugin.PngInfo:
+def _chunk(
+    settings: Mapping[str, Any], size: Mapping[str, int], packet: bytes
+) -> PngImagePlugin.PngInfo:
     chunk = PngImagePlugin.PngInfo()
     if packet:
         chunk.add_itxt(PNG_XMP, packet.decode(), zip=False)
     chunk.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False), zip=False)
     if {"prompt", "sampler"} <= settings.keys():
-        chunk.add_text(PARAMETERS_KEY, format_parameters(settings))
+        chunk.add_text(PARAMETERS_KEY, format_parameters({**settings, **size}))
     return chunk
 
 

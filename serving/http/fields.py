@@ -41,6 +41,8 @@ class DrawingFields(BaseModel):
     width: int | None = None
     seed: int | list[int] | None = None
     noise: str | None = None
+    inpaint_area: str | None = None
+    mask_padding: int | None = None
     mask_blur: float | None = None
     paste_back: bool | None = None
     extend: tuple[int, int, int, int] | None = None

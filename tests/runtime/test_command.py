@@ -156,7 +156,10 @@ def test_from_an_image(here, capsys):
     assert command.main(["a", *QUICK, *flags]) == 0
     settings = read_settings(here / "b.png")
     assert (settings["image"], settings["strength"]) == ("start.jpg", 0.5)
-    assert (settings["height"], settings["width"]) == (64, 96)
+    assert (settings["height"], settings["width"]) == (None, None), "the image's own"
+    with Image.open("b.png") as file:
+        assert file.size == (96, 64)
+        assert "Size: 96x64" in file.text["parameters"]
 
 
 def test_a_mask_and_a_larger_canvas(here):

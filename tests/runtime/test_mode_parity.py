@@ -11,6 +11,7 @@ from PIL import Image
 
 from engine.backends.settings import BackendSettings
 from runtime import Hires, Pipeline
+from runtime.images.frame import Frame
 from tests.support.pictures import drawing, psnr
 from tests.support.schedulers import CLASSES, make_scheduler
 from tests.support.tolerances import PICTURE_PSNR_DB
@@ -184,3 +185,47 @@ def test_guidance_that_changes(pipeline, modes):
     fields["guidance_scale"] = scales
     ours = pipeline(PROMPT, sampler="euler", seed=SEED, **fields)
     assert_same(ours.images[0], given.images[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((300, 201), (40, 60, 130, 110)),
+        ((300, 201), (250, 2, 298, 90)),
+        ((90, 260), (0, 9, 90, 250)),
+    ],
+)
+def test_only_what_is_masked(pipeline, modes, size, box):
+    """diffusers' `padding_mask_crop`: the crop, its enlargement, and the way back."""
+    photo = drawing(size[1], size[0])
+    mask = Image.new("L", size)
+    mask.paste(255, box)
+    sides = {"height": WIDTH, "width": WIDTH}
+    expected = reference(
+        modes, "mask", "ddim", image=photo, mask_image=mask, padding_mask_crop=16, **sides
+    )
+    options = {"inpaint_area": "masked", "mask_padding": 16, "mask_blur": 0}
+    actual = pipeline(
+        PROMPT, seed=SEED, image=photo, mask=mask, **options, **sides, **FIELDS
+    ).images[0]
+    assert actual.size == expected.size == size
+    inside = np.asarray(mask) > 0
+    before, a, b = (np.asarray(each) for each in (photo, actual, expected))
+    assert (a[~inside] == before[~inside]).all()
+    assert psnr(a[inside], b[inside]) >= PICTURE_PSNR_DB
+    assert psnr(a[inside], before[inside]) < 30, "something was painted"
+
+
+def test_the_crop_is_diffusers():
+    """For masks of any place and shape, as long as the picture reaches."""
+    random = np.random.default_rng(0)
+    crop = diffusers.image_processor.VaeImageProcessor.get_crop_region
+    for _ in range(300):
+        width, height, w, h = (int(n) for n in random.integers(20, 300, 4))
+        left, top = int(random.integers(width)), int(random.integers(height))
+        right, bottom = int(random.integers(left, width)), int(random.integers(top, height))
+        photo, mask, pad = Image.new("RGB", (width, height)), Image.new("L", (width, height)), 7
+        mask.paste(255, (left, top, right + 1, bottom + 1))
+        box = Frame.masked(photo, mask, 8 * h, 8 * w, pad).box
+        expected = crop(mask, 8 * w, 8 * h, pad)
+        assert np.abs(np.subtract(box, expected)).max() <= 1, "it rounds in floating point"

@@ -88,6 +88,10 @@ def test_refused(options, said):
     ("options", "said"),
     [
         ({"mask": "mask.png"}, "mask came as str"),
+        ({"mask": "alpha"}, "nothing of the image is transparent"),
+        ({"inpaint_area": "part"}, "inpaint_area is 'part'; choose one of whole, masked"),
+        ({"inpaint_area": "masked"}, "without a mask"),
+        ({"mask_padding": -1}, "mask_padding is -1"),
         ({"mask": Image.new("L", (0, 8))}, "mask has 0 x 8 pixels"),
         ({"extend": (8, 0)}, "give four numbers of pixels: left, top, right, bottom"),
         ({"extend": 8}, "give four numbers"),
@@ -151,7 +155,7 @@ def test_an_image_whose_file_ends_early():
 )
 def test_refused_sides(name, side, said):
     with pytest.raises(RequestError, match=f"^{name} {said}"):
-        Request(prompt="a", **{name: side}).size(128, 8)
+        Request(prompt="a", **{name: side}).size((128, 128), 8)
 
 
 @pytest.mark.parametrize(
@@ -161,13 +165,10 @@ def test_refused_sides(name, side, said):
         ({"height": 64}, (64, 128)),
         ({"width": 64}, (128, 64)),
         ({"height": 8, "width": MAX_SIDE}, (8, MAX_SIDE)),
-        ({"image": Image.new("RGB", (50, 77))}, (72, 48)),
-        ({"image": Image.new("RGB", (3, 8))}, (8, 8)),
-        ({"image": Image.new("RGB", (50, 77)), "height": 16}, (16, 48)),
     ],
 )
 def test_size(options, size):
-    assert Request(prompt="a", **options).size(128, 8) == size
+    assert Request(prompt="a", **options).size((128, 128), 8) == size
 
 
 def test_what_is_left_to_the_model():
