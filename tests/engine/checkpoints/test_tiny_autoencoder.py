@@ -10,7 +10,7 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 
 from engine.backends.settings import BackendSettings
-from engine.checkpoints.tiny_decoder import open_tiny_decoder
+from engine.checkpoints.tiny_autoencoder import open_tiny_decoder
 from engine.configs.diffusion import TinyDecoderConfig
 from engine.engines import open_engine
 from engine.errors import ModelError
