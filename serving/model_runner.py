@@ -32,6 +32,7 @@ from serving.picture_request import DEFAULT_STEPS, PictureRequest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PREVIEW_QUALITY = 80
+TEXTS_SHARE = 0.02  # of the weights that embeddings of former prompts may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +248,8 @@ class Models:
                 pipeline = self.load(self.models[picture_request.model])
                 self._make_room(weight_bytes(pipeline))
                 self._put_on(pipeline, picture_request)
+                texts = pipeline.encoder.cache
+                texts.limit = min(texts.limit, int(TEXTS_SHARE * weight_bytes(pipeline)))
                 latents = probe(pipeline.model.vae.latent_channels)
                 self._open[key] = pipeline, Preview.fit(latents, pipeline.decode(latents))
             self._open.move_to_end(key)

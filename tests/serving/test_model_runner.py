@@ -66,3 +66,15 @@ def test_models_stay_within_their_bytes(models):
     assert use(one) == [(one,)], "what is asked for is drawn with whatever it takes"
     models.budget = None
     assert use(two) == [(one,), (two,)]
+
+
+def test_former_prompts_take_little_beside_the_weights(models):
+    """Every prompt is another: the model's size bounds what is kept, with adapters or none."""
+    for loras in ((), (("ink", 1.0),)):
+        for number in range(60):
+            fields = {"prompt": f"a {number}", "num_inference_steps": 1, "seed": 1}
+            request = PictureRequest(fields=fields, model="pictogram", loras=loras)
+            (unfinished,) = models.unfinished_pictures(request)
+        cache, weights = unfinished.pipeline.encoder.cache, weight_bytes(unfinished.pipeline)
+        assert 0 < cache._bytes <= cache.limit <= 0.02 * weights
+        assert len(cache._arrays) < 60
