@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,8 +26,11 @@ from benchmarks import (
 )
 from benchmarks.resumable import read_report
 from benchmarks.scenarios import SCENARIOS
+from benchmarks.serving.load import CLOCKS, Drawing
+from benchmarks.serving.measure import PARTS, Choice
+from benchmarks.serving.measure import measure as measure_serving
 from engine.backends.settings import PRECISIONS, ComputePrecision
-from engine.errors import exit_status, libraries_of
+from engine.errors import RequestError, exit_status, libraries_of
 from engine.store.cache import write_atomically
 
 EXCEEDED = 1
@@ -91,6 +95,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             whole=options.whole,
         )
         return latency.measure(choice, options.out)
+    if options.benchmark == "serving":
+        return measure_serving(_serving_choice(options), options.out)
     if options.benchmark == "agree":
         return agreement.compared(read_report(options.first), read_report(options.second))
     measure = _COMPARED.get(options.benchmark)
@@ -127,6 +133,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     ):
         add(commands.add_parser(name, help=text))
     _add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
+    _add_serving(commands.add_parser("serving", help="batches under load, and a server's costs"))
     agree = commands.add_parser("agree", help="whether two runs of latency say the same")
     agree.add_argument("first", type=Path, metavar="JSON")
     agree.add_argument("second", type=Path, metavar="JSON")
@@ -196,6 +203,63 @@ def _add_gpu(added: argparse.ArgumentParser) -> None:
     added.add_argument(
         "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
     )
+
+
+def _add_serving(added: argparse.ArgumentParser) -> None:
+    defaults = Choice(drawing=Drawing())
+    drawing, add = defaults.drawing, added.add_argument
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f"the parts whose name holds this, of {', '.join(PARTS)}; may be given several times",
+    )
+    add(
+        "--loads",
+        default=",".join(map(str, defaults.loads)),
+        metavar="LIST",
+        help="of the capacity of one at a time, which is measured first (default: %(default)s)",
+    )
+    for option, text in (
+        ("requests", "of a run under load"),
+        ("arrivals", "of a simulated run"),
+        ("memory", "requests to an engine that draws nothing, whose memory is looked at"),
+    ):
+        default = getattr(defaults, option)
+        add(f"--{option}", type=int, default=default, help=f"{text} (default: %(default)s)")
+    add("--rows", type=int, default=drawing.rows, help="in a step (default: %(default)s)")
+    add("--threads", type=int, default=drawing.threads, help="(default: %(default)s)")
+    add("--backend", choices=tuple(PRECISIONS), default=drawing.backend)
+    add("--precision", choices=get_args(ComputePrecision), default=drawing.precision)
+    add(
+        "--clock",
+        choices=CLOCKS,
+        default=drawing.clock,
+        help="of load and steps; the processor's, where others use the machine "
+        "(default: %(default)s)",
+    )
+    add("--out", type=Path, metavar="JSON", help="write the figures here, or into those here")
+
+
+def _serving_choice(options: argparse.Namespace) -> Choice:
+    """Raises RequestError."""
+    only: Sequence[str] = options.only or ("",)
+    return Choice(
+        drawing=Drawing(**{f.name: getattr(options, f.name) for f in fields(Drawing)}),
+        parts=[part for part in PARTS if any(text in part for text in only)],
+        loads=_numbers("--loads", options.loads),
+        requests=options.requests,
+        arrivals=options.arrivals,
+        memory=options.memory,
+    )
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RequestError(f"{option} is {text!r}; give numbers with commas between") from None
 
 
 def _add_build(added: argparse.ArgumentParser) -> None:

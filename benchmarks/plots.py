@@ -11,12 +11,14 @@ from benchmarks.contenders import PEAK, REFERENCE
 from benchmarks.quality import LARGEST_DB, REFERENCE_NAME
 from benchmarks.scale import AXES, along
 from benchmarks.scenarios import WHOLE
-from engine.errors import BackendError, install
+from engine.errors import BackendError, OutputError, install
 
 PLOTS = Path(__file__).parent.parent / "docs" / "plots"
 OURS = "latentrt, "
 WIDTH_IN = 8.0  # 800 pixels at the 100 dots an inch that it is shown at
 COLOURS = {"text encoder": "#8aa6b5", "UNet": "#2a78b5", "decoder": "#f0a043"}
+SHADES = ("#c9d6de", "#8aa6b5", "#f0a043", "#2a78b5")
+WAITS = {"first_step_s": "first step", "whole_s": "whole picture"}
 INK, PALE = "#333333", "#dddddd"
 STYLE = {
     "svg.hashsalt": "latentrt",  # otherwise names inside the file are drawn by chance
@@ -183,6 +185,42 @@ def scaling(report: Mapping[str, Any]) -> Any:
     return figure
 
 
+def serving(report: Mapping[str, Any]) -> Any:
+    """Draw the waits of mixed requests under load, and what each way gains on other machines.
+
+    Raises OutputError where one of the two is not measured.
+    """
+    if lacking := [part for part in ("load", "simulation") if part not in report]:
+        raise OutputError(f"the figures of serving lack {' and '.join(lacking)}; measure them too")
+    figure, (waits, gains) = _figure(3.4, columns=2)
+    load, contenders = next(iter(report["load"]["mixes"]["mixed"]["loads"].items()))
+    places = range(len(contenders))
+    for offset, (what, text) in zip((-0.2, 0.2), WAITS.items(), strict=True):
+        found = [told["figures"][what]["p95"] for told in contenders.values()]
+        colour = COLOURS["UNet" if offset < 0 else "decoder"]
+        waits.barh([p + offset for p in places], found, height=0.36, color=colour, label=text)
+        for place, seconds in zip(places, found, strict=True):
+            waits.text(seconds, place + offset, f" {_seconds(seconds)}", va="center", fontsize=8)
+    labels = [name.replace(", ", ",\n").replace(" (", "\n(") for name in contenders]
+    waits.set_yticks(list(places), labels, fontsize=8)
+    waits.invert_yaxis()
+    waits.set_xlabel(f"seconds at p95, load {load}")
+    waits.margins(x=0.2)
+    curves = report["simulation"]["curves"]
+    names = next(iter(curves.values()))["capacity"]["equal"]
+    for place, name in enumerate(names):
+        found = [curve["capacity"]["mixed"][name] for curve in curves.values()]
+        offsets = [number + 0.2 * (place - 1.5) for number in range(len(curves))]
+        gains.bar(offsets, found, width=0.18, label=name, color=SHADES[place])
+    labels = [name.replace(", ", "\n").replace(" (", "\n(") for name in curves]
+    gains.set_xticks(range(len(curves)), labels, fontsize=7)
+    gains.set_ylabel("capacity, of one at a time")
+    gains.legend(frameon=False, fontsize=7, loc="upper left")
+    waits.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    _title(figure, "Mixed requests: waits on this machine, and capacity on others (simulated)")
+    return figure
+
+
 def _figure(height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
@@ -210,4 +248,5 @@ DRAWN: Mapping[str, Plot] = {
     "speed-and-quality": Plot(reports=("latency", "quality"), draw=speed_against_quality),
     "scaling": Plot(reports=("scale",), draw=scaling),
     "scaling-sd15": Plot(reports=("scale-sd15",), draw=scaling),
+    "serving": Plot(reports=("serving",), draw=serving),
 }

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.comparison_tables import latency_table, quality_table, speed_table
 from benchmarks.gpu_summary import gpu_table
 from benchmarks.resource_tables import build_table, memory_table, scale_table
+from benchmarks.serving.tables import costs_table, load_table, simulation_table, steps_table
 from engine.errors import OutputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,8 +32,19 @@ PAGES: Mapping[Path, Sequence[str]] = {
     ),
     README.parent / "docs" / "gpu.md": ("gpu",),
     README.parent / "docs" / "marking.md": ("watermark",),
+    README.parent / "docs" / "serving.md": (
+        "serving-steps",
+        "serving",
+        "serving-simulation",
+        "serving-costs",
+    ),
 }
-SOURCES = {"speed": "latency-sd15"}  # tables that are made of another's figures
+SOURCES = {  # tables that are made of another's figures
+    "speed": "latency-sd15",
+    "serving-steps": "serving",
+    "serving-simulation": "serving",
+    "serving-costs": "serving",
+}
 BEGIN, END = "<!-- begin: python -m benchmarks report: {} -->", "<!-- end: {} -->"
 # Rows of each benchmark: what a figure is called, and how it is shown.
 ROWS: Mapping[str, Mapping[str, tuple[str, str]]] = {
@@ -140,6 +152,10 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "scale-sd15": scale_table,
     "speed": speed_table,
     "watermark": watermark_table,
+    "serving-steps": steps_table,
+    "serving": load_table,
+    "serving-simulation": simulation_table,
+    "serving-costs": costs_table,
 }
 
 

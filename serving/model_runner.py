@@ -34,6 +34,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PREVIEW_QUALITY = 80
 Lora = tuple[str, float] | tuple[str, float, float]
 """An adapter's name with its weight, or with those of the UNet and of the text encoders."""
+TEXTS_SHARE = 0.02  # of the weights that embeddings of former prompts may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,6 +262,8 @@ class Models:
                 pipeline = self.load(self.models[model])
                 self._make_room(weight_bytes(pipeline))
                 self._put_on(pipeline, model, loras)
+                texts = pipeline.encoder.cache
+                texts.limit = min(texts.limit, int(TEXTS_SHARE * weight_bytes(pipeline)))
                 latents = probe(pipeline.model.vae.latent_channels)
                 self._open[key] = pipeline, Preview.fit(latents, pipeline.decode(latents))
             self._open.move_to_end(key)

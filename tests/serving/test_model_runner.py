@@ -103,3 +103,15 @@ def test_adapters_of_the_prompt_count_among_all():
     request = asked(("ink", 0.7), prompt="<lora:a:1>" * 8)
     with pytest.raises(BadRequestError, match="loras has 9 adapters"):
         request.checked(Limits())
+
+
+def test_former_prompts_take_little_beside_the_weights(models):
+    """Every prompt is another: the model's size bounds what is kept, with adapters or none."""
+    for loras in ((), (("ink", 1.0),)):
+        for number in range(60):
+            fields = {"prompt": f"a {number}", "num_inference_steps": 1, "seed": 1}
+            request = PictureRequest(fields=fields, model="pictogram", loras=loras)
+            (unfinished,) = models.unfinished_pictures(request)
+        cache, weights = unfinished.pipeline.encoder.cache, weight_bytes(unfinished.pipeline)
+        assert 0 < cache._bytes <= cache.limit <= 0.02 * weights
+        assert len(cache._arrays) < 60

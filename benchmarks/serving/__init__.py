@@ -1,0 +1,1 @@
+"""How pictures are served: what batches gain, what a server costs, and what it keeps."""
