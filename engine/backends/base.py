@@ -56,10 +56,12 @@ class DeviceEngine(Engine, Protocol):
     """An engine whose inputs and outputs may stay on its device.
 
     `run` also takes arrays of the device as inputs; what it returns is the processor's.
-    records: whether what it queues may be recorded as a graph
     """
 
-    records: bool
+    @property
+    def records(self) -> bool:
+        """Whether what it queues, for what it is prepared for, may be recorded as a graph."""
+        ...
 
     @property
     def device(self) -> Device:

@@ -88,6 +88,7 @@ class CudaDevice:
         self._thread = threading.local()
         self._recording = False
         self._kept: list[Any] = []
+        self._used: list[object] = []
         self._scratch: DeviceArray | None = None
         device = self._enter()
         self._stream = device.create_stream()
@@ -201,14 +202,21 @@ class CudaDevice:
             finally:
                 self._recording = False
                 self._kept.clear()
+                used, self._used = self._used, []
                 builder.close()
-        return partial(self._replay, graph, (self._scratch, work))
+        return partial(self._replay, graph, (self._scratch, work, used))
 
     @_alone
     def _replay(self, graph: Any, kept: object) -> None:
         """Queue a graph again; kept: the memory and the engines that it uses."""
         with self._errors():
             graph.launch(self._stream)
+
+    @_alone
+    def keep(self, used: object) -> None:
+        """Keep this for a graph that is being recorded; see `engine.devices.device.Device`."""
+        if self._recording:
+            self._used.append(used)
 
     @_alone
     def wait(self) -> None:

@@ -106,6 +106,10 @@ class Device(Protocol):
         """
         ...
 
+    def keep(self, used: object) -> None:
+        """Keep what queued work uses for as long as the graph that is being recorded, if one is."""
+        ...
+
     def wait(self) -> None:
         """Wait for all work."""
         ...

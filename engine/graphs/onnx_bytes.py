@@ -175,6 +175,7 @@ def _message(field: int, content: bytes) -> bytes:
 
 def _number(value: int) -> bytes:
     encoded = bytearray()
+    value &= 2**64 - 1  # a negative number is written as what it is as an unsigned one of 64 bits
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)
         value >>= 7
@@ -203,6 +204,13 @@ class Nodes:
     outputs: Sequence[bytes]
 
     @classmethod
+    def of(cls, data: bytes) -> Self:
+        """Read the nodes of a serialised ModelProto."""
+        return cls.read(
+            next(_bytes(value) for field, value in fields(data) if field == MODEL_GRAPH)
+        )
+
+    @classmethod
     def read(cls, graph: bytes) -> Self:
         """Read a graph's nodes; raises ValueError or IndexError where there are none."""
         nodes = {
@@ -220,12 +228,41 @@ class Nodes:
         kinds = {i: next(iter(named(node, OP_TYPE)), b"") for i, node in nodes.items()}
         return cls(graph=graph, nodes=nodes, kinds=kinds, readers=readers, outputs=given)
 
+    def renamed(self, names: Mapping[bytes, bytes]) -> dict[int, bytes]:
+        """Write the nodes that read one of these values, so that they read others in its place."""
+        return {
+            i: encode(GRAPH_NODE, b"".join(encode(*_renamed(entry, names)) for entry in node))
+            for i, node in self.nodes.items()
+            if not names.keys().isdisjoint(named(node, INPUT))
+        }
+
     def replaced(self, written: Mapping[int, bytes]) -> bytes:
         """Return the graph with other fields, any number of them, in these places."""
         return b"".join(
             written[i] if i in written else encode(field, value)
             for i, (field, value) in enumerate(fields(self.graph))
         )
+
+
+def _renamed(entry: Field, names: Mapping[bytes, bytes]) -> Field:
+    field, value = entry
+    return (
+        (field, names.get(value, value)) if field == INPUT and isinstance(value, bytes) else entry
+    )
+
+
+def with_initializers(data: bytes, change: Callable[[Node], Node]) -> bytes:
+    """Return a serialised ModelProto with other initializers; change: takes and gives the fields of
+    one TensorProto."""
+    return _mapped(
+        data,
+        MODEL_GRAPH,
+        lambda graph: _mapped(
+            graph,
+            GRAPH_INITIALIZER,
+            lambda tensor: b"".join(encode(*entry) for entry in change(list(fields(tensor)))),
+        ),
+    )
 
 
 def with_own_operators(data: bytes, change: Callable[[Nodes], bytes]) -> bytes:
@@ -243,7 +280,7 @@ def _swept(graph: bytes) -> bytes:
     """Leave out the nodes that no output of the graph needs; nodes stand before their readers."""
     found = Nodes.read(graph)
     needed, dead = set(found.outputs), {}
-    for i, node in reversed(found.nodes.items()):
+    for i, node in reversed(list(found.nodes.items())):
         if needed.isdisjoint(named(node, OUTPUT)):
             dead[i] = b""
         else:
@@ -257,10 +294,15 @@ def written_node(
     out: bytes,
     attributes: Sequence[bytes],
     domain: bytes = b"",
+    others: Sequence[bytes] = (),
 ) -> bytes:
-    """Write a node as a field of a graph; it is named after its one output."""
+    """Write a node as a field of a graph; it is named after its first output.
+
+    others: further outputs; where a name is empty, one that nothing reads
+    """
     content = [encode(INPUT, name) for name in inputs]
-    content += [encode(OUTPUT, out), encode(NAME, out), encode(OP_TYPE, kind)]
+    content += [encode(OUTPUT, name) for name in (out, *others)]
+    content += [encode(NAME, out), encode(OP_TYPE, kind)]
     content += [encode(ATTRIBUTE, attribute) for attribute in attributes]
     return encode(GRAPH_NODE, b"".join(content) + (encode(DOMAIN, domain) if domain else b""))
 

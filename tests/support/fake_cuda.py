@@ -67,6 +67,7 @@ class FakeDevice:
         self._live: WeakValueDictionary[int, Memory] = WeakValueDictionary()
         self._queue: list[tuple[Work, list[Memory]]] = []
         self._recorded: list[Work] | None = None
+        self._used: list[object] = []
         self._scratch: DeviceArray | None = None
         self.lock = RLock()
 
@@ -133,14 +134,20 @@ class FakeDevice:
             work()
         finally:
             self._recorded = None
+            used, self._used = self._used, []
 
-        return partial(self._replay, recorded, (self._scratch, work))
+        return partial(self._replay, recorded, (self._scratch, work, used))
 
     @_alone
     def _replay(self, recorded: list[Work], kept: object) -> None:
         self.counts["replay"] += 1
         for piece in recorded:
             self.queue(piece)
+
+    @_alone
+    def keep(self, used: object) -> None:
+        if self._recorded is not None:
+            self._used.append(used)
 
     @_alone
     def wait(self) -> None:

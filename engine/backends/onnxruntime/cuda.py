@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from typing import Any
 
@@ -9,9 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Engine, EngineSpec, run_from_host
-from engine.backends.binding import bind
 from engine.backends.onnxruntime.attention import fuse_attention
+from engine.backends.onnxruntime.convolution import with_channels_last
+from engine.backends.onnxruntime.device_weights import DeviceWeights, widened
+from engine.backends.onnxruntime.fixed_sizes import FormSessions, Sizes, fix_sizes
 from engine.backends.onnxruntime.group_norm import fuse_group_norms
+from engine.backends.onnxruntime.products import with_exact_states, with_weights_as_they_lie
+from engine.backends.onnxruntime.transformer import fuse_transformers
 from engine.devices.cuda import find_device
 from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape
 from engine.errors import BackendError, GraphError, first_line, install
@@ -19,7 +24,10 @@ from engine.graphs.graph import Graph
 
 PROVIDER = "CUDAExecutionProvider"
 PACKAGES = "'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas cuda-core cuda-bindings"
-NEEDS_PROVIDER = "implementation for GroupNorm"  # missing, says the library: no other has one
+ASSIGNMENT = "session.record_ep_graph_assignment_info"
+DISABLED = ["GatherSliceToSplitFusion"]  # a split copies its sizes to the GPU in every run
+WARM_UP = 2  # runs until the library allocates no more
+NEEDS_PROVIDER = "Could not find an implementation"  # of an operator that it alone has
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -33,26 +41,58 @@ def open_engine(spec: EngineSpec) -> Engine:
     return OnnxRuntimeCudaEngine(spec.graph, spec.weights, find_device())
 
 
-class OnnxRuntimeCudaEngine:
-    """A `DeviceEngine`: a graph in a session of ONNX Runtime's CUDA provider.
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Form:
+    """A session for inputs of certain shapes.
 
-    Its work is queued on the device's stream. The weights are constants of the session, so that
-    the library may rearrange them for its convolutions; an adapter opens it again.
-    index: the GPU's number
+    binding: to the arrays of the last run; outputs: their shapes; dtypes: of inputs and outputs
+    elsewhere: the operators that do not run on the GPU
     """
 
-    # Sizes that are not fixed are copied to the processor and waited for, which no graph holds; and
-    # after it was tried, the next run is told the error of it (seen on an H100).
-    records = False
+    session: Any
+    binding: Any
+    outputs: dict[str, Shape]
+    dtypes: dict[str, np.dtype[Any]]
+    elsewhere: tuple[str, ...]
+    is_ready: bool = False
+
+    @classmethod
+    def of(cls, session: Any) -> "_Form":
+        """Ask a session for all of that."""
+        arguments = [*session.get_inputs(), *session.get_outputs()]
+        return cls(
+            session=session,
+            binding=session.io_binding(),
+            outputs={output.name: tuple(output.shape) for output in session.get_outputs()},
+            dtypes={argument.name: np.dtype(DTYPES[argument.type]) for argument in arguments},
+            elsewhere=tuple(
+                node.op_type
+                for assigned in session.get_provider_graph_assignment_info()
+                for node in assigned.get_nodes()
+                if assigned.ep_name != PROVIDER
+            ),
+        )
+
+
+class OnnxRuntimeCudaEngine:
+    """A `DeviceEngine`: a graph in sessions of ONNX Runtime's CUDA provider, one for each form.
+
+    Their work is queued on the device's stream, and they share the arrays among the weights.
+    index: the GPU's number
+    """
 
     def __init__(self, graph: Graph, weights: Arrays, device: Device, index: int = 0) -> None:
         self.device = device
         self._library = _import()
         self._graph = graph
         self._index = index
-        self._shapes: dict[frozenset[tuple[str, Shape]], dict[str, Shape]] = {}
-        self._session: Any = None
-        self._open(weights)
+        data, in_float32 = widened(graph.data(), graph.weights)
+        self._weights = DeviceWeights(
+            graph, rewritten(data, graph.weights), in_float32, device, index
+        )
+        self._forms = FormSessions(self._weights.model, self._open)
+        self._bound = False
+        self._take(weights, graph.weights)
         # The caller waits for the stream, and mostly much later.
         self._asynchronous = self._library.RunOptions()
         self._asynchronous.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -61,91 +101,100 @@ class OnnxRuntimeCudaEngine:
         """Run once, with arrays of the signature; see `engine.backends.base.DeviceEngine`."""
         return run_from_host(self, inputs)
 
+    @property
+    def records(self) -> bool:
+        """Whether all that was prepared runs on the GPU alone."""
+        return not any(form.elsewhere for form in self._forms.opened())
+
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
         """Get ready for these shapes; see `engine.backends.base.DeviceEngine`.
 
-        New shapes are run once on zeros: the library knows what it makes of them only then, and it
-        chooses its convolutions and takes its memory, which it must not do in a recorded graph.
+        New shapes are run on zeros: the library chooses its convolutions in the first run and
+        takes its memory in the first and the second, which it must not do in a recorded graph.
         """
-        shapes = {name: tuple(shape) for name, shape in inputs.items()}
-        key = frozenset(shapes.items())
-        if key not in self._shapes:
-            self._shapes[key] = self._run_zeros(shapes)
-        return {
-            name: self.device.empty(shape, self._dtypes[name])
-            for name, shape in self._shapes[key].items()
-        }
+        with self.device.lock:
+            form = self._form(inputs)
+            if not form.is_ready:
+                self._run_zeros(form, inputs)
+            return self._outputs(form)
 
     def enqueue(
         self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> None:
         """Queue a run; see `engine.backends.base.DeviceEngine`."""
-        binding = self._bind(inputs)
-        for name, array in outputs.items():
-            binding.bind_output(
-                name, "cuda", self._index, array.dtype.type, array.shape, array.address
-            )
-        self._run(binding)
+        with self.device.lock:
+            form = self._form({name: array.shape for name, array in inputs.items()})
+            self.device.keep(form)
+            self._run(form, inputs, outputs)
 
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
-        """Open the session again; see `engine.backends.base.Engine`."""
-        self.device.wait()
-        self._session = None  # never two of all weights
-        self._open(weights)
+        """Take weights anew, in place where they are shared; see `engine.backends.base.Engine`."""
+        with self.device.lock:
+            self._take(weights, names)
 
-    def _run_zeros(self, inputs: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Run on zeros, and return the shapes of the outputs."""
-        placed = {}
-        for name, shape in inputs.items():
-            placed[name] = self.device.empty(shape, self._dtypes[name])
-            self.device.upload(np.zeros(shape, self._dtypes[name]), placed[name])
-        binding = self._bind(placed)
-        for name in self._graph.outputs:
-            binding.bind_output(name, "cuda", self._index)
-        self._run(binding)
-        self.device.wait()
-        made = binding.get_outputs()
-        return {
-            name: tuple(value.shape())
-            for name, value in zip(self._graph.outputs, made, strict=True)
-        }
+    def _take(self, weights: Arrays, names: Collection[str]) -> None:
+        self._bound = False
+        if self._weights.take(weights, names):
+            self.device.wait()  # for what the sessions still have to do
+            self._forms.clear()
+        self._bound = True
 
-    def _bind(self, inputs: Mapping[str, DeviceArray]) -> Any:
-        if self._session is None:
+    def _form(self, inputs: Mapping[str, Shape]) -> "_Form":
+        if not self._bound:
             raise BackendError(
                 "the engine has no weights since they could not be changed; open it again"
             )
-        binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_input(
-                name, "cuda", self._index, array.dtype.type, array.shape, array.address
-            )
-        return binding
+        return self._forms.get(inputs)
 
-    def _run(self, binding: Any) -> None:
+    def _outputs(self, form: "_Form") -> dict[str, DeviceArray]:
+        return {
+            name: self.device.empty(shape, form.dtypes[name])
+            for name, shape in form.outputs.items()
+        }
+
+    def _run_zeros(self, form: "_Form", inputs: Mapping[str, Shape]) -> None:
+        placed = {}
+        for name, shape in inputs.items():
+            placed[name] = self.device.empty(shape, form.dtypes[name])
+            self.device.upload(np.zeros(shape, form.dtypes[name]), placed[name])
+        outputs = self._outputs(form)
+        for _ in range(WARM_UP):
+            self._run(form, placed, outputs)
+        self.device.wait()
+        form.is_ready = True
+
+    def _run(
+        self,
+        form: "_Form",
+        inputs: Mapping[str, DeviceArray],
+        outputs: Mapping[str, DeviceArray],
+    ) -> None:
+        bound = [(form.binding.bind_input, inputs), (form.binding.bind_output, outputs)]
+        for bind, arrays in bound:
+            for name, array in arrays.items():
+                bind(name, "cuda", self._index, array.dtype.type, array.shape, array.address)
         try:
-            self._session.run_with_iobinding(binding, self._asynchronous)
+            form.session.run_with_iobinding(form.binding, self._asynchronous)
         except Exception as error:  # the library's own exceptions share no base of their own
             raise BackendError(
                 f"ONNX Runtime failed on the GPU ({first_line(error)}); is the picture too large "
                 "for its memory?"
             ) from error
 
-    def _open(self, weights: Arrays) -> None:
+    def _open(self, sizes: Sizes) -> "_Form":
         library = self._library
-        taken = {
-            name: library.OrtValue.ortvalue_from_numpy(array)
-            for name, array in bind(self._graph, weights)
-        }
         options = library.SessionOptions()
         options.log_severity_level = 3
-        options.add_external_initializers(list(taken), list(taken.values()))
+        options.add_session_config_entry(ASSIGNMENT, "1")
+        fix_sizes(options, sizes)
+        kept = self._weights.give(options, library)
         try:
             session = library.InferenceSession(
-                self._model(),
+                self._weights.model,
                 options,
                 providers=[(PROVIDER, self._settings()), "CPUExecutionProvider"],
                 enable_fallback=0,  # on the processor alone, after some lines of print
+                disabled_optimizers=DISABLED,
             )
         except Exception as error:
             if NEEDS_PROVIDER in str(error):
@@ -156,28 +205,33 @@ class OnnxRuntimeCudaEngine:
             ) from error
         if PROVIDER not in session.get_providers():
             raise _not_started()
-        self._session = session
-        arguments = [*session.get_inputs(), *session.get_outputs()]
-        self._dtypes = {argument.name: np.dtype(DTYPES[argument.type]) for argument in arguments}
-
-    def _model(self) -> bytes:
-        """Return the graph with the library's own attention and group norms.
-
-        Of its two kernels for attention, ONNX's was 17 % off on an H100 in a step of Stable
-        Diffusion 1.5, or made what is no number; its own is as near to float32 as torch is.
-        """
-        return fuse_group_norms(fuse_attention(self._graph.data()), self._graph.weights)
+        del kept
+        return _Form.of(session)
 
     def _settings(self) -> dict[str, str]:
         return {
             "device_id": str(self._index),
             "user_compute_stream": str(self.device.stream),
-            "prefer_nhwc": "1",  # as tensor cores want it
             "cudnn_conv_algo_search": "EXHAUSTIVE",  # once for each shape, when it is prepared
             "cudnn_conv_use_max_workspace": "1",
+            "fuse_conv_bias": "1",
             "arena_extend_strategy": "kSameAsRequested",  # doubling takes up to twice the memory
-            "use_tf32": "0",  # float32 is what it says, as on the processor
+            # Without, convolutions in float16 have no tensor cores; float32 is what it says.
+            "use_tf32": "1" if self._graph.precision == "float16" else "0",
+            "prefer_nhwc": "1",  # for what is not `with_channels_last`
         }
+
+
+def rewritten(data: bytes, weights: Mapping[str, Shape]) -> bytes:
+    """Return a serialised ModelProto with the provider's own operators, which make fewer passes.
+
+    weights: the graph's, with their shapes
+    Of its two kernels for attention, ONNX's was 17 % off on an H100 in a step of Stable Diffusion
+    1.5, or made what is no number; its own is as near to float32 as torch is.
+    """
+    data = with_weights_as_they_lie(fuse_attention(data, causal=True), weights)
+    data = fuse_transformers(with_exact_states(data), weights)
+    return with_channels_last(fuse_group_norms(data, weights), weights)
 
 
 def _import() -> Any:

@@ -1,13 +1,13 @@
-"""Group normalisation as ONNX Runtime's CUDA provider has a kernel for it.
+"""Group normalisation as ONNX Runtime's CUDA provider has kernels for it.
 
 It has none for ONNX's GroupNormalization, which it would take apart into a dozen passes over the
-picture in float32. Its own GroupNorm does all in two, and the SiLU behind it too; it wants the
-channels last, as convolutions do with `prefer_nhwc`, so the library takes most of the transposes
-out again. Its statistics are float32. A thread takes two channels, so a group of an odd number of
-them stays ONNX's.
+picture in float32. Its own GroupNorm does all in two, and the SiLU behind it too; its SkipGroupNorm
+also the sum before it, be it a residual or a time embedding. Both want the channels last, as
+convolutions do, so the library takes most of the transposes out again. Their statistics are
+float32. A thread takes two channels, so groups of an odd number become InstanceNormalization.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from engine.devices.device import Shape
 from engine.graphs.onnx_bytes import (
@@ -26,7 +26,8 @@ from engine.graphs.onnx_bytes import (
 )
 
 FLOAT = 1  # TensorProto.DataType
-WIDENED = ".float32"  # what `export.islands` adds to the name of a weight that it casts
+PICTURES = (b"Conv", b"Add", b"Concat", b"Transpose", b"Reshape", b"Resize")
+"""Operators whose results, added to a picture, are as large."""
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
@@ -45,9 +46,13 @@ def _fused(found: Nodes, weights: Mapping[str, Shape]) -> bytes:
         frozenset(named(node, INPUT)): i for i, node in nodes.items() if kinds[i] == b"Mul"
     }
     sigmoids = {named(node, INPUT)[0]: i for i, node in nodes.items() if kinds[i] == b"Sigmoid"}
+    makers = {name: i for i, node in nodes.items() for name in named(node, OUTPUT)}
     written: dict[int, bytes] = {}
     for i, node in nodes.items():
-        if kinds[i] != b"GroupNormalization" or _group_size(node, weights) % 2:
+        if kinds[i] != b"GroupNormalization":
+            continue
+        if _group_size(node, weights) % 2:
+            written[i] = b"".join(_instance_norm(node))
             continue
         (out,) = named(node, OUTPUT)
         silu, swish = None, sigmoids.get(out)
@@ -57,32 +62,112 @@ def _fused(found: Nodes, weights: Mapping[str, Shape]) -> bytes:
         if silu is not None and swish is not None:
             written[swish] = written[silu] = b""
             (out,) = named(nodes[silu], OUTPUT)
-        written[i] = b"".join(_group_norm(node, out, silu is not None))
+        add = makers.get(named(node, INPUT)[0])
+        terms = _terms(found, makers, add) if add is not None and add not in written else None
+        if terms is None or add is None:
+            written[i] = b"".join(_group_norm(node, out, silu is not None))
+        else:
+            written[i] = b""
+            written[add] = b"".join(_group_norm(node, out, silu is not None, *terms))
     return found.replaced(written)
 
 
-def _group_norm(node: Node, out: bytes, silu: bool) -> Iterator[bytes]:
-    picture, scale, bias = named(node, INPUT)
-    given, groups = attributes_of(node), _groups(node)
+def _terms(found: Nodes, makers: Mapping[bytes, int], add: int) -> tuple[bytes, bytes, bool] | None:
+    """Return the two terms of a sum, and whether the second is a vector for each picture.
+
+    One is a convolution's. The other is as large, or a linear layer's, (B, C), of which only the
+    axes of height and width are still missing.
+    """
+
+    def kind(name: bytes) -> bytes:
+        return found.kinds[makers[name]] if name in makers else b""
+
+    given = named(found.nodes[add], INPUT)
+    if found.kinds[add] != b"Add":
+        return None
+    for picture, other in (given, given[::-1]):
+        if kind(picture) != b"Conv":
+            continue
+        if kind(other) in PICTURES:
+            return picture, other, False
+        if kind(other) == b"Unsqueeze":
+            (vector,) = named(found.nodes[makers[other]], INPUT)[:1]
+            return (picture, vector, True) if kind(vector) == b"Gemm" else None
+    return None
+
+
+def _group_norm(
+    node: Node,
+    out: bytes,
+    silu: bool,
+    picture: bytes = b"",
+    skip: bytes = b"",
+    vector: bool = False,
+) -> Iterator[bytes]:
+    """Write a norm, and the sum of two terms before it where there are any."""
+    given, scale, bias = named(node, INPUT)
+    attributes = attributes_of(node)
     last, normed = out + b".last", out + b".normed"
-    yield written_node(b"Transpose", [picture], last, [ints_attribute(b"perm", CHANNELS_LAST)])
+    yield _transposed(picture or given, last, CHANNELS_LAST)
     wide = [out + b".scale", out + b".bias"]  # the kernel takes both in float32 only
     for narrow, name in zip((scale, bias), wide, strict=True):
         yield written_node(b"Cast", [narrow], name, [int_attribute(b"to", FLOAT)])
     settings = [
-        int_attribute(b"groups", groups),
+        int_attribute(b"groups", _groups(node)),
         int_attribute(b"activation", int(silu)),
         int_attribute(b"channels_last", 1),
     ]
-    if b"epsilon" in given:
-        settings.append(given[b"epsilon"])
-    yield written_node(b"GroupNorm", [last, *wide], normed, settings, CONTRIB)
-    yield written_node(b"Transpose", [normed], out, [ints_attribute(b"perm", CHANNELS_FIRST)])
+    if b"epsilon" in attributes:
+        settings.append(attributes[b"epsilon"])
+    if not skip:
+        yield written_node(b"GroupNorm", [last, *wide], normed, settings, CONTRIB)
+    else:
+        added, total = skip if vector else out + b".skip", out + b".sum"
+        if not vector:
+            yield _transposed(skip, added, CHANNELS_LAST)
+        inputs = [last, *wide, added]
+        yield written_node(b"SkipGroupNorm", inputs, normed, settings, CONTRIB, [total])
+        yield _transposed(total, given, CHANNELS_FIRST)
+    yield _transposed(normed, out, CHANNELS_FIRST)
+
+
+def _transposed(name: bytes, out: bytes, axes: Sequence[int]) -> bytes:
+    return written_node(b"Transpose", [name], out, [ints_attribute(b"perm", axes)])
+
+
+def _instance_norm(node: Node) -> Iterator[bytes]:
+    """Write a norm as one of each group, all of whose channels are then scaled."""
+    picture, scale, bias = named(node, INPUT)
+    (out,) = named(node, OUTPUT)
+
+    def part(name: bytes) -> bytes:
+        return out + b"." + name
+
+    def constant(name: bytes, *values: int) -> bytes:
+        return written_node(b"Constant", [], part(name), [ints_attribute(b"value_ints", values)])
+
+    ones, zeros = part(b"ones"), part(b"zeros")
+    yield constant(b"groups", _groups(node))
+    yield written_node(b"ConstantOfShape", [part(b"groups")], part(b"zero"), [])
+    yield written_node(b"CastLike", [part(b"zero"), scale], zeros, [])
+    yield written_node(b"Exp", [zeros], ones, [])
+    yield constant(b"grouped", 0, _groups(node), -1)
+    yield written_node(b"Reshape", [picture, part(b"grouped")], part(b"split"), [])
+    epsilon = [a for name, a in attributes_of(node).items() if name == b"epsilon"]
+    even = part(b"even")
+    yield written_node(b"InstanceNormalization", [part(b"split"), ones, zeros], even, epsilon)
+    yield written_node(b"Shape", [picture], part(b"shape"), [])
+    yield written_node(b"Reshape", [even, part(b"shape")], part(b"joined"), [])
+    yield constant(b"axes", 1, 2)
+    yield written_node(b"Unsqueeze", [scale, part(b"axes")], part(b"scale"), [])
+    yield written_node(b"Unsqueeze", [bias, part(b"axes")], part(b"bias"), [])
+    yield written_node(b"Mul", [part(b"joined"), part(b"scale")], part(b"scaled"), [])
+    yield written_node(b"Add", [part(b"scaled"), part(b"bias")], out, [])
 
 
 def _group_size(node: Node, weights: Mapping[str, Shape]) -> int:
     """Count the channels of a group; 1 where that cannot be known."""
-    scale = named(node, INPUT)[1].decode().removesuffix(WIDENED)
+    scale = named(node, INPUT)[1].decode()
     return weights[scale][0] // _groups(node) if scale in weights else 1
 
 

@@ -1,48 +1,67 @@
 import builtins
+import ctypes
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper
 
 from engine.backends.onnxruntime import cuda as onnxruntime_cuda
+from engine.backends.onnxruntime import device_values, device_weights
 from engine.backends.onnxruntime.cpu import OnnxRuntimeEngine
-from engine.backends.onnxruntime.cuda import PROVIDER, OnnxRuntimeCudaEngine
+from engine.backends.onnxruntime.cuda import PROVIDER, WARM_UP, OnnxRuntimeCudaEngine
+from engine.backends.onnxruntime.fixed_sizes import LIMIT
 from engine.checkpoints.families.sd import SD1
 from engine.configs.diffusion import AutoencoderConfig
 from engine.errors import BackendError, GraphError, ModelError
 from engine.graphs.graph import find_graph, graph_folders
+from engine.graphs.onnx_bytes import GRAPH_NODE, MODEL_GRAPH, encode
 from engine.model import Model, find_model
 from tests.support.fake_cuda import FakeDevice
-from tests.support.real_signatures import check_call, strict
+from tests.support.real_signatures import check_call, checked, strict
 
 MODEL = Model.open(find_model("pictogram"))
 GRAPH = find_graph(
     "preview_decoder", MODEL.config("preview_decoder"), "float32", graph_folders(), MODEL.path
 )
 WEIGHTS = dict(MODEL.weights("preview_decoder"))
-BIAS = "decoder.layers.0.bias"
+BIAS, ARRAY = "decoder.layers.0.bias", "decoder.layers.0.weight"
 INSTALL = r"pip install 'onnxruntime-gpu.*'\.\[gpu\]'"
 
 
 class FakeLibrary:
     """onnxruntime-gpu on a `FakeDevice`: its sessions are the processor's."""
 
-    OrtValue = onnxruntime.OrtValue
-    SessionOptions = onnxruntime.SessionOptions
     RunOptions = onnxruntime.RunOptions
 
     def __init__(self, device):
         self.device = device
         self.sessions = []
+        self.elsewhere = []
         self.available = [PROVIDER, "CPUExecutionProvider"]
         self.started = [PROVIDER, "CPUExecutionProvider"]
+        self.OrtValue = SimpleNamespace(
+            ortvalue_from_numpy=onnxruntime.OrtValue.ortvalue_from_numpy,
+            from_dlpack=checked(onnxruntime.OrtValue.from_dlpack, _described),
+        )
 
-    def InferenceSession(self, data, options, providers, enable_fallback):  # noqa: N802
-        arguments = (data, options), {"providers": providers, "enable_fallback": enable_fallback}
-        check_call(onnxruntime.InferenceSession, *arguments, of_class=True)
-        session = _Session(self, data, options, providers)
+    def SessionOptions(self):  # noqa: N802
+        return strict(onnxruntime.SessionOptions, _Options())
+
+    def InferenceSession(  # noqa: N802
+        self, data, options, providers, enable_fallback, disabled_optimizers
+    ):
+        given = {
+            "providers": providers,
+            "enable_fallback": enable_fallback,
+            "disabled_optimizers": disabled_optimizers,
+        }
+        check_call(onnxruntime.InferenceSession, (data, None), given, of_class=True)
+        session = _Session(self, data, options._fake, providers)
         self.sessions.append(session)
         return strict(onnxruntime.InferenceSession, session)
 
@@ -53,14 +72,56 @@ class FakeLibrary:
         assert directory == ""
 
 
+def _described(capsule):
+    """Return what a capsule of DLPack says: an array's address, shape and dtype."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    said = device_values._Tensor.from_address(pointer(capsule, b"dltensor"))
+    assert (said.device_type, said.device_id, said.lanes, said.strides) == (2, 0, 1, None)
+    sizes = (ctypes.c_int64 * said.ndim).from_address(said.shape)
+    kind = {code: kind for kind, code in device_values.CODES.items()}[said.code]
+    return said.data, tuple(sizes), np.dtype(f"{kind}{said.bits // 8}")
+
+
+class _Options:
+    log_severity_level = 2
+
+    def __init__(self):
+        self.entries, self.sizes, self.constants, self.shared = {}, {}, {}, {}
+
+    def add_session_config_entry(self, name, value):
+        self.entries[name] = value
+
+    def add_free_dimension_override_by_name(self, name, size):
+        self.sizes[name] = size
+
+    def add_external_initializers(self, names, values):
+        self.constants.update(zip(names, values, strict=True))
+
+    def add_initializer(self, name, value):
+        self.shared[name] = value
+
+
 class _Session:
     def __init__(self, library, data, options, providers):
         self.library = library
         self.settings = dict(providers[0][1])
+        self.options = options
+        self.data = data
         self.runs = []
         self.fail = None
+        assert options.entries["session.record_ep_graph_assignment_info"] == "1"
+        assert all(np.isnan(options.constants[name].numpy()).all() for name in options.shared)
+        self.session = self.opened(options.constants)
+
+    def opened(self, constants):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        for name, size in self.options.sizes.items():
+            options.add_free_dimension_override_by_name(name, size)
+        options.add_external_initializers(list(constants), list(constants.values()))
         cpu = ["CPUExecutionProvider"]
-        self.session = onnxruntime.InferenceSession(data, options, providers=cpu)
+        return onnxruntime.InferenceSession(self.data, options, providers=cpu)
 
     def get_providers(self):
         return self.library.started
@@ -71,6 +132,19 @@ class _Session:
     def get_outputs(self):
         return self.session.get_outputs()
 
+    def get_provider_graph_assignment_info(self):
+        return [
+            SimpleNamespace(
+                ep_name=name,
+                get_nodes=lambda kinds=kinds: [SimpleNamespace(op_type=k) for k in kinds],
+            )
+            for name, kinds in (
+                (PROVIDER, ["Conv"]),
+                ("CPUExecutionProvider", self.library.elsewhere),
+            )
+            if kinds
+        ]
+
     def io_binding(self):
         return strict(onnxruntime.IOBinding, _Binding())
 
@@ -79,39 +153,34 @@ class _Session:
             raise RuntimeError(self.fail)
         key = "disable_synchronize_execution_providers"
         assert run_options.get_run_config_entry(key) == "1"
-        binding, device = iobinding._fake, self.library.device
-        self.runs.append(binding)
-        names = list(binding.outputs)
+        inputs, outputs = dict(iobinding._fake.inputs), dict(iobinding._fake.outputs)
+        self.runs.append({name: place[1] for name, place in inputs.items()})
+        value = onnxruntime.OrtValue.ortvalue_from_numpy
 
-        def run(given):
-            return dict(zip(names, self.session.run(names, given), strict=True))
+        device = self.library.device
+        kept, alive = None if device.recording else self, weakref.ref(self)
 
-        if all(place is None for place in binding.outputs.values()):
-            zeros = {name: np.zeros(*place[1:]) for name, place in binding.inputs.items()}
-            binding.made = [
-                SimpleNamespace(shape=lambda a=a: list(a.shape)) for a in run(zeros).values()
-            ]
-        else:
-            device.queue_run(SimpleNamespace(run=run), binding.inputs, binding.outputs)
+        def run(given):  # with the weights as they lie on the device when its turn comes
+            session = kept or alive()
+            assert session is not None, "its memory is gone"
+            shared = {n: value(device.at(*p)) for n, p in session.options.shared.items()}
+            opened = session.opened(session.options.constants | shared)
+            return dict(zip(outputs, opened.run(list(outputs), given), strict=True))
+
+        device.queue_run(SimpleNamespace(run=run), inputs, outputs)
 
 
 class _Binding:
     def __init__(self):
-        self.inputs, self.outputs, self.made = {}, {}, None
+        self.inputs, self.outputs = {}, {}
 
     def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr):
         assert (device_type, device_id) == ("cuda", 0)
         self.inputs[name] = buffer_ptr, tuple(shape), np.dtype(element_type)
 
-    def bind_output(
-        self, name, device_type, device_id, element_type=None, shape=None, buffer_ptr=None
-    ):
+    def bind_output(self, name, device_type, device_id, element_type, shape, buffer_ptr):
         assert (device_type, device_id) == ("cuda", 0)
-        bound = None if buffer_ptr is None else (buffer_ptr, tuple(shape), np.dtype(element_type))
-        self.outputs[name] = bound
-
-    def get_outputs(self):
-        return self.made
+        self.outputs[name] = buffer_ptr, tuple(shape), np.dtype(element_type)
 
 
 @pytest.fixture
@@ -123,6 +192,9 @@ def device():
 def library(device, monkeypatch):
     made = FakeLibrary(device)
     monkeypatch.setattr(onnxruntime_cuda, "_import", lambda: made)
+    # The processor has no kernels for the provider's own operators.
+    monkeypatch.setattr(onnxruntime_cuda, "rewritten", lambda data, weights: data)
+    monkeypatch.setattr(device_weights, "SHARING", {(b"Conv", 1)})
     return made
 
 
@@ -143,10 +215,10 @@ def test_a_run_is_that_of_the_graph(library, device):
 
 def test_runs_are_queued_on_the_device_s_stream_without_waiting(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
-    assert library.sessions[0].settings["user_compute_stream"] == str(device.stream)
     inputs = latents(1, 8, 8, 8)
     placed = {"latents": device.empty((1, 8, 8, 8), np.dtype(np.float32))}
     outputs = engine.prepare({"latents": (1, 8, 8, 8)})
+    assert library.sessions[0].settings["user_compute_stream"] == str(device.stream)
     device.counts.clear()
 
     replay = device.record(lambda: engine.enqueue(placed, outputs))
@@ -157,34 +229,93 @@ def test_runs_are_queued_on_the_device_s_stream_without_waiting(library, device)
     np.testing.assert_array_equal(device.download(outputs["pixels"]), expected(inputs))
 
 
-def test_new_shapes_are_run_once_to_know_the_outputs(library, device):
+def test_a_form_is_opened_and_run_on_zeros_once(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
     for shape in ((1, 8, 8, 8), (1, 8, 8, 8), (1, 8, 16, 8)):
         outputs = engine.prepare({"latents": shape})
         assert outputs["pixels"].shape == (1, shape[2] * 8, shape[3] * 8, 3)
         assert outputs["pixels"].dtype == np.uint8
-    assert len(library.sessions[0].runs) == 2
+    first, second = library.sessions
+    assert first.options.sizes == {"B": 1, "h": 8, "w": 8}
+    assert second.options.sizes == {"B": 1, "h": 16, "w": 8}
+    assert len(first.runs) == len(second.runs) == WARM_UP
+
+
+def test_forms_share_the_arrays_among_the_weights(library, device):
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+    arrays = {name for name, shape in GRAPH.weights.items() if len(shape) > 1}
+    uploads = device.counts["upload"]
+    assert uploads == len(arrays)
+    for size in (8, 16):
+        engine.prepare({"latents": (1, 8, size, 8)})
+    first, second = (session.options for session in library.sessions)
+    assert first.shared == second.shared
+    assert set(first.shared) == arrays
+    assert device.counts["upload"] == uploads + 2, "the zeros of two forms"
+
+
+def test_a_form_that_is_elsewhere_is_not_recorded(library, device):
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+    engine.prepare({"latents": (1, 8, 8, 8)})
+    assert engine.records
+    library.elsewhere = ["ReduceProd"]
+    engine.prepare({"latents": (1, 8, 16, 8)})
+    assert not engine.records
+
+
+def test_a_recorded_graph_keeps_its_session(library, device):
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+    placed = device.empty((1, 8, 8, 8), np.dtype(np.float32))
+    device.upload(latents(1, 8, 8, 8)["latents"], placed)
+    outputs = engine.prepare({"latents": (1, 8, 8, 8)})
+    replay = device.record(lambda: engine.enqueue({"latents": placed}, outputs))
+    session = weakref.ref(library.sessions.pop())
+    for height in range(2, 2 + LIMIT):
+        engine.prepare({"latents": (1, 8, 8 * height, 8)})
+    gc.collect()
+    assert session() is not None, "no more among the engine's"
+    replay()
+    np.testing.assert_array_equal(device.download(outputs["pixels"]), expected(latents(1, 8, 8, 8)))
+    del replay
+    gc.collect()
+    assert session() is None
 
 
 @pytest.mark.parametrize(("part", "config"), [("step", SD1), ("vae_decoder", AutoencoderConfig())])
 def test_no_attention_is_left_to_the_kernel_that_is_wrong(part, config):
     graph = find_graph(part, config, "float16", graph_folders(), MODEL.path)
-    engine = object.__new__(OnnxRuntimeCudaEngine)
-    engine._graph = graph
-    kinds = [node.op_type for node in onnx.load_model_from_string(engine._model()).graph.node]
-    before = [n.op_type for n in onnx.load_model_from_string(graph.data()).graph.node]
+    data = graph.data()
+    made = onnx.load_model_from_string(onnxruntime_cuda.rewritten(data, graph.weights))
+    kinds = [node.op_type for node in made.graph.node]
+    before = [node.op_type for node in onnx.load_model_from_string(data).graph.node]
     assert "Attention" not in kinds
     assert kinds.count("MultiHeadAttention") == before.count("Attention")
 
 
-def test_other_weights_open_the_session_again(library, device):
+def test_other_arrays_are_changed_in_place(library, device):
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+    inputs = latents(1, 8, 8, 8)
+    placed = device.empty((1, 8, 8, 8), np.dtype(np.float32))
+    device.upload(inputs["latents"], placed)
+    outputs = engine.prepare({"latents": (1, 8, 8, 8)})
+    replay = device.record(lambda: engine.enqueue({"latents": placed}, outputs))
+    changed = WEIGHTS | {ARRAY: WEIGHTS[ARRAY] * np.float32(1.5)}
+    for weights in (WEIGHTS, changed, WEIGHTS):
+        engine.rebind(weights, {ARRAY})
+        replay()
+        pixels = device.download(outputs["pixels"])
+        np.testing.assert_array_equal(pixels, expected(inputs, weights))
+    assert len(library.sessions) == 1
+
+
+def test_other_vectors_open_sessions_again(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
     inputs = latents(1, 8, 8, 8)
     weights = WEIGHTS | {BIAS: WEIGHTS[BIAS] + np.float32(0.3)}
-    engine.rebind(weights, {BIAS})
-    np.testing.assert_array_equal(engine.run(inputs)["pixels"], expected(inputs, weights))
-    engine.rebind(WEIGHTS, {BIAS})
-    np.testing.assert_array_equal(engine.run(inputs)["pixels"], expected(inputs))
+    for given in (WEIGHTS, weights, WEIGHTS):
+        engine.rebind(given, {BIAS})
+        np.testing.assert_array_equal(engine.run(inputs)["pixels"], expected(inputs, given))
+    assert len(library.sessions) == 3
 
 
 def test_weights_that_cannot_be_bound_leave_an_engine_that_can_be_bound_again(library, device):
@@ -206,23 +337,25 @@ def test_a_failing_run_is_one_error(library, device):
         engine.run(latents(1, 8, 8, 8))
 
 
-def test_a_provider_that_does_not_start_is_an_error(library, device):
+def test_a_provider_that_does_not_start_is_an_error(library, device, monkeypatch):
     library.started = ["CPUExecutionProvider"]
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
     with pytest.raises(BackendError, match=rf"NVIDIA GPU.*cuDNN 9.*{INSTALL}"):
-        OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
-    decoder = find_graph(
-        "vae_decoder", MODEL.config("vae_decoder"), "float32", graph_folders(), MODEL.path
-    )  # its group norms have a kernel in the provider alone
+        engine.prepare({"latents": (1, 8, 8, 8)})
+    monkeypatch.undo()  # its own operators have a kernel in the provider alone
+    monkeypatch.setattr(onnxruntime_cuda, "_import", lambda: library)
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
     with pytest.raises(BackendError, match="could not start"):
-        OnnxRuntimeCudaEngine(decoder, dict(MODEL.weights("vae_decoder")), device)
+        engine.prepare({"latents": (1, 8, 8, 8)})
 
 
 def test_a_graph_that_cannot_be_opened_is_named(library, device, monkeypatch):
-    monkeypatch.setattr(
-        onnxruntime_cuda, "fuse_group_norms", lambda data, _: data[: len(data) // 2]
-    )
+    node = helper.make_node("Sqrt", ["latents"], ["latents"], domain="none")
+    broken = encode(MODEL_GRAPH, encode(GRAPH_NODE, node.SerializeToString()))
+    monkeypatch.setattr(onnxruntime_cuda, "rewritten", lambda data, weights: data + broken)
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
     with pytest.raises(GraphError, match=GRAPH.path.name):
-        OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+        engine.prepare({"latents": (1, 8, 8, 8)})
 
 
 def test_the_package_without_the_provider_is_said(monkeypatch):

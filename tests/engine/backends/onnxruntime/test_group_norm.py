@@ -7,6 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+from engine.backends.onnxruntime.device_weights import widened
 from engine.backends.onnxruntime.group_norm import fuse_group_norms
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
@@ -36,17 +37,37 @@ class GroupNorm(OpRun):
         return (y.astype(x.dtype),)
 
 
+class SkipGroupNorm(OpRun):
+    """The same of a sum, which it gives too; skip: as large, or a vector for each picture."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x, gamma, beta, skip, activation, channels_last, groups, epsilon=1e-5):
+        total = x + (skip[:, None, None] if skip.ndim == 2 else skip)
+        (y,) = GroupNorm._run(self, total, gamma, beta, activation, channels_last, groups, epsilon)
+        return y, total
+
+
 def model(nodes, outputs):
     random = np.random.default_rng(0)
     constants = [
         numpy_helper.from_array(random.standard_normal(CHANNELS).astype(np.float16), name)
         for name in ("scale", "bias", "scale2", "bias2")
     ]
+    weights = {"kernel": (CHANNELS, CHANNELS, 1, 1), "layer": (CHANNELS, CHANNELS)}
+    constants += [
+        numpy_helper.from_array(random.standard_normal(shape).astype(np.float16), name)
+        for name, shape in weights.items()
+    ]
+    constants.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
     shape = ["B", CHANNELS, "h", "w"]
     graph = helper.make_graph(
         nodes,
         "norms",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, shape)],
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT16, shape),
+            helper.make_tensor_value_info("time", TensorProto.FLOAT16, ["B", CHANNELS]),
+        ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT16, shape) for name in outputs],
         constants,
     )
@@ -73,6 +94,85 @@ def kinds(made):
     return [node.op_type for node in made.graph.node]
 
 
+def embedded(term="embedding", total="sum"):
+    """Return the sum of a convolution and of a linear layer's vector for each picture."""
+    return [
+        helper.make_node("Conv", ["x", "kernel"], ["made"]),
+        helper.make_node("Gemm", ["time", "layer"], ["linear"]),
+        helper.make_node("Unsqueeze", ["linear", "axes"], ["embedding"]),
+        helper.make_node("Add", ["made", term], [total]),
+    ]
+
+
+SUMS = {
+    "a time embedding": (lambda: [*embedded(), norm("sum", "n"), *silu("n", "y")], "y"),
+    "a residual": (
+        lambda: [
+            helper.make_node("Conv", ["x", "kernel"], ["made"]),
+            helper.make_node("Add", ["x", "x"], ["other"]),
+            helper.make_node("Add", ["other", "made"], ["sum"]),
+            norm("sum", "y", epsilon=1e-3),
+        ],
+        "y",
+    ),
+    "a sum that others read": (
+        lambda: [*embedded(), norm("sum", "n"), helper.make_node("Add", ["sum", "n"], ["y"])],
+        "y",
+    ),
+    "a sum that two norms read": (
+        lambda: [*embedded(), norm("sum", "y"), norm("sum", "z", 2)],
+        "yz",
+    ),
+}
+PLAIN_SUMS = {
+    "of what is no picture": lambda: [
+        helper.make_node("Conv", ["x", "kernel"], ["made"]),
+        helper.make_node("Add", ["made", "layer"], ["sum"]),
+        norm("sum", "y"),
+    ],
+    "of no convolution": lambda: [helper.make_node("Add", ["x", "x"], ["sum"]), norm("sum", "y")],
+}
+
+
+def compare(built, made):
+    random = np.random.default_rng(1)
+    x = random.standard_normal((2, CHANNELS, 8, 8)).astype(np.float16)
+    x *= np.float16(0.05)  # so that the epsilon counts
+    given = {"x": x, "time": random.standard_normal((2, CHANNELS)).astype(np.float16)}
+    wanted = ReferenceEvaluator(built).run(None, given)
+    results = ReferenceEvaluator(made, new_ops=[GroupNorm, SkipGroupNorm]).run(None, given)
+    for result, reference in zip(results, wanted, strict=True):
+        assert result.dtype == np.float16
+        scale = np.abs(reference.astype(np.float32)).max()
+        difference = np.abs(result.astype(np.float32) - reference.astype(np.float32)).max()
+        assert difference <= GROUP_NORM_FLOAT16 * scale
+
+
+@pytest.mark.parametrize("case", SUMS)
+def test_a_sum_before_a_norm_is_fused_with_it(case):
+    nodes, outputs = SUMS[case]
+    built = model(nodes(), list(outputs))
+    made = fused(built)
+    assert kinds(made).count("SkipGroupNorm") == 1
+    compare(built, made)
+
+
+@pytest.mark.parametrize("case", PLAIN_SUMS)
+def test_other_sums_stay(case):
+    built = model(PLAIN_SUMS[case](), ["y"])
+    made = fused(built)
+    assert kinds(made).count("SkipGroupNorm") == 0
+    assert kinds(made).count("GroupNorm") == kinds(made).count("Add") == 1
+
+
+def test_groups_of_an_odd_number_of_channels_are_instance_norms():
+    built = model([norm("x", "n", num_groups=CHANNELS, epsilon=1e-3), *silu("n", "y")], ["y"])
+    made = fused(built)
+    assert {"GroupNorm", "GroupNormalization"}.isdisjoint(kinds(made))
+    assert kinds(made).count("InstanceNormalization") == 1
+    compare(built, made)
+
+
 CASES = {
     "alone": (lambda: [norm("x", "y", epsilon=1e-3)], ["y"], [0]),
     "before SiLU": (lambda: [norm("x", "n", epsilon=1e-6), *silu("n", "y")], ["y"], [1]),
@@ -83,7 +183,6 @@ CASES = {
         ["y", "z"],
         [0, 0],
     ),
-    "a group of one channel": (lambda: [norm("x", "y", num_groups=CHANNELS)], "y", []),
     "an output": (lambda: [norm("x", "y"), *silu("y", "z")], ["y", "z"], [0]),
 }
 
@@ -95,30 +194,23 @@ def test_the_fused_graph_computes_the_same(case):
     made = fused(built)
     found = [node for node in made.graph.node if node.op_type == "GroupNorm"]
     assert [helper.get_node_attr_value(node, "activation") for node in found] == activations
-    assert kinds(made).count("GroupNormalization") == (not activations)
-    x = np.random.default_rng(1).standard_normal((2, CHANNELS, 6, 5)).astype(np.float16)
-    x *= np.float16(0.05)  # so that the epsilon counts
-    wanted = ReferenceEvaluator(built).run(None, {"x": x})
-    results = ReferenceEvaluator(made, new_ops=[GroupNorm]).run(None, {"x": x})
-    for result, reference in zip(results, wanted, strict=True):
-        assert result.dtype == np.float16
-        scale = np.abs(reference.astype(np.float32)).max()
-        difference = np.abs(result.astype(np.float32) - reference.astype(np.float32)).max()
-        assert difference <= GROUP_NORM_FLOAT16 * scale
+    assert kinds(made).count("GroupNormalization") == 0
+    compare(built, made)
 
 
 @pytest.mark.parametrize("path", WITH_NORMS, ids=lambda path: path.name)
 def test_all_norms_of_the_shipped_graphs_are_fused(path):
-    data = gzip.decompress(path.read_bytes())
+    weights = Graph.read(path).weights
+    data, _ = widened(gzip.decompress(path.read_bytes()), weights)
     before = onnx.load_from_string(data)
-    fused_data = fuse_group_norms(data, Graph.read(path).weights)
+    fused_data = fuse_group_norms(data, weights)
     onnx.checker.check_model(weights_as_inputs(fused_data))
     made = onnx.load_from_string(fused_data)
     norms, swishes = kinds(before).count("GroupNormalization"), kinds(before).count("Sigmoid")
     activations = [
         helper.get_node_attr_value(node, "activation")
         for node in made.graph.node
-        if node.op_type == "GroupNorm"
+        if node.op_type in ("GroupNorm", "SkipGroupNorm")
     ]
     assert len(activations) == norms > 0
     assert sum(activations) == swishes - kinds(made).count("Sigmoid") >= 29
@@ -132,14 +224,3 @@ def test_a_graph_without_norms_keeps_its_nodes():
     data = gzip.decompress(path.read_bytes())
     made = onnx.load_from_string(fuse_group_norms(data, Graph.read(path).weights))
     assert made.graph == onnx.load_from_string(data).graph
-
-
-def test_groups_of_an_odd_number_of_channels_stay_as_they_are():
-    graph = Graph.read(next(GRAPHS.glob("step-*-float32.onnx")))
-    before = kinds(onnx.load_from_string(graph.data()))
-    made = kinds(onnx.load_from_string(fuse_group_norms(graph.data(), graph.weights)))
-    assert made.count("GroupNorm") == before.count("GroupNormalization") > 0
-    narrow = {name: (72,) if shape == (144,) else shape for name, shape in graph.weights.items()}
-    made = kinds(onnx.load_from_string(fuse_group_norms(graph.data(), narrow)))
-    assert made.count("GroupNorm") > 0
-    assert made.count("GroupNormalization") > 0, "72 channels in 8 groups are 9 each"
