@@ -18,7 +18,7 @@ INPUT, OUTPUT, NAME, OP_TYPE, ATTRIBUTE, DOMAIN = 1, 2, 3, 4, 5, 7
 ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 3, 8, 20
 TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_LOCATION = 1, 2, 8, 14
 VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TYPE_DTYPE = 1, 2, 1, 1
-TYPE_SHAPE, SHAPE_DIM, DIM_VALUE = 2, 1, 1
+TYPE_SHAPE, SHAPE_DIM, DIM_VALUE, DIM_NAME = 2, 1, 1, 2
 OPSET_DOMAIN, OPSET_VERSION = 1, 2
 EXTERNAL = 1  # TensorProto.DataLocation
 INT, INTS = 2, 7  # AttributeProto.AttributeType
@@ -44,6 +44,24 @@ def outputs(data: bytes) -> tuple[str, ...]:
         for field, value in fields(graph)
         if field == GRAPH_OUTPUT
     )
+
+
+def input_shapes(data: bytes) -> dict[str, tuple[int | str, ...]]:
+    """Read the shapes of a serialised ModelProto's inputs; a size that is not fixed is a symbol."""
+    graphs = [_bytes(value) for field, value in fields(data) if field == MODEL_GRAPH]
+    values = [dict(fields(_bytes(v))) for g in graphs for i, v in fields(g) if i == GRAPH_INPUT]
+    return {_bytes(value[VALUE_NAME]).decode(): tuple(_symbols(value)) for value in values}
+
+
+def _symbols(value: Mapping[int, bytes | int]) -> Iterator[int | str]:
+    """Read the sizes of a ValueInfoProto that describes a tensor."""
+    kind = dict(fields(_bytes(dict(fields(_bytes(value[VALUE_TYPE])))[TYPE_TENSOR])))
+    for _, dim in fields(_bytes(kind.get(TYPE_SHAPE, b""))):
+        stated = dict(fields(_bytes(dim)))
+        if DIM_VALUE in stated:
+            yield int(stated[DIM_VALUE])
+        else:
+            yield _bytes(stated.get(DIM_NAME, b"")).decode()
 
 
 def weights_as_inputs(data: bytes) -> bytes:
