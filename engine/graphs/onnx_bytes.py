@@ -193,12 +193,14 @@ class Nodes:
     """The nodes of a serialised GraphProto, each by its place among the graph's fields.
 
     kinds: their operators; readers: how often each value is read, by nodes or as an output
+    outputs: the values that the graph gives
     """
 
     graph: bytes
     nodes: Mapping[int, Node]
     kinds: Mapping[int, bytes]
     readers: Mapping[bytes, int]
+    outputs: Sequence[bytes]
 
     @classmethod
     def read(cls, graph: bytes) -> Self:
@@ -208,14 +210,15 @@ class Nodes:
             for i, (field, value) in enumerate(fields(graph))
             if field == GRAPH_NODE and isinstance(value, bytes)
         }
-        readers = Counter(name for node in nodes.values() for name in named(node, INPUT))
-        readers.update(
+        given = [
             named(list(fields(value)), VALUE_NAME)[0]
             for field, value in fields(graph)
             if field == GRAPH_OUTPUT and isinstance(value, bytes)
-        )
+        ]
+        readers = Counter(name for node in nodes.values() for name in named(node, INPUT))
+        readers.update(given)
         kinds = {i: next(iter(named(node, OP_TYPE)), b"") for i, node in nodes.items()}
-        return cls(graph=graph, nodes=nodes, kinds=kinds, readers=readers)
+        return cls(graph=graph, nodes=nodes, kinds=kinds, readers=readers, outputs=given)
 
     def replaced(self, written: Mapping[int, bytes]) -> bytes:
         """Return the graph with other fields, any number of them, in these places."""
@@ -226,17 +229,26 @@ class Nodes:
 
 
 def with_own_operators(data: bytes, change: Callable[[Nodes], bytes]) -> bytes:
-    """Return a serialised ModelProto with another graph, which may use ONNX Runtime's operators."""
+    """Return a serialised ModelProto with another graph, which may use ONNX Runtime's operators.
+
+    Nodes whose outputs nothing reads any more are left out: the library would run them.
+    """
     opset = encode(OPSET_DOMAIN, CONTRIB) + encode(OPSET_VERSION, 1)
-    return b"".join(
-        encode(
-            field,
-            change(Nodes.read(value))
-            if field == MODEL_GRAPH and isinstance(value, bytes)
-            else value,
-        )
-        for field, value in fields(data)
-    ) + encode(MODEL_OPSET, opset)
+    content = b"".join(encode(*entry) for entry in fields(data) if entry != (MODEL_OPSET, opset))
+    content = _mapped(content, MODEL_GRAPH, lambda graph: _swept(change(Nodes.read(graph))))
+    return content + encode(MODEL_OPSET, opset)
+
+
+def _swept(graph: bytes) -> bytes:
+    """Leave out the nodes that no output of the graph needs; nodes stand before their readers."""
+    found = Nodes.read(graph)
+    needed, dead = set(found.outputs), {}
+    for i, node in reversed(found.nodes.items()):
+        if needed.isdisjoint(named(node, OUTPUT)):
+            dead[i] = b""
+        else:
+            needed.update(named(node, INPUT))
+    return found.replaced(dead)
 
 
 def written_node(
