@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import MAX_STEPS, check_choice, check_names, check_number, check_picture, texts
+from runtime.checks import check_choice, check_names, check_number, check_picture, texts
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
 from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
-from runtime.images.upscaling import Hires
+from runtime.images.upscaling import MAX_STEPS, Hires
 from runtime.noise import MAX_SEED, NOISES
 from runtime.presets import PRESETS
 from runtime.samplers import DEFAULT_SAMPLER, resolve
