@@ -26,6 +26,7 @@ from benchmarks import (
 from benchmarks.resumable import read_report
 from benchmarks.scenarios import SCENARIOS
 from engine.backends.settings import PRECISIONS, ComputePrecision
+from engine.command_line import CommandParser
 from engine.errors import exit_status, libraries_of
 from engine.store.cache import write_atomically
 
@@ -107,7 +108,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = CommandParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="benchmark")
     for name, text in (
         ("prompt", "one prompt as a whole process, and its parts"),

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import ComputePrecision
+from engine.command_line import CommandParser
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.noise import NOISES
@@ -47,7 +48,7 @@ def _numbers(kind: type, separator: str, count: int | None = None) -> Callable[[
     return read
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(CommandParser):
     """A parser that describes the presets when it is asked for help, and not before."""
 
     def format_help(self) -> str:

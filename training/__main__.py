@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.command_line import CommandParser
 from engine.errors import USER_ERROR, RequestError, exit_status, install, libraries_of
 
 try:
@@ -242,7 +243,7 @@ def _settings(options: argparse.Namespace) -> LoopSettings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser = CommandParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
