@@ -30,6 +30,7 @@ from benchmarks.serving.load import CLOCKS, Drawing
 from benchmarks.serving.measure import PARTS, Choice
 from benchmarks.serving.measure import measure as measure_serving
 from engine.backends.settings import PRECISIONS, ComputePrecision
+from engine.command_line import CommandParser
 from engine.errors import RequestError, exit_status, libraries_of
 from engine.store.cache import write_atomically
 
@@ -113,7 +114,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = CommandParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="benchmark")
     for name, text in (
         ("prompt", "one prompt as a whole process, and its parts"),

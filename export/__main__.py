@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from engine.command_line import CommandParser
 from engine.errors import OutputError, exit_status, libraries_of
 from engine.graphs.graph import Precision
 from engine.model import COMPONENTS, Model, find_model
@@ -110,7 +111,7 @@ def _made(folder: Path) -> Path:
 
 
 def _model_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Trace a model's parts to ONNX graphs and check each against torch, or build "
         "engines of them.",
@@ -128,7 +129,7 @@ def _model_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _language_model_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Trace a GPT-2 to an ONNX graph with its cache and check it against torch.",
     )
@@ -164,7 +165,7 @@ def _add_parts(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _info_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Say what a file is: a checkpoint, an autoencoder, a LoRA or its kin, a "
         "textual inversion. Nothing in it is run.",
@@ -177,7 +178,7 @@ def _info_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _cache_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="List what the cache holds: what it is, its size and when it was last used.",
     )
@@ -197,7 +198,7 @@ def _cache_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _graphs_parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Trace the published architectures without weights; minutes, not gigabytes.",
     )

@@ -1,6 +1,5 @@
 """`latentrt info FILE`: what a checkpoint, an adapter, a textual inversion or a picture is."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from engine.command_line import CommandParser
 from engine.errors import exit_status
 from export.info import as_table, describe
 from runtime.images.files import is_image
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "latentrt info") ->
 
 
 def _tell(arguments: Sequence[str] | None, prog: str) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Say what a checkpoint, an adapter, a textual inversion or a picture is.",
     )

@@ -9,9 +9,11 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.adapters.choice import parse_adapter
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
-from runtime.again import settings_of
+from engine.store.cache import fingerprint
+from runtime.again import FILES, settings_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, program_version, write_image
 from runtime.images.previews import check_animation, parse_steps
@@ -59,7 +61,10 @@ def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> 
     options = parser.parse_args(arguments)
     if options.again:
         actions = [action for action in parser._actions if action.dest in AGAIN]
-        parser.set_defaults(**settings_of(options.again, actions))
+        found, notes = settings_of(options.again, actions, _given(arguments, prog))
+        for note in notes:
+            say(f"note: {note}", sys.stderr)
+        parser.set_defaults(**found)
         options = parser.parse_args(arguments)
     if options.prompt is None:
         parser.error("give a PROMPT, or --again with a picture")
@@ -69,6 +74,15 @@ def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> 
         )
     _settle_seeds(options)
     return options
+
+
+def _given(arguments: Sequence[str] | None, prog: str) -> set[str]:
+    """Return the names of the options that the user gives himself."""
+    parser = make_parser(prog)
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(arguments)))
 
 
 def _settle_seeds(options: argparse.Namespace) -> None:
@@ -112,6 +126,9 @@ def _write(
     groups = pipeline.groups(plan, options.batch_size)
     done, total = 0, sum(group.calls for group in groups)
     written: list[Path] = []
+    made_with = _made_with(options, pipeline)
+    if len(groups[0].seeds) > 1 and not pipeline.engines.is_exact:
+        made_with["batch_size"] = len(groups[0].seeds)
     for group in groups:
         for progress in pipeline.denoise(group):
             done += 1
@@ -121,7 +138,6 @@ def _write(
         images = pipeline.finish(group, pipeline.decode(progress.latents))
         if options.watermark:
             images = [embed_watermark(image, options.watermark) for image in images]
-        made_with = _made_with(options, pipeline, len(group.seeds))
         for image, settings in zip(images, group.settings, strict=True):
             path = write_image(
                 image,
@@ -257,17 +273,27 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
 
 
-def _made_with(options: argparse.Namespace, pipeline: Pipeline, batch: int) -> dict[str, Any]:
-    """Collect what makes a picture again beside the request; batch: pictures in its calls."""
+def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
+    """Collect what makes a picture again beside the request: files by their names and hashes."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
     names += ("watermark",) if options.watermark else ()
     given = {name: getattr(options, name) for name in names}
-    if batch > 1 and not pipeline.engines.is_exact:
-        given["batch_size"] = batch
-    return {
-        **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
-        "latentrt": program_version(),
+    files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
+    given |= {name: Path(value).name for name, value in files.items() if isinstance(value, Path)}
+    given |= {
+        name: [Path(text).name for text in value]
+        for name, value in files.items()
+        if isinstance(value, list)
     }
+    model = pipeline.model_path.resolve()
+    paths = [model, *(Path(each) for value in files.values() for each in _files(value))]
+    hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
+    return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
+
+
+def _files(value: Path | list[str]) -> list[str | Path]:
+    """Return the files of an option, without the weights of adapters."""
+    return [parse_adapter(text).path for text in value] if isinstance(value, list) else [value]
 
 
 if __name__ == "__main__":

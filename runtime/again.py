@@ -1,42 +1,176 @@
-"""Settings read back from a picture's file: what a stranger's file holds may be anything."""
+"""Settings read back from a picture's file: what a stranger's file holds may be anything.
+
+No path of a file is followed: a model, an adapter or a picture is looked for by its name, in the
+working folder, beside the picture and where adapters are kept.
+"""
 
 import argparse
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from engine.errors import RequestError
+from engine.adapters.choice import parse_adapter
+from engine.errors import ModelError, RequestError
+from engine.model import find_model, shipped_models
+from engine.store.cache import fingerprint
+from runtime.images.canvas import ALPHA
 from runtime.images.files import read_settings
+from runtime.images.upscaling import PIXELS, UPSCALERS
 
-__all__ = ["settings_of"]
+__all__ = ["FILES", "settings_of"]
+
+# The options that name files, and what a sentence calls them.
+FILES = {
+    "model": ("--model", "model"),
+    "vae": ("--vae", "autoencoder"),
+    "loras": ("--lora", "adapter"),
+    "embeddings": ("--embedding", "textual inversion"),
+    "image": ("--image", "picture"),
+    "mask": ("--mask", "mask"),
+}
+CHECKPOINTS = ("", ".safetensors", ".ckpt")
 
 
-def settings_of(path: Path, actions: Iterable[argparse.Action]) -> dict[str, Any]:
-    """Return what a picture was made with, for these options, by their names.
+def settings_of(
+    path: Path,
+    actions: Iterable[argparse.Action],
+    given: Collection[str] = (),
+    folders: Sequence[Path] = (),
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what a picture was made with, for these options, by their names; and notes on it.
 
-    Raises RequestError when the picture does not say, or says what an option cannot be.
+    given: names of options that the user gives himself, which are not looked at
+    folders: where files are looked for beside the working folder and the picture's
+    Raises RequestError when the picture does not say, says what an option cannot be, or needs a
+    file that is not there.
     """
     settings = read_settings(path)
     if not settings:
         raise RequestError(
-            f"{path} does not say what it was made with; give a PNG of this program or of "
-            "Automatic1111's"
+            f"{path} does not say what it was made with; give a PNG, JPEG or WebP of this program, "
+            "or of Automatic1111, Forge, ComfyUI, InvokeAI, Fooocus or stable-diffusion.cpp"
         )
+    found: dict[str, Any] = {}
     hires = settings.get("hires")
     if isinstance(hires, dict):
         settings = {**settings, **{f"hires_{name}": value for name, value in hires.items()}}
-    known = {}
     for action in actions:
         value = settings.get(action.dest)
-        if value is None:
+        if value is None or action.dest in given:
             continue
         if not _fits(action, value):
             raise RequestError(
                 f"{path} says that {action.dest} is {value!r}, which it cannot be; make the "
                 "picture anew from its prompt"
             )
-        known[action.dest] = value
-    return known
+        found[action.dest] = value
+    places = [Path(), path.parent, *folders]
+    notes = [
+        *_find_files(found, path, settings, places),
+        *_find_names(found, path, settings, given, places),
+        *_left_out(found, path, settings),
+    ]
+    return found, notes
+
+
+def _find_files(
+    found: dict[str, Any], path: Path, settings: Mapping[str, Any], places: list[Path]
+) -> Iterator[str]:
+    """Put the places of files for their names; notes those that have changed.
+
+    Raises RequestError for one that is gone.
+    """
+    hashes = settings.get("hashes")
+    for name, (option, noun) in FILES.items():
+        value = found.get(name)
+        if value is None or (name == "mask" and value == ALPHA):
+            continue
+        several = isinstance(value, list)
+        paths = []
+        for each in value if several else [value]:
+            file, weight = _parted(each) if name == "loras" else (each, "")
+            ships = name == "model" and file in shipped_models()
+            place = find_model(file) if ships else _find(file, places, [""])
+            if place is None:
+                raise RequestError(
+                    f"{path} was drawn with the {noun} {_base(file)}, which is neither in the "
+                    f"working folder nor beside the picture; give it with {option}"
+                )
+            paths.append(file if ships else f"{place}{weight}")
+            known = hashes.get(_base(file)) if isinstance(hashes, dict) else None
+            if known is not None and known != _hash(place):
+                yield f"{place} is another {noun} than {path} was drawn with"
+        found[name] = paths if several else paths[0]
+
+
+def _find_names(
+    found: dict[str, Any],
+    path: Path,
+    settings: Mapping[str, Any],
+    given: Collection[str],
+    places: list[Path],
+) -> Iterator[str]:
+    """Look for the model and the autoencoder that another program names; notes what is not here."""
+    for name, (option, noun) in (("model", FILES["model"]), ("vae", FILES["vae"])):
+        wanted = settings.get(f"{name}_name")
+        if not isinstance(wanted, str) or name in given or name in found:
+            continue
+        if (place := _find(wanted, places, CHECKPOINTS)) is not None:
+            found[name] = str(place)
+            continue
+        instead = "pictogram draws, the model that ships" if name == "model" else "the model's own"
+        yield (
+            f"{path} was drawn with the {noun} {wanted!r}, which is not here; {instead}, unless it "
+            f"is given with {option}"
+        )
+
+
+def _left_out(found: dict[str, Any], path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Note what a picture was made with beside these settings."""
+    upscaler = found.get("hires_upscaler")
+    if upscaler is not None and upscaler not in UPSCALERS:
+        found["hires_upscaler"] = PIXELS
+        yield f"the upscaler {upscaler!r} of {path} is not here; {PIXELS} enlarges"
+    left = settings.get("left_out")
+    if isinstance(left, dict) and left:
+        named = ", ".join(f"{name} ({value})" for name, value in left.items())
+        yield f"left out of what {path} was made with: {named[:1000]}"
+
+
+def _find(name: str, places: Iterable[Path], endings: Sequence[str]) -> Path | None:
+    """Return the file or folder of a name, or with one of the endings, in the first place."""
+    base = _base(name)
+    if not base or base == "..":
+        return None
+    for place in places:
+        for ending in endings:
+            try:
+                if (found := place / f"{base}{ending}").exists():
+                    return found
+            except (OSError, ValueError):
+                return None
+    return None
+
+
+def _base(name: str) -> str:
+    """Return the last part of a path of any system."""
+    return PureWindowsPath(PurePosixPath(name).name).name
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """Part an adapter's file from its weight, ":0.8" or empty."""
+    try:
+        file = str(parse_adapter(text).path)
+    except ModelError:
+        return text, ""
+    return file, text[len(file) :]
+
+
+def _hash(path: Path) -> str | None:
+    try:
+        return fingerprint(path)
+    except OSError:
+        return None
 
 
 def _fits(action: argparse.Action, value: object) -> bool:
@@ -46,6 +180,7 @@ def _fits(action: argparse.Action, value: object) -> bool:
     if isinstance(action.default, list):
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if action.type in (None, Path):
-        return isinstance(value, str) and (not action.choices or value in action.choices)
+        foreign = action.dest == "hires_upscaler"
+        return isinstance(value, str) and (foreign or not action.choices or value in action.choices)
     numbers = value if isinstance(value, list) and action.type not in (int, float) else [value]
     return all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)

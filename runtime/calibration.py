@@ -17,6 +17,7 @@ import numpy as np
 from engine.backends.base import Arrays, Engine, Ranges
 from engine.backends.openvino.int8 import write_ranges
 from engine.backends.settings import BackendSettings, ComputePrecision
+from engine.command_line import CommandParser
 from engine.engines import QUANTIZED, Engines, capabilities, ranges_of
 from engine.errors import exit_status
 from engine.graphs.graph import Part, graph_folders
@@ -127,7 +128,7 @@ def main(
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = CommandParser(prog=prog, description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="as --model of `python -m runtime`")
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="to draw instead; may be given often"

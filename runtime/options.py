@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import ComputePrecision
+from engine.command_line import CommandParser
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.noise import NOISES
@@ -34,7 +35,7 @@ FIELDS = tuple(f.name for f in fields(Request) if f.init)
 AGAIN = {*MADE_WITH, "watermark", "batch_size", *HIRES, *FIELDS}  # and nothing else of a file
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(CommandParser):
     """A parser that describes the presets when it is asked for help, and not before."""
 
     def format_help(self) -> str:

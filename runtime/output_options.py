@@ -24,8 +24,8 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
         {
             "type": Path,
             "metavar": "PICTURE",
-            "help": "draw what made this PNG, of this program or of Automatic1111's; other options "
-            "change it",
+            "help": "draw what made this picture, of this program or of another that writes "
+            "its settings; other options change it",
         },
     ),
     (

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.command_line import CommandParser
 from engine.errors import RequestError
 from engine.model import find_model, shipped_models
 from engine.store.eviction import parse_size
@@ -23,7 +24,7 @@ ADAPTERS = ".safetensors"
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser; prog: what the usage calls the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog, description="Serve pictures over HTTP: OpenAI's Images API and a native one."
     )
     _add_models(parser.add_argument_group("what is drawn with"))

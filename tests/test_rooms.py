@@ -16,7 +16,7 @@ PACKAGES = ("engine", "runtime", "serving", "export", "training", "benchmarks", 
 ROOMS = {
     "": ("engine", "runtime", "serving", "export", "training", "benchmarks", "latentrt"),
     "engine": (
-        *("errors", "store", "shipped", "configs", "graphs", "checkpoints"),
+        *("errors", "command_line", "store", "shipped", "configs", "graphs", "checkpoints"),
         *("model", "adapters", "devices", "backends", "engines"),
     ),
     "engine.backends": (

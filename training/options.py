@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from engine.command_line import CommandParser
+
 Run = Callable[[argparse.Namespace], None]
 
 # What a training is asked for by default: text, steps, batch size, learning rate, batch on a GPU.
@@ -17,7 +19,7 @@ DEFAULTS = {
 
 def parser(runs: Mapping[str, Run], description: str | None) -> argparse.ArgumentParser:
     """Return the program's parser; `runs` has the function of each command by its name."""
-    program = argparse.ArgumentParser(prog="python -m training", description=description)
+    program = CommandParser(prog="python -m training", description=description)
     commands = program.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Literal, Self, get_args
 
 from engine.configs.base import Config
-from engine.errors import GraphError
+from engine.errors import GraphError, OutputError
 from engine.graphs.onnx_bytes import metadata, outputs
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
@@ -219,7 +219,12 @@ def graph_name(part: Part, config: Config, precision: Precision) -> str:
 
 def graph_folders(chosen: Path | None = None) -> Sequence[Path]:
     """Return where graphs are looked for: the chosen folder, else the cache and the package."""
-    return (chosen,) if chosen else (cache_folder() / "graphs", GRAPHS)
+    if chosen:
+        return (chosen,)
+    try:
+        return (cache_folder() / "graphs", GRAPHS)
+    except OutputError:  # there is no home; what ships is enough for most
+        return (GRAPHS,)
 
 
 def find_graph(

@@ -46,6 +46,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
     "Seed": ("seed", int),
     "Denoising strength": ("strength", float),
     "Clip skip": ("clip_skip", int),
+    "Mask blur": ("mask_blur", float),
 }
 _KNOWN = {*_NUMBERS, "Sampler", "Schedule type", "Size", "Model", "Model hash", "RNG", "Version"}
 _HIRES: Mapping[str, tuple[str, Callable[[str], float]]] = {
@@ -53,6 +54,15 @@ _HIRES: Mapping[str, tuple[str, Callable[[str], float]]] = {
     "Hires steps": ("num_inference_steps", int),
     "Denoising strength": ("strength", float),
 }
+# Fields that change no picture, or that other fields repeat.
+_SILENT = {
+    *("Version", "Model hash", "Hashes", "VAE hash", "TI hashes", "Lora hashes", "User", "Parser"),
+    *("Created Date", "Civitai metadata", "Civitai resources", "Device", "TE", "Unet", "Guidance"),
+    *("Mask mode", "Masked content", "Inpaint area", "Masked area padding", "App", "Pipeline"),
+}
+_RESOURCES = re.compile(r"Civitai resources: (\[.*)")
+_ADAPTER = re.compile(r"<lora:([^:>]{1,200})")
+_STABLE_DIFFUSION_CPP = "stable-diffusion.cpp"
 _OWN_SPACING = ("ddim", "plms", "unipc")  # whatever schedule Automatic1111 writes beside them
 _OTHER_SCHEDULES = {
     **{"DDIM": "leading", "Turbo": "trailing"},
@@ -93,15 +103,19 @@ def format_parameters(settings: Mapping[str, Any]) -> str:
 def parse_parameters(text: str) -> dict[str, Any]:
     """Read settings from a text of ours, of Automatic1111 or of Forge; other texts give {}.
 
+    stable-diffusion.cpp and Civitai write such texts, too.
+
     What a field does not say takes Automatic1111's default: noise of its "GPU", CLIP skip 1, and
     for samplers that step in sigma evenly spaced timesteps. A sampler or schedule that is unknown
     here keeps its name, so that a request with it is refused and says so; so does an upscaler.
-    Hashes and extensions' fields are left out.
+    What else the text names is in `left_out`, by its names: fields that are not known here,
+    adapters, the words of textual inversions.
 
     Returns:
         those that the text names of prompt, negative_prompt, num_inference_steps, sampler,
         schedule, guidance_scale, seed, width, height, strength, clip_skip, noise; hires, a
-        dictionary of the fields of `Hires`; and model_name, which names the model but not its file
+        dictionary of the fields of `Hires`; model_name and vae_name, which name them but not their
+        files; left_out
     """
     head, _, last = text.strip().rpartition("\n")
     fields = {name.strip(): _unquoted(value.strip()) for name, value in _FIELD.findall(last)}
@@ -121,11 +135,49 @@ def parse_parameters(text: str) -> dict[str, Any]:
         settings["hires"] = _numbers(fields, _HIRES) | {"upscaler": MODES.get(label, label)}
     with suppress(ValueError):
         settings["width"], settings["height"] = map(int, fields.get("Size", "").split("x"))
-    if "Model" in fields:
-        settings["model_name"] = fields["Model"]
+    for name, key in (("Model", "model_name"), ("VAE", "vae_name")):
+        if fields.get(name, "None") != "None":
+            settings[key] = fields[name]
     if "Sampler" in fields:
         settings["sampler"], settings["schedule"] = _method(fields)
-    return settings
+    left = _left_out(fields, settings)
+    if resources := _RESOURCES.search(last):
+        model, others = _civitai(resources[1])
+        settings |= {"model_name": model} if model else {}
+        left |= {"Civitai resources": others} if others else {}
+    return {**settings, "left_out": left} if left else settings
+
+
+def _civitai(text: str) -> tuple[str, str]:
+    """Return the names of the checkpoint and of all else in Civitai's list of what was used."""
+    found: Any = []
+    with suppress(ValueError, RecursionError):
+        found, _ = json.JSONDecoder().raw_decode(text)
+    named = [(each.get("type"), str(each.get("modelName", ""))) for each in found]
+    model = next((name for kind, name in named if kind == "checkpoint"), "")
+    return model, ", ".join(name for kind, name in named if kind != "checkpoint")
+
+
+def _left_out(fields: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
+    """Name what a text says beyond the settings; whoever carries one of these out takes it off."""
+    if fields.get("Version", "").startswith(_OURS):
+        return {}
+    known = {*_KNOWN, *_HIRES, *_SILENT, "Prompt", "VAE", _NEGATIVE[:-1], "Hires upscaler"}
+    left = {name: value for name, value in fields.items() if name and name not in known}
+    if _number(left.get("Eta")) == 0:
+        del left["Eta"]
+    adapters = _ADAPTER.findall(settings["prompt"] + settings["negative_prompt"])
+    if adapters or "Lora hashes" in fields:
+        left["LoRA"] = ", ".join(adapters) or fields["Lora hashes"]
+    if "TI hashes" in fields:
+        left["Textual inversion"] = fields["TI hashes"]
+    return left
+
+
+def _number(text: str | None) -> float | None:
+    with suppress(TypeError, ValueError):
+        return float(text or "")
+    return None
 
 
 def _numbers(
@@ -171,6 +223,8 @@ def _hires_fields(hires: Mapping[str, Any]) -> dict[str, Any]:
 def _method(fields: Mapping[str, str]) -> tuple[str, str | None]:
     """Return the sampler and the schedule, by our names where they are known."""
     sampler, label = fields["Sampler"], fields.get("Schedule type", "")
+    if fields.get("Version", "").startswith(_STABLE_DIFFUSION_CPP):
+        sampler = sampler.removesuffix(" discrete")  # its name for the model's own schedule
     if not fields.get("Version", "").startswith(_OURS):
         return a1111_method(sampler, label)
     schedule = _schedule_of(label)

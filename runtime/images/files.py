@@ -21,7 +21,9 @@ from PIL import Image, PngImagePlugin
 
 from engine.errors import OutputError, RequestError
 from engine.store.cache import write_atomically, write_new
-from runtime.images.a1111 import PARAMETERS_KEY, format_parameters, parse_parameters
+from runtime.images.a1111 import PARAMETERS_KEY, format_parameters
+from runtime.images.exif import exif_bytes, texts_of
+from runtime.images.foreign import parse_foreign
 
 SETTINGS_KEY = "latentrt"  # the PNG text chunk that holds the settings as JSON
 WHITE = 255
@@ -59,6 +61,7 @@ def open_image(path: str | Path) -> Image.Image:
     """Read a picture in its own mode, turned as its camera says; raises RequestError."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken EXIF
             # A picture that would fill the memory is an error here, not a warning.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
@@ -76,8 +79,10 @@ def upright(image: Image.Image) -> Image.Image:
     from PIL import ImageOps
 
     try:
-        turned = image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT
-        return ImageOps.exif_transpose(image) if turned else image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            turned = image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT
+            return ImageOps.exif_transpose(image) if turned else image
     except Exception:  # Pillow raises many kinds for broken EXIF
         return image
 
@@ -124,9 +129,10 @@ def write_image(
     sign: Sign | None = None,
     replaces: bool = True,
 ) -> Path:
-    """Write a picture, whole or not at all; a PNG also holds the settings it was made with.
+    """Write a picture, whole or not at all, with the settings it was made with.
 
-    They are there as JSON and, where they name a prompt and a sampler, as Automatic1111 has them.
+    They are there as JSON and, where they name a prompt and a sampler, as Automatic1111 has them:
+    in a PNG's texts, or in EXIF.
     mark: whether the file says that a trained model made the picture
     sign: such as `Credentials.sign`
     replaces: whether it takes the place of a file that is there, or the next free number
@@ -161,10 +167,12 @@ def encode_image(
     """
     packet = xmp_packet(source_type_of(image)) if mark else b""
     options: dict[str, Any] = {"quality": quality}
+    parameters, ours = _texts(settings, image)
     if kind == "PNG":
-        size = {"width": image.width, "height": image.height}
-        options = {"pnginfo": _chunk(settings, size, packet)}
-    elif kind == "WEBP":
+        options = {"pnginfo": _chunk(parameters, ours, packet)}
+    elif ours:
+        options["exif"] = exif_bytes(parameters, ours)
+    if kind == "WEBP":
         options["xmp"] = packet
     file = io.BytesIO()
     image.save(file, format=kind, **options)
@@ -209,15 +217,17 @@ def program_version() -> str:
 
 
 def read_settings(path: str | Path) -> dict[str, Any] | None:
-    """Return the settings that a PNG of ours or of Automatic1111 was made with, or None.
+    """Return the settings that a PNG, JPEG or WebP of ours or of others was made with, or None.
 
     Raises RequestError when it is no picture.
     """
     try:
-        with Image.open(path) as file:
-            texts = [file.info.get(key) for key in (SETTINGS_KEY, PARAMETERS_KEY)]
-        ours, others = (text if isinstance(text, str) else None for text in texts)
-        settings = json.loads(ours) if ours else parse_parameters(others or "")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken EXIF
+            with Image.open(path) as file:
+                texts = texts_of(file)
+        ours = texts.get(SETTINGS_KEY)
+        settings = json.loads(ours) if ours else parse_foreign(texts)
     except (OSError, ValueError, SyntaxError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read as a picture ({error})") from error
     return settings if isinstance(settings, dict) and settings else None
@@ -234,20 +244,28 @@ def is_image(path: Path) -> bool:
 def _with_segment(data: bytes, content: bytes) -> bytes:
     """Put an application's segment into a JPEG file, behind those that must come first."""
     at = 2
-    while data[at : at + 2] == b"\xff\xe0":  # JFIF's
+    while data[at : at + 2] == b"\xff\xe0" or data[at + 4 : at + 8] == b"Exif":  # JFIF's, EXIF's
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return data[:at] + b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content + data[at:]
 
 
-def _chunk(
-    settings: Mapping[str, Any], size: Mapping[str, int], packet: bytes
-) -> PngImagePlugin.PngInfo:
+def _texts(settings: Mapping[str, Any], image: Image.Image) -> tuple[str, str]:
+    """Write settings as Automatic1111 does, if they name a prompt and a sampler, and as JSON."""
+    parameters = ""
+    if {"prompt", "sampler"} <= settings.keys():
+        size = {"width": image.width, "height": image.height}
+        parameters = format_parameters({**settings, **size})
+    return parameters, json.dumps(settings, ensure_ascii=False) if settings else ""
+
+
+def _chunk(parameters: str, settings: str, packet: bytes) -> PngImagePlugin.PngInfo:
     chunk = PngImagePlugin.PngInfo()
     if packet:
         chunk.add_itxt(PNG_XMP, packet.decode(), zip=False)
-    chunk.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False), zip=False)
-    if {"prompt", "sampler"} <= settings.keys():
-        chunk.add_text(PARAMETERS_KEY, format_parameters({**settings, **size}))
+    if settings:
+        chunk.add_itxt(SETTINGS_KEY, settings, zip=False)
+    if parameters:
+        chunk.add_text(PARAMETERS_KEY, parameters)
     return chunk
 
 

@@ -129,8 +129,9 @@ def resolve(name: str, schedule: str | None = None) -> tuple[str, str | None]:
         curve = curves[suffix] if suffix else chosen
         if method is not None:
             if schedule is not None and chosen != curve:
+                named = "of the model" if curve is None else repr(curve)
                 raise RequestError(
-                    f"sampler {name!r} names the schedule {curve!r}, but schedule is {schedule!r}; "
+                    f"sampler {name!r} names the schedule {named}, but schedule is {schedule!r}; "
                     f"give one of them"
                 )
             return method, curve
@@ -145,7 +146,8 @@ def _key(name: object) -> str:
 
 
 def _unknown(what: str, name: object, known: Sequence[str], keys: Mapping[str, str | None]) -> str:
-    close = difflib.get_close_matches(_key(name), keys, n=1, cutoff=0.5)
+    named = [key for key, value in keys.items() if value is not None]  # None is the model's own
+    close = difflib.get_close_matches(_key(name), named, n=1, cutoff=0.5)
     hint = f" (did you mean {keys[close[0]]!r}?)" if close else ""
     return f"{what} is {name!r}; choose one of {', '.join(known)}{hint}"
 

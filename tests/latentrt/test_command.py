@@ -76,7 +76,7 @@ def test_a_misused_command_says_how_it_is_called(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["a", "--nothing"])
     assert ended.value.code == 2
-    assert "usage: latentrt " in capsys.readouterr().err
+    assert "`latentrt --help` lists" in capsys.readouterr().err
 
 
 def test_export_keeps_its_own_subcommands(capsys):

@@ -206,6 +206,8 @@ def test_a_text_of_automatic1111():
         "clip_skip": 2,
         "noise": "cuda",
         "model_name": "v1-5-pruned-emaonly",
+        "vae_name": "vae-ft-mse.safetensors",
+        "left_out": {"LoRA": "ink", "Textual inversion": "bad: 12, worse: 34"},
     }
 
 

@@ -12,8 +12,7 @@ from engine.backends.openvino.int8 import (
     ranges_name,
     write_ranges,
 )
-from engine.errors import BackendError, OutputError
-from engine.store.scratch import Scratch
+from engine.errors import BackendError
 
 RNG = np.random.default_rng(0)
 
@@ -119,21 +118,3 @@ def test_a_damaged_file_of_ranges(tmp_path, text):
 def test_ranges_are_json(tmp_path):
     write_ranges(tmp_path / "r.json", {"a": (0.0, 1.0)})
     assert json.loads((tmp_path / "r.json").read_text()) == {"a": [0.0, 1.0]}
-
-
-def test_scratch_keeps_its_arrays_when_memory_is_given_back(tmp_path, monkeypatch):
-    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
-    arrays = [RNG.integers(-128, 128, shape).astype(np.int8) for shape in ((3, 5), (7, 2, 2, 2))]
-    scratch = Scratch(sum(array.nbytes for array in arrays))
-    there = [scratch.put(array) for array in arrays]
-    scratch.release()
-    del scratch
-    for array, expected in zip(there, arrays, strict=True):
-        np.testing.assert_array_equal(array, expected)
-    assert list((tmp_path / "cache").iterdir()) == [], "the file has no name"
-
-
-def test_scratch_without_room(tmp_path, monkeypatch):
-    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
-    with pytest.raises(OutputError, match=r"has no room for \d+ MiB .*set LATENTRT_CACHE"):
-        Scratch(2**60)

@@ -1,0 +1,122 @@
+"""Settings that ComfyUI leaves in a picture: the graph of nodes that drew it.
+
+The graph is walked from a sampler's node along its links. Nodes that it knows are read; others are
+named as left out.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from engine.errors import RequestError
+from runtime.samplers import resolve
+
+__all__ = ["parse_prompt_graph"]
+
+Node = Mapping[str, Any]
+
+SAMPLERS = ("KSampler", "KSamplerAdvanced")
+_NUMBERS = {
+    "seed": "seed",
+    "noise_seed": "seed",
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+}
+_KNOWN = {
+    *SAMPLERS,
+    *("CLIPTextEncode", "EmptyLatentImage", "CheckpointLoaderSimple", "CheckpointLoader"),
+    *("CLIPSetLastLayer", "VAEDecode", "VAEEncode", "VAELoader", "SaveImage", "PreviewImage"),
+    *("LoadImage", "VAEDecodeTiled", "PrimitiveNode", "Reroute", "Note"),
+}
+
+
+def parse_prompt_graph(text: str) -> dict[str, Any]:
+    """Read the settings of a graph's first sampler, {} for a text that is none.
+
+    Square brackets are text in ComfyUI, so they are escaped. Its random numbers are torch's of the
+    processor. Several samplers, and nodes that are not known, are in `left_out`.
+    """
+    graph = json.loads(text)
+    nodes = {
+        str(key): node
+        for key, node in graph.items()
+        if isinstance(node, dict) and isinstance(node.get("inputs"), dict)
+    }
+    samplers = [key for key, node in nodes.items() if node.get("class_type") in SAMPLERS]
+    if not samplers:
+        return {}
+    inputs = nodes[samplers[0]]["inputs"]
+    settings: dict[str, Any] = {"noise": "cpu", "clip_skip": 1}
+    for name, ours in _NUMBERS.items():
+        value = _value(nodes, inputs.get(name))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            settings[ours] = value
+    for name, ours in (("positive", "prompt"), ("negative", "negative_prompt")):
+        texts = [
+            _value(nodes, node["inputs"].get("text"))
+            for node in _upstream(nodes, inputs.get(name), "CLIPTextEncode")
+        ]
+        words = texts[0] if texts and isinstance(texts[0], str) else ""
+        settings[ours] = words.replace("[", r"\[").replace("]", r"\]")
+    _add_sampler(settings, inputs)
+    _add_start(settings, nodes, inputs)
+    _add_model(settings, nodes, inputs)
+    left = {
+        f"node {key}": node["class_type"]
+        for key, node in nodes.items()
+        if str(node.get("class_type")) not in _KNOWN or key in samplers[1:]
+    }
+    return {**settings, "left_out": left} if left else settings
+
+
+def _add_sampler(settings: dict[str, Any], inputs: Mapping[str, Any]) -> None:
+    if isinstance(sampler := inputs.get("sampler_name"), str):
+        schedule = str(inputs.get("scheduler") or "normal")
+        sampler = sampler.removesuffix("_gpu")
+        with suppress(RequestError):
+            sampler, schedule = resolve(sampler, schedule)  # type: ignore[assignment]
+        settings["sampler"], settings["schedule"] = sampler, schedule
+
+
+def _add_start(
+    settings: dict[str, Any], nodes: Mapping[str, Node], inputs: Mapping[str, Any]
+) -> None:
+    """Add the size of an empty start, or the picture to start from with the strength."""
+    for node in _upstream(nodes, inputs.get("latent_image"), "EmptyLatentImage"):
+        settings |= {name: node["inputs"].get(name) for name in ("width", "height")}
+    for node in _upstream(nodes, inputs.get("latent_image"), "LoadImage"):
+        settings |= {"image": node["inputs"].get("image"), "strength": inputs.get("denoise")}
+
+
+def _add_model(
+    settings: dict[str, Any], nodes: Mapping[str, Node], inputs: Mapping[str, Any]
+) -> None:
+    for node in _upstream(nodes, inputs.get("model"), "CheckpointLoader"):
+        settings["model_name"] = str(node["inputs"].get("ckpt_name"))
+    for node in _upstream(nodes, inputs.get("positive"), "CLIPSetLastLayer"):
+        settings["clip_skip"] = -int(node["inputs"].get("stop_at_clip_layer", -1))
+
+
+def _upstream(nodes: Mapping[str, Node], link: object, kind: str) -> Iterator[Node]:
+    """Yield the nodes of a kind that a link comes from, the nearest first, each once."""
+    waiting, seen = [link], set[str]()
+    while waiting:
+        link = waiting.pop(0)
+        if not isinstance(link, list) or not link or str(link[0]) in seen:
+            continue
+        seen.add(key := str(link[0]))
+        if (node := nodes.get(key)) is not None:
+            if str(node.get("class_type")).startswith(kind):
+                yield node
+            waiting += node["inputs"].values()
+
+
+def _value(nodes: Mapping[str, Node], value: object) -> object:
+    """Return an input's own value, or the one of a primitive that it is linked to."""
+    for _ in range(len(nodes)):
+        if not isinstance(value, list) or not value:
+            break
+        given = list(nodes.get(str(value[0]), {"inputs": {}})["inputs"].values())
+        value = given[0] if given else None
+    return None if isinstance(value, list) else value

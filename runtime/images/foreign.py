@@ -1,0 +1,37 @@
+"""Settings that other programs left in a picture, as fields of a request where they map.
+
+    Automatic1111, Forge, stable-diffusion.cpp, Civitai    runtime/images/a1111.py
+    ComfyUI                                                runtime/images/comfyui.py
+    InvokeAI, Fooocus                                      runtime/images/json_settings.py
+
+What does not map is in `left_out`, by the name that the program has for it, so that it can be told.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from runtime.images.a1111 import PARAMETERS_KEY, parse_parameters
+from runtime.images.comfyui import parse_prompt_graph
+from runtime.images.json_settings import parse_fooocus, parse_invokeai, parse_old_invokeai
+
+__all__ = ["parse_foreign"]
+
+# By the texts of a picture, those that say more first; Fooocus writes its own where Automatic1111
+# writes other text.
+READERS = (
+    ("invokeai_metadata", parse_invokeai),
+    ("sd-metadata", parse_old_invokeai),
+    (PARAMETERS_KEY, parse_fooocus),
+    (PARAMETERS_KEY, parse_parameters),
+    ("prompt", parse_prompt_graph),
+)
+
+
+def parse_foreign(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the settings that a picture's texts hold, as `parse_parameters` does; {} for none."""
+    for name, reader in READERS:
+        with suppress(ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError):
+            if name in texts and (found := reader(texts[name])):
+                return found
+    return {}
