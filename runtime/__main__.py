@@ -61,7 +61,8 @@ def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> 
     options = parser.parse_args(arguments)
     if options.again:
         actions = [action for action in parser._actions if action.dest in AGAIN]
-        found, notes = settings_of(options.again, actions, _given(arguments, prog))
+        folders = [options.lora_dir] if options.lora_dir else []
+        found, notes = settings_of(options.again, actions, _given(arguments, prog), folders)
         for note in notes:
             say(f"note: {note}", sys.stderr)
         parser.set_defaults(**found)

@@ -24,6 +24,7 @@ FILES = {
     "model": ("--model", "model"),
     "vae": ("--vae", "autoencoder"),
     "loras": ("--lora", "adapter"),
+    "lora_dir": ("--lora-dir", "folder of adapters"),
     "embeddings": ("--embedding", "textual inversion"),
     "image": ("--image", "picture"),
     "mask": ("--mask", "mask"),

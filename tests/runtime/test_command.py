@@ -219,7 +219,7 @@ def test_again_from_parameters_of_automatic1111(here):
     assert command.main(["--again", "theirs.png", "--threads", "1", "--out", "a.png"]) == 0
     settings = read_settings(here / "a.png")
     assert settings["prompt"] == "a house"
-    assert [settings[k] for k in ("sampler", "schedule", "noise")] == ["euler", "linspace", "cuda"]
+    assert [settings[k] for k in ("sampler", "schedule", "noise")] == ["euler", "normal", "cuda"]
     with Image.open("a.png") as file:
         assert file.size == (64, 96)
 
