@@ -13,10 +13,12 @@ from engine.checkpoints.component import (
     assemble,
     diffusers_component,
     refuse_left_over,
+    shown,
 )
 from engine.checkpoints.families import Family, find_family
 from engine.checkpoints.families.base import SCALING_FACTOR, Variant
 from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.formats.torch_archive import UNREAD
 from engine.checkpoints.parts import (
     AVERAGED,
     UNET,
@@ -89,6 +91,9 @@ def _parts(
     configs: dict[ComponentName, Config] = {}
     components: dict[ComponentName, Component] = {}
     notes = [f"{path.name} is of the family {family.title}"]
+    for name, text in weights.metadata.items():
+        if text.startswith(UNREAD):
+            notes.append(f"its {shown(name, 60)} is {shown(text)}, and nothing of it is run")
     used: set[str] = set()
     unused = None
     for part, layout in family.parts.items():

@@ -71,6 +71,7 @@ class StoredTensor:
     dtype: safetensors' name for it, such as "F16" or "BF16"
     offset: of its first value, in bytes from the start of the file
     nbytes: the size of its values, side by side
+    file: the mapped file, or bytes that a pickle holds instead
     strides: steps in values from one index to the next, as torch counts them; None: side by side
     """
 
@@ -78,7 +79,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    file: mmap.mmap
+    file: mmap.mmap | bytes
     strides: tuple[int, ...] | None = None
 
     def array(self) -> NDArray[Any]:
