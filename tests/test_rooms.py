@@ -24,7 +24,7 @@ ROOMS = {
         *("onnxruntime", "openvino", "tensorrt", "registry"),
     ),
     "engine.checkpoints": (
-        *("formats", "component", "ldm_names", "architecture", "parts", "families"),
+        *("formats", "component", "ldm_names", "architecture", "parts", "families", "likeness"),
         *("unsupported", "prediction", "tiny_decoder", "gpt2", "single_file"),
     ),
     "runtime": (

@@ -12,10 +12,11 @@ from typing import Self
 
 from engine.configs.base import Shape
 from engine.configs.diffusion import LARGEST_ID, AutoencoderConfig, TextEncoderConfig, UNetConfig
-from engine.errors import ModelError
+from engine.errors import MissingTensorError, ModelError
 
 __all__ = [
     "CONDITIONS",
+    "LINEAR_PROJECTION",
     "Stored",
     "autoencoder_config",
     "clip_config",
@@ -34,6 +35,8 @@ AUTOENCODER_LAYOUTS = (
 MAX_NAME = 200  # characters; real names have some 100
 # LCM's addition was never in the original code: files have it in its style or in diffusers'.
 CONDITIONS = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
+# OpenCLIP's projection of the text as diffusers' converter writes it: (out, in), as of all layers.
+LINEAR_PROJECTION = "text_projection.weight"
 SIZES = 6  # numbers about sizes and crops that XL is told; its refiner takes 5
 
 
@@ -71,7 +74,7 @@ class Stored:
         """Return one dimension of a tensor; raises ModelError when it is not there."""
         shape = self.shapes.get(self.prefix + name)
         if shape is None:
-            raise ModelError(
+            raise MissingTensorError(
                 f"{self.path} lacks {self.prefix}{name}; the file is incomplete or of an "
                 "architecture that is not supported: use a Stable Diffusion 1.x, 2.x or XL model"
             )
@@ -221,8 +224,13 @@ def open_clip_config(stored: Stored, *, pooled: bool) -> TextEncoderConfig:
         max_position_embeddings=stored.size("positional_embedding"),
         hidden_act="gelu",
         eos_token_id=LARGEST_ID,
-        projection_dim=stored.size("text_projection", 1) if pooled else 0,
+        projection_dim=_projection(stored) if pooled else 0,
     )
+
+
+def _projection(stored: Stored) -> int:
+    linear = LINEAR_PROJECTION in stored
+    return stored.size(LINEAR_PROJECTION) if linear else stored.size("text_projection", 1)
 
 
 def _heads(width: int) -> int:

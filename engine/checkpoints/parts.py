@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from engine.checkpoints.architecture import (
     CONDITIONS,
+    LINEAR_PROJECTION,
     Stored,
     autoencoder_config,
     clip_config,
@@ -111,7 +112,9 @@ def open_clip(prefixes: tuple[str, ...], *, pooled: bool) -> PartLayout[TextEnco
     return PartLayout(
         prefixes=prefixes,
         read=lambda stored, before: open_clip_config(stored, pooled=pooled),
-        sources=lambda config, stored: _under(stored, open_clip_sources(config)),
+        sources=lambda config, stored: _under(
+            stored, open_clip_sources(config, linear=LINEAR_PROJECTION in stored)
+        ),
         unused=None if pooled else lambda c: f"transformer.resblocks.{c.num_hidden_layers}.",
     )
 

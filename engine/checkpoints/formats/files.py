@@ -8,7 +8,7 @@ nothing. A large model is cut into shards, several files with an index,
 import hashlib
 import mmap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,7 @@ from engine.checkpoints.formats.tensors import (
     short,
 )
 from engine.checkpoints.formats.torch_archive import read_archive
+from engine.checkpoints.formats.wrappers import unwrap
 from engine.errors import ModelError
 
 __all__ = ["StoredTensor", "Weights", "open_weights", "read_tensors", "release", "require_finite"]
@@ -56,11 +57,13 @@ class Weights(Mapping[str, NDArray[Any]]):
     tensors: dtype and shape of each tensor, known without reading it
     metadata: what else the files say, as texts: safetensors' `__metadata__`, or the numbers and
         texts beside the tensors of a pickled checkpoint, such as "global_step"
+    notes: what was left out, a clause each
     """
 
     files: Mapping[Path, mmap.mmap]
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """View a tensor; raises KeyError when there is none of this name."""
@@ -123,9 +126,9 @@ def open_weights(path: Path) -> Weights:
     try:
         if path.is_dir():
             path = _find(path)
-        if path.suffix == ".json":
-            return _open_shards(path)
-        return _join([path])
+        weights = _open_shards(path) if path.suffix == ".json" else _join([path])
+        tensors, notes = unwrap(weights.tensors)
+        return replace(weights, tensors=tensors, notes=notes)
     except OSError as error:
         raise ModelError(
             f"{error.filename or path} cannot be read ({error.strerror or error}); "
