@@ -2,6 +2,7 @@
 
 LatentrtError
 ├── ModelError      a model folder, its configuration or its weights cannot be used
+│   └── MissingTensorError  a checkpoint lacks a tensor that its kind of model has
 ├── GraphError      a graph is missing, or does not fit the model that it is asked to run
 ├── BackendError    the library that runs engines is missing or failed
 ├── RequestError    an invalid request: size, steps, prompt, sampler, seed
@@ -21,6 +22,7 @@ __all__ = [
     "BackendError",
     "GraphError",
     "LatentrtError",
+    "MissingTensorError",
     "ModelError",
     "OutputError",
     "RequestError",
@@ -40,6 +42,10 @@ class LatentrtError(Exception):
 
 class ModelError(LatentrtError):
     """A model folder, its configuration or its weights cannot be used."""
+
+
+class MissingTensorError(ModelError):
+    """A checkpoint lacks a tensor that its kind of model has."""
 
 
 class GraphError(LatentrtError):

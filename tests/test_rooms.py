@@ -25,7 +25,7 @@ ROOMS = {
     ),
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
-        *("families", "unsupported", "prediction", "gpt2", "single_file"),
+        *("families", "likeness", "unsupported", "prediction", "gpt2", "single_file"),
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),

@@ -25,6 +25,7 @@ PREFIXES: Mapping[str, str | None] = MappingProxyType(
         "lora_te2_": "text_encoder_2",
         "lora_te_": "text_encoder",
         "lycoris_": None,
+        "_orig_mod_": None,  # of torch.compile, where names have no dots
         "unet.": "unet",
         "text_encoder.": "text_encoder",
         "text_encoder_2.": "text_encoder_2",
@@ -93,9 +94,8 @@ def split_name(name: str) -> tuple[str | None, str, str] | None:
     elif dialect == "dora":
         part = "norms"
     component = None
-    for prefix, meant in PREFIXES.items():
-        if module.startswith(prefix):
-            module, component = module[len(prefix) :], meant or component
+    while prefix := next((prefix for prefix in PREFIXES if module.startswith(prefix)), None):
+        module, component = module.removeprefix(prefix), PREFIXES[prefix] or component
     return (component, module, part) if module else None
 
 

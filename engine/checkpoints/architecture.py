@@ -12,10 +12,11 @@ from typing import Self
 
 from engine.configs.base import Shape
 from engine.configs.diffusion import LARGEST_ID, AutoencoderConfig, TextEncoderConfig, UNetConfig
-from engine.errors import ModelError
+from engine.errors import MissingTensorError, ModelError
 
 __all__ = [
     "CONDITIONS",
+    "LINEAR_PROJECTION",
     "Stored",
     "autoencoder_config",
     "clip_config",
@@ -45,6 +46,8 @@ OPEN_CLIP_LAYOUTS = (
 MAX_NAME = 200  # characters; real names have some 100
 # LCM's addition was never in the original code: files have it in its style or in diffusers'.
 CONDITIONS = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
+# OpenCLIP's projection of the text as diffusers' converter writes it: (out, in), as of all layers.
+LINEAR_PROJECTION = "text_projection.weight"
 SIZES = 6  # numbers about sizes and crops that XL is told; its refiner takes 5
 
 
@@ -82,7 +85,7 @@ class Stored:
         """Return one dimension of a tensor; raises ModelError when it is not there."""
         shape = self.shapes.get(self.prefix + name)
         if shape is None:
-            raise ModelError(
+            raise MissingTensorError(
                 f"{self.path} lacks {self.prefix}{name}; the file is incomplete or of an "
                 "architecture that is not supported: use a Stable Diffusion 1.x, 2.x or XL model"
             )
@@ -238,7 +241,7 @@ def open_clip_config(stored: Stored, *, pooled: bool) -> TextEncoderConfig:
 
 def _projection(stored: Stored) -> int:
     """Return the width of the projected text; transformers' name stands outside the model's."""
-    outside = stored.prefix.removesuffix("text_model.") + "text_projection.weight"
+    outside = stored.prefix.removesuffix("text_model.") + LINEAR_PROJECTION
     if outside in stored.shapes:
         return stored.shapes[outside][0]
     return stored.size("text_projection", 1)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.checkpoints.formats.files import Weights
 from engine.configs.base import Config, Shape
-from engine.errors import ModelError
+from engine.errors import MissingTensorError, ModelError
 
 __all__ = [
     "UNUSED",
@@ -167,11 +167,12 @@ def assemble(
     for name, source in sources.items():
         stored = weights.tensors.get(source.name)
         if stored is None:
-            missing = {s.name for s in sources.values()} - weights.tensors.keys()
+            names = {s.name for s in sources.values()}
+            missing = names - weights.tensors.keys()
             more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-            raise ModelError(
-                f"{path} lacks {source.name}{more}; the file is incomplete or of an architecture "
-                "that is not supported: download it or save it again"
+            raise MissingTensorError(
+                f"{path} lacks {source.name}{more} of {len(names)}; the file is incomplete or of "
+                "an architecture that is not supported: download it or save it again"
             )
         if not fits(source.shape(stored.shape), shapes[name]):
             raise ModelError(

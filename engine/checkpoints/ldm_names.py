@@ -136,11 +136,12 @@ def text_encoder_sources(config: TextEncoderConfig, prefix: str) -> Sources:
     return _rename(config.tensor_shapes(), {"text_model": prefix.rstrip(".")})
 
 
-def open_clip_sources(config: TextEncoderConfig) -> Sources:
+def open_clip_sources(config: TextEncoderConfig, *, linear: bool = False) -> Sources:
     """Say where each tensor of a text encoder is in an OpenCLIP model.
 
     Queries, keys and values are the thirds of one matrix, and the projection is stored so that
-    the text is multiplied from the left.
+    the text is multiplied from the left; linear: it is a linear layer, as diffusers' converter
+    writes it.
     """
     modules = dict(OPEN_CLIP)
     sources: Sources = {}
@@ -154,7 +155,8 @@ def open_clip_sources(config: TextEncoderConfig) -> Sources:
     names = config.tensor_shapes()
     sources = _rename([name for name in names if name not in sources], modules) | sources
     if config.projection_dim:
-        sources["text_projection.weight"] = Source(name="text_projection", transposed=True)
+        name = "text_projection.weight" if linear else "text_projection"
+        sources["text_projection.weight"] = Source(name=name, transposed=not linear)
     return {name: sources[name] for name in names}
 
 

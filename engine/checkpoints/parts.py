@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from engine.checkpoints.architecture import (
     CONDITIONS,
+    LINEAR_PROJECTION,
     Stored,
     autoencoder_config,
     clip_config,
@@ -126,7 +127,7 @@ def open_clip(prefixes: tuple[str, ...], *, pooled: bool) -> PartLayout[TextEnco
     def sources(config: TextEncoderConfig, stored: Stored) -> Sources:
         if "encoder.layers" in stored:
             return renamed_open_clip_sources(config, stored.prefix, stored.shapes)
-        return _under(stored, open_clip_sources(config))
+        return _under(stored, open_clip_sources(config, linear=LINEAR_PROJECTION in stored))
 
     def last(config: TextEncoderConfig, stored: Stored) -> str:
         layers = "encoder.layers" if "encoder.layers" in stored else "transformer.resblocks"

@@ -13,10 +13,13 @@ from engine.checkpoints.component import (
     assemble,
     diffusers_component,
     refuse_left_over,
+    shown,
 )
 from engine.checkpoints.families import Family, find_family
 from engine.checkpoints.families.base import SCALING_FACTOR, Variant
 from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.formats.torch_archive import UNREAD
+from engine.checkpoints.likeness import likeness
 from engine.checkpoints.parts import (
     AVERAGED,
     UNET,
@@ -33,7 +36,7 @@ from engine.checkpoints.tiny_autoencoder import (
 )
 from engine.checkpoints.unsupported import refuse_foreign
 from engine.configs.diffusion import AutoencoderConfig, Config, TinyAutoencoderConfig
-from engine.errors import ModelError
+from engine.errors import MissingTensorError, ModelError
 
 __all__ = ["FileFields", "open_vae", "read_file"]
 
@@ -70,7 +73,13 @@ def read_file(path: Path, prediction_type: str | None = None) -> FileFields:
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     refuse_foreign(path, shapes)
     family = find_family(path, shapes)
-    configs, components, notes = _parts(path, weights, shapes, family)
+    try:
+        configs, components, notes = _parts(path, weights, shapes, family)
+    except MissingTensorError as error:
+        problem, semicolon, advice = str(error).rpartition("; ")
+        raise MissingTensorError(
+            f"{problem}{semicolon}{likeness(path, shapes, family)}: {advice}"
+        ) from error
     conclusion = _conclude(path, weights, family, configs, prediction_type)
     variant = conclusion.variant
     return {
@@ -94,6 +103,10 @@ def _parts(
     configs: dict[ComponentName, Config] = {}
     components: dict[ComponentName, Component] = {}
     notes = [f"{path.name} is of the family {family.title}"]
+    notes += weights.notes
+    for name, text in weights.metadata.items():
+        if text.startswith(UNREAD):
+            notes.append(f"its {shown(name, 60)} is {shown(text)}, and nothing of it is run")
     used: set[str] = set()
     unused = None
     for part, layout in family.parts.items():

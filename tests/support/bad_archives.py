@@ -217,7 +217,9 @@ def calls() -> Iterator[tuple[str, bytes, str]]:
         ("a set of a number", call("builtins.set", number(1)), "a set that is not made of a list"),
         ("bytes in UTF-8", call("_codecs.encode", text("a"), text("utf-8")), "another encoding"),
         ("bytes in rot13", call("_codecs.encode", text("a"), text("rot13")), "another encoding"),
-        ("a dtype of objects", call("numpy.dtype", text("O8")), "numpy dtype that is no number's"),
+        ("a dtype of objects", call("numpy.dtype", text("O8")), r"names numpy\.dtype\('O8'\)"),
+        ("a dtype of a number", call("numpy.dtype", number(8)), "a numpy dtype without a name"),
+        *bad_arrays(),
         ("a number without a dtype", call(scalar, b"N", text("a")), "without its dtype or bytes"),
         (
             "a number without bytes",
@@ -237,6 +239,54 @@ def calls() -> Iterator[tuple[str, bytes, str]]:
         ("an OrderedDict of a list", call("collections.OrderedDict", b"]"), "cannot be read"),
     ):
         yield what, archive(state_dict(b=value)), expected
+
+
+def bad_arrays() -> Iterator[tuple[str, bytes, str]]:
+    """Let arrays of numpy lie about what the pickle holds of them."""
+    make = "numpy._core.multiarray._reconstruct"
+    empty = call(make, name("numpy.ndarray"), numbers((0,)), text("b"))
+    half = call("numpy.dtype", text("f2"))
+    letters = call("numpy.dtype", text("U1"))
+
+    def state(*shape: int, dtype: bytes = half, data: bytes = text("abcd")) -> bytes:
+        return empty + b"(" + number(1) + numbers(shape) + dtype + b"\x89" + data + b"tb"
+
+    yield from (
+        ("an array of too few bytes", state(3), r"of shape \[3\] in 4 bytes"),
+        ("an array of 2**62 numbers", state(2**62, 4), "an array of numpy of shape"),
+        ("an array of 2**62 and none", state(2**62, 2, 0, data=text("")), "an array of numpy"),
+        ("an array of -1", state(-1), "without its shape"),
+        ("an array of no dtype", state(2, dtype=b"N"), "without its dtype"),
+        ("an array of no bytes", state(2, data=b"N"), "without its dtype or bytes"),
+        ("an array of wide letters", state(2, data=text("ab\u20ac")), "than latin1"),
+        ("an array of a class", call(make, b"N", b")", text("b")), "array of numpy of an unknown"),
+        ("an array without a state", empty + b"Nb", "an array of numpy without its shape"),
+        (
+            "a device's tensor of nothing",
+            call("torch._utils._rebuild_device_tensor_from_numpy", b"N", b"N", text("mps")),
+            "without its numbers",
+        ),
+        (
+            "a device's tensor of letters",
+            call(
+                "torch._utils._rebuild_device_tensor_from_numpy",
+                state(1, dtype=letters),
+                b"N",
+                text("mps"),
+            ),
+            "without its numbers",
+        ),
+        (
+            "a letter beyond Unicode",
+            call("numpy._core.multiarray.scalar", letters, b"C\4\xff\xff\xff\x7f"),
+            "no valid Unicode",
+        ),
+        (
+            "half a letter",
+            call("numpy._core.multiarray.scalar", letters, b"C\4\0\xd8\0\0"),
+            "no valid Unicode",
+        ),
+    )
 
 
 BYTES = "torch.storage.UntypedStorage"

@@ -84,7 +84,7 @@ def running(canary: str) -> Iterator[tuple[str, bytes, str]]:
     yield (
         "NEWOBJ",
         b"\x80\x02" + name("builtins.bytes") + mapped + b"\x85\x81.",
-        r"names builtins\.bytes",
+        refused,
     )
     yield (
         "BUILD",
@@ -94,7 +94,7 @@ def running(canary: str) -> Iterator[tuple[str, bytes, str]]:
         + b"b"
         + text(command)
         + b"b.",
-        r"names types\.SimpleNamespace",
+        refused,
     )
     yield "in a state dict", state_dict(bias=system), refused
     yield "in a list in a list", state_dict(other=b"](](" + system + b"ee"), refused
@@ -113,7 +113,7 @@ def running(canary: str) -> Iterator[tuple[str, bytes, str]]:
         + call("builtins.getattr", call("importlib.import_module", text("os")), text("system"))
         + text(command)
         + b"\x85R.",
-        r"names builtins\.getattr",
+        r"names importlib\.import_module",
     )
     yield (
         "subprocess",
@@ -125,7 +125,7 @@ def running(canary: str) -> Iterator[tuple[str, bytes, str]]:
     yield (
         "partial",
         b"\x80\x02" + call("functools.partial", name("posix.system"), text(command)) + b")R.",
-        r"names functools\.partial",
+        refused,
     )
     yield (
         "a dotted name",
@@ -148,7 +148,32 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         b"\x80\x04" + text("collections") + text("OrderedDict.fromkeys") + b"\x93.",
         r"names collections\.OrderedDict\.fromkeys",
     ),
-    "a label is called": (state_dict(b=call(LABEL)), f"calls {LABEL}"),
+    "a label is called": (state_dict(b=call(LABEL)), f"names {LABEL}"),
+    "a whole state dict": (
+        b"\x80\x02"
+        + dictionary(state_dict=call("mine.StateDict"), other=dictionary(w=tensor()))
+        + b".",
+        r"names mine\.StateDict",
+    ),
+    "objects and no tensors": (
+        b"\x80\x02" + dictionary(state_dict=b"}", other=call("mine.Model")) + b".",
+        r"names mine\.Model",
+    ),
+    "an object filled in": (state_dict(b=call("mine.Dict") + b"}b(" + text("a") + b"Nu"), "mine"),
+    "an object extended": (state_dict(b=call("mine.List") + b"(Ne"), r"names mine\.List"),
+    "a tensor of an object": (state_dict(b=tensor(of=call("mine.Storage"))), "mine.Storage"),
+    "an object's parameter": (
+        state_dict(b=call("torch._utils._rebuild_parameter", call("mine.Tensor"))),
+        r"names mine\.Tensor",
+    ),
+    "a system's name beside": (
+        b"\x80\x02" + dictionary(state_dict=dictionary(w=tensor()), hook=name("os.system")) + b".",
+        r"names os\.system",
+    ),
+    "complex numbers": (
+        state_dict(b=storage(kind="torch.ComplexFloatStorage")),
+        r"holds values of torch\.ComplexFloatStorage",
+    ),
     "a storage class is called": (
         state_dict(b=call("torch.FloatStorage", number(2**40))),
         r"calls torch\.FloatStorage",

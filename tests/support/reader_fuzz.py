@@ -97,6 +97,8 @@ FRAGMENTS = [
     ),
     *(name(known) for known in ("torch.Size", "collections.OrderedDict", "numpy.dtype", LABEL)),
     *(name(f"torch._utils.{call}") for call in ("_rebuild_tensor_v3", "_rebuild_parameter")),
+    *map(name, ("torch._utils._rebuild_device_tensor_from_numpy", "numpy.ndarray", "mine.Thing")),
+    name("numpy._core.multiarray._reconstruct"),
     *map(number, (0, 1, 4, -1, 2**31, 2**62, 2**64)),
     *map(text, ("a", "0", "latin1", "f8", "state_dict", "")),
     *(b"q\0", b"q\1", b"h\0", b"h\1", b"j\xff\xff\xff\x7f", b"r\xff\xff\xff\x7f"),

@@ -32,6 +32,7 @@ from engine.checkpoints.formats.tensors import (
 from engine.checkpoints.formats.torch_archive import read_archive
 from engine.checkpoints.formats.torch_legacy import MAGIC as LEGACY
 from engine.checkpoints.formats.torch_legacy import read_legacy
+from engine.checkpoints.formats.wrappers import unwrap
 from engine.errors import ModelError
 
 __all__ = ["StoredTensor", "Weights", "open_weights", "read_tensors", "release", "require_finite"]
@@ -62,11 +63,13 @@ class Weights(Mapping[str, NDArray[Any]]):
     tensors: dtype and shape of each tensor, known without reading it
     metadata: what else the files say, as texts: safetensors' `__metadata__`, or the numbers and
         texts beside the tensors of a pickled checkpoint, such as "global_step"
+    notes: what was left out, a clause each
     """
 
     files: Mapping[Path, mmap.mmap]
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """View a tensor; raises KeyError when there is none of this name."""
@@ -131,8 +134,9 @@ def open_weights(path: Path) -> Weights:
         if path.is_dir():
             path = _find(path)
         weights = _open_shards(path) if path.suffix == ".json" else _join([path])
-        tensors = with_scales(path, weights.tensors, weights.metadata)
-        return replace(weights, tensors=MappingProxyType(dict(tensors)))
+        tensors, notes = unwrap(weights.tensors)
+        tensors = with_scales(path, tensors, weights.metadata)
+        return replace(weights, tensors=MappingProxyType(dict(tensors)), notes=notes)
     except OSError as error:
         raise ModelError(
             f"{error.filename or path} cannot be read ({error.strerror or error}); "

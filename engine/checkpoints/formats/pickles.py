@@ -1,21 +1,30 @@
 """Pickles read as data: a machine of our own for pickle's instructions, which runs nothing.
 
 Python's own unpickler imports and calls what a file names. Here a name is a text that is looked up
-in a table of the few that checkpoints need, and "calling" it makes one of our plain values; any
-other name or instruction ends the reading. What it costs is bounded by the number of instructions:
+in a table of the few that checkpoints need, and "calling" it makes one of our plain values. What
+any other name would have made is an `Opaque` value: settings of a training may hold such, and what
+needs a tensor there refuses it. A name by which only an attack would reach the system ends the
+reading, as unknown instructions do. What it costs is bounded by the number of instructions:
 the memo is a dictionary, so an index of 2**31 takes no memory, and keys of dictionaries are texts,
 whose hashes nobody can make collide. https://docs.python.org/3/library/pickletools.html
 """
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickletools import genops
 from typing import IO, Any, TypeAlias
 
+from engine.checkpoints.formats.pickle_values import (
+    SYSTEM,
+    Name,
+    Opaque,
+    RefusalError,
+    UnfitError,
+    objection,
+    refusal_at,
+)
 from engine.checkpoints.formats.tensors import damaged, is_unicode, short
-from engine.errors import ModelError
 
 __all__ = ["Call", "Name", "UnfitError", "read_pickle"]
 
@@ -23,21 +32,7 @@ MAX_INSTRUCTIONS = 2_000_000  # 40 a tensor; a training checkpoint of SD 1.5 has
 MAX_INTEGER = 2**256  # random generators keep numbers of 128 bits
 
 MAX_ARGUMENTS = 16
-# The types of torch's elements, of which the calls know those that numpy has.
-TORCH_TYPE = re.compile(r"torch\.(\w+Storage|(b?float|complex|q?u?int|bits)\d\w*)")
-
 Call: TypeAlias = Callable[..., Any]
-
-
-class UnfitError(Exception):
-    """The arguments of a call, or the state of an object, are not what its name needs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A class or function that a pickle names, by its module and name; never imported."""
-
-    text: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,35 +49,36 @@ class _Machine:
     stack: list[Any] = field(default_factory=list)
     marks: list[list[Any]] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
+    position: int = 0
 
     def pop_mark(self) -> list[Any]:
         """Take everything above the last mark."""
         items, self.stack = self.stack, self.marks.pop()
         return items
 
-    def name(self, text: str) -> Name:
-        """Look a name up; every other is refused here, before anything is done with it."""
-        if text not in self.calls:
-            if TORCH_TYPE.fullmatch(text):
-                raise _RefusalError(f"holds values of {short(text)[1:-1]}", "these are not read")
-            raise _RefusalError(f"names {short(text)[1:-1]}", "it could run code")
-        return Name(text)
+    def name(self, text: str) -> Name | Opaque:
+        """Look a name up; one that reaches the system is refused here."""
+        if text in self.calls:
+            return Name(text)
+        if SYSTEM.fullmatch(text):
+            raise RefusalError(*objection(text))
+        return Opaque(text, self.position)
 
     def call(self, callee: Any, arguments: Any) -> Any:
-        """Make the value that a known name stands for."""
+        """Make the value that a known name stands for; of what is opaque comes what is opaque."""
+        if isinstance(callee, Opaque):
+            return callee
         made = self.calls[callee.text] if isinstance(callee, Name) else None
         if made is None:
             what = callee.text if isinstance(callee, Name) else f"a {type(callee).__name__}"
-            raise _RefusalError(f"calls {what}", "it could run code")
+            raise RefusalError(f"calls {what}", "it could run code")
         if not isinstance(arguments, tuple):
             raise UnfitError(f"arguments that are a {type(arguments).__name__}")
         if len(arguments) > MAX_ARGUMENTS:
             raise UnfitError(f"{len(arguments)} arguments")
-        return made(*arguments)
-
-
-class _RefusalError(Exception):
-    """What a pickle does, and why that is refused."""
+        unknown = next((each for each in arguments if isinstance(each, Opaque)), None)
+        value = unknown or made(*arguments)
+        return replace(value, position=self.position) if isinstance(value, Opaque) else value
 
 
 def read_pickle(
@@ -95,13 +91,14 @@ def read_pickle(
         UnfitError when they are wrong. None stands for a name that may be there but not be called.
     load: makes a value of a persistent id, which is where torch puts its storages; the same errors
     Sets become lists; keys of dictionaries become texts. Values may share others, and hold
-    themselves. Raises ModelError, with the byte, for anything else.
+    themselves. Objects of unknown names are `Opaque`. Raises ModelError, with the byte, for
+    anything else.
     """
     machine = _Machine(calls=calls, load=load)
     position = 0
     try:
         for count, (instruction, argument, at) in enumerate(genops(pickle)):
-            position = at or 0
+            machine.position = position = at or 0
             if count == MAX_INSTRUCTIONS:
                 raise UnfitError(f"more than {MAX_INSTRUCTIONS} instructions")
             name = instruction.name
@@ -111,17 +108,13 @@ def read_pickle(
                 HANDLERS[name](machine, argument)
             elif name == "INST":
                 machine.name(str(argument).replace(" ", "."))
-                raise _RefusalError("holds an instruction INST", "it could run code")
+                raise RefusalError("holds an instruction INST", "it could run code")
             elif name not in IGNORED:
-                raise _RefusalError(f"holds an instruction {name}", "it could run code")
+                raise RefusalError(f"holds an instruction {name}", "it could run code")
         if machine.marks or len(machine.stack) != 1:
             raise UnfitError("values that belong to nothing")
-    except _RefusalError as refusal:
-        does, why = refusal.args
-        raise ModelError(
-            f"{path} is refused: its pickle {does} at byte {position}, and {why}; only tensors, "
-            "dictionaries, lists, numbers and texts are read: take the model as .safetensors"
-        ) from None
+    except RefusalError as refusal:
+        raise refusal_at(path, refusal, position) from None
     except UnfitError as problem:
         raise damaged(path, f"its pickle has {problem} at byte {position}") from None
     except (IndexError, KeyError, TypeError, ValueError) as error:
@@ -141,7 +134,7 @@ def _key(value: Any) -> str:
     """Make a text of a dictionary's key."""
     if isinstance(value, str):
         return value
-    if isinstance(value, Name):
+    if isinstance(value, (Name, Opaque)):
         return value.text
     if value is None or isinstance(value, (bool, int, float)):
         return str(value)
@@ -150,16 +143,22 @@ def _key(value: Any) -> str:
 
 def _fill(target: Any, items: list[Any]) -> None:
     """Put keys and values, by turns, into a dictionary."""
+    if isinstance(target, Opaque):
+        return
     if not isinstance(target, dict) or len(items) % 2:
         raise UnfitError(f"pairs for a {type(target).__name__}")
     for key, value in zip(items[::2], items[1::2], strict=True):
         name = _key(key)
+        if name in target and isinstance(key, Opaque):
+            name = f"{name} {len(target)}"  # members of one enumeration, say
         if name in target:
             raise UnfitError(f"{short(name)} twice in a dictionary")
         target[name] = value
 
 
 def _extend(target: Any, items: list[Any]) -> None:
+    if isinstance(target, Opaque):
+        return
     if not isinstance(target, list):
         raise UnfitError(f"items for a {type(target).__name__}")
     target.extend(items)
@@ -261,14 +260,18 @@ def _reduce(machine: _Machine, _: Any) -> None:
 
 def _build(machine: _Machine, _: Any) -> None:
     state, target = machine.stack.pop(), machine.stack[-1]
+    if isinstance(target, Opaque):
+        return
     if not hasattr(target, "set_state"):
         what = target.text if isinstance(target, Name) else f"a {type(target).__name__}"
-        raise _RefusalError(f"changes {what}", "it could run code")
+        raise RefusalError(f"changes {what}", "it could run code")
     target.set_state(state)
 
 
 def _load(machine: _Machine, _: Any) -> None:
-    machine.stack.append(machine.load(machine.stack.pop()))
+    key = machine.stack.pop()
+    of = key[1:2] if isinstance(key, tuple) else ()  # the type of the storage's elements
+    machine.stack.append(of[0] if of and isinstance(of[0], Opaque) else machine.load(key))
 
 
 # Instructions whose argument is the value itself, those that say nothing, and the others.

@@ -87,6 +87,7 @@ class StoredTensor:
     dtype: safetensors' name for it, such as "F16" or "BF16", or GGML's, such as "Q8_0"
     offset: of its first value, in bytes from the start of the file
     nbytes: the size of its values, side by side
+    file: the mapped file, or bytes that a pickle holds instead
     strides: steps in values from one index to the next, as torch counts them; None: side by side
     scale: what its values are to be multiplied by; each of its sizes divides that of the tensor
     """
@@ -95,7 +96,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-    file: mmap.mmap
+    file: mmap.mmap | bytes
     strides: tuple[int, ...] | None = None
     scale: "StoredTensor | None" = None
 

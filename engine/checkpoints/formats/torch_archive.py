@@ -12,15 +12,18 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.formats.numpy_values import NumpyArray
+from engine.checkpoints.formats.pickle_values import Opaque, refused
 from engine.checkpoints.formats.pickles import read_pickle
 from engine.checkpoints.formats.tensors import StoredTensor, damaged, short
 from engine.checkpoints.formats.torch_values import CALLS, ParameterDict, load_storage
 from engine.checkpoints.formats.zip_archive import read_directory
 from engine.errors import ModelError
 
-__all__ = ["MAX_PICKLE", "flatten", "read_archive"]
+__all__ = ["MAX_PICKLE", "UNREAD", "flatten", "read_archive"]
 
 MAX_PICKLE = 2**25  # bytes; a training checkpoint of SD 1.5 has 1 MB
+UNREAD = "an object that is not read: "  # what metadata say of one, before its name
 MAX_VISITS = 2**24  # characters of all names, and steps to them; a cycle of values ends here too
 
 
@@ -29,7 +32,9 @@ def read_archive(path: Path, file: mmap) -> tuple[dict[str, StoredTensor], dict[
 
     The tensors of a checkpoint are those in its `state_dict`, or all when there is none; names of
     nested dictionaries and lists are joined by dots. Metadata are the numbers and texts beside
-    them. Raises ModelError when it is damaged, or holds anything else than data.
+    them. An object that is no data is named there when it stands apart from tensors, as the
+    settings of a training do. Raises ModelError for one among tensors, and when the archive is
+    damaged.
     """
     entries = read_directory(path, file)
     pickles = [name for name in entries if re.fullmatch(rb"[^/]+/data\.pkl", name)]
@@ -41,17 +46,16 @@ def read_archive(path: Path, file: mmap) -> tuple[dict[str, StoredTensor], dict[
     root = pickles[0].removesuffix(b"data.pkl")
     if root + b"constants.pkl" in entries:
         raise ModelError(f"{path} is a TorchScript program; save its state_dict by torch.save")
-    order = entries.get(root + b"byteorder")
+    entry, order = entries[pickles[0]], entries.get(root + b"byteorder")
+    if entry.is_compressed or (order and order.is_compressed):
+        raise ModelError(
+            f"{path} is compressed, and torch.save compresses nothing; unpack it and store the "
+            "same files without compression, or take the model as .safetensors"
+        )
     if order is not None and file[order.offset : order.offset + min(order.size, 9)] != b"little":
         raise ModelError(
             f"{path} was written big-endian, and only little-endian is read; save it again on "
             "another computer, or as .safetensors"
-        )
-    entry = entries[pickles[0]]
-    if entry.is_compressed:
-        raise ModelError(
-            f"{path} is compressed, and torch.save compresses nothing; unpack it and store the "
-            "same files without compression, or take the model as .safetensors"
         )
     if entry.size > MAX_PICKLE:
         raise damaged(path, f"its pickle has {entry.size} bytes, and {MAX_PICKLE} are allowed")
@@ -61,6 +65,8 @@ def read_archive(path: Path, file: mmap) -> tuple[dict[str, StoredTensor], dict[
         CALLS,
         partial(load_storage, entries, root, file),
     )
+    if isinstance(value, Opaque):
+        raise refused(path, value)
     if not isinstance(value, dict):
         raise ModelError(
             f"{path} holds a value of type {type(value).__name__}, and a dictionary of tensors is "
@@ -75,10 +81,16 @@ def flatten(path: Path, root: Mapping[str, Any]) -> tuple[dict[str, StoredTensor
     tensors: dict[str, StoredTensor] = {}
     metadata = {name: str(value) for name, value in root.items() if _is_plain(value)}
     state_dict = root.get("state_dict")
-    left = [_named("", state_dict if isinstance(state_dict, dict) else root)]
+    if isinstance(state_dict, Opaque):
+        raise refused(path, state_dict)
+    top, objects = root, dict[str, Opaque]()
+    if isinstance(state_dict, dict):
+        top, objects = state_dict, {n: v for n, v in root.items() if isinstance(v, Opaque)}
+    left = [(_named("", top), _holds_tensors(top))]
     visits = 0
     while left:
-        item = next(left[-1], None)
+        values, among_tensors = left[-1]
+        item = next(values, None)
         if item is None:
             left.pop()
             continue
@@ -88,15 +100,30 @@ def flatten(path: Path, root: Mapping[str, Any]) -> tuple[dict[str, StoredTensor
             raise damaged(path, f"its dictionaries are too many or too deep, at {short(name)}")
         if isinstance(value, ParameterDict):
             value = value.parameters
+        if isinstance(value, NumpyArray):
+            value = value.tensor
         if isinstance(value, (dict, list, tuple)):
-            left.append(_named(f"{name}.", value))
+            left.append((_named(f"{name}.", value), _holds_tensors(value)))
         elif isinstance(value, StoredTensor):
             if name in tensors:
                 raise damaged(path, f"{short(name)} is there twice")
             tensors[name] = value
+        elif isinstance(value, Opaque):
+            if among_tensors:
+                raise refused(path, value)
+            objects[name] = value
         elif _is_plain(value):
             metadata[name] = str(value)
+    for name, value in objects.items():
+        if not tensors:
+            raise refused(path, value)
+        metadata[name] = f"{UNREAD}{value.text}"
     return tensors, metadata
+
+
+def _holds_tensors(values: Any) -> bool:
+    each = values.values() if isinstance(values, dict) else values
+    return any(isinstance(value, (StoredTensor, NumpyArray)) for value in each)
 
 
 def _named(prefix: str, values: Any) -> Iterator[tuple[str, Any]]:

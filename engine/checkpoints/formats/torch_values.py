@@ -1,23 +1,26 @@
 """What the names in a checkpoint's pickle stand for: tensors in their storages, and plain values.
 
 Storages and tensors are checked against the file when they are met; nothing of them is read.
-torch/_utils.py has the signatures of what rebuilds tensors; numpy's numbers come from metrics
-that training keeps.
+torch/_utils.py has the signatures of what rebuilds tensors.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from mmap import mmap
 from typing import Any
 
-import numpy as np
-
+from engine.checkpoints.formats.numpy_values import CALLS as NUMPY_CALLS
+from engine.checkpoints.formats.numpy_values import (
+    NumpyArray,
+    is_shape,
+    show_shape,
+    simplify_strides,
+)
 from engine.checkpoints.formats.pickles import Call, Name, UnfitError
 from engine.checkpoints.formats.tensors import (
     DTYPES,
     MAX_BYTES,
-    MAX_DIMENSIONS,
     StoredTensor,
     are_counts,
     extent,
@@ -25,7 +28,7 @@ from engine.checkpoints.formats.tensors import (
 )
 from engine.checkpoints.formats.zip_archive import Entry
 
-__all__ = ["CALLS", "STORAGES", "ParameterDict", "Storage", "load_storage"]
+__all__ = ["CALLS", "STORAGES", "NumpyArray", "ParameterDict", "Storage", "load_storage"]
 
 STORAGES: Mapping[str, str] = {
     "torch.BoolStorage": "BOOL",
@@ -59,13 +62,6 @@ TYPES: Mapping[str, str] = {
     "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
     "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
 }
-# Classes that published checkpoints name, as keys of dictionaries.
-LABELS = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.callbacks.early_stopping.EarlyStopping",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,20 +92,6 @@ class ParameterDict:
         if not isinstance(parameters, dict):
             raise UnfitError("a ParameterDict without parameters")
         self.parameters = parameters
-
-
-@dataclass(slots=True)
-class NumpyType:
-    """numpy's dtype of a single number: its kind and bytes ("f8") and the order of its bytes."""
-
-    kind: str
-    order: str = field(default="<")
-
-    def set_state(self, state: Any) -> None:
-        """Take the order of the bytes out of (version, order, …); raises UnfitError for others."""
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|"):
-            raise UnfitError("a numpy dtype of an unknown state")
-        self.order = state[1]
 
 
 def load_storage(entries: Mapping[bytes, Entry], root: bytes, file: mmap, key: Any) -> Storage:
@@ -164,60 +146,28 @@ def _rebuild_typed_tensor(
 
 def _place(storage: Storage, dtype: str, start: Any, shape: Any, strides: Any) -> StoredTensor:
     """Check that a tensor lies in its storage, whatever its strides are."""
-    fits = _is_shape(shape) and _is_shape(strides) and are_counts([start])
+    fits = is_shape(shape) and is_shape(strides) and are_counts([start])
     if not fits or len(shape) != len(strides):
-        raise UnfitError(f"a tensor of shape {_sizes(shape)} and strides {_sizes(strides)}")
+        raise UnfitError(f"a tensor of shape {show_shape(shape)} and strides {show_shape(strides)}")
     shape = tuple(shape)
     itemsize = DTYPES[dtype].itemsize
     count = math.prod(shape)
     last = start + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     if count and (last + 1) * itemsize > storage.entry.size:
         raise UnfitError(
-            f"a tensor of shape {_sizes(shape)} that ends at value {last + 1} of a storage "
+            f"a tensor of shape {show_shape(shape)} that ends at value {last + 1} of a storage "
             f"of {storage.entry.size // itemsize}"
         )
     if count * itemsize > len(storage.file) or extent(shape) * itemsize > MAX_BYTES:
-        raise UnfitError(f"a tensor of shape {_sizes(shape)}, larger than the file,")
+        raise UnfitError(f"a tensor of shape {show_shape(shape)}, larger than the file,")
     return StoredTensor(
         dtype=dtype,
         shape=shape,
         offset=storage.entry.offset + (start * itemsize if count else 0),
         nbytes=count * itemsize,
         file=storage.file,
-        strides=_simplify(shape, strides),
+        strides=simplify_strides(shape, strides),
     )
-
-
-def _simplify(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
-    """Drop strides that say nothing: those of dimensions of 1, and of values side by side."""
-    if not math.prod(shape):
-        return None
-    side_by_side: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        side_by_side.append(step)
-        step *= size
-    side_by_side.reverse()
-    kept = tuple(
-        step if size > 1 else plain
-        for size, step, plain in zip(shape, strides, side_by_side, strict=True)
-    )
-    return None if kept == tuple(side_by_side) else kept
-
-
-def _is_shape(values: Any) -> bool:
-    """Tell whether values are a shape; a long list is not looked through."""
-    return (
-        isinstance(values, (list, tuple)) and len(values) <= MAX_DIMENSIONS and are_counts(values)
-    )
-
-
-def _sizes(values: Any) -> str:
-    """Show a shape in a message; what is none may be deep or endless."""
-    is_short = isinstance(values, (list, tuple)) and len(values) <= MAX_DIMENSIONS
-    if is_short and all(isinstance(value, int) for value in values):
-        return short(list(values))
-    return f"of type {type(values).__name__}"
 
 
 def _parameter(tensor: Any, *_: Any) -> StoredTensor:
@@ -241,7 +191,7 @@ def _set(items: Any) -> list[Any]:
 
 
 def _size(sizes: Any) -> tuple[int, ...]:
-    if not _is_shape(sizes):
+    if not is_shape(sizes):
         raise UnfitError("a torch.Size that is none")
     return tuple(sizes)
 
@@ -259,21 +209,16 @@ def _encode(text: Any, encoding: Any) -> str:
     return text
 
 
-def _numpy_type(kind: Any, *_: Any) -> NumpyType:
-    if kind not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
-        raise UnfitError("a numpy dtype that is no number's")
-    return NumpyType(kind)
+def _empty_bytes() -> bytes:
+    """Return what pickles of version 2 write as `bytes()`."""
+    return b""
 
 
-def _numpy_scalar(kind: Any, data: Any) -> bool | int | float:
-    if not isinstance(kind, NumpyType) or not isinstance(data, (bytes, str)):
-        raise UnfitError("a number of numpy without its dtype or bytes")
-    dtype = np.dtype(kind.order + kind.kind)
-    if len(data) != dtype.itemsize:
-        raise UnfitError(f"a number of numpy with {len(data)} bytes, not {dtype.itemsize},")
-    value = data.encode("latin1") if isinstance(data, str) else data
-    number: bool | int | float = np.frombuffer(value, dtype)[0].item()
-    return number
+def _device_tensor(array: Any, *_: Any) -> StoredTensor:
+    """Take the numbers of a tensor that lay on a Mac's GPU, say."""
+    if not isinstance(array, NumpyArray) or array.tensor is None:
+        raise UnfitError("a tensor of a device without its numbers")
+    return array.tensor
 
 
 CALLS: Mapping[str, Call | None] = {
@@ -281,6 +226,7 @@ CALLS: Mapping[str, Call | None] = {
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_typed_tensor,
+    "torch._utils._rebuild_device_tensor_from_numpy": _device_tensor,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.nn.parameter.Parameter": _parameter,
@@ -290,8 +236,8 @@ CALLS: Mapping[str, Call | None] = {
     "__builtin__.set": _set,
     "builtins.set": _set,
     "_codecs.encode": _encode,
-    "numpy.dtype": _numpy_type,
-    "numpy.core.multiarray.scalar": _numpy_scalar,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
-    **dict.fromkeys([*STORAGES, *TYPES, *LABELS]),
+    "__builtin__.bytes": _empty_bytes,
+    "builtins.bytes": _empty_bytes,
+    **NUMPY_CALLS,
+    **dict.fromkeys([*STORAGES, *TYPES]),
 }

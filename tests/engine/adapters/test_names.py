@@ -101,3 +101,13 @@ def test_flat_names_are_different_for_every_module() -> None:
         names = make_unet(config).state_dict()
         modules = {name.rpartition(".")[0] for name in names}
         assert len({flat_name(module) for module in modules}) == len(modules)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["unet.base_model.model.", "base_model.model.unet.", "lora_unet__orig_mod_", "unet.unet."],
+)
+def test_prefixes_are_nested(prefix):
+    module = "mid_block_attn" if prefix.endswith("_") else "mid_block.attn"
+    split = split_name(f"{prefix}{module}.lora_A.weight")
+    assert split == ("unet", module, "down")
