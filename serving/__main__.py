@@ -1,10 +1,12 @@
 """`latentrt serve`: serve pictures until somebody ends it."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from engine.errors import exit_status, libraries_of
+from serving.configuration import parse_options
 from serving.options import engine_settings, make_parser, read_keys
 from serving.supervisor import ProcessEngine
 
@@ -14,12 +16,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m serving"
 
     prog: what the usage calls it
     """
-    options = make_parser(prog).parse_args(arguments)
-    return exit_status(lambda: _serve(options), cancelled="ended")
+    parser = make_parser(prog)
+    return exit_status(lambda: _serve(parser, arguments), cancelled="ended")
 
 
-def _serve(options: argparse.Namespace) -> None:
+def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
     """Start the engine, and the server while its model is loaded."""
+    options = parse_options(parser, arguments, os.environ)
     keys, engine = read_keys(options), ProcessEngine(engine_settings(options))
     engine.launch()
     try:

@@ -12,6 +12,7 @@ from engine.store.eviction import parse_size
 from runtime.options import add_engine_options
 from serving.addresses import is_loopback
 from serving.child import EngineSettings
+from serving.configuration import CONFIG, PREFIX
 from serving.keys import Keys
 from serving.limits import Limits
 from serving.memory import total_bytes
@@ -26,6 +27,13 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser; prog: what the usage calls the command."""
     parser = CommandParser(
         prog=prog, description="Serve pictures over HTTP: OpenAI's Images API and a native one."
+    )
+    parser.add_argument(
+        f"--{CONFIG}",
+        type=Path,
+        metavar="FILE",
+        help="TOML with these options by their names, such as port = 8080; variables "
+        f"{PREFIX}PORT and the like, and the command line, go before it",
     )
     _add_models(parser.add_argument_group("what is drawn with"))
     _add_doors(parser.add_argument_group("who may come in"))

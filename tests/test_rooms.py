@@ -50,7 +50,7 @@ ROOMS = {
             "loop",
         ),
         *("client", "admission", "metrics", "jobs", "addresses", "keys", "http"),
-        *("frames", "child", "supervisor", "options", "server", "__main__"),
+        *("frames", "child", "supervisor", "configuration", "options", "server", "__main__"),
     ),
 }
 SEPARATE = {("export", "runtime"), ("runtime", "export")}  # only files cross between them

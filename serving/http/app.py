@@ -16,10 +16,11 @@ from starlette.types import ASGIApp
 from engine.errors import RequestError
 from runtime.images.files import program_version
 from serving.client import EngineClient
-from serving.errors import BadRequestError, EngineFailedError, NotFoundError, RefusalError
+from serving.errors import BadRequestError, NotFoundError, RefusalError
 from serving.http.access import AccessMiddleware, AccessRules
 from serving.http.answers import refuse
 from serving.http.body import BodyReader
+from serving.http.docs_page import docs_page
 from serving.http.documents import invalid
 from serving.http.fields import Catalog
 from serving.http.native import native_routes
@@ -62,7 +63,12 @@ def make_service(
             await asyncio.to_thread(engine.stop)
 
     app = FastAPI(
-        title="Latentrt", version=program_version(), lifespan=lifespan, redirect_slashes=False
+        title="Latentrt",
+        version=program_version(),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # FastAPI's own pages load scripts from elsewhere
+        redoc_url=None,
     )
     app.include_router(openai_routes(jobs, catalog, limits, int(time.time())))
     app.include_router(native_routes(jobs, catalog, limits))
@@ -88,6 +94,11 @@ def _add_state(app: FastAPI, engine: EngineClient, jobs: Jobs, metrics: Metrics)
             return JSONResponse({"status": "ready"})
         status = "draining" if jobs.draining else "starting"
         return JSONResponse({"status": status}, status_code=503, headers={"retry-after": "1"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """Show what the document of OpenAPI says."""
+        return docs_page(app.openapi())
 
     @app.get("/metrics", tags=["state"], response_class=Response)
     async def numbers() -> Response:
@@ -122,10 +133,10 @@ def _add_refusals(app: FastAPI, metrics: Metrics) -> None:
             return answer
         return await refused(request, BadRequestError("the body cannot be read"))
 
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        return await refused(request, EngineFailedError("something went wrong here", code="failed"))
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        raise error  # `RequestLog` answers, for this application and for what stands before it
 
-    app.add_exception_handler(Exception, failed)  # which goes on to the log all the same
+    app.add_exception_handler(Exception, unexpected)
     app.add_exception_handler(RefusalError, refused)
     app.add_exception_handler(RequestError, refused)
     app.add_exception_handler(RequestValidationError, unfit)

@@ -1,13 +1,20 @@
 """The examples of docs/serving.md run as they are written, against a server that is elsewhere."""
 
+import base64
+import hashlib
 import re
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
 from runtime.images.files import read_settings
+from serving.configuration import parse_options
+from serving.http.docs_page import docs_page
+from serving.http.fields import Picture
+from serving.options import make_parser
 from tests.support.servers import load, models, serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -71,3 +78,47 @@ def test_the_page_names_the_limits_as_they_are():
         f"({limits.kept_bytes >> 20} MiB, ten minutes)",
     ):
         assert told in " ".join(PAGE.split()), told
+
+
+def test_the_page_of_the_api_is_whole_and_loads_nothing(url):
+    """It needs no other address and no script, and no stranger's page can hold it."""
+    page = httpx.get(f"{url}/docs")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert not re.findall(r"<(?:script|iframe|img|link|form|object|base)|\bon\w+=|//", page.text)
+    (style,) = re.findall("<style>(.*?)</style>", page.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = dict(
+        each.split(" ", 1) for each in page.headers["content-security-policy"].split("; ")
+    )
+    assert policy["style-src"] == f"'sha256-{digest}'"
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'"
+    document = httpx.get(f"{url}/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"<code>{method.upper()} {path}</code>" in page.text
+    for field in Picture.model_fields:
+        assert f"<td><code>{field}</code></td>" in page.text, field
+    assert "<td><code>hires</code></td><td><code>object: scale (number)" in page.text
+    for gone in ("/redoc", "/docs/oauth2-redirect"):
+        assert httpx.get(f"{url}{gone}").status_code == 404
+
+
+def test_what_a_document_says_is_text_in_its_page():
+    said = "<script>alert(1)</script>"
+    operation = {
+        "description": said,
+        "tags": [said],
+        "parameters": [
+            {"name": said, "in": "query", "schema": {"type": "string", "default": said}}
+        ],
+        "responses": {"200": {"description": said}},
+    }
+    document = {"info": {"title": said, "version": "1"}, "paths": {f"/{said}": {"get": operation}}}
+    assert "<script" not in docs_page(document).body.decode()
+
+
+def test_the_settings_of_the_page_are_options(tmp_path):
+    (settings,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "server.toml").write_text(settings)
+    read = parse_options(make_parser("serve"), ["--config", str(tmp_path / "server.toml")], {})
+    assert (read.port, read.rows, len(read.models)) == (8080, "capacity", 2)

@@ -412,6 +412,36 @@ def test_keys_are_needed_and_never_seen(tmp_path, caplog):
         assert secret not in metrics
 
 
+@pytest.mark.parametrize("place", ["within a route", "before the routes", "where a stream begins"])
+def test_what_nobody_expected_is_answered_in_one_way(place, monkeypatch, caplog):
+    """Wherever it comes from, a stranger learns nothing, and the log has it all."""
+
+    def fail(*_, **__):
+        raise LookupError("a library's own words about /usr/lib")
+
+    with (
+        serving(SlowStudio(0)) as running,
+        httpx.Client(base_url=running.url) as client,
+    ):
+        if place == "before the routes":
+            monkeypatch.setattr("serving.http.body._check_type", fail)
+        elif place == "within a route":
+            monkeypatch.setattr(running.service.jobs, "submit", fail)
+        else:
+            monkeypatch.setattr("serving.http.native._watched", fail)
+        path, answer = PICTURES, None
+        if place == "where a stream begins":
+            job = client.post(PICTURES, json={"prompt": "p"}).json()["id"]
+            answer = client.get(f"{PICTURES}/{job}/events")
+        answer = answer or client.post(path, json={"prompt": "p"})
+        assert error(answer, 500)["code"] == "internal_error"
+        assert answer.headers["x-should-retry"] == "false"
+        assert answer.headers["x-request-id"] in caplog.text
+        assert "a library's own words" in caplog.text
+        monkeypatch.undo()
+        assert client.post(PICTURES, json={"prompt": "p"}).status_code == 202, "and it goes on"
+
+
 def test_a_callers_jobs_are_the_callers_own():
     hashes = {name: hashlib.sha256(name.encode()).digest() for name in ("anna", "bert")}
     with (

@@ -1,0 +1,113 @@
+"""The options of a command from a file and from the environment, by the names that they have there.
+
+What stands on the command line is taken before a variable, and that before the file. Every value
+is read as the command line reads it.
+"""
+
+import argparse
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from engine.errors import RequestError
+
+PREFIX = "LATENTRT_SERVE_"
+CONFIG = "config"
+SEPARATOR = ";"  # of several values in one variable
+FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def parse_options(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    environment: Mapping[str, str],
+) -> argparse.Namespace:
+    """Return the options of a command line, a file and an environment, in that order.
+
+    parser: with an option --config, which names a file of TOML; it is not to be used again
+    Raises RequestError for what a file or a variable says wrongly.
+    """
+    defaults = parser.parse_args([])
+    actions = {_name(action): action for action in parser._actions if _name(action) != "help"}
+    for action in actions.values():
+        action.default = argparse.SUPPRESS
+    given = vars(parser.parse_args(arguments))
+    variables = _from_environment(parser, actions, environment)
+    path = given.get(CONFIG) or variables.pop(CONFIG, None)
+    file = {} if path is None else _from_file(parser, actions, path)
+    return argparse.Namespace(**{**vars(defaults), **file, **variables, **given})
+
+
+def _name(action: argparse.Action) -> str:
+    return action.option_strings[-1].removeprefix("--")
+
+
+def _from_environment(
+    parser: argparse.ArgumentParser,
+    actions: Mapping[str, argparse.Action],
+    environment: Mapping[str, str],
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX):
+            continue
+        name = variable.removeprefix(PREFIX).lower().replace("_", "-")
+        action = _action(actions, name, f"the variable {variable}")
+        value: Any = text
+        if action.nargs == 0:
+            value = FLAGS.get(text.lower(), text)
+        elif _takes_many(action):
+            value = text.split(SEPARATOR)
+        found |= _parsed(parser, action, value, f"the variable {variable}")
+    return found
+
+
+def _from_file(
+    parser: argparse.ArgumentParser, actions: Mapping[str, argparse.Action], path: Path
+) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or f"it is no TOML: {error}"
+        raise RequestError(f"--config {path} cannot be read ({why})") from error
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        action = _action(actions, name, f"{name} in {path}")
+        if name == CONFIG:
+            raise RequestError(f"{path} names another file of settings; put all into one")
+        found |= _parsed(parser, action, value, f"{name} in {path}")
+    return found
+
+
+def _action(actions: Mapping[str, argparse.Action], name: str, where: str) -> argparse.Action:
+    if name not in actions:
+        near = get_close_matches(name, actions, n=1)
+        meant = f"; did you mean {near[0]}?" if near else "; `--help` lists them"
+        raise RequestError(f"{where} is no option of this command{meant}")
+    return actions[name]
+
+
+def _takes_many(action: argparse.Action) -> bool:
+    return isinstance(action, argparse._AppendAction)
+
+
+def _parsed(
+    parser: argparse.ArgumentParser, action: argparse.Action, value: Any, where: str
+) -> dict[str, Any]:
+    """Read a value as the command line would; returns it by its name in the namespace."""
+    option = action.option_strings[-1]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise RequestError(f"{where} is {value!r}; give true or false")
+        return {action.dest: value}
+    values = value if isinstance(value, list) and _takes_many(action) else [value]
+    if not values or not all(type(each) in (str, int, float) for each in values):
+        kind = "a text, or a list of some" if _takes_many(action) else "a text or a number"
+        raise RequestError(f"{where} is {value!r}; give {kind}")
+    parser.exit_on_error = False
+    try:
+        return vars(parser.parse_args([f"{option}={each}" for each in values]))
+    except argparse.ArgumentError as error:
+        raise RequestError(f"{where}: {error.message}") from None
