@@ -66,7 +66,7 @@ def _symbols(value: Mapping[int, bytes | int]) -> Iterator[int | str]:
 
 def weights_as_inputs(data: bytes) -> bytes:
     """Turn the external initializers of a serialised ModelProto into inputs of the graph."""
-    return _mapped(data, MODEL_GRAPH, _graph_with_inputs)
+    return mapped(data, MODEL_GRAPH, _graph_with_inputs)
 
 
 def without_attribute(data: bytes, operator: str, attribute: str) -> bytes:
@@ -85,11 +85,11 @@ def without_attribute(data: bytes, operator: str, attribute: str) -> bytes:
             if field != ATTRIBUTE or next(fields(_bytes(value)), None) != named
         )
 
-    return _mapped(data, MODEL_GRAPH, lambda graph: _mapped(graph, GRAPH_NODE, node))
+    return mapped(data, MODEL_GRAPH, lambda graph: mapped(graph, GRAPH_NODE, node))
 
 
-def _mapped(data: bytes, chosen: int, change: Callable[[bytes], bytes]) -> bytes:
-    """Change the messages of one field."""
+def mapped(data: bytes, chosen: int, change: Callable[[bytes], bytes]) -> bytes:
+    """Return a message with other messages in one of its fields."""
     return b"".join(
         encode(field, change(_bytes(value)) if field == chosen else value)
         for field, value in fields(data)
@@ -251,20 +251,6 @@ def _renamed(entry: Field, names: Mapping[bytes, bytes]) -> Field:
     )
 
 
-def with_initializers(data: bytes, change: Callable[[Node], Node]) -> bytes:
-    """Return a serialised ModelProto with other initializers; change: takes and gives the fields of
-    one TensorProto."""
-    return _mapped(
-        data,
-        MODEL_GRAPH,
-        lambda graph: _mapped(
-            graph,
-            GRAPH_INITIALIZER,
-            lambda tensor: b"".join(encode(*entry) for entry in change(list(fields(tensor)))),
-        ),
-    )
-
-
 def with_own_operators(data: bytes, change: Callable[[Nodes], bytes]) -> bytes:
     """Return a serialised ModelProto with another graph, which may use ONNX Runtime's operators.
 
@@ -272,7 +258,7 @@ def with_own_operators(data: bytes, change: Callable[[Nodes], bytes]) -> bytes:
     """
     opset = encode(OPSET_DOMAIN, CONTRIB) + encode(OPSET_VERSION, 1)
     content = b"".join(encode(*entry) for entry in fields(data) if entry != (MODEL_OPSET, opset))
-    content = _mapped(content, MODEL_GRAPH, lambda graph: _swept(change(Nodes.read(graph))))
+    content = mapped(content, MODEL_GRAPH, lambda graph: _swept(change(Nodes.read(graph))))
     return content + encode(MODEL_OPSET, opset)
 
 

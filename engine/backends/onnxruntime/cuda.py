@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Engine, EngineSpec, run_from_host
+from engine.backends.onnxruntime.argmax import with_float_argmax
 from engine.backends.onnxruntime.attention import fuse_attention
 from engine.backends.onnxruntime.convolution import with_channels_last
 from engine.backends.onnxruntime.device_weights import DeviceWeights, widened
@@ -47,6 +48,8 @@ class _Form:
 
     binding: to the arrays of the last run; outputs: their shapes; dtypes: of inputs and outputs
     elsewhere: the operators that do not run on the GPU
+    unread: inputs that nothing reads once their sizes are known
+    weights: what the session's memory must be kept with
     """
 
     session: Any
@@ -54,23 +57,35 @@ class _Form:
     outputs: dict[str, Shape]
     dtypes: dict[str, np.dtype[Any]]
     elsewhere: tuple[str, ...]
+    unread: frozenset[str]
+    weights: DeviceWeights
     is_ready: bool = False
 
     @classmethod
-    def of(cls, session: Any) -> "_Form":
+    def of(cls, session: Any, weights: DeviceWeights) -> "_Form":
         """Ask a session for all of that."""
-        arguments = [*session.get_inputs(), *session.get_outputs()]
+        inputs, outputs, binding = session.get_inputs(), session.get_outputs(), session.io_binding()
+        dtypes = {a.name: np.dtype(DTYPES[a.type]) for a in (*inputs, *outputs)}
+        elsewhere = tuple(
+            node.op_type
+            for assigned in session.get_provider_graph_assignment_info()
+            for node in assigned.get_nodes()
+            if assigned.ep_name != PROVIDER
+        )
+        unread = set()
+        for given, place in zip(inputs, session.get_input_memory_infos(), strict=True):
+            # The library expects there what nothing reads, and would copy it in every run.
+            if place.name == "Cpu" and not elsewhere:
+                unread.add(given.name)
+                binding.bind_cpu_input(given.name, np.zeros(given.shape, dtypes[given.name]))
         return cls(
             session=session,
-            binding=session.io_binding(),
-            outputs={output.name: tuple(output.shape) for output in session.get_outputs()},
-            dtypes={argument.name: np.dtype(DTYPES[argument.type]) for argument in arguments},
-            elsewhere=tuple(
-                node.op_type
-                for assigned in session.get_provider_graph_assignment_info()
-                for node in assigned.get_nodes()
-                if assigned.ep_name != PROVIDER
-            ),
+            binding=binding,
+            outputs={output.name: tuple(output.shape) for output in outputs},
+            dtypes=dtypes,
+            elsewhere=elsewhere,
+            unread=frozenset(unread),
+            weights=weights,
         )
 
 
@@ -94,8 +109,10 @@ class OnnxRuntimeCudaEngine:
         self._bound = False
         self._take(weights, graph.weights)
         # The caller waits for the stream, and mostly much later.
-        self._asynchronous = self._library.RunOptions()
-        self._asynchronous.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        entries = {"disable_synchronize_execution_providers": "1"}
+        self._asynchronous = self._run_options(entries)
+        shrinking = {"memory.enable_memory_arena_shrinkage": f"gpu:{index}"}
+        self._shrinking = self._run_options(entries | shrinking)
 
     def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
         """Run once, with arrays of the signature; see `engine.backends.base.DeviceEngine`."""
@@ -125,7 +142,7 @@ class OnnxRuntimeCudaEngine:
         with self.device.lock:
             form = self._form({name: array.shape for name, array in inputs.items()})
             self.device.keep(form)
-            self._run(form, inputs, outputs)
+            self._run(form, inputs, outputs, self._asynchronous)
 
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
         """Take weights anew, in place where they are shared; see `engine.backends.base.Engine`."""
@@ -158,8 +175,10 @@ class OnnxRuntimeCudaEngine:
             placed[name] = self.device.empty(shape, form.dtypes[name])
             self.device.upload(np.zeros(shape, form.dtypes[name]), placed[name])
         outputs = self._outputs(form)
-        for _ in range(WARM_UP):
-            self._run(form, placed, outputs)
+        # In the first run the library looks what it needs, piece by piece; for the second it takes
+        # one piece, and the first ones would stay.
+        for options in (self._shrinking, *[self._asynchronous] * (WARM_UP - 1)):
+            self._run(form, placed, outputs, options)
         self.device.wait()
         form.is_ready = True
 
@@ -168,18 +187,25 @@ class OnnxRuntimeCudaEngine:
         form: "_Form",
         inputs: Mapping[str, DeviceArray],
         outputs: Mapping[str, DeviceArray],
+        options: Any,
     ) -> None:
-        bound = [(form.binding.bind_input, inputs), (form.binding.bind_output, outputs)]
-        for bind, arrays in bound:
+        read = {name: array for name, array in inputs.items() if name not in form.unread}
+        for bind, arrays in ((form.binding.bind_input, read), (form.binding.bind_output, outputs)):
             for name, array in arrays.items():
                 bind(name, "cuda", self._index, array.dtype.type, array.shape, array.address)
         try:
-            form.session.run_with_iobinding(form.binding, self._asynchronous)
+            form.session.run_with_iobinding(form.binding, options)
         except Exception as error:  # the library's own exceptions share no base of their own
             raise BackendError(
                 f"ONNX Runtime failed on the GPU ({first_line(error)}); is the picture too large "
                 "for its memory?"
             ) from error
+
+    def _run_options(self, entries: Mapping[str, str]) -> Any:
+        options = self._library.RunOptions()
+        for name, value in entries.items():
+            options.add_run_config_entry(name, value)
+        return options
 
     def _open(self, sizes: Sizes) -> "_Form":
         library = self._library
@@ -206,7 +232,7 @@ class OnnxRuntimeCudaEngine:
         if PROVIDER not in session.get_providers():
             raise _not_started()
         del kept
-        return _Form.of(session)
+        return _Form.of(session, self._weights)
 
     def _settings(self) -> dict[str, str]:
         return {
@@ -230,6 +256,7 @@ def rewritten(data: bytes, weights: Mapping[str, Shape]) -> bytes:
     1.5, or made what is no number; its own is as near to float32 as torch is.
     """
     data = with_weights_as_they_lie(fuse_attention(data, causal=True), weights)
+    data = with_float_argmax(data)
     data = fuse_transformers(with_exact_states(data), weights)
     return with_channels_last(fuse_group_norms(data, weights), weights)
 

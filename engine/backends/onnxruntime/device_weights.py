@@ -5,7 +5,7 @@ The sessions are given its addresses, so those of other sizes use it too, and an
 where it lies. Other weights, most of them vectors, are constants of each session.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
@@ -22,7 +22,9 @@ from engine.checkpoints.formats.files import release
 from engine.devices.device import Device, DeviceArray, Shape
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import (
+    GRAPH_INITIALIZER,
     INPUT,
+    MODEL_GRAPH,
     OUTPUT,
     TENSOR_DIMS,
     TENSOR_DTYPE,
@@ -30,9 +32,11 @@ from engine.graphs.onnx_bytes import (
     Node,
     Nodes,
     attributes_of,
+    encode,
+    fields,
     int_of,
+    mapped,
     named,
-    with_initializers,
     with_own_operators,
 )
 
@@ -56,7 +60,7 @@ def widened(data: bytes, weights: Mapping[str, Shape]) -> tuple[bytes, frozenset
             return tensor
         return [(f, FLOAT if f == TENSOR_DTYPE else value) for f, value in tensor]
 
-    return with_initializers(data, typed), frozenset(name.decode() for name in names)
+    return _with_initializers(data, typed), frozenset(name.decode() for name in names)
 
 
 def _without_casts(found: Nodes, weights: Mapping[str, Shape], widened: set[bytes]) -> bytes:
@@ -73,6 +77,15 @@ def _widens(cast: Node, weights: Mapping[str, Shape], found: Nodes) -> bool:
     (name,) = named(cast, INPUT)
     alone = name.decode() in weights and found.readers[name] == 1
     return alone and int_of(attributes_of(cast)[b"to"]) == FLOAT
+
+
+def _with_initializers(data: bytes, change: Callable[[Node], Node]) -> bytes:
+    """Return a serialised ModelProto whose initializers, as fields of TensorProto, are changed."""
+
+    def changed(tensor: bytes) -> bytes:
+        return b"".join(encode(*entry) for entry in change(list(fields(tensor))))
+
+    return mapped(data, MODEL_GRAPH, lambda graph: mapped(graph, GRAPH_INITIALIZER, changed))
 
 
 class DeviceWeights:
@@ -95,7 +108,7 @@ class DeviceWeights:
         arrays = {name for name, shape in graph.weights.items() if len(shape) > 1}
         self._shared = {name for name in arrays if uses[name] <= SHARING}
         self._last = {name for name in self._shared if CONVOLUTION in uses[name]}
-        self.model = with_initializers(data, self._rearranged)
+        self.model = _with_initializers(data, self._rearranged)
         self._arrays: dict[str, DeviceArray] = {}
         self._values: dict[str, DeviceValue] = {}
         self._constants: dict[str, NDArray[Any]] = {}

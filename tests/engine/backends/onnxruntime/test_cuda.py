@@ -132,6 +132,9 @@ class _Session:
     def get_outputs(self):
         return self.session.get_outputs()
 
+    def get_input_memory_infos(self):
+        return [SimpleNamespace(name="Cuda") for _ in self.session.get_inputs()]
+
     def get_provider_graph_assignment_info(self):
         return [
             SimpleNamespace(

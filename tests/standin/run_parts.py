@@ -1,0 +1,65 @@
+"""Run the parts of a model on the stand-in; prints what each asked for, as JSON.
+
+LD_LIBRARY_PATH=STANDIN LATENTRT_CUDA_LOG=FILE python run_parts.py MODEL
+"""
+
+import json
+import sys
+from collections import Counter
+
+import numpy as np
+
+from engine.backends.onnxruntime.cuda import OnnxRuntimeCudaEngine
+from engine.graphs.graph import Graph
+from tests.standin.call_log import CallLog, copied, operations
+from tests.standin.device import StandInDevice
+from tests.standin.models import Case, cases
+
+RUNS = 3  # after those of `prepare`
+OPENING = "cudaMemcpy"  # what a session copies with when it is opened; all else does not wait
+
+
+def facts_of(graph: Graph, case: Case, device: StandInDevice, log: CallLog) -> dict[str, object]:
+    """Open a part, run it, record it, and say what was asked for."""
+    weights = {name: np.zeros(shape, graph.precision) for name, shape in graph.weights.items()}
+    engine = OnnxRuntimeCudaEngine(graph, weights, device)
+    loaded, inputs = log.take(), case.shapes(graph)
+    outputs = engine.prepare(inputs)
+    dtypes = engine._form(inputs).dtypes
+    placed = {name: device.empty(shape, dtypes[name]) for name, shape in inputs.items()}
+    prepared = log.take()
+    runs = []
+    for _ in range(RUNS):
+        engine.enqueue(placed, outputs)
+        runs.append(log.take())
+    replay = device.record(lambda: engine.enqueue(placed, outputs))
+    recorded = log.take()
+    replay()
+    launched = log.take()
+    engine.prepare(case.shapes(graph, pictures=2))  # another form, of the same weights
+    other = log.take()
+    return {
+        "elsewhere": engine._form(inputs).elsewhere,
+        "records": engine.records,
+        "weights": sum(int(np.prod(shape)) for shape in graph.weights.values()),
+        "uploaded": copied(loaded, "HtoD"),
+        "constants": copied(prepared, "HtoD", OPENING),
+        "operations": [operations(calls) for calls in runs],
+        "kinds": [dict(Counter(kind for kind, *_ in calls)) for calls in runs],
+        "copies": [{w: len(copied(calls, w)) for w in ("HtoD", "DtoH")} for calls in runs],
+        "recorded": dict(Counter(kind for kind, *_ in recorded)),
+        "launched": [call[:2] for call in launched],
+        "filters": [said for kind, _, *said in prepared if kind == "filter"],
+        "constants_of_another": copied(other, "HtoD", OPENING),
+        "filters_of_another": [said for kind, _, *said in other if kind == "filter"],
+    }
+
+
+def main() -> None:
+    """Print the facts of all parts of a model."""
+    case, device, log = cases()[sys.argv[1]], StandInDevice(), CallLog()
+    print(json.dumps({name: facts_of(g, case, device, log) for name, g in case.graphs()}))
+
+
+if __name__ == "__main__":
+    main()
