@@ -29,16 +29,17 @@ TENSOR_RAW_DATA = 9  # of TensorProto
 SPLIT = (0, 2, 1, 3)  # (B, n, heads, d) to (B, heads, n, d), and back
 
 
-def fuse_attention(data: bytes) -> bytes:
+def fuse_attention(data: bytes, *, causal: bool = False) -> bytes:
     """Return a serialised ModelProto whose attention is ONNX Runtime's own.
 
     Attention over (B, n, heads * d), split into heads before it and joined behind it, becomes one
     node. What is masked, or scaled otherwise than by the root of d, stays as it is.
+    causal: also where no token sees those behind it
     """
-    return with_own_operators(data, _fused)
+    return with_own_operators(data, lambda found: _fused(found, causal))
 
 
-def _fused(found: Nodes) -> bytes:
+def _fused(found: Nodes, causal: bool) -> bytes:
     makers = {name: i for i, node in found.nodes.items() for name in named(node, OUTPUT)}
     takers = {name: i for i, node in found.nodes.items() for name in named(node, INPUT)}
     numbers = _numbers(found.graph)
@@ -47,8 +48,8 @@ def _fused(found: Nodes) -> bytes:
         i = makers.get(name)
         return found.nodes[i] if i is not None and found.kinds[i] == kind else None
 
-    def whole(split: bytes) -> tuple[bytes, int] | None:
-        """Return what a value is before it is split into heads, and how many these are."""
+    def whole(split: bytes) -> tuple[bytes, int, int | None] | None:
+        """Return what a value is before it is split into heads, how many these are, and n."""
         transposed = maker(split, b"Transpose")
         if transposed is None or not _swaps(transposed):
             return None
@@ -56,8 +57,8 @@ def _fused(found: Nodes) -> bytes:
         shape = maker(named(reshaped, INPUT)[1], b"Concat") if reshaped is not None else None
         if reshaped is None or shape is None or len(named(shape, INPUT)) != len(SPLIT):
             return None
-        heads = numbers.get(named(shape, INPUT)[2])
-        return None if heads is None else (named(reshaped, INPUT)[0], heads)
+        length, heads = (numbers.get(name) for name in named(shape, INPUT)[1:3])
+        return None if heads is None else (named(reshaped, INPUT)[0], heads, length)
 
     def reader(name: bytes, kind: bytes) -> int | None:
         i = takers.get(name)
@@ -65,20 +66,27 @@ def _fused(found: Nodes) -> bytes:
 
     written: dict[int, bytes] = {}
     for i, node in found.nodes.items():
-        if found.kinds[i] != b"Attention" or _is_changed(node):
+        if found.kinds[i] != b"Attention" or b"scale" in attributes_of(node):
+            continue
+        if _is_causal(node) and not causal:
             continue
         given = [whole(name) for name in named(node, INPUT)]
-        swapped = reader(named(node, OUTPUT)[0], b"Transpose")
-        if len(given) != 3 or None in given or swapped is None:
+        if len(given) != 3 or None in given:
             continue
-        joined = reader(named(found.nodes[swapped], OUTPUT)[0], b"Reshape")
-        if joined is None or not _swaps(found.nodes[swapped]):
+        names, heads, lengths = zip(*filter(None, given), strict=True)
+        (out,) = named(node, OUTPUT)
+        swapped = reader(out, b"Transpose")
+        if swapped is not None and _swaps(found.nodes[swapped]):
+            joined = reader(named(found.nodes[swapped], OUTPUT)[0], b"Reshape")
+            if joined is None:
+                continue
+            (out,) = named(found.nodes[joined], OUTPUT)
+            written[swapped] = written[joined] = b""
+        elif lengths[0] != 1 or reader(out, b"Reshape") is None:  # one query is joined as it is
             continue
-        names, heads = zip(*filter(None, given), strict=True)
-        (out,) = named(found.nodes[joined], OUTPUT)
         settings = [int_attribute(b"num_heads", heads[0])]
+        settings.append(int_attribute(b"unidirectional", int(_is_causal(node))))
         written[i] = written_node(b"MultiHeadAttention", names, out, settings, CONTRIB)
-        written[swapped] = written[joined] = b""
     return found.replaced(written)
 
 
@@ -86,10 +94,9 @@ def _swaps(transpose: Node) -> bool:
     return ints_of(attributes_of(transpose)[b"perm"]) == SPLIT
 
 
-def _is_changed(attention: Node) -> bool:
-    given = attributes_of(attention)
-    causal = given.get(b"is_causal")
-    return b"scale" in given or (causal is not None and int_of(causal) != 0)
+def _is_causal(attention: Node) -> bool:
+    causal = attributes_of(attention).get(b"is_causal")
+    return causal is not None and int_of(causal) != 0
 
 
 def _numbers(graph: bytes) -> Mapping[bytes, int]:

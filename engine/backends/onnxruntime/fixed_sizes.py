@@ -6,7 +6,7 @@ cannot be recorded. Fixed when the session is opened, they are folded away.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Generic, TypeVar
 
 from engine.devices.device import Shape
@@ -48,6 +48,10 @@ class FormSessions(Generic[Session]):
             self._sessions[form] = self._open(sizes)
         self._sessions.move_to_end(form)
         return self._sessions[form]
+
+    def opened(self) -> Collection[Session]:
+        """Return the sessions that are kept."""
+        return self._sessions.values()
 
     def clear(self) -> None:
         """Let go of all sessions."""

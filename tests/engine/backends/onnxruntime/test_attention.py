@@ -16,33 +16,47 @@ HEADS, WIDTH = 2, 6  # of a model that is as small as the shapes allow
 KERNEL_RTOL = 10 * PARITY_RTOL  # two kernels that sum in different orders
 
 
-def model(*, mask=False, twice=False, swap=(0, 2, 1, 3), **attributes):
-    """Return a model as tracing writes attention: heads split before it, and joined behind."""
+def model(*, mask=False, twice=False, swap=(0, 2, 1, 3), one=False, length=5, **attributes):
+    """Return a model as tracing writes attention: heads split before it, and joined behind.
+
+    one: whether there is one query, of `length`, whose heads are joined without a transpose
+    """
     sizes = ["B", "n", HEADS * WIDTH]
     names = ["q", "k", "v"]
-    nodes = [helper.make_node("Concat", ["B", "n", "heads", "width"], ["split"], axis=0)]
+    nodes = [
+        helper.make_node("Concat", ["B", "n", "heads", "width"], ["split"], axis=0),
+        helper.make_node("Concat", ["B", "length", "heads", "width"], ["split.q"], axis=0),
+    ]
     for name in names:
+        split = "split.q" if name == "q" else "split"
         nodes += [
-            helper.make_node("Reshape", [name, "split"], [f"{name}.split"]),
+            helper.make_node("Reshape", [name, split], [f"{name}.split"]),
             helper.make_node("Transpose", [f"{name}.split"], [f"{name}.heads"], perm=swap),
         ]
     given = [f"{name}.heads" for name in names] + ["mask"] * mask
     attributes = {"is_causal": 0, "softcap": 0.0} | attributes
-    nodes += [
-        helper.make_node("Attention", given, ["out.heads"], **attributes),
-        helper.make_node("Transpose", ["out.heads"], ["out.split"], perm=[0, 2, 1, 3]),
-        helper.make_node("Reshape", ["out.split", "whole"], ["out"]),
-    ]
+    nodes.append(helper.make_node("Attention", given, ["out.heads"], **attributes))
+    if not one:
+        nodes.append(helper.make_node("Transpose", ["out.heads"], ["out.split"], perm=[0, 2, 1, 3]))
+    nodes.append(
+        helper.make_node("Reshape", ["out.heads" if one else "out.split", "whole"], ["out"])
+    )
     outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, sizes)]
     if twice:
         outputs.append(helper.make_tensor_value_info("out.heads", TensorProto.FLOAT, [None] * 4))
-    numbers = {"B": 2, "n": 5, "heads": HEADS, "width": WIDTH}
+    numbers = {"B": 2, "n": 5, "length": length, "heads": HEADS, "width": WIDTH}
     constants = [
         onnx.numpy_helper.from_array(np.array([number]), name) for name, number in numbers.items()
     ]
-    constants.append(onnx.numpy_helper.from_array(np.array([0, 0, -1]), "whole"))
+    whole = [2, -1, HEADS * WIDTH] if one else [0, 0, -1]
+    constants.append(onnx.numpy_helper.from_array(np.array(whole), "whole"))
     constants.append(onnx.numpy_helper.from_array(np.tri(5, dtype=bool), "mask"))
-    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name in names]
+    inputs = [
+        helper.make_tensor_value_info(
+            name, TensorProto.FLOAT, ["B", length if name == "q" else "n", HEADS * WIDTH]
+        )
+        for name in names
+    ]
     graph = helper.make_graph(nodes, "attention", inputs, outputs, constants)
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     return made.SerializeToString()
@@ -57,12 +71,21 @@ def results(data):
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
-    given = {n: rng.standard_normal((2, 5, HEADS * WIDTH)).astype(np.float32) for n in "qkv"}
+    shapes = {
+        value.name: [s if isinstance(s, int) else 5 for s in value.shape[1:]]
+        for value in session.get_inputs()
+    }
+    given = {n: rng.standard_normal((2, *shapes[n])).astype(np.float32) for n in "qkv"}
     return session.run(None, given)
 
 
-def test_it_computes_the_same():
-    plain, fused = model(), fuse_attention(model())
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"is_causal": 1}, {"one": True, "length": 1}],
+    ids=["all see all", "causal", "one query"],
+)
+def test_it_computes_the_same(kind):
+    plain, fused = model(**kind), fuse_attention(model(**kind), causal=True)
     assert operators(fused)["MultiHeadAttention"] == 1
     assert not operators(fused)["Attention"]
     assert not operators(fused)["Transpose"], "the library would run what nobody reads"
@@ -72,8 +95,8 @@ def test_it_computes_the_same():
 
 @pytest.mark.parametrize(
     "kind",
-    [{"is_causal": 1}, {"scale": 0.5}, {"mask": True}, {"twice": True}],
-    ids=["causal", "scaled", "masked", "read by others"],
+    [{"is_causal": 1}, {"scale": 0.5}, {"mask": True}, {"twice": True}, {"one": True, "length": 5}],
+    ids=["causal", "scaled", "masked", "read by others", "heads that are not joined"],
 )
 def test_what_the_operator_does_not_do_stays(kind):
     plain = model(**kind)
@@ -92,8 +115,9 @@ def test_heads_that_are_split_otherwise_stay():
 def test_graphs_that_ship(path):
     graph = Graph.read(path)
     before, after = operators(graph.data()), operators(fuse_attention(graph.data()))
-    # A token of a text does not see those behind it, and of pooled text one query is left.
-    pools_text = any(name.startswith("add_embedding.pool") for name in graph.weights)
-    left = before["Attention"] if graph.part == "text_encoder" else int(pools_text)
+    # A token of a text does not see those behind it.
+    left = before["Attention"] if graph.part == "text_encoder" else 0
     assert after["Attention"] == left
     assert after["MultiHeadAttention"] == before["Attention"] - left
+    every = operators(fuse_attention(graph.data(), causal=True))
+    assert every["MultiHeadAttention"] == before["Attention"]
