@@ -23,6 +23,7 @@ from engine.backends.settings import (
     graph_precision,
 )
 from engine.checkpoints.component import ComponentName
+from engine.devices.device import Device
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import Graph, Part, find_graph, graph_folders
 from engine.model import COMPONENTS, Model
@@ -91,9 +92,8 @@ class Engines:
         if precision is None:
             fast = settings.backend == "openvino" and "BF16" in capabilities()
             ranges = _ranges(model, folders) if fast else None
-            own: ComputePrecision = next(iter(PRECISIONS[settings.backend or DEFAULT]))
             quick: ComputePrecision = "bfloat16" if ranges is None else "int8"
-            precision = quick if fast else own
+            precision = quick if fast else own_precision(settings.backend or DEFAULT)
         else:
             graph_precision(settings, precision)
             ranges = _ranges(model, folders) if precision == "int8" else None
@@ -150,12 +150,11 @@ class Engines:
         if self.settings.backend not in ON_GPU:
             return
         from engine.backends.memory_estimate import Sizes, require_memory
-        from engine.devices.cuda import find_device
 
         graphs = {part: self.graph(part) for part in parts}
         configs = {part: self.model.config(part) for part in parts}
         opened = [part for part in parts if part in self.opened]
-        require_memory(find_device(), graphs, configs, Sizes(**sizes), opened)
+        require_memory(_device(self.settings.backend), graphs, configs, Sizes(**sizes), opened)
 
     def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
         """Put these adapters on in place of those that are on.
@@ -222,6 +221,30 @@ def open_engine(
             graph=graph, weights=weights, settings=settings, precision=precision, ranges=ranges
         )
     )
+
+
+def own_precision(backend: str) -> ComputePrecision:
+    """Return what a backend computes in where nobody chose; raises BackendError.
+
+    Through WebGPU it is float16 on a GPU that has it.
+    """
+    if backend == "webgpu":
+        from engine.backends.onnxruntime.webgpu_trials import has_float16
+        from engine.devices.webgpu import find_device
+
+        return "float16" if has_float16(find_device()) else "float32"
+    return next(iter(PRECISIONS[backend]))
+
+
+def _device(backend: str) -> Device:
+    """Return a backend's GPU; raises BackendError."""
+    if backend == "webgpu":
+        from engine.devices import webgpu
+
+        return webgpu.find_device()
+    from engine.devices import cuda
+
+    return cuda.find_device()
 
 
 def _open(spec: EngineSpec) -> Engine:

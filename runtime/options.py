@@ -124,7 +124,8 @@ def add_engine_options(group: Any) -> None:
         "--backend",
         choices=tuple(BACKENDS),
         help="what runs the engines: cpu is ONNX Runtime; on an NVIDIA GPU tensorrt, tensorrt_rtx, "
-        "or cuda, which is ONNX Runtime there (default: what is fastest on the processor)",
+        "or cuda, which is ONNX Runtime there, on any GPU webgpu, which no card has run yet "
+        "(default: what is fastest on the processor)",
     )
     add(
         "--build-missing",

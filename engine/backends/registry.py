@@ -11,6 +11,7 @@ BACKENDS: Mapping[str, str] = MappingProxyType(
         "cpu": "engine.backends.onnxruntime.cpu",
         "openvino": "engine.backends.openvino.engine",
         "cuda": "engine.backends.onnxruntime.cuda",
+        "webgpu": "engine.backends.onnxruntime.webgpu",
         "tensorrt": "engine.backends.tensorrt.engine_set",
         "tensorrt_rtx": "engine.backends.tensorrt.engine_set",
     }

@@ -15,11 +15,12 @@ PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {
     "cpu": {"float32": "float32", "float16": "float16"},
     "openvino": {"float32": "float32", "bfloat16": "float32", "int8": "float32"},
     "cuda": {"float16": "float16", "float32": "float32"},
+    "webgpu": {"float32": "float32", "float16": "float16"},
     "tensorrt": {"float16": "float16", "float32": "float32"},
     "tensorrt_rtx": {"float16": "float16"},  # no fused attention of its takes float32
 }
 DEFAULT = "cpu"
-ON_GPU = ("cuda", "tensorrt", "tensorrt_rtx")
+ON_GPU = ("cuda", "webgpu", "tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +28,8 @@ class BackendSettings:
     """Choices of how engines run.
 
     backend: "cpu" is ONNX Runtime, "openvino"; on an NVIDIA GPU "tensorrt", "tensorrt_rtx" or
-        "cuda", which is ONNX Runtime there; None lets `engine.engines` choose for a model, and is
-        "cpu" for an engine alone
+        "cuda", which is ONNX Runtime there, on any GPU "webgpu", which is ONNX Runtime there; None
+        lets `engine.engines` choose for a model, and is "cpu" for an engine alone
     threads: of one engine's computation; None takes one for each processor core.
     build_missing: whether engines of TensorRT that the cache lacks are built when they are needed
     """

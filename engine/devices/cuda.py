@@ -80,6 +80,8 @@ class CudaDevice:
     index: the GPU's number; facts: which GPU and driver it is
     """
 
+    has_addresses = True
+
     def __init__(self, core: Any, driver: Any, index: int) -> None:
         self._core = core
         self._driver = driver

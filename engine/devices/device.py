@@ -22,7 +22,8 @@ Shape = tuple[int, ...]
 class DeviceArray:
     """An array in a device's memory, its numbers side by side.
 
-    address: of its first byte; memory: what it lies in, which it keeps from being freed
+    address: of its first byte, 0 on a device without addresses
+    memory: what it lies in, which it keeps from being freed
     device: whose memory it is
     """
 
@@ -38,7 +39,8 @@ class DeviceArray:
         return prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: int) -> "DeviceArray":
-        """Return one row of the first axis, in the same memory."""
+        """Return one row of the first axis, in the same memory, which must have addresses."""
+        assert self.device.has_addresses
         if not 0 <= index < self.shape[0]:
             raise IndexError(f"row {index} of {self.shape[0]}")
         shape = self.shape[1:]
@@ -66,8 +68,13 @@ class Device(Protocol):
     """
 
     @property
+    def has_addresses(self) -> bool:
+        """Whether memory has addresses, so that rows of an array are arrays too."""
+        ...
+
+    @property
     def stream(self) -> int:
-        """The stream's handle, a `CUstream`."""
+        """The stream's handle, a `CUstream`; 0 where there is none."""
         ...
 
     @property

@@ -5,24 +5,28 @@ ModelProto, whose fields are numbered in onnx.proto. Nodes are found, written an
 since ONNX Runtime has operators of its own that do in one pass what ONNX's take several for.
 """
 
+import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
+
+from numpy.typing import NDArray
 
 # Fields of ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto, ValueInfoProto,
 # TypeProto and its tensor's type, and OperatorSetIdProto.
-MODEL_GRAPH, MODEL_OPSET, MODEL_METADATA = 7, 8, 14
-GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
+MODEL_VERSION, MODEL_GRAPH, MODEL_OPSET, MODEL_METADATA = 1, 7, 8, 14
+GRAPH_NODE, GRAPH_NAME, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 2, 5, 11, 12
 INPUT, OUTPUT, NAME, OP_TYPE, ATTRIBUTE, DOMAIN = 1, 2, 3, 4, 5, 7
-ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 3, 8, 20
-TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_LOCATION = 1, 2, 8, 14
+ATTRIBUTE_NAME, ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_INTS, ATTRIBUTE_TYPE = 1, 2, 3, 8, 20
+TENSOR_DIMS, TENSOR_DTYPE, TENSOR_NAME, TENSOR_RAW_DATA, TENSOR_LOCATION = 1, 2, 8, 9, 14
 VALUE_NAME, VALUE_TYPE, TYPE_TENSOR, TYPE_DTYPE = 1, 2, 1, 1
 TYPE_SHAPE, SHAPE_DIM, DIM_VALUE, DIM_NAME = 2, 1, 1, 2
 OPSET_DOMAIN, OPSET_VERSION = 1, 2
 EXTERNAL = 1  # TensorProto.DataLocation
-INT, INTS = 2, 7  # AttributeProto.AttributeType
-NUMBER, TEXT = 0, 2  # protobuf's wire types: a varint, and strings, bytes or messages
+DTYPES = {"float32": 1, "int64": 7, "float16": 10}  # TensorProto.DataType
+FLOAT, INT, INTS = 1, 2, 7  # AttributeProto.AttributeType
+NUMBER, TEXT, FOUR_BYTES = 0, 2, 5  # protobuf's wire types: a varint; strings or messages; a float
 CONTRIB = b"com.microsoft"  # the domain of ONNX Runtime's own operators
 
 Field = tuple[int, bytes | int]
@@ -102,14 +106,14 @@ def _graph_with_inputs(graph: bytes) -> bytes:
         if field == GRAPH_INITIALIZER and isinstance(value, bytes):
             tensor = list(fields(value))
             if (TENSOR_LOCATION, EXTERNAL) in tensor:
-                kept.append(_message(GRAPH_INPUT, _as_value(tensor)))
+                kept.append(_message(GRAPH_INPUT, value_info(tensor)))
                 continue
         kept.append(encode(field, value))
     return b"".join(kept)
 
 
-def _as_value(tensor: list[Field]) -> bytes:
-    """Describe a tensor as a ValueInfoProto: its name, dtype and shape."""
+def value_info(tensor: Sequence[Field]) -> bytes:
+    """Describe a TensorProto as a ValueInfoProto: its name, dtype and shape."""
     dims = b"".join(_message(SHAPE_DIM, encode(DIM_VALUE, size)) for size in _sizes(tensor))
     facts = dict(tensor)
     kind = encode(TYPE_DTYPE, facts[TENSOR_DTYPE]) + _message(TYPE_SHAPE, dims)
@@ -118,7 +122,7 @@ def _as_value(tensor: list[Field]) -> bytes:
     )
 
 
-def _sizes(tensor: list[Field]) -> Iterator[int]:
+def _sizes(tensor: Sequence[Field]) -> Iterator[int]:
     """Read a TensorProto's dims, which writers give one by one or packed."""
     for field, value in tensor:
         if field != TENSOR_DIMS:
@@ -291,6 +295,21 @@ def written_node(
     content += [encode(NAME, out), encode(OP_TYPE, kind)]
     content += [encode(ATTRIBUTE, attribute) for attribute in attributes]
     return encode(GRAPH_NODE, b"".join(content) + (encode(DOMAIN, domain) if domain else b""))
+
+
+def written_tensor(name: bytes, array: NDArray[Any]) -> bytes:
+    """Write a constant of float32, float16 or int64 as a field of a graph."""
+    kind = DTYPES[array.dtype.name]
+    content = [encode(TENSOR_DIMS, size) for size in array.shape]
+    content += [encode(TENSOR_DTYPE, kind), encode(TENSOR_NAME, name)]
+    content.append(encode(TENSOR_RAW_DATA, array.astype(array.dtype.newbyteorder("<")).tobytes()))
+    return encode(GRAPH_INITIALIZER, b"".join(content))
+
+
+def float_attribute(name: bytes, value: float) -> bytes:
+    """Write an attribute that is a float32; what holds one is not for `fields`."""
+    number = _number(ATTRIBUTE_FLOAT << 3 | FOUR_BYTES) + struct.pack("<f", value)
+    return encode(ATTRIBUTE_NAME, name) + number + encode(ATTRIBUTE_TYPE, FLOAT)
 
 
 def int_attribute(name: bytes, value: int) -> bytes:

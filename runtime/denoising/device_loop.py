@@ -2,7 +2,9 @@
 
 Step by step, every call has outputs of its own, which whoever watches may read when they like. A
 run that nobody watches sends its registers to and fro between two buffers; when the next has its
-form, the buffers are filled anew and all calls are launched as one recorded graph.
+form, the buffers are filled anew and all calls are launched as one recorded graph. On a device
+without addresses, what differs from call to call is an array for each call, uploaded once where
+calls have the same, and the finished latents come back to the processor.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -40,26 +42,35 @@ class RunBuffers:
     views: list[dict[str, BufferView]]
 
     @classmethod
-    def of(cls, state: State, steps: Sequence[StepInputs]) -> "RunBuffers":
-        """Collect what a run uploads; its noise is drawn here, all at once."""
+    def of(cls, state: State, steps: Sequence[StepInputs], *, tables: bool) -> "RunBuffers":
+        """Collect what a run uploads; its noise is drawn here, all at once.
+
+        tables: whether what differs from call to call is a row of one array for all calls
+        """
         assert isinstance(state.registers, np.ndarray)
         arrays: list[NDArray[Any]] = [state.registers]
-        index: dict[int, int] = {}
+        index: dict[Hashable, int] = {}
 
-        def view(array: NDArray[Any]) -> BufferView:
-            if id(array) not in index:
-                index[id(array)] = len(arrays)
+        def view(array: NDArray[Any], key: Hashable = None) -> BufferView:
+            key = id(array) if key is None else key
+            if key not in index:
+                index[key] = len(arrays)
                 arrays.append(array)
-            return index[id(array)], None, array.shape
+            return index[key], None, array.shape
 
-        tables = {}
-        for name in steps[0].per_step:
-            tables[name] = view(_aligned(np.stack([step.per_step[name] for step in steps])))[0]
+        stacked = {}
+        for name in steps[0].per_step if tables else ():
+            stacked[name] = view(_aligned(np.stack([step.per_step[name] for step in steps])))[0]
         views = []
         for call, (step, noise) in enumerate(zip(steps, [*state.noise], strict=True)):
             given = {**step.conditioning, **state.constant, "noise": noise}
-            rows = {name: (at, call, step.per_step[name].shape) for name, at in tables.items()}
-            views.append({**{name: view(array) for name, array in given.items()}, **rows})
+            found = {name: view(array) for name, array in given.items()}
+            for name, row in step.per_step.items():
+                if tables:
+                    found[name] = stacked[name], call, row.shape
+                else:
+                    found[name] = view(row, (row.shape, row.dtype.str, row.tobytes()))
+            views.append(found)
         return cls(arrays=arrays, views=views)
 
     def form(self) -> Hashable:
@@ -88,13 +99,16 @@ class RunBuffers:
 class Recording:
     """The buffers of runs of one form, and their calls once they are recorded.
 
+    registers: those of the last call; latents: where these leave the latents, None on a device
+        without addresses
     work: queues all calls; launch: the same, recorded if it can be
     records: whether all engines may be recorded
     scratch: the address that it was recorded with, of the memory that engines share
     """
 
     uploaded: list[DeviceArray]
-    latents: DeviceArray
+    registers: DeviceArray
+    latents: DeviceArray | None
     work: Callable[[], None]
     records: bool
     launch: Callable[[], None] | None = None
@@ -140,7 +154,8 @@ class DeviceLoop:
         The registers are arrays of the device; all other inputs that a state was given are the
         processor's.
         """
-        device, buffers = _find(engine, "step").device, RunBuffers.of(state, steps)
+        device = _find(engine, "step").device
+        buffers = RunBuffers.of(state, steps, tables=device.has_addresses)
         uploaded = buffers.empty(device)
         buffers.upload(device, uploaded)
         state = replace(state, registers=uploaded[0])
@@ -163,9 +178,15 @@ class DeviceLoop:
             state = state.after(outputs, told)
             yield inputs, state
 
-    def finish(self, state: State, steps: Sequence[StepInputs], engine: FindEngine) -> DeviceArray:
-        """Queue all calls; return the latents (B, C, h, w) that they make, of nobody else."""
-        device, buffers = _find(engine, "step").device, RunBuffers.of(state, steps)
+    def finish(
+        self, state: State, steps: Sequence[StepInputs], engine: FindEngine
+    ) -> HostOrDeviceArray:
+        """Queue all calls; return the latents (B, C, h, w) that they make, of nobody else.
+
+        On a device without addresses, waits for them.
+        """
+        device = _find(engine, "step").device
+        buffers = RunBuffers.of(state, steps, tables=device.has_addresses)
         engines = tuple(id(engine(part)) for part in sorted({step.part for step in steps}))
         form = (buffers.form(), tuple(step.is_full for step in steps), engines)
         with self._lock:
@@ -174,6 +195,8 @@ class DeviceLoop:
                 self._recording, self._form = _recording(buffers, steps, engine), form
             buffers.upload(device, self._recording.uploaded)
             self._recording.run(device)
+            if self._recording.latents is None:
+                return np.ascontiguousarray(device.download(self._recording.registers)[:, 0])
             latents = device.empty(self._recording.latents.shape, FLOAT32)
             device.copy(self._recording.latents, latents)
         return latents
@@ -202,16 +225,19 @@ def _recording(buffers: RunBuffers, steps: Sequence[StepInputs], engine: FindEng
         outputs = {"next_registers": registers, **(deep if step.is_full else {})}
         queued.append((_find(engine, step.part), given, outputs))
     batch, _, *latent = first.shape
-    latents = device.empty((batch, *latent), FLOAT32)
+    latents = device.empty((batch, *latent), FLOAT32) if device.has_addresses else None
 
     def work() -> None:
         for chosen, inputs, outputs in queued:
             chosen.enqueue(inputs, outputs)
-        for image in range(batch):  # between two images' latents lie their other registers
-            device.copy(registers[image][0], latents[image])
+        if latents is not None:
+            for image in range(batch):  # between two images' latents lie their other registers
+                device.copy(registers[image][0], latents[image])
 
     records = all(chosen.records for chosen, *_ in queued)
-    return Recording(uploaded=uploaded, latents=latents, work=work, records=records)
+    return Recording(
+        uploaded=uploaded, registers=registers, latents=latents, work=work, records=records
+    )
 
 
 def _find(engine: FindEngine, part: Part) -> DeviceEngine:

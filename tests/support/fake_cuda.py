@@ -55,12 +55,14 @@ def _alone(method):
 class FakeDevice:
     """A device over the processor's memory; total: its size in bytes.
 
+    has_addresses: whether rows of its arrays are arrays too
     counts: how often each of its methods was called, "replay" for graphs that were queued again and
         "run" for the runs of engines that were done
     """
 
-    def __init__(self, total: int = 2**30) -> None:
+    def __init__(self, total: int = 2**30, has_addresses: bool = True) -> None:
         self.stream = 0x57
+        self.has_addresses = has_addresses
         self.counts: Counter[str] = Counter()
         self.peak = 0
         self._total = total

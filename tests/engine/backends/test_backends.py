@@ -185,7 +185,7 @@ def test_a_library_is_not_installed(graph, weights, monkeypatch, backend, module
         (
             "openvino",
             "float16",
-            "float32, bfloat16, int8, or the backend cpu, cuda, tensorrt or tensorrt_rtx",
+            "float32, bfloat16, int8, or the backend cpu, cuda, webgpu, tensorrt or tensorrt_rtx",
         ),
         ("cpu", "int4", "float32, float16"),
     ],

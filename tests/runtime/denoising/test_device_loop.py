@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from engine.backends.settings import BackendSettings
+from engine.devices.device import DeviceArray
 from engine.errors import BackendError
 from runtime import Hires, Pipeline, Request
 from tests.support.fake_cuda import FakeDevice, FakeEngine
@@ -40,12 +41,16 @@ def device():
     return FakeDevice()
 
 
-@pytest.fixture
-def pipeline(host, device):
+def on_device(host, device):
     found = Pipeline.load(settings=BackendSettings(threads=1))
     for part in PARTS:
         found.engines.opened[part] = FakeEngine(host.engine(part), device)
-    return found
+    return found, device
+
+
+@pytest.fixture
+def pipeline(host, device):
+    return on_device(host, device)[0]
 
 
 def pixels(result):
@@ -59,6 +64,38 @@ def test_pictures_are_those_of_the_processor(host, pipeline, device, name):
     for run in range(3):  # call by call, recorded, launched
         np.testing.assert_array_equal(pixels(pipeline(**options)), expected, err_msg=f"run {run}")
     assert device.counts["replay"] > 0 or "hires" in options
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_pictures_are_the_same_where_memory_has_no_addresses(host, name):
+    options = REQUEST | OPTIONS[name]
+    pipeline, _ = on_device(host, FakeDevice(has_addresses=False))
+    expected = pixels(host(**options))
+    for run in range(2):
+        np.testing.assert_array_equal(pixels(pipeline(**options)), expected, err_msg=f"run {run}")
+    plan = pipeline.plan(Request(**options))
+    for step in pipeline.denoise(plan):
+        assert isinstance(step.state.registers, DeviceArray)
+    if "hires" not in options:
+        latents = pipeline.decode(step.latents)
+        images = pipeline.finish(plan, latents)
+        np.testing.assert_array_equal([np.asarray(image) for image in images], expected)
+
+
+def test_what_calls_have_the_same_is_uploaded_once_where_memory_has_no_addresses(host):
+    pipeline, device = on_device(host, FakeDevice(has_addresses=False))
+    options = REQUEST | {"sampler": "ddim"}
+    pipeline(**options)
+    device.counts.clear()
+    pipeline(**options)
+    told = {"registers", "context", "guidance", "guidance_rescale", "mask", "noise", "outside"}
+    for_every_step = {"matrices", "timestep"}
+    scale_of_ddim = 1
+    latents, latents_again = 1, 1  # to the processor, and to the decoder
+    assert device.counts["upload"] == (
+        len(told) + scale_of_ddim + STEPS * len(for_every_step) + latents_again
+    )
+    assert device.counts["download"] == latents + 1, "the pixels"
 
 
 @pytest.mark.parametrize("name", OPTIONS)
