@@ -24,7 +24,8 @@ from runtime.noise import NOISES
 from runtime.pipeline import Pipeline, Result
 from runtime.plan import Plan, StepInputs
 from runtime.presets import PRESETS, Preset, preset
-from runtime.request import Request, RequestOptions
+from runtime.request import Request
+from runtime.request_options import RequestOptions
 from runtime.samplers import SAMPLERS, SCHEDULES
 
 __all__ = [

@@ -9,8 +9,6 @@ from PIL import Image
 
 from engine.errors import RequestError
 
-MAX_STEPS = 10**6  # the model's schedule knows how many there may be
-
 # What other programs call a field of `Request`.
 FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
     {

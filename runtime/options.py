@@ -13,8 +13,7 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import ComputePrecision
 from runtime.images.canvas import BLUR
-from runtime.images.upscaling import PIXELS, UPSCALERS, Hires
-from runtime.images.upscaling import STRENGTH as HIRES_STRENGTH
+from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.images.watermark import MAX_CHARACTERS
 from runtime.noise import NOISES
 from runtime.plan import PAINTED_STRENGTH, STEPS, STRENGTH

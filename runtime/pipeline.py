@@ -34,7 +34,8 @@ from runtime.images.files import SOURCE_KEY
 from runtime.images.previews import finite
 from runtime.images.upscaling import PIXELS
 from runtime.plan import Array, Plan, StepInputs, make_plan
-from runtime.request import Request, RequestOptions
+from runtime.request import Request
+from runtime.request_options import RequestOptions
 from runtime.samplers.noise_schedule import NoiseSchedule
 
 

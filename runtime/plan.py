@@ -21,7 +21,7 @@ from runtime.images.canvas import BLUR, extend, latent_mask
 from runtime.images.files import SourceType, as_rgb
 from runtime.presets import preset
 from runtime.request import OF_AN_IMAGE, Request
-from runtime.samplers import DEFAULT_SAMPLER, Program, program
+from runtime.samplers import DEFAULT_SAMPLER, Program, program, resolve
 from runtime.samplers.noise_schedule import NoiseSchedule
 
 __all__ = ["Plan", "StepInputs", "make_plan"]
@@ -29,6 +29,7 @@ __all__ = ["Plan", "StepInputs", "make_plan"]
 Array = NDArray[np.float32]
 
 STEPS, GUIDANCE_SCALE = 20, 5.0
+A1111_STEPS = "a1111_align_your_steps"
 STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
 
 
@@ -254,11 +255,14 @@ def _run(
     assert request.seeds is not None
     assert request.guidance_scale is not None
     assert request.guidance_rescale is not None
+    sampler, curve = resolve(request.sampler, request.schedule)
+    if curve == A1111_STEPS and "time_ids" in encoder.model.unet.extra_inputs:
+        curve = f"{A1111_STEPS}_xl"  # Automatic1111 takes the table by the model
     matrices = program(
-        request.sampler,
+        sampler,
         schedule,
         int(steps),
-        schedule=request.schedule,
+        schedule=curve,
         strength=strength,
         eta=request.eta,
     )

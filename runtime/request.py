@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Self, TypedDict
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import MAX_STEPS, check_choice, check_names, check_number, check_picture, texts
+from runtime.checks import check_choice, check_names, check_number, check_picture, texts
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
 from runtime.images.canvas import BLUR, MAX_BLUR, MAX_SIDE
-from runtime.images.upscaling import Hires
+from runtime.images.upscaling import MAX_STEPS, Hires
 from runtime.noise import MAX_SEED, NOISES
 from runtime.presets import PRESETS
 from runtime.samplers import DEFAULT_SAMPLER, resolve
@@ -292,33 +292,3 @@ class Request:
                     f"such as {max(round(side / multiple), 1) * multiple}"
                 )
         return int(height), int(width)
-
-
-class RequestOptions(TypedDict, total=False):
-    """The fields of `Request` but the prompt, as `Pipeline.__call__` takes them."""
-
-    negative_prompt: str | Sequence[str] | None
-    num_images_per_prompt: int | None
-    preset: str | None
-    num_inference_steps: int | None
-    guidance_scale: float | Sequence[float] | None
-    guidance_rescale: float | None
-    guidance_interval: tuple[float, float] | None
-    negative_scale: float | None
-    sampler: str | None
-    schedule: str | None
-    height: int | None
-    width: int | None
-    seed: int | Sequence[int] | None
-    noise: str | None
-    image: Image.Image | None
-    mask: Image.Image | None
-    mask_blur: float | None
-    paste_back: bool | None
-    extend: tuple[int, int, int, int] | None
-    strength: float | None
-    hires: Hires | None
-    cache_interval: int | None
-    eta: float | None
-    prompt_syntax: bool | None
-    clip_skip: int | None

@@ -21,7 +21,7 @@ from runtime.conditioning.syntax import escape
 from runtime.images.upscaling import MODES
 from runtime.samplers import SAMPLERS, TRAINED_TIMESTEPS, resolve
 
-__all__ = ["PARAMETERS_KEY", "format_parameters", "parse_parameters"]
+__all__ = ["PARAMETERS_KEY", "a1111_method", "format_parameters", "parse_parameters"]
 
 PARAMETERS_KEY = "parameters"
 
@@ -34,10 +34,9 @@ SAMPLER_LABELS: Mapping[str, str] = {
 }
 SCHEDULE_LABELS: Mapping[str | None, str] = {
     None: "Automatic",
-    "linspace": "Uniform",
-    **{name: name.title() for name in ("karras", "exponential", "beta", "simple")},
-    **{"sgm_uniform": "SGM Uniform", "kl_optimal": "KL Optimal"},
-    "align_your_steps": "Align Your Steps",
+    **{name: name.title() for name in ("karras", "exponential", "beta", "simple", "normal")},
+    **{"sgm_uniform": "SGM Uniform", "a1111_kl_optimal": "KL Optimal"},
+    "a1111_align_your_steps": "Align Your Steps",
 }
 NOISE_LABELS: Mapping[str, str] = {"cpu": "CPU", "cuda": "NV"}  # NV is CUDA's on every machine
 
@@ -55,7 +54,10 @@ _HIRES: Mapping[str, tuple[str, Callable[[str], float]]] = {
     "Denoising strength": ("strength", float),
 }
 _OWN_SPACING = ("ddim", "plms", "unipc")  # whatever schedule Automatic1111 writes beside them
-_OTHER_SCHEDULES = {"DDIM": "leading", "Turbo": "trailing"}
+_OTHER_SCHEDULES = {
+    **{"DDIM": "leading", "Turbo": "trailing"},
+    **{"KL Optimal": "a1111_kl_optimal", "Align Your Steps": "a1111_align_your_steps"},
+}
 _NEGATIVE = "Negative prompt:"
 _OURS = "latentrt"
 # Possessive, and every stretch up to a comma is read once whether it is a field or not.
@@ -169,18 +171,35 @@ def _hires_fields(hires: Mapping[str, Any]) -> dict[str, Any]:
 def _method(fields: Mapping[str, str]) -> tuple[str, str | None]:
     """Return the sampler and the schedule, by our names where they are known."""
     sampler, label = fields["Sampler"], fields.get("Schedule type", "")
+    if not fields.get("Version", "").startswith(_OURS):
+        return a1111_method(sampler, label)
+    schedule = _schedule_of(label)
+    try:
+        return resolve(sampler, schedule)
+    except RequestError:
+        return sampler, schedule
+
+
+def _schedule_of(label: str) -> str | None:
     given = _OTHER_SCHEDULES.get(label, label)
-    schedule = None if given in ("", "Automatic") else given
+    return None if given in ("", "Automatic") else given
+
+
+def a1111_method(sampler: str, label: str = "") -> tuple[str, str | None]:
+    """Return our names of Automatic1111's sampler and schedule type, of its files and its API.
+
+    label: such as "Karras" or "Align Your Steps"; "" and "Automatic" are the sampler's own
+    Names that are unknown here come back as they are.
+    """
+    schedule = _schedule_of(label)
     try:
         sampler, schedule = resolve(sampler, schedule)
     except RequestError:
         return sampler, schedule
-    if fields.get("Version", "").startswith(_OURS):
-        return sampler, schedule
     if sampler in _OWN_SPACING:
         return sampler, None
     if schedule is None and SAMPLERS[sampler] not in TRAINED_TIMESTEPS:
-        return sampler, "linspace"  # its "Automatic" and "Uniform", whatever the model says
+        return sampler, "normal"  # its "Automatic" and "Uniform", whatever the model says
     return sampler, schedule
 
 

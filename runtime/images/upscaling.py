@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import MAX_STEPS, check_choice, check_number
+from runtime.checks import check_choice, check_number
 
 __all__ = ["MODES", "PIXELS", "UPSCALERS", "Hires", "upscale_latents", "upscale_pixels"]
 
@@ -30,8 +30,9 @@ MODES = {  # by Automatic1111's names
     "latent (nearest-exact)": "nearest-exact",
 }
 PIXELS = "lanczos"
-STRENGTH = 0.6  # of the second run
 UPSCALERS = (PIXELS, *MODES.values())  # of hires fix; the first enlarges pixels, the rest latents
+HIRES_STRENGTH = 0.6
+MAX_STEPS = 10**6  # the model's schedule knows how many there may be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Hires:
     """
 
     scale: float = 2.0
-    strength: float = STRENGTH
+    strength: float = HIRES_STRENGTH
     num_inference_steps: int | None = None
     upscaler: str = PIXELS
 

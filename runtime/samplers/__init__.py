@@ -42,7 +42,7 @@ IN_SIGMA = (
 )
 IN_LAMBDA = (
     *(multistep.dpmpp_2m, multistep.dpmpp_2m_sde, multistep.dpmpp_3m_sde, multistep.dpmpp_2s),
-    *(multistep.deis, multistep.unipc),
+    *(multistep.deis, multistep.unipc, multistep.comfyui_uni_pc, multistep.comfyui_uni_pc_bh2),
 )
 SAMPLERS: Mapping[str, Callable[..., Iterator[Call]]] = {
     method.__name__: method for method in (*TRAINED_TIMESTEPS, *IN_SIGMA, *IN_LAMBDA)
@@ -52,10 +52,11 @@ SAMPLERS: Mapping[str, Callable[..., Iterator[Call]]] = {
 SAMPLER_NAMES: Mapping[str, str] = {
     **{"pndm": "plms", "kdpm2": "dpm2", "kdpm2a": "dpm2_a", "dpmsolversde": "dpmpp_sde"},
     **{"dpmsolvermultistep": "dpmpp_2m", "dpmsolversinglestep": "dpmpp_2s"},
-    **{"deismultistep": "deis", "unipcmultistep": "unipc", "unipcbh2": "unipc"},
+    **{"deismultistep": "deis", "unipcmultistep": "unipc"},
+    "unipcbh2": "comfyui_uni_pc_bh2",
 }
 SCHEDULE_NAMES: Mapping[str, str | None] = {
-    **{"automatic": None, "uniform": "linspace", "normal": "linspace", "ddimuniform": "leading"},
+    **{"automatic": None, "uniform": "normal", "ddimuniform": "leading"},
     **dict.fromkeys(("ays", "alignyoursteps15"), "align_your_steps"),
     **dict.fromkeys(("aysxl", "alignyourstepssdxl"), "align_your_steps_xl"),
 }

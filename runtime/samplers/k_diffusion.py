@@ -34,8 +34,10 @@ def euler_a(run: Run) -> Iterator[Call]:
 def heun(run: Run) -> Iterator[Call]:
     """Heun's second-order steps in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
     timesteps, sigmas = levels(run)
+    if sigmas[-1] > 0:
+        timesteps = np.append(timesteps, timestep_of(run.noise_schedule, sigmas[-1]))
     x, base, slope, out, _ = np.eye(5)
-    for k, (timestep, sigma, reached) in enumerate(steps(timesteps, sigmas)):
+    for k, (timestep, sigma, reached) in enumerate(steps(timesteps[: sigmas.size - 1], sigmas)):
         _, eps = predict(run.noise_schedule, sigma, x, out)
         yield Call(timestep, sigma, [x + (reached - sigma) * eps, x, eps])
         if reached > 0:

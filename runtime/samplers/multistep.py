@@ -5,13 +5,15 @@ the sigmas of a step's ends, and are turned to the unit variance that their pape
 h is the length of a step in lambda, r that of another step in units of h.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from runtime.samplers.program import Array, Call, Run, predict
 from runtime.samplers.sigma_schedules import levels, steps
+
+UNIPC_END = 0.001  # the sigma that ComfyUI puts in the place of 0
 
 
 def dpmpp_2m(run: Run) -> Iterator[Call]:
@@ -45,7 +47,7 @@ def dpmpp_3m_sde(run: Run) -> Iterator[Call]:
         x0, _ = predict(run.noise_schedule, sigmas[k], x, out)
         kept = (sigmas[k + 1] / sigmas[k]) ** 2
         moved = x0 + kept * (x - x0) + sigmas[k + 1] * np.sqrt(1 - kept) * n
-        if 0 < k < timesteps.size - 1:
+        if 0 < k < lengths.size:
             h = 2 * lengths[k]
             phi_2 = 1 - (1 - kept) / h
             r = lengths[k - 1] / lengths[k]
@@ -88,7 +90,8 @@ def deis(run: Run) -> Iterator[Call]:
     the first sigma of the model's table, or where the schedule ends, which wastes the last call.
     """
     timesteps, sigmas = levels(run, whole=True)
-    sigmas[-1] = sigmas[-2] if run.schedule else run.noise_schedule.sigmas(np.zeros(1))[0]
+    if sigmas[-1] == 0:
+        sigmas[-1] = sigmas[-2] if run.schedule else run.noise_schedule.sigmas(np.zeros(1))[0]
     x, old, out, _ = np.eye(4)
     for k, timestep in enumerate(timesteps):
         sigma, reached = sigmas[k], sigmas[k + 1]
@@ -124,6 +127,74 @@ def unipc(run: Run) -> Iterator[Call]:
         yield Call(timestep, sigmas[k], [moved, here, x0, old])
 
 
+def comfyui_uni_pc(run: Run) -> Iterator[Call]:
+    """UniPC of order 3 on x0, B(h) = h, as ComfyUI's `uni_pc` (arXiv:2302.04867, algorithm 8)."""
+    return _third_order_unipc(run, lambda h: h)
+
+
+def comfyui_uni_pc_bh2(run: Run) -> Iterator[Call]:
+    """As `comfyui_uni_pc` with B(h) = e^h - 1: ComfyUI's `uni_pc_bh2`."""
+    return _third_order_unipc(run, np.expm1)
+
+
+def _third_order_unipc(run: Run, b_of: Callable[[float], float]) -> Iterator[Call]:
+    """Build UniPC as comfy/extra_samplers/uni_pc.py runs it: up to order 3, down to sigma 0.001.
+
+    The order of a step is what values there are for, and falls to 2 and 1 before the end.
+    Registers: x as predicted, x before that step, and the three x0 before.
+    """
+    timesteps, sigmas = levels(run, whole=True)
+    if sigmas[-1] == 0:
+        sigmas[-1] = UNIPC_END
+    lambdas, last = -np.log(sigmas), timesteps.size
+    most = max(1, min(3, last - 1))
+    orders = [min(most, k, last + 1 - k) for k in range(last + 1)]  # of the step that leads to k
+    x, base, *values, out, _ = np.eye(7)
+    for k, timestep in enumerate(timesteps):
+        x0, _ = predict(run.noise_schedule, sigmas[k], x, out)
+        here = x
+        if k > 0:
+            here = _unipc_step(base, values[: orders[k]], lambdas[: k + 1], b_of, x0)
+        values = [x0, *values[:2]]
+        moved = _unipc_step(here, values[: orders[k + 1]], lambdas[: k + 2], b_of)
+        yield Call(timestep, sigmas[k], [moved, here, *values])
+        values = [*np.eye(7)[2:5]]
+
+
+def _unipc_step(
+    x: Array,
+    values: Sequence[Array],
+    lambdas: Array,
+    b_of: Callable[[float], float],
+    reached: Array | None = None,
+) -> Array:
+    """Return x after a step: predicted (equation 3) or, where x0 is known there, corrected.
+
+    values: x0 of the last calls, newest first, as many as the order; lambdas: up to the step's end;
+    reached: x0 at its end
+    """
+    order, end, here = len(values), lambdas[-1], lambdas[-2]
+    h = here - end
+    ratios = (lambdas[-2 - np.arange(1, order)] - here) / -h
+    differences = [(v - values[0]) / r for v, r in zip(values[1:], ratios, strict=True)]
+    b, phi, factorial = [], np.expm1(h) / h - 1, 1.0
+    for i in range(1, order + 1):
+        b.append(phi * factorial / b_of(h))
+        factorial *= i + 1
+        phi = phi / h - 1 / factorial
+    if reached is not None:
+        ratios = np.append(ratios, 1.0)
+        differences.append(reached - values[0])
+    size = len(differences)
+    if order == 1 + (reached is None):  # the paper's simplification
+        weights = np.full(size, 0.5)
+    else:
+        weights = np.linalg.solve(np.vander(ratios, size, increasing=True).T, b[:size])
+    bend = sum((w * d for w, d in zip(weights, differences, strict=True)), 0 * x)
+    moved: Array = np.exp(h) * x - np.expm1(h) * values[0] - b_of(h) * bend
+    return moved
+
+
 def _two_values(run: Run, *, sde: bool) -> Iterator[Call]:
     """Build DPM-Solver++(2M): a step takes x0 to be linear in lambda through its last values."""
     timesteps, sigmas = levels(run, whole=True)
@@ -156,11 +227,14 @@ def _correction(k: int, lengths: Array, x0: Array, old: Array, older: Array) -> 
 
 
 def _lengths(sigmas: Array) -> Array:
-    """Return h of every step but the last, which goes to sigma 0 and is infinite."""
-    return -np.diff(np.log(sigmas[:-1]))
+    """Return h of every step, but of a last one that goes to sigma 0 and is infinite."""
+    return -np.diff(np.log(sigmas[sigmas > 0]))
 
 
 def _ahead(sigmas: Array) -> Array:
-    """Return each step's 1 / (2 r): how far ahead x0 is extrapolated. First and last are 0."""
+    """Return each step's 1 / (2 r): how far ahead x0 is extrapolated.
+
+    The first is 0, and so is the last where it goes to sigma 0.
+    """
     lengths = _lengths(sigmas)
-    return np.pad(lengths[1:] / (2 * lengths[:-1]), 1)
+    return np.pad(lengths[1:] / (2 * lengths[:-1]), (1, int(sigmas[-1] == 0)))

@@ -15,10 +15,24 @@ from runtime.samplers.program import Array, Run
 
 Curve = Callable[[NoiseSchedule, int, float, float], Array]
 
-# Sabour et al. 2024, arXiv:2404.14507, appendix: the levels for 10 steps of SD 1.5 and of SDXL
+# Sabour et al. 2024, arXiv:2404.14507: the levels for 10 steps of SD 1.5 and of SDXL, as ComfyUI
+# has them (comfy_extras/nodes_align_your_steps.py), and rounded as in the paper's appendix, which
+# Automatic1111 took them from (modules/sd_schedulers.py)
 ALIGN_YOUR_STEPS = {
-    "": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
-    "_xl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    "align_your_steps": (
+        *(14.6146412293, 6.4745760956, 3.8636745985, 2.6946151520, 1.8841921177, 1.3943805092),
+        *(0.9642583904, 0.6523686016, 0.3977456272, 0.1515232662, 0.0291671582),
+    ),
+    "align_your_steps_xl": (
+        *(14.6146412293, 6.3184485287, 3.7681790315, 2.1811480769, 1.3405244945, 0.8620721141),
+        *(0.5550693289, 0.3798540708, 0.2332364134, 0.1114188177, 0.0291671582),
+    ),
+    "a1111_align_your_steps": (
+        *(14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029),
+    ),
+    "a1111_align_your_steps_xl": (
+        *(14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029),
+    ),
 }
 
 
@@ -38,8 +52,13 @@ def beta(_: NoiseSchedule, n: int, high: float, low: float) -> Array:
 
 
 def kl_optimal(_: NoiseSchedule, n: int, high: float, low: float) -> Array:
-    """Even in arctan sigma (Sabour et al. 2024, arXiv:2404.14507, equation 9)."""
+    """Even in arctan sigma (Sabour et al. 2024, arXiv:2404.14507, equation 9; as ComfyUI)."""
     return np.tan(np.linspace(np.arctan(high), np.arctan(low), n))
+
+
+def a1111_kl_optimal(_: NoiseSchedule, n: int, high: float, low: float) -> Array:
+    """As `kl_optimal` in n steps down to the lowest level, where Automatic1111 ends: N + 1."""
+    return np.tan(np.linspace(np.arctan(high), np.arctan(low), n + 1))
 
 
 def simple(noise: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
@@ -48,23 +67,31 @@ def simple(noise: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
     return noise.sigmas(total - 1 - np.floor(np.arange(n) * (total / n)))
 
 
+def normal(noise: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
+    """N even timesteps from the last to the first (`normal` of ComfyUI and A1111)."""
+    return _sigmas_at(noise, np.linspace(noise.num_train_timesteps - 1, 0, n))
+
+
 def sgm_uniform(noise: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
     """N + 1 even timesteps without the last one (`sgm_uniform` of ComfyUI and A1111)."""
-    table = np.arange(noise.num_train_timesteps)
-    timesteps = np.linspace(table[-1], 0, n + 1)[:-1]
-    return np.exp(np.interp(timesteps, table, np.log(noise.sigmas(table.astype(np.float64)))))
+    return _sigmas_at(noise, np.linspace(noise.num_train_timesteps - 1, 0, n + 1)[:-1])
 
 
-def align_your_steps(model: str, _: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
-    """Published levels, log-linear between them: N + 1, of which the last, 0, is left off."""
-    table = np.log(ALIGN_YOUR_STEPS[model])
+def align_your_steps(name: str, _: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
+    """Published levels, log-linear between them: N + 1, of which the last is left off for 0.
+
+    Automatic1111 spreads N over them, and steps from the lowest to 0.
+    """
+    table = np.log(ALIGN_YOUR_STEPS[name])
+    points = n if name.startswith("a1111") else n + 1
     given = np.linspace(0, 1, table.size)
-    return np.exp(np.interp(np.linspace(0, 1, n + 1), given, table))[:-1]
+    return np.exp(np.interp(np.linspace(0, 1, points), given, table))[:n]
 
 
 CURVES: Mapping[str, Curve] = {
-    **{f.__name__: f for f in (karras, exponential, beta, simple, sgm_uniform, kl_optimal)},
-    **{f"align_your_steps{model}": partial(align_your_steps, model) for model in ALIGN_YOUR_STEPS},
+    **{f.__name__: f for f in (karras, exponential, beta, normal, simple, sgm_uniform)},
+    **{f.__name__: f for f in (kl_optimal, a1111_kl_optimal)},
+    **{name: partial(align_your_steps, name) for name in ALIGN_YOUR_STEPS},
 }
 SCHEDULES = (*TIMESTEP_SPACINGS, *CURVES)
 
@@ -72,23 +99,31 @@ SCHEDULES = (*TIMESTEP_SPACINGS, *CURVES)
 def levels(run: Run, *, whole: bool = False, round_karras: bool = False) -> tuple[Array, Array]:
     """Return timesteps (N,) and sigmas (N + 1,); whole timesteps for DPM-Solver and its like.
 
-    A schedule reaches from the first to the last sigma of the model's spacing or, where timesteps
-    are whole, of the model's table: all of this is as in diffusers, which also drops the fractions
-    of the timesteps that belong to `exponential` and `beta`.
+    The last sigma is 0 but for `a1111_kl_optimal`. A single step of a method in sigma starts at the
+    highest level; diffusers' spacings would start it at the lowest, where nothing is drawn.
+    The schedules that diffusers has reach from the first to the last sigma of the model's spacing
+    or, where timesteps are whole, of the model's table: all of this is as in diffusers, which also
+    drops the fractions of the timesteps that belong to `exponential` and `beta`. The others reach
+    over the table, as in the programs that they come from.
     """
     noise, n, spaced = run.noise_schedule, run.num_inference_steps, whole and run.schedule is None
     timesteps = noise.timesteps(n, "linspace", fractional=not spaced, omit_end=spaced)
+    table_ends = np.array([noise.num_train_timesteps - 1, 0.0])
+    if n == 1 and not whole:
+        timesteps = table_ends[:1]
     sigmas = noise.sigmas(timesteps)
     if run.schedule is not None:
-        ends = noise.sigmas(np.array([noise.num_train_timesteps - 1, 0.0])) if whole else sigmas
+        of_table = whole or n == 1 or run.schedule not in ("karras", "exponential", "beta")
+        ends = noise.sigmas(table_ends) if of_table else sigmas
         sigmas = CURVES[run.schedule](noise, n, ends[0], ends[-1])
-        timesteps = timestep_of(noise, sigmas)
+        timesteps = timestep_of(noise, sigmas[:n])
         if whole and run.schedule in ("exponential", "beta"):
             # the next lower one, and of a whole one too, which diffusers' float32 puts lower
             timesteps = (timesteps - 0.501).clip(0)
         if whole or (round_karras and run.schedule == "karras"):
-            timesteps = timesteps.round()
-    return timesteps[run.first :], np.append(sigmas, 0.0)[run.first :]
+            # half-way between two, the lower one, on every machine, as in diffusers' float32
+            timesteps = (timesteps - 1e-6).clip(0).round()
+    return timesteps[run.first :], np.append(sigmas, 0.0)[run.first : n + 1]
 
 
 def steps(timesteps: Array, sigmas: Array) -> Iterator[tuple[float, float, float]]:
@@ -100,6 +135,12 @@ def timestep_of(noise: NoiseSchedule, sigma: Array) -> Array:
     """Interpolate the timestep of a sigma, linearly in log sigma, 0 to T - 1."""
     table = np.arange(noise.num_train_timesteps, dtype=np.float64)
     return np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(noise.sigmas(table)), table)
+
+
+def _sigmas_at(noise: NoiseSchedule, timesteps: Array) -> Array:
+    """Interpolate the sigmas of timesteps, linearly in log sigma, as k-diffusion does."""
+    table = np.arange(noise.num_train_timesteps, dtype=np.float64)
+    return np.exp(np.interp(timesteps, table, np.log(noise.sigmas(table))))
 
 
 def _beta_quantiles(shares: Array) -> Array:

@@ -12,8 +12,10 @@ from PIL import Image
 from engine.errors import LatentrtError, RequestError
 from runtime.checks import FOREIGN_NAMES
 from runtime.images.canvas import BLUR
+from runtime.images.upscaling import Hires
 from runtime.noise import MAX_SEED
-from runtime.request import MAX_IMAGES, MAX_SIDE, Hires, Request, RequestOptions
+from runtime.request import MAX_IMAGES, MAX_SIDE, Request
+from runtime.request_options import RequestOptions
 
 ONE = {"prompt": "a"}
 

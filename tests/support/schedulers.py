@@ -116,7 +116,10 @@ OPTIONS = {
     "dpmpp_2s": {"lower_order_final": True},
 }
 TRAINED_TIMESTEPS = ("ddpm", "ddim", "plms", "lcm", "tcd")
-WHOLE = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2s", "deis", "unipc")
+WHOLE = (
+    *("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2s", "deis", "unipc"),
+    *("comfyui_uni_pc", "comfyui_uni_pc_bh2"),
+)
 TWO_CALLS = ("heun", "dpm2", "dpm2_a", "dpmpp_sde", "dpmpp_2s_a")
 # diffusers raises for these: the model's x0 is handed to it as the eps that it means
 KNOWS_NO_SAMPLE = ("euler_a", "dpm2", "dpm2_a", "dpmpp_sde")
@@ -198,21 +201,31 @@ def published_curve(schedule, steps):
     table = np.sqrt((1 - signal) / signal)
     if schedule == "simple":
         return np.array([table[-(1 + int(k * (1000 / steps)))] for k in range(steps)])
-    if schedule == "sgm_uniform":
-        timesteps = np.linspace(999, 0, steps + 1)[:-1]
+    if schedule in ("sgm_uniform", "normal"):
+        timesteps = np.linspace(999, 0, steps + (schedule == "sgm_uniform"))[:steps]
         low = np.floor(timesteps).astype(int)
         high, share = np.ceil(timesteps).astype(int), timesteps - low
         return np.exp((1 - share) * np.log(table[low]) + share * np.log(table[high]))
     if schedule == "kl_optimal":
         share = np.arange(steps) / max(steps - 1, 1)
         return np.tan(share * np.arctan(table[0]) + (1 - share) * np.arctan(table[-1]))
-    levels = {
-        "align_your_steps": "14.615 6.475 3.861 2.697 1.886 1.396 0.963 0.652 0.399 0.152 0.029",
-        "align_your_steps_xl": "14.615 6.315 3.771 2.181 1.342 0.862 0.555 0.380 0.234 0.113 0.029",
+    if schedule == "a1111_kl_optimal":
+        share = np.arange(steps + 1) / steps
+        return np.tan(share * np.arctan(table[0]) + (1 - share) * np.arctan(table[-1]))
+    levels = {  # nodes_align_your_steps.py of ComfyUI, sd_schedulers.py of Automatic1111
+        "align_your_steps": "14.6146412293 6.4745760956 3.8636745985 2.6946151520 1.8841921177 "
+        "1.3943805092 0.9642583904 0.6523686016 0.3977456272 0.1515232662 0.0291671582",
+        "align_your_steps_xl": "14.6146412293 6.3184485287 3.7681790315 2.1811480769 1.3405244945 "
+        "0.8620721141 0.5550693289 0.3798540708 0.2332364134 0.1114188177 0.0291671582",
+        "a1111_align_your_steps": "14.615 6.475 3.861 2.697 1.886 1.396 0.963 0.652 0.399 0.152 "
+        "0.029",
+        "a1111_align_your_steps_xl": "14.615 6.315 3.771 2.181 1.342 0.862 0.555 0.380 0.234 0.113 "
+        "0.029",
     }[schedule]
     logs = np.log([float(level) for level in levels.split()])[::-1]
-    spread = np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, 11), logs)
-    return np.exp(spread[::-1])[:-1]
+    points = steps if schedule.startswith("a1111") else steps + 1
+    spread = np.interp(np.linspace(0, 1, points), np.linspace(0, 1, 11), logs)
+    return np.exp(spread[::-1])[:steps]
 
 
 def make_scheduler(name, config, schedule=None):
@@ -323,7 +336,7 @@ def direct(name, run: Program, sigmas, prediction="epsilon", latents=None):
     """
     noise, told = TorchNoise(SEED), iter(run.timesteps)
     x = start(run, noise.normal(SHAPE), latents)
-    if name == "dpmpp_3m_sde":
+    if name in WHOLE:
         x = x * np.hypot(1, sigmas[0])
     trajectory, slopes, values = [x], [], []
 
@@ -334,6 +347,11 @@ def direct(name, run: Program, sigmas, prediction="epsilon", latents=None):
         v = x / (1 + sigma**2) - sigma / np.hypot(1, sigma) * out
         return x - sigma * out if prediction == "epsilon" else v
 
+    if name.startswith("comfyui"):
+        variant = np.expm1 if name.endswith("bh2") else lambda h: h
+        ends = np.append(sigmas[:-1], 0.001)
+        predicted = [x, *comfyui_unipc(x, ends, denoise, variant)]
+        return [x / np.hypot(1, s) for x, s in zip(predicted, sigmas, strict=True)]
     for k, (sigma, reached) in enumerate(pairwise(sigmas)):
         x0 = denoise(x, sigma)
         up = reached * np.sqrt(1 - (reached / sigma) ** 2)
@@ -362,6 +380,37 @@ def direct(name, run: Program, sigmas, prediction="epsilon", latents=None):
     if name == "dpmpp_3m_sde":
         return [x / np.hypot(1, s) for x, s in zip(trajectory, sigmas, strict=True)]
     return trajectory
+
+
+def comfyui_unipc(x, sigmas, denoise, b_of):
+    """Run ComfyUI's comfy/extra_samplers/uni_pc.py on x = x0 + sigma eps; yield x as predicted.
+
+    Its `sample` with `lower_order_final`, and `multistep_uni_pc_bh_update` with x0 predicted.
+    """
+    lambdas, steps = -np.log(sigmas), len(sigmas) - 1
+    most = max(1, min(3, len(sigmas) - 2))
+    known, times = [denoise(x, sigmas[0])], [lambdas[0]]
+    for step in range(1, steps + 1):
+        order = step if step < most else min(most, steps + 1 - step)
+        hh = -(lambdas[step] - times[-1])
+        ratios = [(times[-1 - i] - times[-1]) / -hh for i in range(1, order)]
+        slopes = [(known[-2 - i] - known[-1]) / r for i, r in enumerate(ratios)]
+        rows = np.array([[r ** (i - 1) for r in (*ratios, 1.0)] for i in range(1, order + 1)])
+        b, phi, factorial = [], np.expm1(hh) / hh - 1, 1
+        for i in range(1, order + 1):
+            b.append(phi * factorial / b_of(hh))
+            factorial *= i + 1
+            phi = phi / hh - 1 / factorial
+        predictor = [0.5] if order == 2 else np.linalg.solve(rows[:-1, :-1], b[:-1])
+        corrector = [0.5] if order == 1 else np.linalg.solve(rows, b)
+        base = np.exp(hh) * x - np.expm1(hh) * known[-1]
+        ahead = base - b_of(hh) * sum(w * s for w, s in zip(predictor, slopes, strict=True))
+        yield ahead
+        if step < steps:
+            reached = denoise(ahead, sigmas[step])
+            bends = [*slopes, reached - known[-1]]
+            x = base - b_of(hh) * sum(w * s for w, s in zip(corrector, bends, strict=True))
+            known, times = [*known, reached], [*times, lambdas[step]]
 
 
 def third_order_sde(sigmas, x, values, fresh):

@@ -168,7 +168,10 @@ def test_every_label_of_a_sampler_is_understood(sampler):
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
 def test_every_label_of_a_schedule_is_understood(schedule):
     label = SCHEDULE_LABELS.get(schedule, schedule)
-    assert resolve("euler", label) == ("euler", schedule)
+    text = f"a\nSteps: 1, Sampler: Euler, Schedule type: {label}, Seed: 1, Version: latentrt"
+    read = parse_parameters(text)
+    assert read["sampler"] == "euler"
+    assert read["schedule"] == schedule
 
 
 def test_labels_are_of_what_there_is():
@@ -231,9 +234,12 @@ def test_a_text_of_forge_with_a_hires_fix():
 @pytest.mark.parametrize(
     ("written", "sampler", "schedule"),
     [
-        ("Sampler: Euler a", "euler_a", "linspace"),
-        ("Sampler: Euler, Schedule type: Automatic", "euler", "linspace"),
-        ("Sampler: Euler, Schedule type: Uniform", "euler", "linspace"),
+        ("Sampler: Euler a", "euler_a", "normal"),
+        ("Sampler: Euler, Schedule type: Automatic", "euler", "normal"),
+        ("Sampler: Euler, Schedule type: Uniform", "euler", "normal"),
+        ("Sampler: DPM++ 2M, Schedule type: Normal", "dpmpp_2m", "normal"),
+        ("Sampler: Euler, Schedule type: KL Optimal", "euler", "a1111_kl_optimal"),
+        ("Sampler: Euler, Schedule type: Align Your Steps", "euler", "a1111_align_your_steps"),
         ("Sampler: Euler, Schedule type: SGM Uniform", "euler", "sgm_uniform"),
         ("Sampler: Heun, Schedule type: DDIM", "heun", "leading"),
         ("Sampler: Euler, Schedule type: Turbo", "euler", "trailing"),

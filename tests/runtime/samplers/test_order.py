@@ -23,6 +23,8 @@ ORDERS = {
     "heun": 2,
     "dpm2": 2,
     "unipc": 2,
+    "comfyui_uni_pc": 3,
+    "comfyui_uni_pc_bh2": 3,
     "ipndm": 1,  # its weights are those of even steps, and sigma's are not
     "lms": 3,  # of the four slopes, the first steps have fewer
     "plms": 2,  # its first step is of second order
@@ -58,6 +60,8 @@ LEADING = ("ddim", "plms")  # these have no schedule: their timesteps are even i
 @pytest.mark.parametrize(("name", "order"), ORDERS.items())
 def test_the_error_falls_at_the_published_order(name, order):
     steps = np.array([33, 65, 129])  # odd: single-step pairs then end together
+    if name.startswith("comfyui"):  # from 65 on what is left is the rounding of its timesteps
+        steps = np.array([9, 17, 33])
     errors = np.array([last_error(name, int(n)) for n in steps])
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert slope > order - SAMPLER_ORDER, f"{errors}"

@@ -1,9 +1,13 @@
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ModelError, RequestError
+from runtime.samplers import IN_SIGMA as METHODS_IN_SIGMA
 from runtime.samplers import Program, program
 from runtime.samplers.noise_schedule import NoiseSchedule
 from tests.support.sampler_table import (
@@ -24,6 +28,8 @@ from tests.support.schedulers import (
     blended_levels,
     largest_error,
     make_scheduler,
+    model,
+    published_curve,
     replay,
 )
 from tests.support.tolerances import (
@@ -42,6 +48,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_(_|wrap__ must):Deprecat
 SCHEDULE = NoiseSchedule.from_config(CONFIG)
 PREDICTIONS = ["epsilon", "v_prediction", "sample"]
 SPACINGS = ["leading", "trailing", "linspace"]
+IN_SIGMA = [method.__name__ for method in METHODS_IN_SIGMA]
 MIDPOINTS = ["dpm2", "dpmpp_sde"]
 FIRST = ["ddpm", "ddim", "euler", "euler_a", "dpmpp_2m"]  # the methods of one entry a step
 
@@ -65,14 +72,84 @@ def test_every_step_is_diffusers(name, prediction, spacing):
     if prediction == "sample" and name in NO_SAMPLE:
         pytest.skip("diffusers' scheduler does not take it")
     config = {**CONFIG, "prediction_type": prediction, "timestep_spacing": spacing}
+    fewest = 2 if name in IN_SIGMA and spacing != "trailing" else 1  # of one, see below
     if name not in FIRST:
-        for steps, strength in ((1, None), (5, None), (20, 0.6)):
+        for steps, strength in ((fewest, None), (5, None), (20, 0.6)):
             check_run(name, config, steps, strength=strength)
         return
-    for steps in (1, 2, 5, 20, 50):
+    for steps in (fewest, 2, 5, 20, 50):
         for strength in (None, 1.0, 0.6, 0.3):
             if strength is None or int(steps * strength) >= 1:
                 check_run(name, config, steps, strength=strength)
+
+
+@pytest.mark.parametrize("name", IN_SIGMA)
+def test_one_step_starts_at_the_highest_level(name):
+    """With diffusers' spacings of one point it would start at the lowest: no picture."""
+    for spacing in (*SPACINGS, None):
+        for schedule in (None, *(() if name == "edm_euler" else CURVES), "karras"):
+            noise = replace(SCHEDULE, timestep_spacing=spacing)
+            run = program(name, noise, 1, schedule=schedule)
+            highest = 80.0 if name == "edm_euler" else SCHEDULE.sigmas(np.array([999.0]))[0]
+            assert run.noise_scales[0] == pytest.approx(highest, rel=1e-3)
+            assert run.timesteps.size == 1
+
+
+@pytest.mark.parametrize("name", ["a1111_align_your_steps", "a1111_align_your_steps_xl"])
+@pytest.mark.parametrize("steps", [10, 11, 20])
+def test_levels_of_automatic1111(name, steps):
+    run = program("euler", SCHEDULE, steps, schedule=name)
+    np.testing.assert_allclose(run.noise_scales[:-1], published_curve(name, steps), rtol=1e-9)
+
+
+def automatic1111_ends(x, k, sigmas, x0, before):
+    """Return x after a step of k-diffusion's DPM++ 2M, whose last step is one like the others."""
+    h = np.log(sigmas[k] / sigmas[k + 1])
+    if before is not None:
+        ratio = np.log(sigmas[k - 1] / sigmas[k]) / h
+        x0 = (1 + 1 / (2 * ratio)) * x0 - before / (2 * ratio)
+    return sigmas[k + 1] / sigmas[k] * x - np.expm1(-h) * x0
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm2", "dpmpp_2m"])
+def test_automatic1111s_kl_optimal_ends_above_zero(sampler):
+    """As k-diffusion's methods run where the last sigma is not 0."""
+    sigmas = published_curve("a1111_kl_optimal", 7)
+    run = program(sampler, SCHEDULE, 7, schedule="a1111_kl_optimal")
+    told = iter(run.timesteps)
+
+    def denoise(x, sigma):
+        return x - sigma * model(x / np.hypot(1, sigma), next(told))
+
+    x = replay(run)[0] * (np.hypot(1, sigmas[0]) if sampler == "dpmpp_2m" else 1)
+    before = None
+    for k, (sigma, reached) in enumerate(pairwise(sigmas)):
+        x0 = denoise(x, sigma)
+        slope = (x - x0) / sigma
+        if sampler == "dpmpp_2m":
+            x, before = automatic1111_ends(x, k, sigmas, x0, before), x0
+        elif sampler == "heun":
+            moved = x + (reached - sigma) * slope
+            slope = (slope + (moved - denoise(moved, reached)) / reached) / 2
+            x = x + (reached - sigma) * slope
+        elif sampler == "dpm2":
+            middle = np.sqrt(sigma * reached)
+            inner = x + (middle - sigma) * slope
+            x = x + (reached - sigma) * (inner - denoise(inner, middle)) / middle
+        else:
+            x = x + (reached - sigma) * slope
+    assert next(told, None) is None
+    np.testing.assert_allclose(replay(run)[-1], x, rtol=0, atol=SAMPLER_EXACT * np.abs(x).max())
+
+
+@pytest.mark.parametrize("name", ["comfyui_uni_pc", "comfyui_uni_pc_bh2"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 30])
+def test_every_order_of_comfyuis_unipc(name, steps):
+    assert largest_error(name, steps, "normal")[0] <= SAMPLER_STEP
+    if steps > 4:
+        other = replay(program("unipc", SCHEDULE, steps, schedule="normal"))[-1]
+        ours = replay(program(name, SCHEDULE, steps, schedule="normal"))[-1]
+        assert np.abs(ours - other).max() / np.abs(other).max() > 1e-3, "another order"
 
 
 @pytest.mark.parametrize(("name", "schedule"), list(combinations()))
@@ -197,7 +274,7 @@ def test_programs_are_whole(chosen, noise, steps, strength):
     else:
         assert run.timesteps.size == count_calls(name, count)
     registers = run.matrices.shape[1]
-    assert registers <= 4
+    assert registers <= (5 if name.startswith("comfyui") else 4)
     assert run.matrices.shape == (run.timesteps.size, registers, registers + 2)
     assert run.matrices.dtype == run.timesteps.dtype == run.input_scales.dtype == np.float64
     assert np.isfinite(run.matrices).all()
@@ -225,6 +302,8 @@ def test_a_perfect_model_is_believed(chosen, noise, steps, strength):
     whole = noise.num_train_timesteps % steps == 0
     if name == "ddim" and not (noise.set_alpha_to_one and whole):
         return  # its last step then stops short of x0, as diffusers' does
+    if name.startswith("comfyui") or schedule == "a1111_kl_optimal":
+        return
     if name in ("plms", "lcm", "tcd", "deis", "edm_euler") or (name in WHOLE and schedule):
         return  # so do these; or the timestep that the model is told is rounded
     x0 = np.random.default_rng(0).normal(size=(2, 3))
@@ -318,13 +397,16 @@ def test_the_least_strength_that_is_named_runs_a_step(steps):
         ("DPM2 a Karras", "dpm2_a", "karras"),
         ("dpm_2_ancestral", "dpm2_a", None),
         ("LMS Karras", "lms", "karras"),
-        ("uni_pc_bh2", "unipc", None),
+        ("uni_pc_bh2", "comfyui_uni_pc_bh2", None),
+        ("ComfyUI uni_pc Normal", "comfyui_uni_pc", "normal"),
         ("PNDM", "plms", None),
         ("Heun SGM Uniform", "heun", "sgm_uniform"),
         ("DPM++ 2M Align Your Steps", "dpmpp_2m", "align_your_steps"),
         ("DPM++ 2M AYS XL", "dpmpp_2m", "align_your_steps_xl"),
         ("euler kl optimal", "euler", "kl_optimal"),
-        ("Euler Normal", "euler", "linspace"),
+        ("Euler Normal", "euler", "normal"),
+        ("DPM++ 2M Uniform", "dpmpp_2m", "normal"),
+        ("Euler A1111 KL Optimal", "euler", "a1111_kl_optimal"),
         ("DDIM trailing", "ddim", "trailing"),
         ("Euler Automatic", "euler", None),
         ("DPMSolverMultistepScheduler", "dpmpp_2m", None),
