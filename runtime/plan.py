@@ -306,7 +306,13 @@ def _run(
     )
     return Plan(
         program=matrices,
-        conditioning=encoder.condition(texts, guidance, *size, clip_skip=request.clip_skip),
+        conditioning=encoder.condition(
+            texts,
+            guidance,
+            *size,
+            clip_skip=request.clip_skip,
+            clean_prompt=request.clean_prompt,
+        ),
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
         seeds=list(request.seeds),

@@ -86,6 +86,8 @@ class Request:
     eta: of DDIM and TCD, 0 draws no noise
     prompt_syntax: whether prompts are read as `runtime.conditioning.syntax` says, or every
         character is text
+    clean_prompt: whether HTML entities and curly quotes in prompts are resolved, as by CLIP's
+        original tokenizer
     clip_skip: 1, or 2 to leave out the text encoder's last layer, as XL does anyway (its number in
         Automatic1111; in diffusers it is one less)
 
@@ -120,6 +122,7 @@ class Request:
     cache_interval: int = 1
     eta: float = 0.0
     prompt_syntax: bool = True
+    clean_prompt: bool = False
     clip_skip: int = 1
     prompts: tuple[str, ...] = field(init=False, repr=False, compare=False)
     negative_prompts: tuple[str, ...] = field(init=False, repr=False, compare=False)
@@ -162,7 +165,7 @@ class Request:
         check_number("cache_interval", self.cache_interval, Integral, 1, MAX_STEPS)
         check_number("eta", self.eta, Real, 0, 1)
         check_number("clip_skip", self.clip_skip, Integral, 1, MAX_CLIP_SKIP)
-        for name in ("prompt_syntax", "paste_back"):
+        for name in ("prompt_syntax", "clean_prompt", "paste_back"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
         check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)

@@ -37,4 +37,5 @@ class RequestOptions(TypedDict, total=False):
     cache_interval: int | None
     eta: float | None
     prompt_syntax: bool | None
+    clean_prompt: bool | None
     clip_skip: int | None

@@ -52,6 +52,10 @@ TEXT_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "action": "store_false",
             "help": "take brackets in prompts as text; (word:1.3) and its kin are syntax otherwise",
         },
+        "--clean-prompt": {
+            "action": "store_true",
+            "help": "resolve HTML entities and curly quotes, as CLIP's original tokenizer does",
+        },
         "--clip-skip": {
             "type": int,
             "default": 1,

@@ -126,6 +126,9 @@ class WebGpuDevice:
         """Raise BackendError: the library has no graph of several runs."""
         raise BackendError("work that is queued by WebGPU cannot be recorded; queue it again")
 
+    def keep(self, used: object) -> None:
+        """Keep nothing: no graph is recorded."""
+
     def wait(self) -> None:
         """Wait for all work."""
         self.download(self.empty((1,), np.dtype(np.float32)))

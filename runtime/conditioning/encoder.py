@@ -139,11 +139,19 @@ class Encoder:
         )
 
     def condition(
-        self, texts: Texts, guidance: Guidance, height: int, width: int, *, clip_skip: int = 1
+        self,
+        texts: Texts,
+        guidance: Guidance,
+        height: int,
+        width: int,
+        *,
+        clip_skip: int = 1,
+        clean_prompt: bool = False,
     ) -> list[Mapping[str, Array]]:
         """Encode the texts, and add what else the model is told; height and width in pixels.
 
         clip_skip: 1, or 2 for the text encoder's states before its last layer
+        clean_prompt: whether HTML entities and curly quotes are resolved
         Returns for each call of the UNet its inputs that are not the latent's: context
         (g, B, n, D), guidance (g, B); where the model takes them text_embeds (g, B, P), time_ids
         (g, B, T), timestep_cond (B, E). n is that of the longest prompt; what is the same in
@@ -154,7 +162,7 @@ class Encoder:
         guided = [scale > 1 and not embeds_scale for scale in guidance.scales]
         shown = _shown(texts, guided)
         distinct = dict.fromkeys(text for groups in shown for group in groups for text in group)
-        encoded = self._encode(list(distinct), clip_skip)
+        encoded = self._encode(list(distinct), clip_skip, clean_prompt)
         told = {
             groups: self._lay_out(groups, len(groups) - len(texts.prompts), texts.repeats, encoded)
             for groups in dict.fromkeys(shown)
@@ -202,15 +210,21 @@ class Encoder:
         takes_pooled = "text_embeds" in self.model.unet.extra_inputs
         return told | {"text_embeds": pooled} if takes_pooled else told
 
-    def _encode(self, texts: Sequence[str], clip_skip: int) -> dict[str, tuple[Array, Array]]:
+    def _encode(
+        self, texts: Sequence[str], clip_skip: int, clean_prompt: bool
+    ) -> dict[str, tuple[Array, Array]]:
         """Return each text's states, (n, D), and its pooled text, (P,), of the first chunk.
 
         All get as many chunks as the longest has; the encoders' states stand side by side, and
         the pooled text is the last encoder's.
         """
+        tokenizers = {
+            name: replace(tokenizer, cleans=clean_prompt)
+            for name, tokenizer in self.tokenizers.items()
+        }
         chunked = {
             name: {text: make_chunks(text, tokenizer) for text in texts}
-            for name, tokenizer in self.tokenizers.items()
+            for name, tokenizer in tokenizers.items()
         }
         count = max(len(chunks) for found in chunked.values() for chunks in found.values())
         states: dict[str, list[Array]] = {text: [] for text in texts}

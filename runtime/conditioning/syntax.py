@@ -132,13 +132,12 @@ def _brackets(tokens: Sequence[tuple[str, str | None]]) -> tuple[dict[int, float
 
 
 def _parts(token: str) -> list[str]:
-    """Split a token at BREAK; of an escape leave what is escaped."""
+    """Split a token at BREAK, without the blanks beside it; of an escape leave what is escaped."""
     if token.startswith("\\"):
         return [token[1:]]
-    parts = _BREAK.split(token)
-    if len(parts) == 1:
-        return parts
-    return [part.strip() for part in parts]
+    first, *others = _BREAK.split(token)
+    parts = [first, *(part.lstrip() for part in others)]
+    return [*(part.rstrip() for part in parts[:-1]), parts[-1]]
 
 
 def _merge(stretch: Sequence[Piece]) -> list[Piece]:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from engine.errors import ModelError, RequestError
 from engine.graphs.graph import TextPart
 from engine.model import Model
+from runtime.conditioning.cleaning import clean_text
 from runtime.conditioning.syntax import parse
 from runtime.conditioning.vocabulary import Vocabulary
 
@@ -52,6 +53,7 @@ class Tokenizer:
 
     max_length: tokens of a row, the start and the end token included
     words: by the id that `encoder` gives a word of textual inversion, the ids that it stands for
+    cleans: whether HTML entities and curly quotes are resolved first, as CLIP's original does
     """
 
     max_length: int
@@ -60,6 +62,7 @@ class Tokenizer:
     pad_token_id: int
     encoder: tokenizers.Tokenizer
     words: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    cleans: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -145,6 +148,8 @@ class Tokenizer:
         Raises RequestError for a prompt that is no string or is not text.
         """
         check_text(prompt)
+        if self.cleans:
+            prompt = clean_text(prompt)
         # One by one: the library's batches start threads, which do not survive a later fork.
         encoding = self.encoder.encode(prompt, add_special_tokens=False)
         return [self.words.get(given, (given,)) for given in encoding.ids]

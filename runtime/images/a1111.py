@@ -36,7 +36,7 @@ SCHEDULE_LABELS: Mapping[str | None, str] = {
     None: "Automatic",
     **{name: name.title() for name in ("karras", "exponential", "beta", "simple", "normal")},
     **{"sgm_uniform": "SGM Uniform", "a1111_kl_optimal": "KL Optimal"},
-    **dict.fromkeys(("a1111_align_your_steps", "a1111_align_your_steps_xl"), "Align Your Steps"),
+    "a1111_align_your_steps": "Align Your Steps",
 }
 NOISE_LABELS: Mapping[str, str] = {"cpu": "CPU", "cuda": "NV"}  # NV is CUDA's on every machine
 

@@ -51,6 +51,7 @@ class DrawingFields(BaseModel):
     cache_interval: int | None = None
     eta: float | None = None
     prompt_syntax: bool | None = None
+    clean_prompt: bool | None = None
     clip_skip: int | None = None
 
     def of_request(self) -> dict[str, Any]:

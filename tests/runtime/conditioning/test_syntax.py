@@ -107,6 +107,18 @@ def test_weights(text, expected):
         ("a BREAK BREAK b", [["a"], [], ["b"]]),
         ("(a BREAK b) c", [["a"], ["b", " c"]]),
         ("aBREAK break", [["aBREAK break"]]),
+        # a blank that parts words from a bracket of the same weight stays
+        (
+            "(masterpiece:1.0) girl, smiling BREAK forest",
+            [["masterpiece girl, smiling"], ["forest"]],
+        ),
+        ("x BREAK cat (dog:1)", [["x"], ["cat dog"]]),
+        ("(dog:1) cat BREAK x", [["dog cat"], ["x"]]),
+        ("x BREAK red (dog:1.0) house", [["x"], ["red dog house"]]),
+        ("x BREAK cat [(dog:1.1)]", [["x"], ["cat dog"]]),
+        ("a (b:1.0) c BREAK d", [["a b c"], ["d"]]),
+        ("a \n BREAK\t BREAK  b (c:1)", [["a"], [], ["b c"]]),
+        (r"a \( BREAK \) b", [["a ("], [") b"]]),
     ],
 )
 def test_break(text, stretches):

@@ -171,8 +171,7 @@ def test_every_label_of_a_schedule_is_understood(schedule):
     text = f"a\nSteps: 1, Sampler: Euler, Schedule type: {label}, Seed: 1, Version: latentrt"
     read = parse_parameters(text)
     assert read["sampler"] == "euler"
-    by_the_model = {"a1111_align_your_steps_xl": "a1111_align_your_steps"}
-    assert read["schedule"] == by_the_model.get(schedule, schedule)
+    assert read["schedule"] == schedule
 
 
 def test_labels_are_of_what_there_is():
