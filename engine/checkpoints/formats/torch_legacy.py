@@ -44,8 +44,11 @@ def read_legacy(path: Path, file: mmap) -> tuple[dict[str, StoredTensor], dict[s
         )
     # Where a storage is, the file says after the object: it is read once more when that is known.
     start, wanted = pickles.position, _Storages(file)
-    pickles.read(wanted)
-    places = _places(path, file, pickles.read(), pickles.position, wanted.sizes)
+    value = pickles.read(wanted)
+    keys = pickles.read()
+    if keys != list(wanted.sizes) and isinstance(value, dict):
+        flatten(path, value)  # a storage of values that are not read is refused by their name
+    places = _places(path, file, keys, pickles.position, wanted.sizes)
     pickles.position = start
     value = pickles.read(_Storages(file, places))
     if not isinstance(value, dict):
