@@ -75,6 +75,7 @@ class Plan:
     from_noise: whether the image leaves no trace in the start
     paste_back: whether the image's own pixels come back outside the mask
     settings: of each picture, what makes it again
+    latents: (B, C, h, w) float32, noise to start from in place of what the seeds give
     surplus: pictures at the end that only fill the batch
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
@@ -97,6 +98,7 @@ class Plan:
     from_noise: bool = True
     paste_back: bool = True
     settings: Sequence[Mapping[str, Any]] = ()
+    latents: Array | None = None
     surplus: int = 0
     hires: "Plan | None" = None
     upscaler: str = ""
