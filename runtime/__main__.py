@@ -184,7 +184,8 @@ def _write(
             _say(str(path), sys.stdout)
     if watched and watched.steps:
         strip = written[0].with_name(f"{written[0].stem}-steps.png")
-        _say(str(watched.write_strip(plan, strip)), sys.stdout)
+        replaces = options.out is not None
+        _say(str(watched.write_strip(plan, strip, replaces=replaces)), sys.stdout)
 
 
 def _watched(
