@@ -79,8 +79,8 @@ def libraries_of(extra: str) -> Iterator[None]:
         if not library or library in OURS:
             raise
         raise BackendError(
-            f"this needs {library}, which is not installed; `pip install '.[{extra}]'` in a clone of "
-            "Latentrt installs all that it needs"
+            f"this needs {library}, which is not installed; `pip install '.[{extra}]'` in a clone "
+            "of Latentrt installs all that it needs"
         ) from error
 
 
