@@ -84,9 +84,9 @@ def libraries_of(extra: str) -> Iterator[None]:
         library = (error.name or "").partition(".")[0]
         if not library or library in OURS:
             raise
-        packages = library.replace("_", "-")
         raise BackendError(
-            f"this needs {library}, which is not installed; {install(packages, extra)}"
+            f"this needs {library}, which is not installed; `pip install '.[{extra}]'` in a clone "
+            "of Latentrt installs all that it needs"
         ) from error
 
 

@@ -25,8 +25,8 @@ from runtime.pipeline import Pipeline
 from runtime.plan import Plan, StepInputs
 from runtime.presets import PRESETS, Preset, preset
 from runtime.request import Request
-from runtime.request_options import RequestOptions
-from runtime.result import DrawnImage, Result
+from runtime.request_options import CallOptions, RequestOptions
+from runtime.result import ArrayResult, DrawnImage, Result
 from runtime.samplers import SAMPLERS, SCHEDULES
 
 __all__ = [
@@ -36,8 +36,10 @@ __all__ = [
     "SCHEDULES",
     "UPSCALERS",
     "AdapterChoice",
+    "ArrayResult",
     "BackendError",
     "BackendSettings",
+    "CallOptions",
     "ComputePrecision",
     "Credentials",
     "DrawnImage",

@@ -154,7 +154,8 @@ def _write(
             say(str(path), sys.stdout)
     if watched and watched.steps:
         strip = written[0].with_name(f"{written[0].stem}-steps.png")
-        say(str(watched.write_strip(plan, strip)), sys.stdout)
+        replaces = options.out is not None
+        say(str(watched.write_strip(plan, strip, replaces=replaces)), sys.stdout)
 
 
 def _watched(

@@ -91,7 +91,8 @@ def _find_files(
         for each in value if several else [value]:
             file, weight = _parted(each) if name == "loras" else (each, "")
             ships = name == "model" and file in shipped_models()
-            place = find_model(file) if ships else _find(file, places, [""])
+            endings = CHECKPOINTS if name in ("model", "loras") else [""]  # a server's have none
+            place = find_model(file) if ships else _find(file, places, endings)
             if place is None:
                 raise RequestError(
                     f"{path} was drawn with the {noun} {_base(file)}, which is neither in the "

@@ -22,6 +22,7 @@ from engine.engines import QUANTIZED, Engines, capabilities, ranges_of
 from engine.errors import exit_status
 from engine.graphs.graph import Part, graph_folders
 from engine.model import Model, find_model
+from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.tokenizer import load_tokenizers
 from runtime.images.files import psnr
 from runtime.pipeline import Pipeline
@@ -73,9 +74,9 @@ class ObservingEngines(Engines):
 def calibrate(
     model: str | Path = "pictogram",
     *,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: OneOrMore[str] = PROMPTS,
     steps: int = STEPS,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     precision: ComputePrecision | None = None,
     threads: int | None = None,
 ) -> Calibrated:
@@ -87,6 +88,7 @@ def calibrate(
     """
     if precision is None:
         precision = "bfloat16" if "BF16" in capabilities() else "float32"
+    folder, prompts = path_of(folder), several(prompts)
     opened = Model.open(find_model(model))
     settings = BackendSettings(backend="openvino", threads=threads)
     folders, tokenizers = graph_folders(folder), load_tokenizers(opened)

@@ -3,12 +3,16 @@
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from pathlib import Path
 from types import MappingProxyType
+from typing import TypeAlias, TypeVar
 
 from PIL import Image
 
 from engine.errors import RequestError
 
+One = TypeVar("One")
+OneOrMore: TypeAlias = One | Sequence[One]
 # What other programs call a field of `Request`.
 FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -24,6 +28,7 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("denoising_strength", "denoise", "image_strength"), "strength"),
         **dict.fromkeys(("enable_hr", "hires_fix", "hr_scale"), "hires"),
         "size": "height and width",
+        "padding_mask_crop": "inpaint_area and mask_padding",
         "timestep_spacing": "schedule",
         "sigma_schedule": "schedule",
         "rng": "noise",
@@ -86,3 +91,17 @@ def check_names(names: Iterable[str], known: Sequence[str]) -> None:
                 f"{name} is no option; "
                 + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")
             )
+
+
+def path_of(given: str | Path | None) -> Path | None:
+    """Return a path that may have come as a text."""
+    return None if given is None else Path(given)
+
+
+def several(given: OneOrMore[One] | None) -> Sequence[One]:
+    """Return a list of what may be one alone, such as a text, or None."""
+    if given is None:
+        return ()
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return given
+    return (given,)

@@ -101,7 +101,7 @@ class PromptExpander:
         cls,
         folder: str | Path,
         *,
-        graphs: Path | None = None,
+        graphs: str | Path | None = None,
         precision: Precision = "float32",
         settings: BackendSettings | None = None,
     ) -> Self:

@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, Unpack, cast
+from typing import Any, NoReturn, Self, Unpack, cast
 
+import numpy as np
 from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
@@ -20,26 +20,36 @@ from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import read_embedding
 from engine.backends.base import Engine
 from engine.backends.settings import BackendSettings, ComputePrecision
-from engine.devices.device import HostOrDeviceArray
+from engine.devices.device import HostOrDeviceArray, on_host
 from engine.engines import Engines
 from engine.graphs.graph import Part, TextPart
 from engine.model import Model, find_model
+from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
 from runtime.denoising.device_loop import DeviceLoop
 from runtime.denoising.groups import batch_limit, groups_of
-from runtime.denoising.latents import LatentSpace, Progress, State, predicted_x0
+from runtime.denoising.latents import (
+    LatentSpace,
+    Progress,
+    State,
+    parts_of,
+    predicted_x0,
+    sizes_of,
+)
 from runtime.denoising.rows import finished_rows, rows_of
+from runtime.diffusers_arguments import CallArguments, OnStepEnd
 from runtime.images import tiles
-from runtime.images.files import SOURCE_KEY
+from runtime.images.files import SOURCE_KEY, as_floats
 from runtime.images.previews import finite
-from runtime.images.upscaling import PIXELS
 from runtime.plan import Array, Plan, StepInputs, make_plan
 from runtime.request import Request
-from runtime.request_options import RequestOptions
-from runtime.result import DrawnImage, Result
+from runtime.request_options import CallOptions
+from runtime.result import ArrayResult, DrawnImage, Result
 from runtime.samplers.noise_schedule import NoiseSchedule
+
+OWN = "own"  # as a preview decoder: the model's
 
 
 class Pipeline:
@@ -74,13 +84,13 @@ class Pipeline:
         cls,
         model: str | Path = "pictogram",
         *,
-        vae: Path | None = None,
-        preview_decoder: Path | None = None,
-        loras: Sequence[str | Path | AdapterChoice] = (),
+        vae: str | Path | None = None,
+        preview_decoder: str | Path | None = None,
+        loras: OneOrMore[str | Path | AdapterChoice] | None = None,
         lora_dir: str | Path | None = None,
-        embeddings: Sequence[Path] = (),
+        embeddings: OneOrMore[str | Path] | None = None,
         prediction_type: str | None = None,
-        graphs: Path | None = None,
+        graphs: str | Path | None = None,
         precision: ComputePrecision | None = None,
         settings: BackendSettings | None = None,
         fast_start: bool = False,
@@ -88,8 +98,8 @@ class Pipeline:
         """Load a model: the one that ships, by its name, a folder or a checkpoint's file.
 
         vae: a file or folder of another autoencoder, instead of the model's own
-        preview_decoder: a file or folder of a tiny decoder such as TAESD's, for `previews`; instead
-            of the model's own, if it has one
+        preview_decoder: a file or folder of a tiny decoder such as TAESD's, for `previews`; None
+            and "own" take the model's own, if it has one
         loras, embeddings: as `set_loras` and `set_embeddings` take them
         lora_dir: a folder of adapters that prompts may name, as `<lora:name:0.8>`: they are on for
             that call, beside `loras`
@@ -97,18 +107,21 @@ class Pipeline:
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
         precision: what the engines compute in: "float32", "bfloat16" or "int8"
         settings: how engines run; what it and the precision leave open is chosen by the processor
-        fast_start: whether a small model's engines should rather open soon than draw many images
-            fast
+        fast_start: whether a small model should rather open soon than draw many images fast
         Raises ModelError, GraphError or BackendError.
         """
         opened = Model.open(
             find_model(model),
             prediction_type=prediction_type,
-            vae=vae,
-            preview_decoder=preview_decoder,
+            vae=path_of(vae),
+            preview_decoder=None if preview_decoder == OWN else path_of(preview_decoder),
         )
         engines = Engines.choose(
-            opened, graphs=graphs, settings=settings, precision=precision, fast_start=fast_start
+            opened,
+            graphs=path_of(graphs),
+            settings=settings,
+            precision=precision,
+            fast_start=fast_start,
         )
         folder = None if lora_dir is None else Path(lora_dir)
         pipeline = cls(engines, load_tokenizers(opened), lora_dir=folder)
@@ -118,13 +131,30 @@ class Pipeline:
             pipeline.set_embeddings(embeddings)
         return pipeline
 
-    def __call__(self, prompt: str | Sequence[str], **options: Unpack[RequestOptions]) -> Result:
-        """Draw images, in `groups`; `options` are the other fields of `Request`.
+    def __call__(
+        self, prompt: str | Sequence[str] | None = None, **options: Unpack[CallOptions]
+    ) -> Result | ArrayResult:
+        """Draw images, in `groups`.
 
+        options: the other fields of `Request`, and diffusers' arguments that are none of these
+            (docs/from-diffusers.md); with callback_on_step_end all images are one group
         Raises RequestError for an invalid request, BackendError when an engine fails.
         """
-        plan = self.plan(Request(prompt=prompt, **cast(dict[str, Any], options)))
-        images = [image for group in self.groups(plan) for image in self._draw(group)]
+        call = CallArguments.read(prompt, cast(dict[str, Any], options))
+        plan = self.plan(call.request)
+        plan = call.applied(plan, self._latents.shape(plan))
+        groups = [plan] if call.on_step_end else self.groups(plan)
+        drawn = [self._draw(group, call.on_step_end) for group in groups]
+        if call.output_type == "latent":
+            latents = np.concatenate([on_host(found) for found in drawn])
+            return ArrayResult.of(latents[: len(plan.seeds)], plan)  # less repeats at the end
+        images = [
+            image
+            for group, latents in zip(groups, drawn, strict=True)
+            for image in self.finish(group, self.decode(latents))
+        ]
+        if call.output_type == "np":
+            return ArrayResult.of(np.stack([as_floats(image) for image in images]), plan)
         return Result(images=images, seeds=plan.seeds, settings=plan.settings, notes=plan.notes)
 
     def draw(
@@ -167,7 +197,7 @@ class Pipeline:
         notes = self._heed_names(request) if self._named or request.names_files else []
         plan = make_plan(request, self.model, self.schedule, self.encoder)
         plan = replace(plan, notes=notes) if notes else plan
-        self.engines.require_memory(self._parts(plan), **{**_sizes(plan), "batch": 1})
+        self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})
         return plan
 
     def groups(self, plan: Plan, batch_size: int | None = None) -> list[Plan]:
@@ -199,7 +229,7 @@ class Pipeline:
 
     def open_engines(self, plan: Plan) -> None:
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
-        for part in self._parts(plan):
+        for part in parts_of(plan, self.model):
             self.engine(part)
 
     def step(self, state: State, inputs: StepInputs) -> State:
@@ -250,26 +280,27 @@ class Pipeline:
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
-    def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
+    def set_loras(self, loras: OneOrMore[str | Path | AdapterChoice] | None) -> None:
         """Put these adapters on in place of those that are on; none gives the model itself back.
 
-        loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice. Weights of the model that
+        loras: one or several, each a path, a text "FILE:WEIGHT", or an AdapterChoice. Weights that
         no adapter changes stay bound as they are, the others are computed from the checkpoint
         anew, so what an adapter leaves behind is the base bit for bit.
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
-        chosen = [as_choice(lora) for lora in loras]
+        chosen = [as_choice(lora) for lora in several(loras)]
         self._put_on(chosen)
         self._loras, self._named = chosen, ()
 
-    def set_embeddings(self, embeddings: Sequence[Path]) -> None:
+    def set_embeddings(self, embeddings: OneOrMore[str | Path] | None) -> None:
         """Teach the text encoders these words of textual inversion in place of others.
 
         A word is found in a prompt whatever its case. Raises ModelError when a file is none or was
         trained for another text encoder, RequestError when its word is one already.
         """
-        if embeddings or self.encoder.extra:
-            read = [read_embedding(Path(path)) for path in embeddings]
+        files: Sequence[str | Path] = several(embeddings)
+        if files or self.encoder.extra:
+            read = [read_embedding(Path(path)) for path in files]
             self.encoder = self.encoder.with_embeddings(read)
 
     @property
@@ -292,29 +323,46 @@ class Pipeline:
         self.engines.close()
         self.encoder = self.encoder.without_cache()
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied, with what to do instead."""
+        raise TypeError(
+            "a pipeline's engines cannot be pickled or copied; load one in each process by "
+            f"Pipeline.load({str(self.model_path)!r}), or share one between threads"
+        )
+
     def __enter__(self) -> Self:
         """Return the pipeline, which is closed at the end of the `with`."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close the pipeline."""
         self.close()
 
-    def _draw(self, plan: Plan) -> list[Image.Image]:
-        """Draw a plan that nobody watches."""
+    def _draw(self, plan: Plan, on_step_end: OnStepEnd | None = None) -> HostOrDeviceArray:
+        """Make all calls of a plan; returns the latents."""
         latents: HostOrDeviceArray | None = None
         for run in plan.runs():
-            latents = self._run(run, self.start(run, latents))
+            state = self.start(run, latents)
+            if on_step_end is None:
+                latents = self._run(run, state)
+            else:
+                latents = self._watched_run(run, state, on_step_end)
         assert latents is not None
-        return self.finish(plan, self.decode(latents))
+        return latents
+
+    def _watched_run(self, plan: Plan, state: State, on_step_end: OnStepEnd) -> Array:
+        """Make the calls of a run; who watches may change the latents, or set `_interrupt`."""
+        self._interrupt = False
+        for step, inputs in enumerate(plan.steps()):
+            state = self.step(state, inputs)
+            now = {"latents": state.latents}
+            state = state.changed(on_step_end(self, step, plan.program.timesteps[step], now))
+            if self._interrupt:
+                break
+        return state.latents
 
     def _batch_limit(self, plan: Plan, batch_size: int | None) -> int:
-        return batch_limit(self.engines, self._parts(plan), _sizes(plan), batch_size)
+        return batch_limit(self.engines, parts_of(plan, self.model), sizes_of(plan), batch_size)
 
     def _put_on(self, adapters: Sequence[AdapterChoice]) -> None:
         self._device_loop.reset()
@@ -351,28 +399,3 @@ class Pipeline:
         for inputs in plan.steps():
             state = self.step(state, inputs)
             yield inputs, state
-
-    def _parts(self, plan: Plan) -> list[Part]:
-        """Return the parts that a plan needs, its second run included."""
-        runs, parts = list(plan.runs()), list[Part](["step", "vae_decoder"])
-        if not all(is_full for run in runs for is_full in run.full_calls):
-            parts.append("step_shallow")
-        enlarges = any(run.upscaler == PIXELS for run in runs)
-        if plan.image is not None or enlarges or self.model.is_inpainting:
-            parts.append("vae_encoder")
-        return parts
-
-
-def _sizes(plan: Plan) -> dict[str, int]:
-    """Return the sizes of a plan's largest run, by which the memory of a device is estimated."""
-    *_, run = plan.runs()
-    contexts = [conditioning["context"].shape for conditioning in run.conditioning]
-    return {
-        "height": run.height,
-        "width": run.width,
-        "batch": len(run.seeds),
-        "groups": max(shape[0] for shape in contexts),
-        "tokens": max(shape[2] for shape in contexts),
-        "registers": run.program.matrices.shape[1] + 2 * (run.mask is not None),
-        "steps": int(run.program.needs_noise.sum()) + 1,
-    }

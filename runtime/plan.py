@@ -74,6 +74,7 @@ class Plan:
     from_noise: whether the image leaves no trace in the start
     paste_back: whether the image's own pixels come back outside the mask
     settings: of each picture, what makes it again
+    latents: (B, C, h, w) float32, noise to start from in place of what the seeds give
     surplus: pictures at the end that only fill the batch
     notes: sentences on what the prompts ask for in vain
     hires: the run over the enlarged latents
@@ -97,6 +98,7 @@ class Plan:
     from_noise: bool = True
     paste_back: bool = True
     settings: Sequence[Mapping[str, Any]] = ()
+    latents: Array | None = None
     surplus: int = 0
     notes: Sequence[str] = ()
     hires: "Plan | None" = None

@@ -1,11 +1,14 @@
-"""The fields of `Request` as keyword arguments, for `Pipeline.__call__` and typed callers."""
+"""The options of a call, for `Pipeline.__call__` and typed callers."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, Literal, TypedDict
 
 from PIL import Image
 
 from runtime.images.upscaling import Hires
+
+OutputType = Literal["pil", "np", "latent"]
+"""What the images of a call are: PIL's, arrays of 0 to 1, or the last latents."""
 
 
 class RequestOptions(TypedDict, total=False):
@@ -39,3 +42,18 @@ class RequestOptions(TypedDict, total=False):
     prompt_syntax: bool | None
     clean_prompt: bool | None
     clip_skip: int | None
+
+
+class CallOptions(RequestOptions, total=False):
+    """The fields, and diffusers' other arguments (`runtime.diffusers_arguments`)."""
+
+    output_type: OutputType | None
+    generator: Any
+    callback_on_step_end: Any
+    callback_on_step_end_tensor_inputs: Sequence[str] | None
+    latents: Any
+    prompt_embeds: Any
+    negative_prompt_embeds: Any
+    pooled_prompt_embeds: Any
+    negative_pooled_prompt_embeds: Any
+    return_dict: bool | None

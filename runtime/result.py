@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+
+from runtime.plan import Plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -19,6 +23,24 @@ class Result:
     seeds: list[int]
     settings: Sequence[Mapping[str, Any]]
     notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ArrayResult:
+    """What an `output_type` of "np" or "latent" gives, in the order of the prompts.
+
+    images: (B, H, W, 3) float32 of 0 to 1, or latents (B, C, h, w) float32
+    seeds, settings: as `Result` has them
+    """
+
+    images: NDArray[np.float32]
+    seeds: list[int]
+    settings: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, images: NDArray[np.float32], plan: Plan) -> Self:
+        """Return a plan's result."""
+        return cls(images=images, seeds=plan.seeds, settings=plan.settings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -63,8 +63,11 @@ class WatchedSteps:
                 written.append(path)
         return written
 
-    def write_strip(self, plan: Plan, path: Path) -> Path:
-        """Write the steps of all pictures beside each other; returns where. Raises OutputError."""
+    def write_strip(self, plan: Plan, path: Path, *, replaces: bool) -> Path:
+        """Write the steps of all pictures beside each other; returns where.
+
+        replaces: as `write_image` takes it. Raises OutputError.
+        """
         sheet = side_by_side(self._strips, [f"step {step}" for step in self.steps])
         sheet.info[SOURCE_KEY] = plan.source_type
-        return write_image(sheet, path, {}, mark=self.mark, sign=self.sign)
+        return write_image(sheet, path, {}, mark=self.mark, sign=self.sign, replaces=replaces)

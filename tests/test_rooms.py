@@ -29,7 +29,8 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("request_options", "plan", "denoising", "result", "pipeline", "calibration", "expansion"),
+        *("request_options", "plan", "denoising", "diffusers_arguments", "result", "pipeline"),
+        *("calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
         *("terminal", "__main__"),
     ),

@@ -217,10 +217,10 @@ def graph_name(part: Part, config: Config, precision: Precision) -> str:
     return f"{kind}-{config.key()}-{precision}.onnx"
 
 
-def graph_folders(chosen: Path | None = None) -> Sequence[Path]:
+def graph_folders(chosen: str | Path | None = None) -> Sequence[Path]:
     """Return where graphs are looked for: the chosen folder, else the cache and the package."""
     if chosen:
-        return (chosen,)
+        return (Path(chosen),)
     try:
         return (cache_folder() / "graphs", GRAPHS)
     except OutputError:  # there is no home; what ships is enough for most

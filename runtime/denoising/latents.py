@@ -6,7 +6,7 @@ the posterior of the masked image, then the calls that draw.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 
 from engine.backends.base import Engine
 from engine.devices.device import DeviceArray, HostOrDeviceArray, on_host
+from engine.errors import RequestError
 from engine.graphs.graph import Part
 from engine.model import Model
 from runtime.images import tiles
@@ -77,6 +78,22 @@ class State:
         """(B, C, h, w) float32, at the noise level of the next call; waits for a device's."""
         return _on_host(self.registers)[:, 0]
 
+    def changed(self, told: Mapping[str, Any] | None) -> "State":
+        """Return the state with other latents, as a step's callback returns them.
+
+        Raises RequestError for what cannot be changed.
+        """
+        if not told:
+            return self
+        if set(told) != {"latents"}:
+            raise RequestError(
+                f"callback_on_step_end returned {', '.join(map(str, told))}; only the latents can "
+                "be changed between steps"
+            )
+        registers = np.array(_on_host(self.registers))
+        registers[:, 0] = told["latents"]
+        return replace(self, registers=registers)
+
 
 @dataclass(slots=True, kw_only=True, eq=False)  # as StepInputs
 class Progress:
@@ -116,10 +133,10 @@ class LatentSpace:
         rngs = [make_noise(plan.noise, seed) for seed in plan.seeds]
         if latents is not None:
             latents = self._enlarged(_on_host(latents), plan, rngs)
-        program, shape, batch = plan.program, self._shape(plan), len(rngs)
+        program, shape, batch = plan.program, self.shape(plan), len(rngs)
         if plan.image is not None and (plan.blends or not plan.from_noise):
             latents = self._encode(np.asarray(plan.image), rngs)
-        noise = draw(rngs, shape)
+        noise = draw(rngs, shape) if plan.latents is None else plan.latents
         if plan.from_noise:
             x = np.float32(program.initial_noise) * noise
         else:
@@ -165,7 +182,7 @@ class LatentSpace:
         The mask, and the latents of the image without what it covers; without a mask that is all.
         """
         if plan.cells is None or plan.mask is None or plan.image is None:
-            mask = np.ones((1, *self._shape(plan)[1:]), np.float32)
+            mask = np.ones((1, *self.shape(plan)[1:]), np.float32)
             pixels = np.full((plan.height, plan.width, 3), GRAY, np.uint8)
         else:
             mask, pixels = plan.cells, masked_pixels(plan.image, plan.mask)
@@ -195,7 +212,8 @@ class LatentSpace:
         run = self.engine("vae_encoder").run
         return tiles.encode(run, np.ascontiguousarray(pixels), noise, compression)
 
-    def _shape(self, plan: Plan) -> tuple[int, int, int]:
+    def shape(self, plan: Plan) -> tuple[int, int, int]:
+        """Return (C, h, w) of a picture's latents."""
         vae = self.model.vae
         return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
 
@@ -250,3 +268,29 @@ def solved_x0(
 
 def _on_host(array: HostOrDeviceArray) -> NDArray[Any]:
     return array if isinstance(array, np.ndarray) else on_host(array)
+
+
+def parts_of(plan: Plan, model: Model) -> list[Part]:
+    """Return the parts that a plan needs, its second run included."""
+    runs, parts = list(plan.runs()), list[Part](["step", "vae_decoder"])
+    if not all(is_full for run in runs for is_full in run.full_calls):
+        parts.append("step_shallow")
+    enlarges = any(run.upscaler == PIXELS for run in runs)
+    if plan.image is not None or enlarges or model.is_inpainting:
+        parts.append("vae_encoder")
+    return parts
+
+
+def sizes_of(plan: Plan) -> dict[str, int]:
+    """Return the sizes of a plan's largest run, by which the memory of a device is estimated."""
+    *_, run = plan.runs()
+    contexts = [conditioning["context"].shape for conditioning in run.conditioning]
+    return {
+        "height": run.height,
+        "width": run.width,
+        "batch": len(run.seeds),
+        "groups": max(shape[0] for shape in contexts),
+        "tokens": max(shape[2] for shape in contexts),
+        "registers": run.program.matrices.shape[1] + 2 * (run.mask is not None),
+        "steps": int(run.program.needs_noise.sum()) + 1,
+    }

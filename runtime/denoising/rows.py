@@ -256,6 +256,7 @@ def part_of(plan: Plan, pictures: Sequence[int]) -> Plan:
         settings=[plan.settings[index] for index in pictures if index < count]
         if plan.settings
         else (),
+        latents=None if plan.latents is None else plan.latents[chosen],
         surplus=sum(index >= count for index in pictures),
         hires=None if plan.hires is None else part_of(plan.hires, pictures),
     )

@@ -31,11 +31,11 @@ class Credentials:
     key: bytes
 
     @classmethod
-    def read(cls, certificate: Path, key: Path) -> Self:
+    def read(cls, certificate: str | Path, key: str | Path) -> Self:
         """Read both files; raises RequestError when one cannot be read or is no PEM."""
         return cls(
-            certificate=_pem("--c2pa-cert", certificate, b"CERTIFICATE"),
-            key=_pem("--c2pa-key", key, b"PRIVATE KEY"),
+            certificate=_pem("--c2pa-cert", Path(certificate), b"CERTIFICATE"),
+            key=_pem("--c2pa-key", Path(key), b"PRIVATE KEY"),
         )
 
     def sign(self, data: bytes, kind: str, source_type: SourceType) -> bytes:

@@ -97,6 +97,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def as_floats(image: Image.Image) -> NDArray[np.float32]:
+    """Return an RGB picture as (H, W, 3) float32 of 0 to 1, diffusers' "np"."""
+    return np.asarray(image, np.float32) / np.float32(WHITE)
+
+
 def check_output(path: Path) -> None:
     """Refuse a path that no picture could be written to, before any work is done for it.
 

@@ -6,7 +6,7 @@ with a = -0.75, and a = -0.5 where torch smooths against aliasing.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Integral, Real
 
@@ -52,7 +52,10 @@ class Hires:
     upscaler: str = PIXELS
 
     def __post_init__(self) -> None:
-        """Refuse what no model could fulfil."""
+        """Fill in defaults, and refuse what no model could fulfil."""
+        for each in fields(self):
+            if getattr(self, each.name) is None:
+                object.__setattr__(self, each.name, each.default)
         check_number("the scale of hires", self.scale, Real, 1, 8)
         check_number("the strength of hires", self.strength, Real, 0, 1)
         if self.num_inference_steps is not None:

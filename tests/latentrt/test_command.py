@@ -138,8 +138,8 @@ def test_a_missing_library_is_one_sentence_that_names_the_extra(tmp_path, comman
     done = run(tmp_path, "-m", *command, hidden=("onnx", "torch", "uvicorn"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert "is not installed; install it with `pip install " in done.stderr
-    assert f"'.[{extra}]'" in done.stderr
+    assert "is not installed; " in done.stderr
+    assert f"`pip install '.[{extra}]'`" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -58,7 +58,17 @@ def test_importing_maps_no_library_of_a_gpu():
 def test_public_names():
     import runtime
 
-    names = {"Hires", "Pipeline", "Plan", "Progress", "Request", "Result", "State", "StepInputs"}
+    names = {
+        "DrawnImage",
+        "Hires",
+        "Pipeline",
+        "Plan",
+        "Progress",
+        "Request",
+        "Result",
+        "State",
+        "StepInputs",
+    }
     assert set(runtime.__all__) == names
     for name in runtime.__all__:
         assert isinstance(getattr(runtime, name), type)

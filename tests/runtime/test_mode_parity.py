@@ -14,7 +14,7 @@ from runtime import Hires, Pipeline
 from runtime.images.frame import Frame
 from tests.support.pictures import drawing, psnr
 from tests.support.schedulers import CLASSES, make_scheduler
-from tests.support.tolerances import PICTURE_PSNR_DB
+from tests.support.tolerances import LATENTS_ATOL, PICTURE_PSNR_DB
 
 # Older numpy protocols of torch, and names that diffusers will drop: neither is ours to mend.
 pytestmark = [
@@ -229,3 +229,39 @@ def test_the_crop_is_diffusers():
         box = Frame.masked(photo, mask, 8 * h, 8 * w, pad).box
         expected = crop(mask, 8 * w, 8 * h, pad)
         assert np.abs(np.subtract(box, expected)).max() <= 1, "it rounds in floating point"
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_arguments_of_a_call(pipeline, modes, sampler):
+    """What a callback sees, latents to start from, embeddings: the same numbers go through both."""
+    seen, ours = [], []
+
+    def watch(loaded, step, timestep, tensors):
+        seen.append((step, float(timestep), np.array(tensors["latents"])))
+        return tensors
+
+    def look(loaded, step, timestep, tensors):
+        ours.append((step, float(timestep), tensors["latents"]))
+
+    loaded, size = modes["text"], {"height": HEIGHT, "width": WIDTH}
+    loaded.unet.register_to_config(in_channels=loaded.vae.config.latent_channels)
+    loaded.scheduler = make_scheduler(sampler, modes["config"])
+    positive, negative = loaded.encode_prompt(PROMPT, "cpu", 1, True, "blurry")
+    generator = torch.Generator().manual_seed(3)
+    shape = (1, loaded.vae.config.latent_channels, HEIGHT // 8, WIDTH // 8)
+    given = {
+        **{"prompt_embeds": positive, "negative_prompt_embeds": negative, "prompt": None},
+        **{"latents": torch.randn(shape, generator=generator), "guidance_scale": 4.0},
+        **{"num_inference_steps": 4, "output_type": "np", **size},
+    }
+    expected = loaded(**given, callback_on_step_end=watch).images
+    actual = pipeline(**given, sampler=sampler, callback_on_step_end=look).images
+    assert actual.shape == expected.shape
+    assert psnr(255 * actual, 255 * expected) >= PICTURE_PSNR_DB
+    for (step, timestep, latents), (their_step, their_timestep, theirs) in zip(
+        ours, seen, strict=True
+    ):
+        assert step == their_step
+        assert abs(timestep - their_timestep) < 1e-3
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(latents / scale, theirs / scale, atol=LATENTS_ATOL)

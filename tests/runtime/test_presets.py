@@ -70,7 +70,7 @@ def test_every_preset_can_be_drawn_with(model, name):
         width=chosen.size,
     )
     own = MODELS[model].sample_size * 8
-    assert all(0 < side <= own for side in request.size(own, 8))
+    assert all(0 < side <= own for side in request.size((own, own), 8))
     steps = program(
         request.sampler,
         NoiseSchedule.from_config(MODELS[model].scheduler),

@@ -1,12 +1,14 @@
 """ONNX Runtime on the CPU."""
 
 import math
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine import TELEMETRY_BEGAN, TELEMETRY_VARIABLE
 from engine.backends.base import Arrays, Engine, EngineSpec
 from engine.backends.binding import bind, weight_chunks
 from engine.backends.onnxruntime.attention import fuse_attention
@@ -105,5 +107,12 @@ def _import() -> Any:
             "the backend 'cpu' needs onnxruntime, which is not installed; "
             + install("onnxruntime", "cpu")
         ) from error
-    onnxruntime.disable_telemetry_events()  # where an app had imported it before `engine`
+    onnxruntime.disable_telemetry_events()
+    if TELEMETRY_BEGAN:
+        warnings.warn(
+            "onnxruntime was imported before Latentrt, and reports its use from its import on in "
+            f"its makers' wheels; import Latentrt first, or set {TELEMETRY_VARIABLE}=1",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return onnxruntime
