@@ -96,6 +96,7 @@ def _draw(options: argparse.Namespace) -> None:
         preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
         loras=options.loras,
         embeddings=options.embeddings,
+        strict=options.strict,
         prediction_type=options.prediction_type,
         graphs=options.graphs,
         precision=options.precision,
@@ -105,9 +106,11 @@ def _draw(options: argparse.Namespace) -> None:
     chosen = pipeline.engines  # what was chosen makes the same picture again
     options.backend, options.precision = chosen.settings.backend, chosen.precision
     building = ["engines that the cache lacks are built first, which takes up to minutes each"]
-    for note in (*pipeline.model.notes, *(building if options.build_missing else ())):
+    for note in (*pipeline.notes, *(building if options.build_missing else ())):
         print(f"note: {note}", file=sys.stderr)
     plan = pipeline.plan(request)
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     if tiny:
         pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
     paths = _paths(options, plan.seeds)

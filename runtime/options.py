@@ -107,8 +107,13 @@ def _add_model(group: Any) -> None:
         dest="embeddings",
         action="append",
         default=[],
-        metavar="FILE",
-        help="a textual inversion; its word then means what it learned; may be given several times",
+        metavar="FILE[=WORD]",
+        help="a textual inversion, which its file's name or WORD means; may be given several times",
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="refuse an adapter of which a module does not fit the model",
     )
     add("--vae", type=Path, metavar="FILE", help="another autoencoder, a file or a folder")
     add(

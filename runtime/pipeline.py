@@ -13,8 +13,9 @@ from typing import Any, Self, Unpack, cast
 
 from PIL import Image
 
-from engine.adapters.adapter import AdapterChoice
-from engine.adapters.textual_inversion import read_embedding
+from engine.adapters.adapter import AdapterChoice, read_adapters
+from engine.adapters.few_steps import with_few_steps
+from engine.adapters.textual_inversion import Embedding, read_embedding
 from engine.backends.base import Engine
 from engine.backends.settings import BackendSettings, ComputePrecision
 from engine.devices.device import HostOrDeviceArray
@@ -40,11 +41,13 @@ class Result:
     """The images, in the order of the prompts, and what each was made with.
 
     settings: of each image, as `runtime.images.files.write_image` keeps them in a file
+    notes: what was concluded of the files, and what of them was not used, a sentence each
     """
 
     images: list[Image.Image]
     seeds: list[int]
     settings: Sequence[Mapping[str, Any]]
+    notes: Sequence[str] = ()
 
 
 class Pipeline:
@@ -60,9 +63,13 @@ class Pipeline:
     def __init__(self, engines: Engines, tokenizers: Mapping[TextPart, Tokenizer]) -> None:
         self.engines = engines
         self.encoder = Encoder(model=engines.model, tokenizers=tokenizers, engine=engines.engine)
+        self._drawn = engines.model  # as its adapters distil it, where they do
         self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
         self._latents = LatentSpace(model=engines.model, engine=engines.engine)
         self._device_loop = DeviceLoop()
+        self._embeddings: list[Embedding] = []
+        self._bundled: list[Embedding] = []  # that the adapters brought
+        self._few_steps = ""
 
     @classmethod
     def load(
@@ -72,7 +79,8 @@ class Pipeline:
         vae: Path | None = None,
         preview_decoder: Path | None = None,
         loras: Sequence[str | Path | AdapterChoice] = (),
-        embeddings: Sequence[Path] = (),
+        embeddings: Sequence[str | Path] = (),
+        strict: bool = False,
         prediction_type: str | None = None,
         graphs: Path | None = None,
         precision: ComputePrecision | None = None,
@@ -84,7 +92,7 @@ class Pipeline:
         vae: a file or folder of another autoencoder, instead of the model's own
         preview_decoder: a file or folder of a tiny decoder such as TAESD's, for `previews`; instead
             of the model's own, if it has one
-        loras, embeddings: as `set_loras` and `set_embeddings` take them
+        loras, embeddings, strict: as `set_loras` and `set_embeddings` take them
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
         precision: what the engines compute in: "float32", "bfloat16" or "int8"
@@ -104,7 +112,7 @@ class Pipeline:
         )
         pipeline = cls(engines, load_tokenizers(opened))
         if loras:
-            pipeline.set_loras(loras)
+            pipeline.set_loras(loras, strict=strict)
         if embeddings:
             pipeline.set_embeddings(embeddings)
         return pipeline
@@ -121,14 +129,15 @@ class Pipeline:
             latents = self._run(run, state)
         assert latents is not None
         images = self.finish(plan, self.decode(latents))
-        return Result(images=images, seeds=plan.seeds, settings=plan.settings)
+        notes = (*self.notes, *plan.notes)
+        return Result(images=images, seeds=plan.seeds, settings=plan.settings, notes=notes)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model, compute its sampler and encode its texts.
 
         Raises RequestError, and BackendError where it would not fit into a GPU's memory.
         """
-        plan = make_plan(request, self.model, self.schedule, self.encoder)
+        plan = make_plan(request, self._drawn, self.schedule, self.encoder)
         self.engines.require_memory(self._parts(plan), **_sizes(plan))
         return plan
 
@@ -189,27 +198,47 @@ class Pipeline:
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
-    def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
+    def set_loras(
+        self, loras: Sequence[str | Path | AdapterChoice], *, strict: bool = False
+    ) -> None:
         """Put these adapters on in place of those that are on; none gives the model itself back.
 
         loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice. Weights of the model that
         no adapter changes stay bound as they are, the others are computed from the checkpoint
-        anew, so what an adapter leaves behind is the base bit for bit.
+        anew, so what an adapter leaves behind is the base bit for bit. Words that one brings are
+        known with it, and one that distils to few steps says what is drawn with by default.
+        strict: whether every module must fit the model, and not only more than half of them
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
+        adapters = read_adapters(loras, strict=strict)
+        bundled = [embedding for adapter, _ in adapters for embedding in adapter.embeddings]
+        encoder = self.encoder.without_cache()
+        if bundled or self._bundled:
+            encoder = encoder.with_embeddings([*self._embeddings, *bundled])
         self._device_loop.reset()
-        self.engines.set_loras(loras)
-        self.encoder = self.encoder.without_cache()
+        self.engines.set_loras(adapters)
+        self.encoder, self._bundled = encoder, bundled
+        choices = [choice for _, choice in adapters]
+        self._drawn, self._few_steps = with_few_steps(self.model, choices)
+        self.schedule = NoiseSchedule.from_config(self._drawn.scheduler)
 
-    def set_embeddings(self, embeddings: Sequence[Path]) -> None:
+    def set_embeddings(self, embeddings: Sequence[str | Path]) -> None:
         """Teach the text encoders these words of textual inversion in place of others.
 
-        A word is found in a prompt whatever its case. Raises ModelError when a file is none or was
-        trained for another text encoder, RequestError when its word is one already.
+        A word is the file's name and what the file states, or WORD of "FILE=WORD". It is found in
+        a prompt whatever its case. Of XL's, two files may each hold a half. Raises ModelError when
+        a file is none or was trained for another text encoder, RequestError when two have a word.
         """
         if embeddings or self.encoder.extra:
-            read = [read_embedding(Path(path)) for path in embeddings]
-            self.encoder = self.encoder.with_embeddings(read)
+            read = [read_embedding(path) for path in embeddings]
+            self.encoder = self.encoder.with_embeddings([*read, *self._bundled])
+            self._embeddings = read
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was concluded of the files, and what of them is not used, a sentence each."""
+        added = (*self.engines.adapter_notes, *self.encoder.notes)
+        return (*self.model.notes, *added, *filter(None, [self._few_steps]))
 
     @property
     def model(self) -> Model:

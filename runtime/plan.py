@@ -19,7 +19,7 @@ from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.images.canvas import BLUR, extend, latent_mask
 from runtime.images.files import SourceType, as_rgb
-from runtime.presets import preset
+from runtime.presets import preset, variant_sampler
 from runtime.request import Request
 from runtime.samplers import DEFAULT_SAMPLER, Program, program
 from runtime.samplers.noise_schedule import NoiseSchedule
@@ -73,6 +73,7 @@ class Plan:
     settings: of each picture, what makes it again
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
+    notes: what of the files that were given the texts do not use, a sentence each
     """
 
     program: Program
@@ -93,6 +94,7 @@ class Plan:
     settings: Sequence[Mapping[str, Any]] = ()
     hires: "Plan | None" = None
     upscaler: str = ""
+    notes: Sequence[str] = ()
 
     def runs(self) -> Iterator["Plan"]:
         """Yield this run and what follows it."""
@@ -186,7 +188,8 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             from_noise=mask is not None and strength == 1,
             paste_back=wanted.paste_back,
         )
-    first = replace(first, settings=_settings(wanted, first))
+    unused = encoder.unused_words([*wanted.prompts, *wanted.negative_prompts])
+    first = replace(first, settings=_settings(wanted, first), notes=unused)
     if wanted.hires is None:
         return first
     hires = wanted.hires
@@ -214,7 +217,7 @@ def _filled_in(request: Request, model: Model) -> Request:
         num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
         guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
         guidance_rescale=choose("guidance_rescale", 0.0),
-        sampler=choose("sampler", DEFAULT_SAMPLER),
+        sampler=choose("sampler", variant_sampler(model), DEFAULT_SAMPLER),
         schedule=choose("schedule"),
         height=choose("height", chosen.get("size")),
         width=choose("width", chosen.get("size")),

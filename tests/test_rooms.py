@@ -24,7 +24,16 @@ ROOMS = {
         *("onnxruntime", "openvino", "tensorrt", "registry"),
     ),
     "engine.checkpoints": (
-        *("formats", "component", "ldm_names", "architecture", "parts", "families", "likeness"),
+        *(
+            "formats",
+            "component",
+            "ldm_names",
+            "architecture",
+            "parts",
+            "families",
+            "few_steps",
+            "likeness",
+        ),
         *("unsupported", "prediction", "tiny_decoder", "gpt2", "single_file"),
     ),
     "runtime": (

@@ -18,11 +18,13 @@ class AdapterChoice:
     """An adapter's file, and how much of it is added to the UNet and to the text encoders.
 
     0 gives the base itself, 1 what was trained; more and less than both are allowed.
+    strict: whether every module of it must fit the model
     """
 
     path: Path
     unet: float = 1.0
     text_encoder: float = 1.0
+    strict: bool = False
 
     def __post_init__(self) -> None:
         """Refuse weights that nothing can be multiplied with."""

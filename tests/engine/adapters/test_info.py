@@ -46,6 +46,7 @@ def test_an_adapter_is_described(model: Model, tmp_path: Path) -> None:
         },
         "trigger_words": ["wtrclr"],
         "training_tags": {"cat": 5, "tree": 1},
+        "embeddings": {},
     }
 
 
