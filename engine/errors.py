@@ -11,6 +11,7 @@ LatentrtError
 Every message is one sentence or two: what came, what is allowed, what to do.
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +29,10 @@ __all__ = [
     "first_line",
     "install",
     "libraries_of",
+    "memory_hint",
 ]
 
+FOR_MEMORY = re.compile(r"alloc|out of memory|not enough memory|insufficient memory", re.IGNORECASE)
 USER_ERROR, INTERRUPTED = 2, 130  # what a shell is told
 OURS = frozenset({"benchmarks", "engine", "export", "latentrt", "runtime", "serving", "training"})
 
@@ -65,6 +68,12 @@ class OutputError(LatentrtError, OSError):
 def first_line(error: Exception) -> str:
     """Make one line of what a library says, for the message of an error of ours."""
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+
+
+def memory_hint(error: Exception) -> str:
+    """Ask whether a picture is too large, after a library's error for want of memory; else ""."""
+    wanted = isinstance(error, MemoryError) or FOR_MEMORY.search(str(error))
+    return "; is the picture too large for the memory of this machine?" if wanted else ""
 
 
 def install(packages: str, extra: str) -> str:

@@ -5,7 +5,7 @@ code. Neither is converted: the parts' weights are found under their graphs' nam
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from engine.checkpoints.families import FAMILIES, Family
 from engine.checkpoints.families.base import Variant
 from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.checkpoints.formats.files import open_weights
+from engine.checkpoints.pipeline_index import check_index, latent_side, with_pooled_text
 from engine.checkpoints.single_file import open_vae, read_file
 from engine.checkpoints.tiny_decoder import open_tiny_decoder
 from engine.checkpoints.unsupported import foreign_channels
@@ -135,25 +136,17 @@ class Model:
     @classmethod
     def _from_folder(cls, path: Path, *, needs_vae: bool) -> Self:
         index = read_json(path / "model_index.json")
-        kind = index.get("_class_name")
-        if kind not in PIPELINES:
-            raise ModelError(
-                f"{path / 'model_index.json'} names the pipeline {kind!r}; supported are "
-                f"{', '.join(PIPELINES)}"
-            )
+        notes = check_index(path / "model_index.json", index, PIPELINES)
         unet = read_json(path / "unet" / "config.json")
-        sample_size = unet.get("sample_size", 64)
-        if type(sample_size) is not int or sample_size < 1:
-            raise ModelError(
-                f"{path / 'unet' / 'config.json'} has sample_size {sample_size!r}; "
-                "a whole number of latents along one side is expected"
-            )
+        sample_size = latent_side(path / "unet" / "config.json", unet.get("sample_size", 64))
         config = UNetConfig.from_dict(unet)
         configs: dict[ComponentName, Config] = {"unet": config}
         alone = not (path / TEXT_ENCODERS[1]).is_dir()  # XL's refiner has the second and no first
         for name in TEXT_ENCODERS:
             if (name == TEXT_ENCODERS[0] and alone) or (path / name).is_dir():
                 configs[name] = TextEncoderConfig.load(path / name)
+        *_, pooling = configs.values()  # the last text encoder, which gives XL's pooled text
+        configs["unet"] = config = with_pooled_text(config, pooling.symbols()["P"])
         if needs_vae or (path / "vae").is_dir():
             configs["vae"] = AutoencoderConfig.load(path / "vae")
         if (path / "preview_decoder").is_dir():
@@ -166,13 +159,16 @@ class Model:
 
         return cls(
             path=path,
-            family=family_of(config),
+            family=family_of(config, configs),
             configs=MappingProxyType(configs),
             find=find,
             scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
             sample_size=sample_size,
-            zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", "XL" in kind)),
+            zeros_for_empty_prompt=bool(
+                index.get("force_zeros_for_empty_prompt", TEXT_ENCODERS[1] in configs)
+            ),
             guidance_scale=EMBEDDED_GUIDANCE if config.time_cond_proj_dim else None,
+            notes=tuple(notes),
         )
 
     def _with_vae(self, path: Path) -> Self:
@@ -276,13 +272,23 @@ class Model:
             )
 
 
-def family_of(unet: UNetConfig) -> Family:
-    """Return the family of a folder, whose configurations say what its UNet is."""
-    return next(
+def family_of(unet: UNetConfig, parts: Container[ComponentName] = ()) -> Family:
+    """Return the family of a folder, whose configurations say what its UNet is.
+
+    parts: the components that it has; XL with a score beside its sizes is told from its refiner
+        by its two text encoders
+    """
+    family = next(
         family
         for family in FAMILIES.values()
         if all(getattr(unet, name) == value for name, value in family.unet.items())
     )
+    encoders = [name for name in TEXT_ENCODERS if name in parts]
+    if not family.parts or all(name in family.parts for name in encoders):
+        return family
+    embed = unet.addition_embed_type
+    kin = (f for f in FAMILIES.values() if f.unet["addition_embed_type"] == embed)
+    return next((f for f in kin if all(name in f.parts for name in encoders)), family)
 
 
 def shipped_models() -> list[str]:

@@ -14,7 +14,7 @@ from engine.backends.onnxruntime.attention import fuse_attention
 from engine.backends.onnxruntime.group_norm import fuse_group_norms
 from engine.devices.cuda import find_device
 from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape
-from engine.errors import BackendError, GraphError, first_line, install
+from engine.errors import BackendError, GraphError, first_line, install, memory_hint
 from engine.graphs.graph import Graph
 
 PROVIDER = "CUDAExecutionProvider"
@@ -127,8 +127,7 @@ class OnnxRuntimeCudaEngine:
             self._session.run_with_iobinding(binding, self._asynchronous)
         except Exception as error:  # the library's own exceptions share no base of their own
             raise BackendError(
-                f"ONNX Runtime failed on the GPU ({first_line(error)}); is the picture too large "
-                "for its memory?"
+                f"ONNX Runtime failed on the GPU ({first_line(error)}){memory_hint(error)}"
             ) from error
 
     def _open(self, weights: Arrays) -> None:
