@@ -5,7 +5,7 @@ code. Neither is converted: the parts' weights are found under their graphs' nam
 """
 
 import difflib
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +13,11 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from engine.checkpoints.component import Component, ComponentName, diffusers_component
-from engine.checkpoints.families import FAMILIES, Family
+from engine.checkpoints.families import FAMILIES, Family, family_of
 from engine.checkpoints.families.base import Variant
 from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.checkpoints.formats.files import open_weights
+from engine.checkpoints.pieces import PIECES, read_pieces, replaced_pieces
 from engine.checkpoints.pipeline_index import check_index, latent_side, with_pooled_text
 from engine.checkpoints.single_file import open_vae, read_file
 from engine.checkpoints.tiny_decoder import open_tiny_decoder
@@ -98,6 +99,9 @@ class Model:
         prediction_type: str | None = None,
         vae: Path | None = None,
         preview_decoder: Path | None = None,
+        unet: Path | None = None,
+        text_encoder: Path | None = None,
+        text_encoder_2: Path | None = None,
     ) -> Self:
         """Read a whole model; raises ModelError when it is not one that can be run.
 
@@ -105,14 +109,33 @@ class Model:
         prediction_type: instead of what the model says or is taken to be
         vae: a file or folder of another autoencoder, instead of the model's own
         preview_decoder: one of a tiny decoder such as TAESD's, instead of the model's own if any
+        unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
+            with the UNet's own path as the model's, there is no other model
         """
-        model = cls.read(path, prediction_type, needs_vae=vae is None)
+        pieces: dict[ComponentName, Path] = {
+            name: piece
+            for name, piece in zip(PIECES, (text_encoder, text_encoder_2, unet), strict=True)
+            if piece is not None
+        }
+        if path == unet:
+            model = cls(path=path, **read_pieces(pieces, prediction_type))
+        else:
+            model = cls.read(path, prediction_type, needs_vae=vae is None)
+            if pieces:
+                model = replace(model, **replaced_pieces(model, pieces))
         if vae is not None:
             model = model._with_vae(vae)
         if preview_decoder is not None:
             model = model._with_preview_decoder(preview_decoder)
         model._check_whole()
-        given = {"prediction_type": prediction_type, "vae": vae, "preview_decoder": preview_decoder}
+        given = {
+            "unet": unet,
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "prediction_type": prediction_type,
+            "vae": vae,
+            "preview_decoder": preview_decoder,
+        }
         return replace(model, given=MappingProxyType(given))
 
     @classmethod
@@ -270,25 +293,6 @@ class Model:
                 f"and text encoders that make {' and '.join(map(str, widths)) or 'none'}; use "
                 "parts of one model, all of them"
             )
-
-
-def family_of(unet: UNetConfig, parts: Container[ComponentName] = ()) -> Family:
-    """Return the family of a folder, whose configurations say what its UNet is.
-
-    parts: the components that it has; XL with a score beside its sizes is told from its refiner
-        by its two text encoders
-    """
-    family = next(
-        family
-        for family in FAMILIES.values()
-        if all(getattr(unet, name) == value for name, value in family.unet.items())
-    )
-    encoders = [name for name in TEXT_ENCODERS if name in parts]
-    if not family.parts or all(name in family.parts for name in encoders):
-        return family
-    embed = unet.addition_embed_type
-    kin = (f for f in FAMILIES.values() if f.unet["addition_embed_type"] == embed)
-    return next((f for f in kin if all(name in f.parts for name in encoders)), family)
 
 
 def shipped_models() -> list[str]:

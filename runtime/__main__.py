@@ -30,7 +30,7 @@ from runtime.images.previews import (
     write_animation,
 )
 from runtime.images.watermark import check_watermark, embed_watermark
-from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, OWN, make_parser
+from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, OWN, PIECES, make_parser
 from runtime.pipeline import Pipeline
 from runtime.plan import Array
 from runtime.request import Hires, Request
@@ -94,6 +94,9 @@ def _draw(options: argparse.Namespace) -> None:
         options.model,
         vae=options.vae,
         preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
+        unet=options.unet,
+        text_encoder=options.text_encoder,
+        text_encoder_2=options.text_encoder_2,
         loras=options.loras,
         embeddings=options.embeddings,
         strict=options.strict,
@@ -227,6 +230,7 @@ def _made_with(options: argparse.Namespace) -> dict[str, Any]:
     """Collect what makes a picture again beside the request."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
     names += ("watermark",) if options.watermark else ()
+    names += tuple(name for name in PIECES if getattr(options, name))
     given = {name: getattr(options, name) for name in names}
     return {
         **{name: str(value) if isinstance(value, Path) else value for name, value in given.items()},

@@ -22,14 +22,24 @@ from runtime.request import Hires, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 
-__all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "OWN", "add_engine_options", "make_parser"]
+__all__ = [
+    "AGAIN",
+    "FIELDS",
+    "HIRES",
+    "MADE_WITH",
+    "OWN",
+    "PIECES",
+    "add_engine_options",
+    "make_parser",
+]
 
 # What makes a picture again beside the request, by the options' names.
 MADE_WITH = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
+PIECES = ("unet", "text_encoder", "text_encoder_2")  # and these where they were given
 OWN = "own"  # as a preview decoder: the one that comes with the model
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
-AGAIN = {*MADE_WITH, "watermark", *HIRES, *FIELDS}  # and nothing else of a file
+AGAIN = {*MADE_WITH, *PIECES, "watermark", *HIRES, *FIELDS}  # and nothing else of a file
 
 
 def _numbers(kind: type, separator: str, count: int | None = None) -> Callable[[str], Any]:
@@ -110,12 +120,9 @@ def _add_model(group: Any) -> None:
         metavar="FILE[=WORD]",
         help="a textual inversion, which its file's name or WORD means; may be given several times",
     )
-    add(
-        "--strict",
-        action="store_true",
-        help="refuse an adapter of which a module does not fit the model",
-    )
-    add("--vae", type=Path, metavar="FILE", help="another autoencoder, a file or a folder")
+    add("--strict", action="store_true", help="refuse adapters of which a module does not fit")
+    for name in ("vae", *PIECES):
+        add(f"--{name.replace('_', '-')}", type=Path, metavar="FILE", help="another, or a folder")
     add(
         "--prediction-type",
         choices=PREDICTION_TYPES,

@@ -35,6 +35,8 @@ from runtime.plan import Array, Plan, StepInputs, make_plan
 from runtime.request import Request, RequestOptions
 from runtime.samplers.noise_schedule import NoiseSchedule
 
+SHIPPED = "pictogram"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
@@ -74,10 +76,13 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        model: str | Path = "pictogram",
+        model: str | Path = SHIPPED,
         *,
         vae: Path | None = None,
         preview_decoder: Path | None = None,
+        unet: Path | None = None,
+        text_encoder: Path | None = None,
+        text_encoder_2: Path | None = None,
         loras: Sequence[str | Path | AdapterChoice] = (),
         embeddings: Sequence[str | Path] = (),
         strict: bool = False,
@@ -92,6 +97,8 @@ class Pipeline:
         vae: a file or folder of another autoencoder, instead of the model's own
         preview_decoder: a file or folder of a tiny decoder such as TAESD's, for `previews`; instead
             of the model's own, if it has one
+        unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
+            where no model is named, of a UNet and its text encoders with a vae
         loras, embeddings, strict: as `set_loras` and `set_embeddings` take them
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
@@ -101,11 +108,15 @@ class Pipeline:
             fast
         Raises ModelError, GraphError or BackendError.
         """
+        whole = model if unet is None or model != SHIPPED else unet
         opened = Model.open(
-            find_model(model),
+            find_model(whole),
             prediction_type=prediction_type,
             vae=vae,
             preview_decoder=preview_decoder,
+            unet=unet,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
         )
         engines = Engines.choose(
             opened, graphs=graphs, settings=settings, precision=precision, fast_start=fast_start

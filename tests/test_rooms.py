@@ -33,8 +33,10 @@ ROOMS = {
             "families",
             "few_steps",
             "likeness",
+            "pipeline_index",
         ),
-        *("unsupported", "prediction", "tiny_decoder", "gpt2", "single_file"),
+        *("unsupported", "prediction", "tiny_decoder", "gpt2", "single_file", "diffusers_unet"),
+        "pieces",
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),

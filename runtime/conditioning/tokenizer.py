@@ -179,9 +179,9 @@ def load_tokenizers(model: Model) -> dict[TextPart, Tokenizer]:
     """Load the tokenizer of each text encoder: the folder's own, or CLIP's; raises ModelError."""
     tokenizers: dict[TextPart, Tokenizer] = {}
     for name, config in model.text_encoders.items():
-        if model.path.is_dir():
-            folder = name.replace("text_encoder", "tokenizer")
-            tokenizers[name] = Tokenizer.load(model.path / folder)
+        folder = model.path / name.replace("text_encoder", "tokenizer")
+        if (model.path / "model_index.json").is_file() or folder.is_dir():
+            tokenizers[name] = Tokenizer.load(folder)
         else:
             tokenizers[name] = Tokenizer.clip(PAD_TOKENS[config.hidden_act])
     check_tokenizers(model, tokenizers)
