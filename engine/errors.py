@@ -2,7 +2,6 @@
 
 LatentrtError
 ├── ModelError      a model folder, its configuration or its weights cannot be used
-│   └── MissingTensorError  a checkpoint lacks a tensor that its kind of model has
 ├── GraphError      a graph is missing, or does not fit the model that it is asked to run
 ├── BackendError    the library that runs engines is missing or failed
 ├── RequestError    an invalid request: size, steps, prompt, sampler, seed
@@ -21,7 +20,6 @@ __all__ = [
     "BackendError",
     "GraphError",
     "LatentrtError",
-    "MissingTensorError",
     "ModelError",
     "OutputError",
     "RequestError",
@@ -46,7 +44,7 @@ class ModelError(LatentrtError):
 
 
 class MissingTensorError(ModelError):
-    """A checkpoint lacks a tensor that its kind of model has."""
+    """A checkpoint lacks a tensor that its kind of model has; to users a ModelError."""
 
 
 class GraphError(LatentrtError):

@@ -159,17 +159,22 @@ class Model:
     @classmethod
     def _from_folder(cls, path: Path, *, needs_vae: bool) -> Self:
         index = read_json(path / "model_index.json")
-        notes = check_index(path / "model_index.json", index, PIPELINES)
+        notes = []
+        if index.get("_class_name") not in PIPELINES:
+            notes = check_index(path / "model_index.json", index)
         unet = read_json(path / "unet" / "config.json")
-        sample_size = latent_side(path / "unet" / "config.json", unet.get("sample_size", 64))
+        sample_size = unet.get("sample_size", 64)
+        if type(sample_size) is not int or sample_size < 1:
+            sample_size = latent_side(path / "unet" / "config.json", sample_size)
         config = UNetConfig.from_dict(unet)
         configs: dict[ComponentName, Config] = {"unet": config}
         alone = not (path / TEXT_ENCODERS[1]).is_dir()  # XL's refiner has the second and no first
         for name in TEXT_ENCODERS:
             if (name == TEXT_ENCODERS[0] and alone) or (path / name).is_dir():
                 configs[name] = TextEncoderConfig.load(path / name)
-        *_, pooling = configs.values()  # the last text encoder, which gives XL's pooled text
-        configs["unet"] = config = with_pooled_text(config, pooling.symbols()["P"])
+        if "text_embeds" in config.extra_inputs:
+            *_, pooling = configs.values()  # the last text encoder
+            configs["unet"] = config = with_pooled_text(config, pooling.symbols()["P"])
         if needs_vae or (path / "vae").is_dir():
             configs["vae"] = AutoencoderConfig.load(path / "vae")
         if (path / "preview_decoder").is_dir():

@@ -22,16 +22,7 @@ from runtime.request import Hires, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 
-__all__ = [
-    "AGAIN",
-    "FIELDS",
-    "HIRES",
-    "MADE_WITH",
-    "OWN",
-    "PIECES",
-    "add_engine_options",
-    "make_parser",
-]
+__all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "OWN", "add_engine_options", "make_parser"]
 
 # What makes a picture again beside the request, by the options' names.
 MADE_WITH = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")

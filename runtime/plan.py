@@ -217,7 +217,9 @@ def _filled_in(request: Request, model: Model) -> Request:
         num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
         guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
         guidance_rescale=choose("guidance_rescale", 0.0),
-        sampler=choose("sampler", variant_sampler(model), DEFAULT_SAMPLER),
+        sampler=choose(
+            "sampler", variant_sampler(model) if model.variant else None, DEFAULT_SAMPLER
+        ),
         schedule=choose("schedule"),
         height=choose("height", chosen.get("size")),
         width=choose("width", chosen.get("size")),

@@ -79,12 +79,8 @@ def _presets(model: Model) -> Presets:
     return family.v_presets if family.v_presets and predicts_v else family.presets
 
 
-def variant_sampler(model: Model) -> str | None:
-    """Return the sampler of a model that was distilled to few steps, if its name says so."""
-    return _own_sampler(model) if model.variant else None
-
-
-def _own_sampler(model: Model) -> str:
+def variant_sampler(model: Model) -> str:
+    """Return the sampler of a model that was distilled to few steps."""
     try:
         return resolve(str(model.scheduler.get("_class_name")))[0]
     except RequestError:  # a scheduler that is none of the samplers here
@@ -109,7 +105,7 @@ def _is_distilled(model: Model) -> bool:
 
 def _distilled(name: str, model: Model) -> Preset:
     """Keep to the model's own; `fast` halves the steps where any small number works."""
-    sampler = _own_sampler(model)
+    sampler = variant_sampler(model)
     steps = model.steps or (CONSISTENCY_STEPS if sampler in ("lcm", "tcd") else FEW_STEPS)
     if name == "fast" and sampler in ANY_STEPS:
         steps = max(steps // 2, 1)

@@ -29,17 +29,15 @@ BESIDE = (
 )
 
 
-def check_index(path: Path, index: Mapping[str, Any], known: tuple[str, ...]) -> list[str]:
+def check_index(path: Path, index: Mapping[str, Any]) -> list[str]:
     """Return what is said of a folder that an unknown pipeline saved.
 
-    path: of the file; known: the pipelines whose parts are all used
+    path: of the file
     Raises ModelError when a part is of another class than a Stable Diffusion's.
     """
     kind = index.get("_class_name")
     if isinstance(kind, list) and len(kind) == 2:  # a file of code beside it, and its class
         kind = kind[1]
-    if isinstance(kind, str) and kind in known:
-        return []
     parts = {
         name: value[1]
         for name, value in index.items()
@@ -85,13 +83,11 @@ def latent_side(path: Path, sample_size: object) -> int:
 
 
 def with_pooled_text(unet: UNetConfig, pooled: int) -> UNetConfig:
-    """Return the architecture of a UNet that is told a pooled text of this width.
+    """Return the architecture of XL's UNet, which is told a pooled text of this width.
 
     What else it is told, 6 sizes or 4 and a score, fills what the text leaves of a layer's input.
     Raises ModelError when it cannot.
     """
-    if unet.addition_embed_type != "text_time":
-        return unet
     left = unet.projection_class_embeddings_input_dim - pooled
     count, rest = divmod(left, unet.addition_time_embed_dim)
     if rest or count not in (5, 6):

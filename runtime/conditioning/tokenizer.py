@@ -129,12 +129,14 @@ class Tokenizer:
 
     def normal(self, text: str) -> str:
         """Write a text as it is tokenised: in small letters, white space as single spaces."""
-        normal: str = self.encoder.normalizer.normalize_str(text)
-        return normal
+        return str(self.encoder.normalizer.normalize_str(text))
 
     def words_in(self, prompt: str) -> set[str]:
         """Return the taught words that a prompt holds, as `normal` writes them."""
-        return {self.normal(word) for word in split_at_words(prompt, self.pattern)[1::2]}
+        return {self.normal(word) for word in self._pieces(prompt)[1::2]}
+
+    def _pieces(self, prompt: str) -> list[str]:
+        return split_at_words(prompt, self.pattern) if self.pattern else [prompt]
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Tokenise prompts; rows are cut or padded to `max_length`.
@@ -159,7 +161,7 @@ class Tokenizer:
         """
         check_text(prompt)
         found: list[Sequence[int]] = []
-        for i, piece in enumerate(split_at_words(prompt, self.pattern)):
+        for i, piece in enumerate(self._pieces(prompt)):
             if i % 2:
                 found.append(self.words[self.normal(piece)])
             elif piece:

@@ -57,6 +57,6 @@ def word_pattern(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(patterns)})", re.IGNORECASE)
 
 
-def split_at_words(text: str, pattern: re.Pattern[str] | None) -> list[str]:
+def split_at_words(text: str, pattern: re.Pattern[str]) -> list[str]:
     """Split a text where words are found; texts and words follow each other by turns."""
-    return [text] if pattern is None else pattern.split(unicodedata.normalize("NFC", text))
+    return pattern.split(unicodedata.normalize("NFC", text))
