@@ -218,7 +218,7 @@ class Pipeline:
         no adapter changes stay bound as they are, the others are computed from the checkpoint
         anew, so what an adapter leaves behind is the base bit for bit. Words that one brings are
         known with it, and one that distils to few steps says what is drawn with by default.
-        strict: whether every module must fit the model, and not only more than half of them
+        strict: whether every module must fit the model, and not only half of them
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
         adapters = read_adapters(loras, strict=strict)

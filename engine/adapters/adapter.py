@@ -91,7 +91,7 @@ class Adapter:
         """Find the model's tensor for every change, and check that it fits.
 
         components: the shapes of the model's tensors by name, for each component
-        strict: whether every module must fit, and not only more than half of them
+        strict: whether every module must fit, and not only half of them
         Raises ModelError when too few do, and says what the adapter seems to be made for.
         """
         known = {str(component): shapes for component, shapes in components.items()}
@@ -112,7 +112,7 @@ class Adapter:
                     )
                 updates[key] = update
         fitting = len(self.modules) - len(misfits)
-        if misfits and (strict or fitting <= len(misfits)):
+        if misfits and (strict or fitting < len(misfits)):
             raise self._refusal(next(iter(misfits.values())), fitting, known)
         notes = [self._note(list(misfits))] if misfits else []
         return Resolution(updates=MappingProxyType(updates), notes=notes)

@@ -125,8 +125,12 @@ def test_what_of_an_adapter_does_not_fit_is_said(pipeline, tmp_path):
         pipeline, tmp_path / "more.safetensors", **dict.fromkeys(names, np.ones((2, 2), "f4"))
     )
     with pytest.raises(ModelError, match="1 of its 2 modules fit"):
-        pipeline.set_loras([more])
+        pipeline.set_loras([more], strict=True)
+    pipeline.set_loras([more])
+    assert any("1 of the 2 modules of more.safetensors do not fit" in n for n in pipeline.notes)
+    with_more = drawn(pipeline, "a cat")
     pipeline.set_loras([whole])
+    assert drawn(pipeline, "a cat") == with_more
     assert not any("do not fit" in note for note in pipeline.notes)
 
 

@@ -51,11 +51,20 @@ def test_most_of_an_adapter_is_used_and_the_rest_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fitting", [0, 1])
-def test_half_of_an_adapter_is_too_little(tmp_path: Path, fitting: int) -> None:
+def test_less_than_half_of_an_adapter_is_too_little(tmp_path: Path, fitting: int) -> None:
     good = [factors(f"lora_unet_blocks_{i}_to_q") for i in range(fitting)]
-    path = written(tmp_path, *good, factors("lora_unet_other"))
-    with pytest.raises(ModelError, match=f"{fitting} of its {fitting + 1} modules fit and its fam"):
+    bad = [factors(f"lora_unet_other_{i}") for i in range(fitting + 1)]
+    path = written(tmp_path, *good, *bad)
+    said = f"{fitting} of its {2 * fitting + 1} modules fit and its fam"
+    with pytest.raises(ModelError, match=said):
         deltas(path)
+
+
+def test_half_of_an_adapter_is_enough(tmp_path: Path) -> None:
+    path = written(tmp_path, factors("lora_unet_blocks_0_to_q"), factors("lora_te_vision_fc1"))
+    assert list(deltas(path)) == ["blocks.0.to_q.weight"]
+    with pytest.raises(ModelError, match="1 of its 2 modules fit"):
+        deltas(path, strict=True)
 
 
 def test_who_is_strict_wants_all_of_it(tmp_path: Path) -> None:
