@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
-from engine.adapters.adapter import Adapted, AdapterChoice, adapt_model
+from engine.adapters.adapter import Adapted, Adapter, AdapterChoice, apply_adapters
 from engine.backends.base import Arrays, Engine, EngineSpec, Ranges
 from engine.backends.openvino.int8 import find_ranges, ranges_name
 from engine.backends.registry import BACKENDS
@@ -41,6 +41,7 @@ class Engines:
     ranges: of the inputs of the layers that compute in int8
     folders: where graphs are looked for
     opened: the engines that are open
+    adapter_notes: what of the adapters is not used, a sentence each
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engines:
         self.ranges = ranges
         self.folders = folders
         self.opened: dict[Part, Engine] = {}
+        self.adapter_notes: tuple[str, ...] = ()
         self._adapted: Mapping[ComponentName, Adapted] = {}
         self._closed = False
 
@@ -156,16 +158,16 @@ class Engines:
         opened = [part for part in parts if part in self.opened]
         require_memory(_device(self.settings.backend), graphs, configs, Sizes(**sizes), opened)
 
-    def set_loras(self, loras: Sequence[str | Path | AdapterChoice]) -> None:
-        """Put these adapters on in place of those that are on.
+    def set_loras(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
+        """Put these adapters on in place of those that are on; none gives the base back.
 
-        loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice; none gives the base back
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
-        if not loras and not self._adapted:
+        if not adapters and not self._adapted:
             return
-        adapted = adapt_model(self.model, loras)
+        adapted, notes = apply_adapters(self.model, adapters)
         self._rebind(adapted)
+        self.adapter_notes = tuple(notes)
         for weights in adapted.values():
             weights.release()
 

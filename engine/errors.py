@@ -2,7 +2,6 @@
 
 LatentrtError
 ├── ModelError      a model folder, its configuration or its weights cannot be used
-│   └── MissingTensorError  a checkpoint lacks a tensor that its kind of model has
 ├── GraphError      a graph is missing, or does not fit the model that it is asked to run
 ├── BackendError    the library that runs engines is missing or failed
 ├── RequestError    an invalid request: size, steps, prompt, sampler, seed
@@ -12,6 +11,7 @@ Every message is one sentence or two: what came, what is allowed, what to do.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +22,6 @@ __all__ = [
     "BackendError",
     "GraphError",
     "LatentrtError",
-    "MissingTensorError",
     "ModelError",
     "OutputError",
     "RequestError",
@@ -30,8 +29,10 @@ __all__ = [
     "first_line",
     "install",
     "libraries_of",
+    "memory_hint",
 ]
 
+FOR_MEMORY = re.compile(r"alloc|out of memory|not enough memory|insufficient memory", re.IGNORECASE)
 USER_ERROR, INTERRUPTED = 2, 130  # what a shell is told
 OURS = frozenset({"benchmarks", "engine", "export", "latentrt", "runtime", "serving", "training"})
 
@@ -45,7 +46,7 @@ class ModelError(LatentrtError):
 
 
 class MissingTensorError(ModelError):
-    """A checkpoint lacks a tensor that its kind of model has."""
+    """A checkpoint lacks a tensor that its kind of model has; to users a ModelError."""
 
 
 class GraphError(LatentrtError):
@@ -67,6 +68,12 @@ class OutputError(LatentrtError, OSError):
 def first_line(error: Exception) -> str:
     """Make one line of what a library says, for the message of an error of ours."""
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:200]
+
+
+def memory_hint(error: Exception) -> str:
+    """Ask whether a picture is too large, after a library's error for want of memory; else ""."""
+    wanted = isinstance(error, MemoryError) or FOR_MEMORY.search(str(error))
+    return "; is the picture too large for the memory of this machine?" if wanted else ""
 
 
 def install(packages: str, extra: str) -> str:

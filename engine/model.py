@@ -13,10 +13,12 @@ from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 from engine.checkpoints.component import Component, ComponentName, diffusers_component
-from engine.checkpoints.families import FAMILIES, Family
+from engine.checkpoints.families import FAMILIES, Family, family_of
 from engine.checkpoints.families.base import Variant
 from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.checkpoints.formats.files import open_weights
+from engine.checkpoints.pieces import PIECES, read_pieces, replaced_pieces
+from engine.checkpoints.pipeline_index import check_index, latent_side, with_pooled_text
 from engine.checkpoints.single_file import open_vae, read_file
 from engine.checkpoints.tiny_autoencoder import is_tiny_folder, open_tiny_decoder
 from engine.checkpoints.unsupported import foreign_channels
@@ -98,6 +100,9 @@ class Model:
         prediction_type: str | None = None,
         vae: Path | None = None,
         preview_decoder: Path | None = None,
+        unet: Path | None = None,
+        text_encoder: Path | None = None,
+        text_encoder_2: Path | None = None,
     ) -> Self:
         """Read a whole model; raises ModelError when it is not one that can be run.
 
@@ -105,14 +110,33 @@ class Model:
         prediction_type: instead of what the model says or is taken to be
         vae: a file or folder of another autoencoder, instead of the model's own
         preview_decoder: one of a tiny decoder such as TAESD's, instead of the model's own if any
+        unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
+            with the UNet's own path as the model's, there is no other model
         """
-        model = cls.read(path, prediction_type, needs_vae=vae is None)
+        pieces: dict[ComponentName, Path] = {
+            name: piece
+            for name, piece in zip(PIECES, (text_encoder, text_encoder_2, unet), strict=True)
+            if piece is not None
+        }
+        if path == unet:
+            model = cls(path=path, **read_pieces(pieces, prediction_type))
+        else:
+            model = cls.read(path, prediction_type, needs_vae=vae is None)
+            if pieces:
+                model = replace(model, **replaced_pieces(model, pieces))
         if vae is not None:
             model = model._with_vae(vae)
         if preview_decoder is not None:
             model = model._with_preview_decoder(preview_decoder)
         model._check_whole()
-        given = {"prediction_type": prediction_type, "vae": vae, "preview_decoder": preview_decoder}
+        given = {
+            "unet": unet,
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "prediction_type": prediction_type,
+            "vae": vae,
+            "preview_decoder": preview_decoder,
+        }
         return replace(model, given=MappingProxyType(given))
 
     @classmethod
@@ -136,25 +160,22 @@ class Model:
     @classmethod
     def _from_folder(cls, path: Path, *, needs_vae: bool) -> Self:
         index = read_json(path / "model_index.json")
-        kind = index.get("_class_name")
-        if kind not in PIPELINES:
-            raise ModelError(
-                f"{path / 'model_index.json'} names the pipeline {kind!r}; supported are "
-                f"{', '.join(PIPELINES)}"
-            )
+        notes = []
+        if index.get("_class_name") not in PIPELINES:
+            notes = check_index(path / "model_index.json", index)
         unet = read_json(path / "unet" / "config.json")
         sample_size = unet.get("sample_size", 64)
         if type(sample_size) is not int or sample_size < 1:
-            raise ModelError(
-                f"{path / 'unet' / 'config.json'} has sample_size {sample_size!r}; "
-                "a whole number of latents along one side is expected"
-            )
+            sample_size = latent_side(path / "unet" / "config.json", sample_size)
         config = UNetConfig.from_dict(unet)
         configs: dict[ComponentName, Config] = {"unet": config}
         alone = not (path / TEXT_ENCODERS[1]).is_dir()  # XL's refiner has the second and no first
         for name in TEXT_ENCODERS:
             if (name == TEXT_ENCODERS[0] and alone) or (path / name).is_dir():
                 configs[name] = TextEncoderConfig.load(path / name)
+        if "text_embeds" in config.extra_inputs:
+            *_, pooling = configs.values()  # the last text encoder
+            configs["unet"] = config = with_pooled_text(config, pooling.symbols()["P"])
         if needs_vae or (path / "vae").is_dir():
             tiny = is_tiny_folder(path / "vae")
             vae: type[Config] = TinyAutoencoderConfig if tiny else AutoencoderConfig
@@ -169,13 +190,16 @@ class Model:
 
         return cls(
             path=path,
-            family=family_of(config),
+            family=family_of(config, configs),
             configs=MappingProxyType(configs),
             find=find,
             scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
             sample_size=sample_size,
-            zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", "XL" in kind)),
+            zeros_for_empty_prompt=bool(
+                index.get("force_zeros_for_empty_prompt", TEXT_ENCODERS[1] in configs)
+            ),
             guidance_scale=EMBEDDED_GUIDANCE if config.time_cond_proj_dim else None,
+            notes=tuple(notes),
         )
 
     def _with_vae(self, path: Path) -> Self:
@@ -286,15 +310,6 @@ class Model:
                 f"and text encoders that make {' and '.join(map(str, widths)) or 'none'}; use "
                 "parts of one model, all of them"
             )
-
-
-def family_of(unet: UNetConfig) -> Family:
-    """Return the family of a folder, whose configurations say what its UNet is."""
-    return next(
-        family
-        for family in FAMILIES.values()
-        if all(getattr(unet, name) == value for name, value in family.unet.items())
-    )
 
 
 def shipped_models() -> list[str]:

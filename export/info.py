@@ -3,12 +3,18 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engine.adapters.adapter import FILES as ADAPTER_FILES
 from engine.adapters.adapter import read_adapter
+from engine.adapters.textual_inversion import FILES as EMBEDDING_FILES
 from engine.adapters.textual_inversion import read_embedding
+from engine.checkpoints.families.sd import SD1_FAMILY
+from engine.checkpoints.few_steps import find_variant_of_adapter
 from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.pieces import open_piece
 from engine.checkpoints.single_file import open_vae
 from engine.model import Model, find_model
 
@@ -25,6 +31,10 @@ DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "I8": "int8",
 }
+PIECE_MARKS = (  # names of a UNet and of text encoders that stand alone
+    *("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
+    *("embeddings.token_embedding.weight", "token_embedding.weight"),
+)
 
 
 def describe(file: str | Path) -> dict[str, Any]:
@@ -36,6 +46,10 @@ def describe(file: str | Path) -> dict[str, Any]:
     path = find_model(file)
     if (path / "model_index.json").is_file():
         return _model(Model.open(path), "a folder in diffusers' layout")
+    if any((path / name).is_file() for name in EMBEDDING_FILES):
+        return _embedding(path, open_weights(next(path.glob("learned_embeds.*"))))
+    if path.is_dir() and any((path / name).is_file() for name in ADAPTER_FILES):
+        return _adapter(path, read_adapter(path).weights)
     weights = open_weights(path)
     kind = _KINDS[_kind(weights)]
     facts: dict[str, Any] = kind(path, weights)
@@ -49,6 +63,8 @@ def _kind(weights: Weights) -> str:
         return "checkpoint"
     if any(name.removeprefix("first_stage_model.") == "encoder.conv_in.weight" for name in names):
         return "autoencoder"
+    if any(name.removeprefix("text_model.") in PIECE_MARKS for name in names):
+        return "piece"
     # An embedding is a few tensors of one or two axes whose names no module has.
     if len(names) <= 4 and all(not n.endswith((".weight", ".bias", ".alpha")) for n in names):
         return "embedding"
@@ -67,7 +83,7 @@ def _checkpoint(path: Path, weights: Weights) -> dict[str, Any]:
         "variant": file.variant.name if file.variant else None,
         "inpainting": file.is_inpainting,
         "prediction_type": file.scheduler["prediction_type"],
-        "picture": f"{file.sample_size * 8} × {file.sample_size * 8}",
+        "picture": [file.sample_size * 8] * 2,
     }
     components = {str(name): file.component(name).shapes for name in file.configs}
     return facts | _numbers(weights, components) | {"notes": list(file.notes)}
@@ -84,7 +100,7 @@ def _model(model: Model, layout: str) -> dict[str, Any]:
         "variant": None,
         "inpainting": model.is_inpainting,
         "prediction_type": model.scheduler.get("prediction_type", "epsilon"),
-        "picture": f"{side} × {side}",
+        "picture": [side, side],
         **_formats([part.weights for part in parts.values()]),
         "parameters": {name: _count(part.shapes) for name, part in parts.items()},
         "hash": {name: part.weights.content_hash() for name, part in parts.items()},
@@ -101,6 +117,21 @@ def _family(model: Model) -> str:
     return model.family.title if width in known else title
 
 
+def _piece(path: Path, weights: Weights) -> dict[str, Any]:
+    """Describe a UNet or a text encoder alone, which `--unet` and its kin take."""
+    name, config, component = open_piece(path)
+    facts = {
+        "kind": name.replace("_", " "),
+        "file": str(path),
+        "use": f"give it as --{name.replace('_', '-')}",
+        "architecture": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(config).items()
+        },
+    }
+    return facts | _numbers(weights, {name: component.shapes})
+
+
 def _autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
     config, component = open_vae(path)
     facts = {
@@ -114,6 +145,12 @@ def _autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
 
 def _adapter(path: Path, weights: Weights) -> dict[str, Any]:
     facts = {"kind": "adapter", "file": str(path), **read_adapter(path).describe()}
+    variant = find_variant_of_adapter(path, SD1_FAMILY.variants)
+    facts["few_steps"] = variant and {
+        "name": variant.name,
+        "steps": variant.steps[1],
+        "guidance_scale": variant.guidance_scale,
+    }
     return facts | _numbers(weights, {})
 
 
@@ -123,6 +160,7 @@ def _embedding(path: Path, weights: Weights) -> dict[str, Any]:
         "kind": "textual inversion",
         "file": str(path),
         "word": embedding.name,
+        "words": list(embedding.rows),
         "vectors": {name: list(array.shape) for name, array in embedding.vectors.items()},
     }
     return facts | _numbers(weights, {})
@@ -133,6 +171,7 @@ _KINDS = {
     "autoencoder": _autoencoder,
     "adapter": _adapter,
     "embedding": _embedding,
+    "piece": _piece,
 }
 
 
@@ -171,7 +210,9 @@ def _formats(files: Iterable[Weights]) -> dict[str, Any]:
 def as_table(facts: Mapping[str, Any]) -> str:
     """Lay facts out as lines of a name and a value."""
     rows = [
-        (name.replace("_", " "), line) for name, value in facts.items() for line in _lines(value)
+        (name.replace("_", " "), line)
+        for name, value in facts.items()
+        for line in ([_one(value)] if name == "picture" else _lines(value))
     ]
     width = max(len(name) for name, _ in rows)
     lines, last = [], ""

@@ -19,7 +19,7 @@ from runtime.images.files import Sign, check_output, open_image, program_version
 from runtime.images.previews import check_animation, parse_steps
 from runtime.images.upscaling import Hires
 from runtime.images.watermark import check_watermark, embed_watermark
-from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, make_parser
+from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, PIECES, make_parser
 from runtime.output_options import OWN
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
@@ -184,9 +184,13 @@ def _load(
         options.model,
         vae=options.vae,
         preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
+        unet=options.unet,
+        text_encoder=options.text_encoder,
+        text_encoder_2=options.text_encoder_2,
         loras=options.loras,
         lora_dir=options.lora_dir,
         embeddings=options.embeddings,
+        strict=options.strict,
         prediction_type=options.prediction_type,
         graphs=options.graphs,
         precision=options.precision,
@@ -196,9 +200,10 @@ def _load(
     chosen = pipeline.engines  # what was chosen makes the same picture again
     options.backend, options.precision = chosen.settings.backend, chosen.precision
     building = ["engines that the cache lacks are built first, which takes up to minutes each"]
-    loading.note(*pipeline.model.notes, *(building if options.build_missing else ()))
+    told = pipeline.notes
+    loading.note(*told, *(building if options.build_missing else ()))
     plan = pipeline.plan(request)
-    loading.note(*plan.notes)
+    loading.note(*(note for note in pipeline.notes if note not in told), *plan.notes)
     if tiny:
         pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
     pipeline.open_engines(plan)
@@ -279,6 +284,7 @@ def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any
     """Collect what makes a picture again beside the request: files by their names and hashes."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
     names += ("watermark",) if options.watermark else ()
+    names += tuple(name for name in PIECES if getattr(options, name))
     given = {name: getattr(options, name) for name in names}
     files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
     given |= {name: Path(value).name for name, value in files.items() if isinstance(value, Path)}

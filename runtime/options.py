@@ -30,9 +30,10 @@ __all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "add_engine_options", "make_
 MADE_WITH = (
     *("model", "vae", "loras", "lora_dir", "embeddings", "prediction_type", "backend", "precision"),
 )
+PIECES = ("unet", "text_encoder", "text_encoder_2")  # and these where they were given
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
-AGAIN = {*MADE_WITH, "watermark", "batch_size", *HIRES, *FIELDS}  # and nothing else of a file
+AGAIN = {*MADE_WITH, *PIECES, "watermark", "batch_size", *HIRES, *FIELDS}  # and nothing else
 
 
 class _Parser(CommandParser):
@@ -104,10 +105,12 @@ def _add_model(group: Any) -> None:
         dest="embeddings",
         action="append",
         default=[],
-        metavar="FILE",
-        help="a textual inversion; its word then means what it learned; may be given several times",
+        metavar="FILE[=WORD]",
+        help="a textual inversion, which its file's name or WORD means; may be given several times",
     )
-    add("--vae", type=Path, metavar="FILE", help="another autoencoder, a file or a folder")
+    add("--strict", action="store_true", help="refuse adapters of which a module does not fit")
+    for name in ("vae", *PIECES):
+        add(f"--{name.replace('_', '-')}", type=Path, metavar="FILE", help="another, or a folder")
     add(
         "--prediction-type",
         choices=PREDICTION_TYPES,

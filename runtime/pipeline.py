@@ -15,20 +15,14 @@ import numpy as np
 from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
-from engine.adapters.choice import as_choice
-from engine.adapters.folder import check_folder
-from engine.adapters.textual_inversion import read_embedding
-from engine.backends.base import Engine
 from engine.backends.settings import BackendSettings, ComputePrecision
 from engine.devices.device import HostOrDeviceArray, on_host
 from engine.engines import Engines
-from engine.graphs.graph import Part, TextPart
+from engine.graphs.graph import TextPart
 from engine.model import Model, find_model
-from runtime.checks import OneOrMore, path_of, several
-from runtime.conditioning.encoder import Encoder
-from runtime.conditioning.names import named_adapters
+from runtime.adapted_model import AdaptedModel
+from runtime.checks import OneOrMore, path_of
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
-from runtime.denoising.device_loop import DeviceLoop
 from runtime.denoising.groups import batch_limit, groups_of
 from runtime.denoising.latents import (
     LatentSpace,
@@ -47,20 +41,19 @@ from runtime.plan import Array, Plan, StepInputs, make_plan
 from runtime.request import Request
 from runtime.request_options import CallOptions
 from runtime.result import ArrayResult, DrawnImage, Result
-from runtime.samplers.noise_schedule import NoiseSchedule
 
 OWN = "own"  # as a preview decoder: the model's
+SHIPPED = "pictogram"
 
 
-class Pipeline:
+class Pipeline(AdaptedModel):
     """A model with its engines; `load` makes one, a call draws images.
 
     Engines are opened when they are first needed and kept, until `close`, the end of a `with`, or
     the last reference to the pipeline goes. Calls from several threads are safe as far as the
     backend's engines are, as ONNX Runtime's are, and prompts name the same adapters.
 
-    engines: the engines, with the settings and the precision that were chosen for them
-    lora_dir: where adapters are that prompts name, as `<lora:name:0.8>`
+    engines, lora_dir: as `AdaptedModel` has them
     """
 
     def __init__(
@@ -70,25 +63,23 @@ class Pipeline:
         *,
         lora_dir: Path | None = None,
     ) -> None:
-        self.engines = engines
-        self.lora_dir = None if lora_dir is None else check_folder(lora_dir)
-        self._loras: Sequence[AdapterChoice] = ()  # that were given, beside those prompts name
-        self._named: Sequence[AdapterChoice] = ()
-        self.encoder = Encoder(model=engines.model, tokenizers=tokenizers, engine=engines.engine)
-        self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
+        super().__init__(engines, tokenizers, lora_dir=lora_dir)
         self._latents = LatentSpace(model=engines.model, engine=engines.engine)
-        self._device_loop = DeviceLoop()
 
     @classmethod
     def load(
         cls,
-        model: str | Path = "pictogram",
+        model: str | Path = SHIPPED,
         *,
         vae: str | Path | None = None,
         preview_decoder: str | Path | None = None,
+        unet: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        text_encoder_2: str | Path | None = None,
         loras: OneOrMore[str | Path | AdapterChoice] | None = None,
         lora_dir: str | Path | None = None,
         embeddings: OneOrMore[str | Path] | None = None,
+        strict: bool = False,
         prediction_type: str | None = None,
         graphs: str | Path | None = None,
         precision: ComputePrecision | None = None,
@@ -100,7 +91,9 @@ class Pipeline:
         vae: a file or folder of another autoencoder, instead of the model's own
         preview_decoder: a file or folder of a tiny decoder such as TAESD's, for `previews`; None
             and "own" take the model's own, if it has one
-        loras, embeddings: as `set_loras` and `set_embeddings` take them
+        unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
+            where no model is named, of a UNet and its text encoders with a vae
+        loras, embeddings, strict: as `set_loras` and `set_embeddings` take them
         lora_dir: a folder of adapters that prompts may name, as `<lora:name:0.8>`: they are on for
             that call, beside `loras`
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
@@ -110,11 +103,15 @@ class Pipeline:
         fast_start: whether a small model should rather open soon than draw many images fast
         Raises ModelError, GraphError or BackendError.
         """
+        whole = model if unet is None or model != SHIPPED else unet
         opened = Model.open(
-            find_model(model),
+            find_model(whole),
             prediction_type=prediction_type,
             vae=path_of(vae),
             preview_decoder=None if preview_decoder == OWN else path_of(preview_decoder),
+            unet=path_of(unet),
+            text_encoder=path_of(text_encoder),
+            text_encoder_2=path_of(text_encoder_2),
         )
         engines = Engines.choose(
             opened,
@@ -126,7 +123,7 @@ class Pipeline:
         folder = None if lora_dir is None else Path(lora_dir)
         pipeline = cls(engines, load_tokenizers(opened), lora_dir=folder)
         if loras:
-            pipeline.set_loras(loras)
+            pipeline.set_loras(loras, strict=strict)
         if embeddings:
             pipeline.set_embeddings(embeddings)
         return pipeline
@@ -155,7 +152,8 @@ class Pipeline:
         ]
         if call.output_type == "np":
             return ArrayResult.of(np.stack([as_floats(image) for image in images]), plan)
-        return Result(images=images, seeds=plan.seeds, settings=plan.settings, notes=plan.notes)
+        notes = (*self.notes, *plan.notes)
+        return Result(images=images, seeds=plan.seeds, settings=plan.settings, notes=notes)
 
     def draw(
         self, requests: Sequence[Request], *, batch_size: int | None = None
@@ -194,9 +192,9 @@ class Pipeline:
         Raises RequestError, ModelError where an adapter does not fit, and BackendError where one
         picture of it would not fit into a GPU's memory.
         """
-        notes = self._heed_names(request) if self._named or request.names_files else []
-        plan = make_plan(request, self.model, self.schedule, self.encoder)
-        plan = replace(plan, notes=notes) if notes else plan
+        notes = self._heed_names(request) if request.names_files or self._named else []
+        plan = make_plan(request, self._distilled, self.schedule, self.encoder)
+        plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})
         return plan
 
@@ -280,43 +278,6 @@ class Pipeline:
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
-    def set_loras(self, loras: OneOrMore[str | Path | AdapterChoice] | None) -> None:
-        """Put these adapters on in place of those that are on; none gives the model itself back.
-
-        loras: one or several, each a path, a text "FILE:WEIGHT", or an AdapterChoice. Weights that
-        no adapter changes stay bound as they are, the others are computed from the checkpoint
-        anew, so what an adapter leaves behind is the base bit for bit.
-        Raises ModelError when one does not fit, and then the adapters stay as they were.
-        """
-        chosen = [as_choice(lora) for lora in several(loras)]
-        self._put_on(chosen)
-        self._loras, self._named = chosen, ()
-
-    def set_embeddings(self, embeddings: OneOrMore[str | Path] | None) -> None:
-        """Teach the text encoders these words of textual inversion in place of others.
-
-        A word is found in a prompt whatever its case. Raises ModelError when a file is none or was
-        trained for another text encoder, RequestError when its word is one already.
-        """
-        files: Sequence[str | Path] = several(embeddings)
-        if files or self.encoder.extra:
-            read = [read_embedding(Path(path)) for path in files]
-            self.encoder = self.encoder.with_embeddings(read)
-
-    @property
-    def model(self) -> Model:
-        """What the model says of itself."""
-        return self.engines.model
-
-    @property
-    def model_path(self) -> Path:
-        """The folder or the file that the model came from."""
-        return self.model.path
-
-    def engine(self, part: Part) -> Engine:
-        """Return a part's engine, opening it at the first call."""
-        return self.engines.engine(part)
-
     def close(self) -> None:
         """Let go of the engines and of the memory on a device; then nothing can be drawn."""
         self._device_loop.reset()
@@ -363,25 +324,6 @@ class Pipeline:
 
     def _batch_limit(self, plan: Plan, batch_size: int | None) -> int:
         return batch_limit(self.engines, parts_of(plan, self.model), sizes_of(plan), batch_size)
-
-    def _put_on(self, adapters: Sequence[AdapterChoice]) -> None:
-        self._device_loop.reset()
-        self.engines.set_loras(adapters)
-        self.encoder = self.encoder.without_cache()
-
-    def _heed_names(self, request: Request) -> list[str]:
-        """Put on the adapters that the prompts name; return notes on what they name in vain."""
-        named, notes = named_adapters(
-            request.prompts if request.prompt_syntax else (),
-            request.negative_prompts if request.prompt_syntax else (),
-            words=self.encoder.words,
-            folder=self.lora_dir,
-            given={lora.known_as for lora in self._loras},
-        )
-        if named != list(self._named):
-            self._put_on([*self._loras, *named])
-            self._named = named
-        return notes
 
     def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
         """Make all calls of a run that nobody watches; returns the latents, where they are."""

@@ -21,7 +21,7 @@ from runtime.conditioning.guidance import Guidance
 from runtime.images.canvas import BLUR, MAX_SIDE, extend, latent_mask
 from runtime.images.files import SourceType
 from runtime.images.frame import Frame
-from runtime.presets import preset
+from runtime.presets import preset, variant_sampler
 from runtime.request import MASKED, OF_AN_IMAGE, Request
 from runtime.samplers import DEFAULT_SAMPLER, Program, program, resolve
 from runtime.samplers.noise_schedule import NoiseSchedule
@@ -76,7 +76,7 @@ class Plan:
     settings: of each picture, what makes it again
     latents: (B, C, h, w) float32, noise to start from in place of what the seeds give
     surplus: pictures at the end that only fill the batch
-    notes: sentences on what the prompts ask for in vain
+    notes: what the prompts name in vain, and what files hold that they do not use, a sentence each
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
     """
@@ -204,7 +204,8 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             from_noise=mask is not None and strength == 1,
             paste_back=wanted.paste_back,
         )
-    first = replace(first, settings=_settings(wanted, first))
+    unused = encoder.unused_words([*wanted.prompts, *wanted.negative_prompts])
+    first = replace(first, settings=_settings(wanted, first), notes=unused)
     if wanted.hires is None:
         return first
     hires = wanted.hires
@@ -232,7 +233,9 @@ def _filled_in(request: Request, model: Model) -> Request:
         num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
         guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
         guidance_rescale=choose("guidance_rescale", 0.0),
-        sampler=choose("sampler", DEFAULT_SAMPLER),
+        sampler=choose(
+            "sampler", variant_sampler(model) if model.variant else None, DEFAULT_SAMPLER
+        ),
         schedule=choose("schedule"),
         height=choose("height", chosen.get("size")),
         width=choose("width", chosen.get("size")),

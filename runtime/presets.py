@@ -16,7 +16,7 @@ from engine.errors import RequestError
 from engine.model import Model
 from runtime.samplers import resolve
 
-__all__ = ["PRESETS", "Preset", "describe_presets", "preset"]
+__all__ = ["PRESETS", "Preset", "describe_presets", "preset", "variant_sampler"]
 
 PRESETS: Mapping[str, str] = MappingProxyType(
     {
@@ -79,6 +79,14 @@ def _presets(model: Model) -> Presets:
     return family.v_presets if family.v_presets and predicts_v else family.presets
 
 
+def variant_sampler(model: Model) -> str:
+    """Return the sampler of a model that was distilled to few steps."""
+    try:
+        return resolve(str(model.scheduler.get("_class_name")))[0]
+    except RequestError:  # a scheduler that is none of the samplers here
+        return "euler"
+
+
 def _is_distilled(model: Model) -> bool:
     """Tell by what a file's name said, by an embedded guidance, or by the published schedulers."""
     config = model.scheduler
@@ -97,10 +105,7 @@ def _is_distilled(model: Model) -> bool:
 
 def _distilled(name: str, model: Model) -> Preset:
     """Keep to the model's own; `fast` halves the steps where any small number works."""
-    try:
-        sampler, _ = resolve(str(model.scheduler.get("_class_name")))
-    except RequestError:  # a scheduler that is none of the samplers here
-        sampler = "euler"
+    sampler = variant_sampler(model)
     steps = model.steps or (CONSISTENCY_STEPS if sampler in ("lcm", "tcd") else FEW_STEPS)
     if name == "fast" and sampler in ANY_STEPS:
         steps = max(steps // 2, 1)

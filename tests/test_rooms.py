@@ -25,11 +25,13 @@ ROOMS = {
     ),
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
-        *("families", "likeness", "unsupported", "prediction", "gpt2", "single_file"),
+        *("families", "few_steps", "likeness", "pipeline_index", "unsupported", "prediction"),
+        *("gpt2", "single_file", "diffusers_unet", "pieces"),
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("request_options", "plan", "denoising", "diffusers_arguments", "result", "pipeline"),
+        *("request_options", "plan", "denoising", "adapted_model", "diffusers_arguments"),
+        *("result", "pipeline"),
         *("calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
         *("terminal", "__main__"),

@@ -10,18 +10,20 @@ The bases stay as they are, so taking an adapter off gives back the base's own a
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from engine.adapters.bundled import read_bundled
 from engine.adapters.choice import AdapterChoice, as_choice, parse_adapter
 from engine.adapters.info import describe_modules, family_of, family_of_model, words_of
-from engine.adapters.lora import Change, Factor
+from engine.adapters.lora import Change, Factor, with_channels
 from engine.adapters.modules import ModuleChange, read_modules
 from engine.adapters.names import flat_name, module_index
+from engine.adapters.textual_inversion import Embedding
 from engine.adapters.updates import Adapted, Update
 from engine.checkpoints.component import ComponentName
 from engine.checkpoints.formats.files import Weights, open_weights
@@ -36,8 +38,10 @@ __all__ = [
     "Update",
     "adapt",
     "adapt_model",
+    "apply_adapters",
     "parse_adapter",
     "read_adapter",
+    "read_adapters",
 ]
 
 Name = TypeVar("Name", bound=str)
@@ -50,6 +54,24 @@ FILES = (  # in a folder where PEFT or diffusers saved an adapter, in the order 
     "pytorch_lora_weights.bin",
 )
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+INPUT = "conv_in"  # of a UNet: models for inpainting take more channels than their kin
+MOST_NAMED = 5
+
+
+class _MisfitError(Exception):
+    """What of a change does not fit a model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolution:
+    """What an adapter does to a model.
+
+    updates: by component and tensor's name
+    notes: what of it the model has no place for, a sentence each
+    """
+
+    updates: Mapping[tuple[str, str], Update]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,41 +79,67 @@ class Adapter:
     """An adapter's file, grouped by the modules that it changes; its tensors are read when used.
 
     weights: its tensors, and as metadata what the training program wrote, unchecked
+    embeddings: the textual inversions that came with it
     """
 
     path: Path
     weights: Weights
     modules: Sequence[ModuleChange]
+    embeddings: Sequence[Embedding] = ()
 
-    def resolve(self, components: Mapping[Name, Shapes]) -> Mapping[tuple[str, str], Update]:
+    def resolve(self, components: Mapping[Name, Shapes], *, strict: bool = False) -> Resolution:
         """Find the model's tensor for every change, and check that it fits.
 
         components: the shapes of the model's tensors by name, for each component
-        Returns the changes by (component, name). Raises ModelError when the model lacks a module
-        or has one of another size, and says what the adapter seems to be made for.
+        strict: whether every module must fit, and not only half of them
+        Raises ModelError when too few do, and says what the adapter seems to be made for.
         """
         known = {str(component): shapes for component, shapes in components.items()}
         indices = {component: module_index(component, known[component]) for component in known}
         updates: dict[tuple[str, str], Update] = {}
+        misfits: dict[str, str] = {}
         for change in self.modules:
-            component, module = self._find(change, known, indices)
-            scale = change.scale()
-            for name, part, factor, norms in (
-                (f"{module}.weight", change.weight, scale, change.magnitude),
-                (f"{module}.bias", change.bias, 1.0, None),
-            ):
-                if part is None:
-                    continue
-                if (component, name) in updates:
+            try:
+                found = self._updates(change, known, indices)
+            except _MisfitError as misfit:
+                misfits[change.module] = str(misfit)
+                continue
+            for key, update in found.items():
+                if key in updates:
                     raise ModelError(
-                        f"{self.path} changes {name} of the {component} twice, under two names; "
+                        f"{self.path} changes {key[1]} of the {key[0]} twice, under two names; "
                         "one of them must be removed"
                     )
-                self._check(change, part, norms, known[component].get(name), known)
-                updates[component, name] = Update(
-                    source=change.source, change=part, scale=factor, magnitude=norms
-                )
-        return MappingProxyType(updates)
+                updates[key] = update
+        fitting = len(self.modules) - len(misfits)
+        if misfits and (strict or fitting < len(misfits)):
+            raise self._refusal(next(iter(misfits.values())), fitting, known)
+        notes = [self._note(list(misfits))] if misfits else []
+        return Resolution(updates=MappingProxyType(updates), notes=notes)
+
+    def _updates(
+        self,
+        change: ModuleChange,
+        components: Mapping[str, Shapes],
+        indices: Mapping[str, Mapping[str, str]],
+    ) -> dict[tuple[str, str], Update]:
+        """Find what one module's change does to which tensors."""
+        component, module = self._find(change, components, indices)
+        updates = {}
+        for name, part, factor, norms in (
+            (f"{module}.weight", change.weight, change.scale(), change.magnitude),
+            (f"{module}.bias", change.bias, 1.0, None),
+        ):
+            if part is None:
+                continue
+            shape = components[component].get(name)
+            if name == f"{INPUT}.weight" and shape is not None:
+                part = with_channels(part, shape)
+            self._check(change, part, norms, shape)
+            updates[component, name] = Update(
+                source=change.source, change=part, scale=factor, magnitude=norms
+            )
+        return updates
 
     def describe(self) -> dict[str, Any]:
         """Say what this is, as values of JSON: family, kinds, ranks, alphas, targets, words."""
@@ -99,6 +147,7 @@ class Adapter:
             "family": family_of(self.modules, self.weights.metadata),
             **describe_modules(self.modules),
             **words_of(self.weights.metadata),
+            "embeddings": {each.name: list(each.vectors) for each in self.embeddings},
         }
 
     def _find(
@@ -113,8 +162,8 @@ class Adapter:
         found = [(c, indices[c][name]) for c in wanted if name in indices.get(c, ())]
         if not found:
             where = f" in its {change.component}" if change.component else ""
-            raise self._misfit(
-                f"changes {short(change.module)}, which this model does not have{where}", components
+            raise _MisfitError(
+                f"changes {short(change.module)}, which this model does not have{where}"
             )
         for component, module in found:
             shape = components[component].get(f"{module}.weight")
@@ -128,34 +177,40 @@ class Adapter:
         part: Change,
         norms: Factor | None,
         shape: tuple[int, ...] | None,
-        components: Mapping[str, Shapes],
     ) -> None:
         """Refuse a change of another size than the model's tensor."""
         module = short(change.module)
         if shape is None:
             kind = "bias" if part is change.bias else "weight"
-            raise self._misfit(f"changes the {kind} of {module}, which has none here", components)
+            raise _MisfitError(f"changes the {kind} of {module}, which has none here")
         if not _fits(part, shape):
             theirs, ours = part.matrix_shape, " × ".join(map(str, shape))
-            raise self._misfit(
-                f"has {theirs[0]} × {theirs[1]} numbers for {module}, and this model {ours}",
-                components,
+            raise _MisfitError(
+                f"has {theirs[0]} × {theirs[1]} numbers for {module}, and this model {ours}"
             )
         if norms is not None and not _fits_norms(norms.shape, shape):
-            raise self._misfit(
+            raise _MisfitError(
                 f"has norms of the shape {list(norms.shape)} for {module}, and this model a "
-                f"weight of {list(shape)}",
-                components,
+                f"weight of {list(shape)}"
             )
 
-    def _misfit(self, problem: str, components: Mapping[str, Shapes]) -> ModelError:
-        """Say what the adapter was made for, and what the model is, as far as one can tell."""
+    def _note(self, misfits: Sequence[str]) -> str:
+        named = ", ".join(short(name) for name in misfits[:MOST_NAMED])
+        more = f" and {len(misfits) - MOST_NAMED} more" if len(misfits) > MOST_NAMED else ""
+        return (
+            f"{len(misfits)} of the {len(self.modules)} modules of {self.path.name} do not fit the "
+            f"model and are not used: {named}{more}"
+        )
+
+    def _refusal(self, problem: str, fitting: int, components: Mapping[str, Shapes]) -> ModelError:
+        """Say how much fits, what the adapter was made for, and what the model is."""
         made_for = family_of(self.modules, self.weights.metadata)
         model = family_of_model(components)
         seems = f"it seems to be made for {made_for}" if made_for else "its family is not stated"
         is_model = f", and the model is {model}" if model and model != made_for else ""
         return ModelError(
-            f"{self.path} {problem}; {seems}{is_model}: use an adapter made for this model"
+            f"{self.path} {problem}; {fitting} of its {len(self.modules)} modules fit and {seems}"
+            f"{is_model}: use an adapter made for this model"
         )
 
 
@@ -177,7 +232,23 @@ def read_adapter(path: Path) -> Adapter:
     modules = read_modules(path, weights.tensors, weights.metadata)
     if not modules:
         raise ModelError(f"{path} holds no adapter; a LoRA, LoHa, LoKr or difference is expected")
-    return Adapter(path=path, weights=weights, modules=modules)
+    embeddings = read_bundled(path, weights)
+    return Adapter(path=path, weights=weights, modules=modules, embeddings=embeddings)
+
+
+def read_adapters(
+    loras: Sequence[str | Path | AdapterChoice], *, strict: bool = False
+) -> list[tuple[Adapter, AdapterChoice]]:
+    """Open the adapters that somebody asks for.
+
+    loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice
+    strict: whether every module must fit
+    """
+    choices = [as_choice(lora) for lora in loras]
+    return [
+        (read_adapter(choice.path), replace(choice, strict=strict or choice.strict))
+        for choice in choices
+    ]
 
 
 def adapt(
@@ -190,17 +261,8 @@ def adapt(
     bases: the weights of each component by name; shapes: the same names' shapes
     Returns a mapping like each base. Raises ModelError when an adapter does not fit.
     """
-    updates: dict[str, dict[str, list[tuple[Update, float]]]] = {
-        component: defaultdict(list) for component in bases
-    }
-    for adapter, choice in adapters:
-        for (component, name), update in adapter.resolve(shapes).items():
-            if weight := choice.weight(component):
-                updates[component][name].append((update, weight))
-    return {
-        component: Adapted(base=base, updates=MappingProxyType(dict(updates[component])))
-        for component, base in bases.items()
-    }
+    resolved = [(adapter.resolve(shapes, strict=c.strict), c) for adapter, c in adapters]
+    return _adapted(bases, resolved)
 
 
 def adapt_model(
@@ -211,11 +273,41 @@ def adapt_model(
     loras: each a path, a text "FILE:WEIGHT", or an AdapterChoice
     Raises ModelError when one does not fit.
     """
+    adapted, _ = apply_adapters(model, read_adapters(loras))
+    return adapted
+
+
+def apply_adapters(
+    model: Model, adapters: Sequence[tuple[Adapter, AdapterChoice]]
+) -> tuple[dict[ComponentName, Adapted], list[str]]:
+    """Return the weights of a model's components with adapters on, and what is said of these.
+
+    Raises ModelError when one does not fit.
+    """
     names = {*model.configs} - {"vae", "preview_decoder"}
     bases = {name: model.component(name) for name in names}
-    choices = [as_choice(lora) for lora in loras]
-    adapters = [(read_adapter(choice.path), choice) for choice in choices]
-    return adapt(bases, {name: base.shapes for name, base in bases.items()}, adapters)
+    shapes = {name: base.shapes for name, base in bases.items()}
+    resolved = [(adapter.resolve(shapes, strict=c.strict), c) for adapter, c in adapters]
+    notes = [note for resolution, _ in resolved for note in resolution.notes]
+    return _adapted(bases, resolved), notes
+
+
+def _adapted(
+    bases: Mapping[Name, Mapping[str, NDArray[Any]]],
+    resolved: Sequence[tuple[Resolution, AdapterChoice]],
+) -> dict[Name, Adapted]:
+    """Sum up what adapters add to each tensor of the components."""
+    updates: dict[str, dict[str, list[tuple[Update, float]]]] = {
+        component: defaultdict(list) for component in bases
+    }
+    for resolution, choice in resolved:
+        for (component, name), update in resolution.updates.items():
+            if weight := choice.weight(component):
+                updates[component][name].append((update, weight))
+    return {
+        component: Adapted(base=base, updates=MappingProxyType(dict(updates[component])))
+        for component, base in bases.items()
+    }
 
 
 def _fits(change: Change, shape: tuple[int, ...]) -> bool:

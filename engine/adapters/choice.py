@@ -19,12 +19,14 @@ class AdapterChoice:
 
     0 gives the base itself, 1 what was trained; more and less than both are allowed.
     name: what prompts call it; None for the file's own name, without its ending
+    strict: whether every module of it must fit the model
     """
 
     path: Path
     unet: float = 1.0
     text_encoder: float = 1.0
     name: str | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         """Refuse weights that nothing can be multiplied with."""

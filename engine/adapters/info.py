@@ -119,6 +119,7 @@ def describe_modules(modules: Sequence[ModuleChange]) -> dict[str, Any]:
         "kinds": dict(kinds),
         "ranks": sorted(ranks),
         "alphas": sorted(alphas),
+        "scales": sorted({round(module.scale(), 6) for module in modules}),
         "modules": dict(components),
         "targets": dict(targets),
     }

@@ -27,6 +27,7 @@ __all__ = [
     "LowRank",
     "Transposed",
     "decompose",
+    "with_channels",
 ]
 
 Matrix = NDArray[np.float32]
@@ -198,6 +199,53 @@ class Difference:
     def matrix(self, scale: float = 1.0) -> Matrix:
         """Read it as float32, in its own shape."""
         return np.multiply(_read(self.diff), np.float32(scale))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Channels:
+    """A change of a convolution's weight, with zeros for channels that it lacks.
+
+    shape: (out, in, k, k) of the weight; channels of the change beyond `in` are left out
+    """
+
+    change: Change
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int | None:
+        """The change's own."""
+        return self.change.rank
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in · k · k)."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    def matrix(self, scale: float = 1.0) -> Matrix:
+        """Compute the change, and pad or cut it."""
+        kernel = math.prod(self.shape[2:])
+        given = self.change.matrix(scale).reshape(self.shape[0], -1, kernel)
+        whole = np.zeros((self.shape[0], self.shape[1], kernel), np.float32)
+        shared = min(given.shape[1], self.shape[1])
+        whole[:, :shared] = given[:, :shared]
+        return whole.reshape(self.matrix_shape)
+
+
+def with_channels(change: Change, shape: tuple[int, ...]) -> Change:
+    """Fit a change of a UNet's first convolution to a model with more or fewer channels.
+
+    shape: (out, in, k, k) of the model's weight. A model for inpainting takes the latent first,
+    and then a mask and another latent, of which a change made for its kin says nothing.
+    Returns the change itself where it fits, or is of no such pair.
+    """
+    rows, columns = change.matrix_shape
+    kernel = math.prod(shape[2:])
+    if len(shape) != 4 or rows != shape[0] or columns % kernel:
+        return change
+    theirs, ours = columns // kernel, shape[1]
+    if ours == 2 * theirs + 1 or theirs == 2 * ours + 1:
+        return Channels(change=change, shape=shape)
+    return change
 
 
 def decompose(base: NDArray[Any], delta: Matrix, magnitude: NDArray[Any]) -> Matrix:

@@ -3,12 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
+from engine.adapters.bundled import BUNDLED
 from engine.adapters.config import AdapterConfig, read_configs
 from engine.adapters.lora import (
     Change,
@@ -25,7 +26,7 @@ from engine.errors import ModelError
 
 __all__ = ["ModuleChange", "Norms", "read_modules"]
 
-BUNDLED = "bundle_emb."  # textual inversions that some programs put beside a LoRA
+FLOATS = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +53,7 @@ class ModuleChange:
     component: "unet", "text_encoder", "text_encoder_2", or None when the file does not say
     module: the name, in the file's own words
     weight, bias: the changes of the module's two tensors
-    stored_alpha: the numerator of the scale, where the file holds one
+    stored_alpha: the numerator of the scale, where the file holds one; stated_alpha: as a number
     magnitude: DoRA's norms, of each output or each input
     """
 
@@ -62,6 +63,7 @@ class ModuleChange:
     weight: Change | None
     bias: Difference | None = None
     stored_alpha: StoredTensor | None = None
+    stated_alpha: float | None = None
     magnitude: Factor | None = None
     config: AdapterConfig = field(default_factory=AdapterConfig)
 
@@ -72,7 +74,9 @@ class ModuleChange:
         ModelError when it is no finite number.
         """
         if self.stored_alpha is None:
-            alpha = self.config.alpha_of(self.module)
+            alpha = self.stated_alpha
+            if alpha is None:
+                alpha = self.config.alpha_of(self.module)
         else:
             alpha = float(self.stored_alpha.array().reshape(-1)[0])
         if alpha is not None and not math.isfinite(alpha):
@@ -116,9 +120,31 @@ def read_modules(
         groups[key][part] = tensor
         names.setdefault(key, module)
     configs = read_configs(path, metadata, list(tensors))
+    alphas = _stated_alphas(path, metadata)
     return tuple(
-        _module_change(path, key[0], names[key], parts, configs) for key, parts in groups.items()
+        replace(
+            _module_change(path, key[0], names[key], parts, configs), stated_alpha=alphas.get(key)
+        )
+        for key, parts in groups.items()
     )
+
+
+def _stated_alphas(
+    path: Path, metadata: Mapping[str, str]
+) -> Mapping[tuple[str | None, str], float]:
+    """Read alphas that a pickled file holds as plain numbers and not as tensors."""
+    alphas = {}
+    for name, text in metadata.items():
+        split = split_name(name)
+        if split is None or split[2] != "alpha":
+            continue
+        try:
+            alphas[split[0], flat_name(split[1])] = float(text)
+        except ValueError:
+            raise ModelError(
+                f"{path} holds {short(text)} as {short(name)}; an alpha is one number"
+            ) from None
+    return alphas
 
 
 def _check_numbers(path: Path, name: str, part: str, tensor: StoredTensor) -> None:

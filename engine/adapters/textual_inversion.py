@@ -5,8 +5,10 @@ Gal et al. 2022, arXiv:2208.01618. Files come from AUTOMATIC1111's web UI (`.pt`
 itself is the tensor's name), and for XL with one tensor for each text encoder.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -18,11 +20,13 @@ from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
 
-__all__ = ["Embedding", "read_embedding"]
+__all__ = ["Embedding", "embedding_of", "join_halves", "read_embedding"]
 
 Name = TypeVar("Name", bound=str)
 
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")  # in a folder of diffusers
+SECOND = re.compile(r"(.+?)[-_]?2", re.ASCII)  # how XL's second half is called after the first
+NUMBERED = "text_encoders_"  # of these the rows are <s0>, <s1> and so on, too
 # Names that mean a text encoder, and no word.
 ENCODERS: Mapping[str, str] = MappingProxyType(
     {
@@ -41,45 +45,148 @@ MAX_VECTORS = 1024  # a prompt has 75 tokens
 class Embedding:
     """A word, and what stands for it in each text encoder.
 
+    name: the file's name, or what was asked for: it means the embedding even if a token does
+    inner_name: what the file states, "" for nothing; it means the embedding unless a token does
     vectors: (n, D) float32 by "text_encoder" and "text_encoder_2"; the word takes n tokens
+    is_numbered: whether "<s0>", "<s1>" and so on mean the vectors one by one
     """
 
     path: Path
     name: str
     vectors: Mapping[str, NDArray[np.float32]]
+    inner_name: str = ""
+    is_numbered: bool = False
+
+    @property
+    def rows(self) -> Mapping[str, range]:
+        """Which vectors each word means, `name` first."""
+        count = len(next(iter(self.vectors.values())))
+        words = dict.fromkeys(filter(None, (self.name, self.inner_name)), range(count))
+        numbers = range(count if self.is_numbered else 0)
+        return words | {f"<s{i}>": range(i, i + 1) for i in numbers}
 
     def check(self, widths: Mapping[Name, int]) -> None:
         """Compare with the widths D of a model's text encoders; raises ModelError."""
         ours = {component: vectors.shape[1] for component, vectors in self.vectors.items()}
         if ours != {str(component): width for component, width in widths.items()}:
+            half = len(ours) < len(widths) and set(ours.values()) <= set(widths.values())
+            advice = "give the file of its other half too, or " if half else ""
             raise ModelError(
                 f"{self.path} is a textual inversion of {_widths(ours)}, and this model needs "
-                f"{_widths(widths)}; use one that was trained for this model's family"
+                f"{_widths(widths)}; {advice}use one that was trained for this model's family"
             )
 
 
-def read_embedding(path: Path) -> Embedding:
+def read_embedding(file: str | Path) -> Embedding:
     """Read a textual inversion.
 
-    path: a .pt, .bin or .safetensors file, or a folder with diffusers' learned_embeds
-    Returns it under the word that the file states, or else the file's name without its ending.
+    file: a .pt, .bin or .safetensors file, or a folder with diffusers' learned_embeds, of which XL
+        has two halves; after it, "=WORD" says by which word it is meant, and by no other
     Raises ModelError when it is none, holds several words, or numbers that are not finite.
     """
+    path, word = _parse(str(file))
     if path.is_dir():
-        folder = path
-        path = next((folder / name for name in FILES if (folder / name).is_file()), folder)
-        if path is folder:
-            raise ModelError(f"{folder} holds no textual inversion; give its file, or {FILES[0]}")
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise ModelError(f"{path} holds no textual inversion; give its file, or {FILES[0]}")
+        embedding = _read(found[0])
+        second = found[0].with_stem(f"{found[0].stem}_2")
+        if second.is_file():
+            embedding = _join(embedding, _read(second))
+    else:
+        embedding = _read(path)
+    return replace(embedding, name=word, inner_name="", is_numbered=False) if word else embedding
+
+
+def _parse(text: str) -> tuple[Path, str]:
+    """Read `FILE` or `FILE=WORD`; a file whose own name has such an end is one."""
+    head, equals, word = text.rpartition("=")
+    with suppress(OSError):  # a name longer than the system allows
+        if equals and head and word.strip() and not Path(text).exists():
+            return Path(head), word.strip()
+    return Path(text), ""
+
+
+def _read(path: Path) -> Embedding:
     weights = open_weights(path)
-    word, names = _word(path, weights)
-    vectors = {component: _vectors(path, name, weights) for component, name in names.items()}
+    inner, names = _word(path, weights)
+    return embedding_of(path, path.stem, weights, names, inner)
+
+
+def embedding_of(
+    path: Path, name: str, tensors: Weights, names: Mapping[str, str], inner_name: str = ""
+) -> Embedding:
+    """Make an embedding of tensors of a file; names: that of each text encoder's.
+
+    Raises ModelError for numbers that are not finite and for unequal counts of vectors.
+    """
+    vectors = {component: _vectors(path, stored, tensors) for component, stored in names.items()}
     counts = {len(array) for array in vectors.values()}
     if len(counts) > 1:
         raise ModelError(
             f"{path} has {' and '.join(map(str, sorted(counts)))} vectors for one word; "
             "both text encoders must get the same number"
         )
-    return Embedding(path=path, name=word or path.stem, vectors=MappingProxyType(vectors))
+    known = f"{name}." in FILES[0] or (SECOND.fullmatch(name) and f"{name[:-2]}." in FILES[0])
+    if known and inner_name:  # as every such file is called
+        name, inner_name = inner_name, ""
+    return Embedding(
+        path=path,
+        name=name,
+        inner_name=inner_name,
+        vectors=MappingProxyType(vectors),
+        is_numbered=any(stored.startswith(NUMBERED) for stored in names.values()),
+    )
+
+
+def join_halves(embeddings: Sequence[Embedding], widths: Mapping[Name, int]) -> list[Embedding]:
+    """Join the halves of words that two files hold, where a model has two text encoders.
+
+    widths: of the text encoders. Two files are halves of one word when they state it or are called
+    so: `cat.safetensors` and `cat_2.safetensors`.
+    """
+    if len(widths) < 2:
+        return list(embeddings)
+    joined: list[Embedding] = []
+    for embedding in embeddings:
+        other = next((e for e in joined if _are_halves(e, embedding)), None)
+        if other is None:
+            joined.append(embedding)
+            continue
+        first, last = widths.values()
+        turned = first != last and _width(other) == last and _width(embedding) == first
+        pair = (embedding, other) if turned else (other, embedding)
+        joined[joined.index(other)] = _join(*pair)
+    return joined
+
+
+def _are_halves(one: Embedding, other: Embedding) -> bool:
+    halves = all(set(each.vectors) == {"text_encoder"} for each in (one, other))
+    stems = [
+        SECOND.sub(r"\1", each.name) if SECOND.fullmatch(each.name) else each.name
+        for each in (one, other)
+    ]
+    same = {one.name, one.inner_name} & {other.name, other.inner_name} - {""}
+    return halves and one.path != other.path and (bool(same) or stems[0] == stems[1])
+
+
+def _width(embedding: Embedding) -> int:
+    _, width = embedding.vectors["text_encoder"].shape
+    return int(width)
+
+
+def _join(first: Embedding, second: Embedding) -> Embedding:
+    """Make one word of the halves for XL's text encoders; its names are the first one's."""
+    if len(first.vectors["text_encoder"]) != len(second.vectors["text_encoder"]):
+        raise ModelError(
+            f"{first.path} and {second.path} have unequal numbers of vectors for one word; give "
+            "the two halves of one training"
+        )
+    vectors = {
+        "text_encoder": first.vectors["text_encoder"],
+        "text_encoder_2": second.vectors["text_encoder"],
+    }
+    return replace(first, vectors=MappingProxyType(vectors))
 
 
 def _word(path: Path, weights: Weights) -> tuple[str, Mapping[str, str]]:

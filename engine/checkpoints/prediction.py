@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from engine.checkpoints.families.base import Family, PredictionType, Variant
 from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
+from engine.checkpoints.few_steps import find_variant, name_words
 from engine.errors import ModelError
 
 __all__ = ["Evidence", "PredictionType", "TrainingFacts", "conclude"]
@@ -49,8 +50,6 @@ EPSILON_NAME = re.compile(r"(?<![a-z])eps(ilon)?(?![a-z])")
 PARAMETERIZATION = re.compile(r"""^\s*parameterization\s*:\s*["']?(\w+)""", re.MULTILINE)
 SCALING = re.compile(r"denoiser_scaling\.(V|Eps)Scaling\b")
 LATENT_DIFFUSION = re.compile(r"^\s*target\s*:\s*ldm\.models\.diffusion\.", re.MULTILINE)
-STEPS_NAME = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?(?![a-z])")
-VARIANT_NAME = re.compile(r"(?<![a-z])(turbo|lightning|hyper|lcm)(?:[-_ ]?sd(?:xl)?)?(?![a-z])")
 TRUE = ("true", "1", "yes")
 
 
@@ -64,8 +63,8 @@ class Evidence:
 
     @property
     def stem(self) -> str:
-        """The file's name in small letters, without its suffix."""
-        return self.path.stem.lower()
+        """The words of the file's name without its suffix, in small letters with "_" between."""
+        return "_".join(name_words(self.path.stem))
 
     def flag(self, key: str) -> bool:
         """Tell whether the metadata say yes."""
@@ -248,26 +247,15 @@ def variant(
     evidence: Evidence, family: Family, *, time_condition: bool
 ) -> tuple[Variant | None, str]:
     """Tell whether a model is distilled to few steps, and why."""
-    if time_condition and (found := _named("lcm", family)):
+    lcm = next((variant for variant in family.variants if variant.name == "lcm"), None)
+    if time_condition and lcm:
         reason = "as time_embed.cond_proj says, which is told the guidance scale"
-        return replace(found, guidance_scale=EMBEDDED_GUIDANCE), reason
-    title = evidence.metadata.get("modelspec.title", "").lower()
+        return replace(lcm, guidance_scale=EMBEDDED_GUIDANCE), reason
+    title = evidence.metadata.get("modelspec.title", "")
     for text, reason in (
-        (evidence.stem, "from the file's name"),
+        (evidence.path.stem, "from the file's name"),
         (title, "from the metadata's modelspec.title"),
     ):
-        if (match := VARIANT_NAME.search(text)) and (found := _named(match[1], family)):
-            return _few_steps(found, text), reason
+        if found := find_variant(text, family.variants):
+            return found, reason
     return None, ""
-
-
-def _named(name: str, family: Family) -> Variant | None:
-    return next((variant for variant in family.variants if variant.name == name), None)
-
-
-def _few_steps(found: Variant, text: str) -> Variant:
-    """Take the number of steps that a name states, as `sdxl_lightning_4step` does."""
-    match = STEPS_NAME.search(text)
-    if match is None or not int(match[1]):
-        return found
-    return replace(found, steps=(int(match[1]), int(match[1])))

@@ -53,6 +53,7 @@ class UNetConfig(Config):
     addition_time_embed_dim: int = 0
     projection_class_embeddings_input_dim: int = 0
     time_cond_proj_dim: int = 0
+    time_ids: int = 0  # numbers that XL is told beside the text; 0: as the widths tell
 
     def __post_init__(self) -> None:
         """Refuse what the UNet does not implement, and lists of unequal length."""
@@ -97,6 +98,8 @@ class UNetConfig(Config):
 
         The refiner's only text encoder gives both the context and the pooled text.
         """
+        if self.time_ids:
+            return self.time_ids
         pooled = self.projection_class_embeddings_input_dim - 5 * self.addition_time_embed_dim
         return 5 if pooled == self.cross_attention_dim else 6
 

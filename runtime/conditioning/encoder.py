@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.adapters.textual_inversion import Embedding
+from engine.adapters.textual_inversion import Embedding, join_halves
 from engine.backends.base import Engine
-from engine.errors import RequestError
 from engine.graphs.graph import Part, TextPart
 from engine.model import Model
 from runtime.conditioning.guidance import Guidance
@@ -28,6 +27,7 @@ from runtime.conditioning.tokenizer import (
     load_tokenizers,
     make_chunks,
 )
+from runtime.conditioning.words import teachable
 
 __all__ = ["Encoder", "Texts"]
 
@@ -98,7 +98,8 @@ class Encoder:
     """The text encoders of a model with their tokenizers.
 
     extra: (e, D) for each, the rows of the words that textual inversion taught them
-    words: those words, by their names and their files' names in lower case
+    taught: the words of each textual inversion that are known
+    notes: what was concluded of the words, a sentence each
     cache: of what the engines gave lately; new weights need another
     """
 
@@ -106,7 +107,8 @@ class Encoder:
     tokenizers: Mapping[TextPart, Tokenizer]
     engine: Callable[[Part], Engine]
     extra: Mapping[TextPart, Array] = field(default_factory=dict)
-    words: Mapping[str, str] = field(default_factory=dict)
+    taught: Mapping[Embedding, Sequence[str]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
 
     def without_cache(self) -> "Encoder":
@@ -116,27 +118,44 @@ class Encoder:
     def with_embeddings(self, embeddings: Sequence[Embedding]) -> "Encoder":
         """Return encoders that know these words and no others; raises ModelError, RequestError."""
         encoders = self.model.text_encoders
-        for embedding in embeddings:
-            embedding.check({str(name): config.hidden_size for name, config in encoders.items()})
+        widths = {str(name): config.hidden_size for name, config in encoders.items()}
+        joined = join_halves(embeddings, widths)
+        for embedding in joined:
+            embedding.check(widths)
         tokenizers, extra = load_tokenizers(self.model), {}
-        for name, config in encoders.items() if embeddings else ():
-            first, words = config.vocab_size, {}
-            for embedding in embeddings:
-                if embedding.name in words:
-                    raise RequestError(
-                        f"Two textual inversions mean the word {embedding.name!r}; "
-                        "rename the file of one."
-                    )
-                count = len(embedding.vectors[name])
-                words[embedding.name] = range(first, first + count)
-                first += count
+        taught, notes = teachable(joined, next(iter(tokenizers.values())).is_token)
+        for name, config in encoders.items() if joined else ():
+            words, first = {}, config.vocab_size
+            for embedding in joined:
+                for word in taught[embedding]:
+                    rows = embedding.rows[word]
+                    words[word] = range(first + rows.start, first + rows.stop)
+                first += len(embedding.vectors[name])
             tokenizers[name] = tokenizers[name].with_words(words)
-            extra[name] = np.concatenate([embedding.vectors[name] for embedding in embeddings])
-        known = {each.path.stem.lower(): each.name for each in embeddings}
-        known |= {each.name.lower(): each.name for each in embeddings}
+            extra[name] = np.concatenate([embedding.vectors[name] for embedding in joined])
         return replace(
-            self, tokenizers=tokenizers, extra=extra, words=known, cache=EmbeddingCache()
+            self,
+            tokenizers=tokenizers,
+            extra=extra,
+            taught=taught,
+            notes=notes,
+            cache=EmbeddingCache(),
         )
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The words that textual inversion taught, by themselves in small letters."""
+        return {word.lower(): word for words in self.taught.values() for word in words}
+
+    def unused_words(self, texts: Sequence[str]) -> list[str]:
+        """Say of each textual inversion of which the texts hold no word, which words it has."""
+        tokenizer = next(iter(self.tokenizers.values()))
+        held = {word for text in texts for word in tokenizer.words_in(text)}
+        return [
+            f"the prompt holds no word of {embedding.path}: write {' or '.join(map(repr, words))}"
+            for embedding, words in self.taught.items()
+            if not held & {tokenizer.normal(word).strip() for word in words}
+        ]
 
     def condition(
         self,

@@ -14,6 +14,7 @@ one at a time, and the UNet attends to their states one after the other.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from engine.model import Model
 from runtime.conditioning.cleaning import clean_text
 from runtime.conditioning.syntax import parse
 from runtime.conditioning.vocabulary import Vocabulary
+from runtime.conditioning.words import split_at_words, word_pattern
 
 if TYPE_CHECKING:
     import tokenizers
@@ -52,7 +54,8 @@ class Tokenizer:
     """A model's tokenizer; `load` makes it from the model's `tokenizer/` folder.
 
     max_length: tokens of a row, the start and the end token included
-    words: by the id that `encoder` gives a word of textual inversion, the ids that it stands for
+    words: by the words of textual inversion, in small letters, the ids that each stands for
+    pattern: finds them in a text
     cleans: whether HTML entities and curly quotes are resolved first, as CLIP's original does
     """
 
@@ -61,7 +64,8 @@ class Tokenizer:
     eos_token_id: int
     pad_token_id: int
     encoder: tokenizers.Tokenizer
-    words: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    words: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    pattern: re.Pattern[str] | None = None
     cleans: bool = False
 
     @property
@@ -104,27 +108,38 @@ class Tokenizer:
     def with_words(self, words: Mapping[str, Sequence[int]]) -> Tokenizer:
         """Return a tokenizer that knows more words, whatever their case; each becomes its ids.
 
-        Raises RequestError for a word that is a token of the vocabulary already.
+        A word counts before a token. Raises RequestError for one that is known, or special.
         """
-        from tokenizers import AddedToken, Tokenizer
-
-        encoder = Tokenizer.from_str(self.encoder.to_str())
-        ids = dict(self.words)
-        for word, meant in words.items():
-            whole = word[0].isalnum() and word[-1].isalnum()  # not "cat" within "category"
-            token = AddedToken(word, single_word=whole, normalized=True)
-            known = {added.content.lower() for added in encoder.get_added_tokens_decoder().values()}
-            if (
-                word.lower() in known
-                or encoder.token_to_id(word) is not None
-                or not encoder.add_tokens([token])
-            ):
+        known = dict(self.words)
+        special = {added.content for added in self.encoder.get_added_tokens_decoder().values()}
+        for word, ids in words.items():
+            normal = self.normal(word).strip()
+            if not normal or normal in {self.normal(token) for token in special}:
                 raise RequestError(
-                    f"The word {word!r} of a textual inversion is a token of the model already; "
-                    f"rename its file."
+                    f"The word {word!r} of a textual inversion is a token of the model that means "
+                    "no text; rename its file, or give FILE=WORD."
                 )
-            ids[encoder.get_vocab_size() - 1] = tuple(meant)
-        return replace(self, encoder=encoder, words=MappingProxyType(ids))
+            if normal in known:
+                raise RequestError(f"Two textual inversions mean the word {word!r}; rename one.")
+            known[normal] = tuple(ids)
+        return replace(self, words=MappingProxyType(known), pattern=word_pattern(known))
+
+    def is_token(self, word: str) -> bool:
+        """Tell whether a word is one token of the vocabulary."""
+        normal = self.normal(word)
+        pieces = (word, normal, f"{normal}</w>")
+        return any(self.encoder.token_to_id(piece) is not None for piece in pieces)
+
+    def normal(self, text: str) -> str:
+        """Write a text as it is tokenised: in small letters, white space as single spaces."""
+        return str(self.encoder.normalizer.normalize_str(text))
+
+    def words_in(self, prompt: str) -> set[str]:
+        """Return the taught words that a prompt holds, as `normal` writes them."""
+        return {self.normal(word) for word in self._pieces(prompt)[1::2]}
+
+    def _pieces(self, prompt: str) -> list[str]:
+        return split_at_words(prompt, self.pattern) if self.pattern else [prompt]
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """Tokenise prompts; rows are cut or padded to `max_length`.
@@ -150,9 +165,15 @@ class Tokenizer:
         check_text(prompt)
         if self.cleans:
             prompt = clean_text(prompt)
-        # One by one: the library's batches start threads, which do not survive a later fork.
-        encoding = self.encoder.encode(prompt, add_special_tokens=False)
-        return [self.words.get(given, (given,)) for given in encoding.ids]
+        found: list[Sequence[int]] = []
+        for i, piece in enumerate(self._pieces(prompt)):
+            if i % 2:
+                found.append(self.words[self.normal(piece)])
+            elif piece:
+                # One by one: the library's batches start threads, which do not survive a fork.
+                encoding = self.encoder.encode(piece, add_special_tokens=False)
+                found += [(given,) for given in encoding.ids]
+        return found
 
     def row(self, ids: Sequence[int]) -> NDArray[np.int64]:
         """Return (max_length,): the start, up to max_length - 2 ids, the end and padding."""
@@ -165,9 +186,9 @@ def load_tokenizers(model: Model) -> dict[TextPart, Tokenizer]:
     """Load the tokenizer of each text encoder: the folder's own, or CLIP's; raises ModelError."""
     tokenizers: dict[TextPart, Tokenizer] = {}
     for name, config in model.text_encoders.items():
-        if model.path.is_dir():
-            folder = name.replace("text_encoder", "tokenizer")
-            tokenizers[name] = Tokenizer.load(model.path / folder)
+        folder = model.path / name.replace("text_encoder", "tokenizer")
+        if (model.path / "model_index.json").is_file() or folder.is_dir():
+            tokenizers[name] = Tokenizer.load(folder)
         else:
             tokenizers[name] = Tokenizer.clip(PAD_TOKENS[config.hidden_act])
     check_tokenizers(model, tokenizers)

@@ -114,8 +114,9 @@ def _whole(run: Run) -> Steps:
 
 
 def _distilled(run: Run) -> Steps:
-    """Return the N of the 50 timesteps that consistency models are distilled on, falling."""
-    steps, total, trained = run.num_inference_steps, run.noise_schedule.num_train_timesteps, 50
+    """Return N of the timesteps that a consistency model was distilled on, mostly 50, falling."""
+    steps, total = run.num_inference_steps, run.noise_schedule.num_train_timesteps
+    trained = run.noise_schedule.original_inference_steps
     run.noise_schedule.timesteps(steps, "linspace", fractional=True)  # checks the number
     if steps > trained or total < trained:
         raise RequestError(

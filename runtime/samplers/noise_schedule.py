@@ -65,6 +65,8 @@ class NoiseSchedule:
         steps_offset: added to timesteps of "leading" spacing
         set_alpha_to_one: whether the last step of DDIM ends at alphas_cumprod = 1 or at its first
             entry
+        original_inference_steps: the timesteps, evenly spaced, that a consistency model was
+            distilled on
 
     Raises:
         ModelError: a field is outside what is listed above.
@@ -75,6 +77,7 @@ class NoiseSchedule:
     timestep_spacing: TimestepSpacing | None = None
     steps_offset: int = 0
     set_alpha_to_one: bool = True
+    original_inference_steps: int = 50
 
     def __post_init__(self) -> None:
         """Check every field; make the table read-only."""
@@ -83,6 +86,11 @@ class NoiseSchedule:
             _check_choice("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS)
         if type(self.steps_offset) is not int or self.steps_offset < 0:
             raise ModelError(f"steps_offset is {self.steps_offset!r}; it must be an integer >= 0")
+        if type(self.original_inference_steps) is not int or self.original_inference_steps < 1:
+            raise ModelError(
+                f"original_inference_steps is {self.original_inference_steps!r}; it must be an "
+                "integer >= 1"
+            )
         table = np.array(self.alphas_cumprod, np.float64)
         if table.ndim != 1 or table.size == 0 or not _falls(table):
             raise ModelError(
@@ -127,6 +135,7 @@ class NoiseSchedule:
             timestep_spacing=config.get("timestep_spacing"),
             steps_offset=config.get("steps_offset", 0),
             set_alpha_to_one=bool(config.get("set_alpha_to_one", True)),
+            original_inference_steps=config.get("original_inference_steps", 50),
         )
 
     @property

@@ -73,5 +73,5 @@ def test_the_files_of_the_load_benchmark_are_a_model_and_its_adapter(tmp_path, m
     model = Model.open(load.write_checkpoint(tmp_path))
     assert model.unet.block_out_channels == (32, 32, 32, 32)
     shapes = {name: model.find(name).shapes for name in ("unet", "text_encoder")}
-    changed = read_adapter(load.write_lora(tmp_path)).resolve(shapes)
+    changed = read_adapter(load.write_lora(tmp_path)).resolve(shapes).updates
     assert len(changed) == 16 * (4 + 4 + 2 + 2) + 6, "attentions, feed-forward, projections; text"

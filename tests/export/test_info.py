@@ -97,7 +97,7 @@ def test_the_model_that_ships(capsys):
     assert facts["file"] == str(find_model("pictogram"))
     assert facts["layout"] == "a folder in diffusers' layout"
     assert facts["prediction_type"] == "v_prediction"
-    assert facts["picture"] == "128 × 128"
+    assert facts["picture"] == [128, 128]
     assert facts["precision"] == "float16"
     for name in ("unet", "vae", "text_encoder"):
         weights = open_weights(find_model("pictogram") / name)
@@ -106,10 +106,10 @@ def test_the_model_that_ships(capsys):
 
 
 FAMILIES = {
-    "sd1": ("Stable Diffusion 1.x", "512 × 512"),
+    "sd1": ("Stable Diffusion 1.x", [512, 512]),
     "sd2": ("Stable Diffusion 2.x", None),
-    "xl": ("Stable Diffusion XL", "1024 × 1024"),
-    "xl-refiner": ("Stable Diffusion XL", "1024 × 1024"),
+    "xl": ("Stable Diffusion XL", [1024, 1024]),
+    "xl-refiner": ("Stable Diffusion XL", [1024, 1024]),
 }
 
 
@@ -233,3 +233,69 @@ def test_no_library_is_loaded_to_look_at_files(tmp_path):
     statuses, modules = json.loads(done.stdout.splitlines()[-1])
     assert statuses == [0] * 5
     assert not CONSULTED & set(modules)
+
+
+def test_pieces_say_where_they_are_given(tmp_path, capsys):
+    state = random_tensors(model_names(SMALL["xl"]))
+    state = {n: v for n, v in state.items() if not n.startswith("model.diffusion_model.")}
+    state |= random_tensors(model_names(SMALL["sd1"]))  # XL's is told how wide the pooled text is
+    prefixes = {
+        "unet": "model.diffusion_model.",
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    }
+    for name, prefix in prefixes.items():
+        path = tmp_path / f"{name}.safetensors"
+        held = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        save_file({n: np.ascontiguousarray(v) for n, v in held.items()}, path)
+        facts = json.loads(shown(capsys, path, "--json"))
+        assert facts["kind"] == name.replace("_", " ")
+        assert facts["use"] == f"give it as --{name.replace('_', '-')}"
+        assert facts["architecture"]
+        assert list(facts["parameters"]) == [name]
+        assert facts["hash"] in shown(capsys, path)
+
+
+def test_the_words_of_an_embedding(tmp_path, capsys):
+    folder = tmp_path / "concept"
+    folder.mkdir()
+    for name, width in (("learned_embeds", 768), ("learned_embeds_2", 1280)):
+        save_file({"<cat>": np.ones((2, width), np.float32)}, folder / f"{name}.safetensors")
+    facts = json.loads(shown(capsys, folder, "--json"))
+    assert (facts["word"], facts["words"]) == ("<cat>", ["<cat>"])
+    assert facts["vectors"] == {"text_encoder": [2, 768], "text_encoder_2": [2, 1280]}
+    path = tmp_path / "nice.safetensors"
+    save_file({"tok-1000": np.ones((2, 768), np.float32)}, path)
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert (facts["word"], facts["words"]) == ("nice", ["nice", "tok-1000"])
+
+
+def test_an_adapter_says_its_scale_words_and_steps(tmp_path, capsys):
+    state = {
+        f"{UP}.lora_up.weight": np.ones((320, 4), np.float16),
+        f"{UP}.lora_down.weight": np.ones((4, 320), np.float16),
+        f"{UP}.alpha": np.array(2.0, np.float16),
+        "bundle_emb.cat.clip_l": np.ones((1, 768), np.float32),
+    }
+    path = tmp_path / "Hyper-SD15-8steps-lora.safetensors"
+    save_file(state, path)
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert (facts["alphas"], facts["scales"]) == ([2.0], [0.5])
+    assert facts["embeddings"] == {"cat": ["text_encoder"]}
+    assert facts["few_steps"] == {"name": "hyper", "steps": 8, "guidance_scale": 1.0}
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    path.rename(folder / "pytorch_lora_weights.safetensors")
+    facts = json.loads(shown(capsys, folder, "--json"))
+    assert (facts["kind"], facts["few_steps"]) == ("adapter", None)
+
+
+def test_what_of_a_checkpoint_is_not_used_is_said(tmp_path, capsys):
+    state = {f"model.{n}": v for n, v in random_tensors(model_names(SMALL["sd1"])).items()}
+    path = tmp_path / "model.safetensors"
+    save_file(state | {"optimizer.exp_avg": np.ones(2)}, path)
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert facts["kind"] == "model"
+    assert facts["picture"] == [512, 512]
+    assert "those under 'optimizer' are not used" in facts["notes"]
+    assert "512 × 512" in shown(capsys, path)

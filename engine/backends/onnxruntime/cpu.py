@@ -13,7 +13,7 @@ from engine.backends.base import Arrays, Engine, EngineSpec
 from engine.backends.binding import bind, weight_chunks
 from engine.backends.onnxruntime.attention import fuse_attention
 from engine.checkpoints.formats.files import release
-from engine.errors import BackendError, GraphError, first_line, install
+from engine.errors import BackendError, GraphError, first_line, install, memory_hint
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
 
@@ -55,8 +55,7 @@ class OnnxRuntimeEngine:
             results = self._session.run_with_ort_values(self._outputs, fed)
         except Exception as error:
             raise BackendError(
-                f"ONNX Runtime failed ({first_line(error)}); is the picture too large for the "
-                "memory of this machine?"
+                f"ONNX Runtime failed ({first_line(error)}){memory_hint(error)}"
             ) from error
         return {name: result.numpy() for name, result in zip(self._outputs, results, strict=True)}
 

@@ -20,7 +20,7 @@ from engine.backends.onnxruntime.products import with_exact_states, with_weights
 from engine.backends.onnxruntime.transformer import fuse_transformers
 from engine.devices.cuda import find_device
 from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape
-from engine.errors import BackendError, GraphError, first_line, install
+from engine.errors import BackendError, GraphError, first_line, install, memory_hint
 from engine.graphs.graph import Graph
 
 PROVIDER = "CUDAExecutionProvider"
@@ -197,8 +197,7 @@ class OnnxRuntimeCudaEngine:
             form.session.run_with_iobinding(form.binding, options)
         except Exception as error:  # the library's own exceptions share no base of their own
             raise BackendError(
-                f"ONNX Runtime failed on the GPU ({first_line(error)}); is the picture too large "
-                "for its memory?"
+                f"ONNX Runtime failed on the GPU ({first_line(error)}){memory_hint(error)}"
             ) from error
 
     def _run_options(self, entries: Mapping[str, str]) -> Any:

@@ -21,7 +21,7 @@ from engine.backends.openvino.winograd import transform_convolutions
 from engine.backends.settings import ComputePrecision, processors
 from engine.checkpoints.formats.files import release
 from engine.checkpoints.formats.tensors import is_mapped
-from engine.errors import BackendError, GraphError, LatentrtError, install
+from engine.errors import BackendError, GraphError, LatentrtError, install, memory_hint
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.store.scratch import Scratch
@@ -100,10 +100,7 @@ class OpenVinoEngine:
             # A request of its own for each run: a request's buffers are not for two threads.
             results = compiled.create_infer_request().infer(dict(inputs), share_inputs=True)
         except Exception as error:
-            raise BackendError(
-                f"OpenVINO failed ({_reason(error)}); is the picture too large for the memory of "
-                "this machine?"
-            ) from error
+            raise BackendError(f"OpenVINO failed ({_reason(error)}){memory_hint(error)}") from error
         if compiled is self._compiled and not self._settled:  # weights of any size are packed now
             self._release()
             self._settled = True

@@ -12,7 +12,8 @@ from engine.graphs.graph import Part
 
 TERMINATION_GRACE_S = 3.0  # that a cancelled builder has to stop by itself
 LEVELS = range(6)
-PATHS = ("graph", "model", "vae", "preview_decoder", "timings")
+PIECES = ("vae", "preview_decoder", "unet", "text_encoder", "text_encoder_2")
+PATHS = ("graph", "model", *PIECES, "timings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ class BuildRequest:
     """One engine to be built: which part of which model, from which graph, and how.
 
     library: "tensorrt" or "tensorrt_rtx"
-    model, vae, preview_decoder, prediction_type: as `engine.model.Model.open` takes them
+    model, prediction_type, vae, unet and so on: as `engine.model.Model.open` takes them
     loras: adapters to build in, as `engine.adapters.parse_adapter` reads them
     timings: a file of kernels' times to read and add to, for the library that keeps them
     """
@@ -68,6 +69,9 @@ class BuildRequest:
     settings: BuildSettings
     vae: Path | None = None
     preview_decoder: Path | None = None
+    unet: Path | None = None
+    text_encoder: Path | None = None
+    text_encoder_2: Path | None = None
     prediction_type: str | None = None
     loras: tuple[str, ...] = ()
     timings: Path | None = None

@@ -59,6 +59,9 @@ def build_part(request: BuildRequest, to: Path, tell: Tell, cancelled: Event) ->
         prediction_type=request.prediction_type,
         vae=request.vae,
         preview_decoder=request.preview_decoder,
+        unet=request.unet,
+        text_encoder=request.text_encoder,
+        text_encoder_2=request.text_encoder_2,
     )
     config, compression = model.config(request.part), model.vae.compression
     shapes = [

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from engine.checkpoints.architecture import Stored
 from engine.checkpoints.families.base import SCALING_FACTOR, SCHEDULE, Family, Presets, choice, has
-from engine.checkpoints.families.variants import HYPER, LCM, LIGHTNING, TURBO
+from engine.checkpoints.families.variants import DMD2, HYPER, LCM, LIGHTNING, TCD, TURBO
 from engine.checkpoints.parts import UNET, autoencoder, clip, open_clip, unet
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 
@@ -111,7 +111,7 @@ SD1_FAMILY = Family(
     sample_size=64,
     presets=PRESETS,
     v_presets=V_PRESETS,
-    variants=(TURBO, LIGHTNING, HYPER, LCM),
+    variants=(TURBO, LIGHTNING, HYPER, LCM, TCD, DMD2),
     published=MappingProxyType(
         {
             "text_encoder": (CLIP_L,),
@@ -148,7 +148,7 @@ SD2_FAMILY = Family(
     v_sample_size=96,  # of the models for 768 pixels
     presets=PRESETS,
     v_presets=V_PRESETS,
-    variants=(TURBO, LIGHTNING, HYPER, LCM),
+    variants=(TURBO, LIGHTNING, HYPER, LCM, TCD, DMD2),
     published=MappingProxyType(
         {
             "text_encoder": (OPEN_CLIP_H,),

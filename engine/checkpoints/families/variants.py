@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.checkpoints.families.base import Variant
 
-__all__ = ["EMBEDDED_GUIDANCE", "HYPER", "LCM", "LIGHTNING", "TURBO", "XL_TURBO"]
+__all__ = ["DMD2", "EMBEDDED_GUIDANCE", "HYPER", "LCM", "LIGHTNING", "TCD", "TURBO", "XL_TURBO"]
 
 _TRAILING: Mapping[str, Any] = MappingProxyType(
     {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
@@ -45,5 +45,19 @@ LCM = Variant(  # Luo et al. 2023, arXiv:2310.04378
             "timestep_spacing": "leading",
         }
     ),
+)
+TCD = Variant(  # Zheng et al. 2024, arXiv:2402.19159
+    name="tcd",
+    steps=(4, 8),
+    guidance_scale=1.0,
+    scheduler=MappingProxyType({**LCM.scheduler, "_class_name": "TCDScheduler"}),
+)
+# Yin et al. 2024, arXiv:2405.14867; trained for the timesteps 999, 749, 499 and 249, which 4 of 100
+# evenly spaced ones are.
+DMD2 = Variant(
+    name="dmd2",
+    steps=(4, 4),
+    guidance_scale=1.0,
+    scheduler=MappingProxyType({**LCM.scheduler, "original_inference_steps": 100}),
 )
 EMBEDDED_GUIDANCE = 8.0  # what an LCM that is told its guidance (`time_cond_proj_dim`) wants

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from engine.checkpoints.architecture import Stored
 from engine.checkpoints.families.base import SCHEDULE, Family, Presets, choice, has
 from engine.checkpoints.families.sd import CLIP_L, INPAINTING_CHANNELS, LCM_GUIDANCE_CHANNELS
-from engine.checkpoints.families.variants import HYPER, LCM, LIGHTNING, XL_TURBO
+from engine.checkpoints.families.variants import DMD2, HYPER, LCM, LIGHTNING, TCD, XL_TURBO
 from engine.checkpoints.parts import UNET, autoencoder, clip, open_clip, unet
 from engine.configs.diffusion import (
     XL_SCALING_FACTOR,
@@ -125,7 +125,7 @@ XL_FAMILY = Family(
         quality=choice(50, 5.0, schedule="karras"),
         creative=choice(30, 4.0, "euler_a"),
     ),
-    variants=(XL_TURBO, LIGHTNING, HYPER, LCM),
+    variants=(XL_TURBO, LIGHTNING, HYPER, LCM, TCD, DMD2),
     published=MappingProxyType(
         {
             "text_encoder": (CLIP_L, OPEN_CLIP_G),
@@ -163,7 +163,7 @@ REFINER_FAMILY = Family(
         quality=choice(50, 5.0, schedule="karras"),
         creative=choice(30, 4.0, "euler_a"),
     ),
-    variants=(XL_TURBO, LIGHTNING, HYPER, LCM),
+    variants=(XL_TURBO, LIGHTNING, HYPER, LCM, TCD, DMD2),
     published=MappingProxyType(
         {
             "text_encoder": (OPEN_CLIP_G,),

@@ -38,6 +38,7 @@ def test_an_adapter_is_described(model: Model, tmp_path: Path) -> None:
         "kinds": {"LoRA": 60},
         "ranks": [4],
         "alphas": [3.0],
+        "scales": [0.75],
         "modules": {"unet": 48, "text_encoder": 12},
         "targets": {
             "attention": 48,
@@ -46,6 +47,7 @@ def test_an_adapter_is_described(model: Model, tmp_path: Path) -> None:
         },
         "trigger_words": ["wtrclr"],
         "training_tags": {"cat": 5, "tree": 1},
+        "embeddings": {},
     }
 
 

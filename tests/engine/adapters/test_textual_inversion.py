@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.adapters.textual_inversion import Embedding, read_embedding
+from engine.adapters.textual_inversion import Embedding, join_halves, read_embedding
 from engine.errors import ModelError
 
 VECTORS = torch.randn((3, 12), generator=torch.Generator().manual_seed(0))
@@ -66,7 +66,8 @@ def only(embedding: Embedding) -> NDArray[Any]:
 def test_files_agree_with_diffusers(tmp_path: Path, file: str, state: dict[str, Any]) -> None:
     embedding = read_embedding(save(tmp_path / file, state))
     token, vectors = diffusers_reads(state)
-    assert embedding.name == token
+    assert embedding.name == (token if file.startswith("learned") else "a")
+    assert token in embedding.rows
     assert np.array_equal(only(embedding), np.atleast_2d(vectors))
 
 
@@ -89,7 +90,7 @@ def test_a_file_that_states_no_word_is_named_after_itself(tmp_path: Path) -> Non
     nameless = {"string_to_param": {"*": VECTORS}, "name": ""}
     assert read_embedding(save(tmp_path / "b.pt", nameless)).name == "b"
     worded = {"string_to_param": {"cat": VECTORS}}
-    assert read_embedding(save(tmp_path / "c.pt", worded)).name == "cat"
+    assert list(read_embedding(save(tmp_path / "c.pt", worded)).rows) == ["c", "cat"]
 
 
 @pytest.mark.parametrize(
@@ -152,3 +153,92 @@ def test_places_without_textual_inversions_are_refused(tmp_path: Path) -> None:
     two = {"string_to_param": {"a": VECTORS, "b": VECTORS}}
     with pytest.raises(ModelError, match=r"of one word: it holds"):
         read_embedding(save(tmp_path / "b.pt", two))
+
+
+def test_a_word_is_the_files_name_and_what_the_file_states(tmp_path: Path) -> None:
+    path = save(tmp_path / "nice-style.pt", A1111)
+    embedding = read_embedding(path)
+    assert dict(embedding.rows) == {"nice-style": range(3), "my-cat": range(3)}
+    assert (embedding.name, embedding.inner_name) == ("nice-style", "my-cat")
+
+
+def test_who_asks_chooses_the_word(tmp_path: Path) -> None:
+    path = save(tmp_path / "nice-style.pt", A1111)
+    assert list(read_embedding(f"{path}=a cat").rows) == ["a cat"]
+    odd = save(tmp_path / "a=b.pt", A1111)
+    assert read_embedding(odd).name == "a=b"
+    assert read_embedding(f"{odd}=c").name == "c"
+    with pytest.raises(ModelError, match="does not exist"):
+        read_embedding(f"{tmp_path / 'no.pt'}=c")
+
+
+def test_rows_of_pivotal_tuning_are_words(tmp_path: Path) -> None:
+    state = {"text_encoders_0": torch.ones(2, 8), "text_encoders_1": torch.ones(2, 16)}
+    embedding = read_embedding(save(tmp_path / "emb.safetensors", state))
+    rows = {"emb": range(2), "<s0>": range(1), "<s1>": range(1, 2)}
+    assert dict(embedding.rows) == rows
+
+
+def halves(folder: Path, first: str, second: str, word: str = "<cat>") -> list[Embedding]:
+    folder.mkdir(exist_ok=True)
+    files = {first: torch.full((2, 8), 1.0), second: torch.full((2, 16), 2.0)}
+    for name, vectors in files.items():
+        save(folder / f"{name}.safetensors", {word: vectors})
+    return [read_embedding(folder / f"{name}.safetensors") for name in files]
+
+
+WIDTHS = {"text_encoder": 8, "text_encoder_2": 16}
+
+
+def is_whole(embedding: Embedding) -> bool:
+    embedding.check(WIDTHS)
+    values = {name: set(v.flatten().tolist()) for name, v in embedding.vectors.items()}
+    return values == {"text_encoder": {1.0}, "text_encoder_2": {2.0}}
+
+
+def test_a_folder_holds_both_halves(tmp_path: Path) -> None:
+    halves(tmp_path, "learned_embeds", "learned_embeds_2")
+    embedding = read_embedding(tmp_path)
+    assert is_whole(embedding)
+    assert list(embedding.rows) == ["<cat>"]
+    assert list(read_embedding(f"{tmp_path}=cat").rows) == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "word"),
+    [
+        ("learned_embeds", "learned_embeds_2", "<cat>"),
+        ("cat", "cat_2", "emb_params"),  # by their names
+        ("cat-l", "cat-g", "<cat>"),  # by the word
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_two_files_are_halves_of_one_word(
+    tmp_path: Path, first: str, second: str, word: str, turned: bool
+) -> None:
+    both = halves(tmp_path, first, second, word)
+    (embedding,) = join_halves(both[::-1] if turned else both, WIDTHS)
+    assert is_whole(embedding)
+
+
+def test_halves_of_equal_widths_are_told_by_their_order(tmp_path: Path) -> None:
+    files = [
+        save(tmp_path / f"cat{end}.pt", {"<cat>": VECTORS + i}) for i, end in enumerate(["", "_2"])
+    ]
+    (embedding,) = join_halves([read_embedding(f) for f in files], {"a": 12, "b": 12})
+    assert np.array_equal(embedding.vectors["text_encoder"], VECTORS.numpy())
+    assert np.array_equal(embedding.vectors["text_encoder_2"], VECTORS.numpy() + 1)
+
+
+def test_what_is_no_pair_of_halves(tmp_path: Path) -> None:
+    one, other = (
+        read_embedding(save(tmp_path / f"{name}.pt", {f"<{name}>": VECTORS})) for name in "ab"
+    )
+    assert join_halves([one, other], {"a": 12, "b": 12}) == [one, other]
+    assert join_halves(halves(tmp_path, "c", "c_2"), {"text_encoder": 8})[0].name == "c"
+    with pytest.raises(ModelError, match="give the file of its other half too, or use one"):
+        one.check({"text_encoder": 12, "text_encoder_2": 16})
+    save(tmp_path / "learned_embeds.safetensors", {"<a>": VECTORS})
+    save(tmp_path / "learned_embeds_2.safetensors", {"<a>": VECTORS[:2].clone()})
+    with pytest.raises(ModelError, match="unequal numbers of vectors"):
+        read_embedding(tmp_path)

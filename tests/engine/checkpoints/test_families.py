@@ -113,7 +113,9 @@ def test_schedulers_of_variants_are_ones_that_diffusers_reads(family):
         values = {**family.scheduler, **variant.scheduler}
         getattr(diffusers, values["_class_name"]).from_config(values)
         schedule = NoiseSchedule.from_config(values)
-        assert schedule.timestep_spacing == ("leading" if variant.name == "lcm" else "trailing")
+        assert schedule.timestep_spacing == (
+            "leading" if variant.name in ("lcm", "tcd", "dmd2") else "trailing"
+        )
 
 
 FOREIGN = {  # names of published files: what the error says

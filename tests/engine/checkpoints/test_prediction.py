@@ -216,6 +216,22 @@ def test_the_size_in_training(name, metadata, size):
         ("realistic_hyper.safetensors", "sd1", "hyper", (4, 8), "DDIM"),
         ("LCM_Dreamshaper_v7_4k.safetensors", "sd1", "lcm", (4, 8), "LCM"),
         ("model_lcm_0-steps.safetensors", "sd1", "lcm", (4, 8), "LCM"),
+        ("dreamshaperXL_lightningDPMSDE.safetensors", "xl", "lightning", (4, 8), "EulerDiscrete"),
+        (
+            "dreamshaperXL_v21TurboDPMSDE.safetensors",
+            "xl",
+            "turbo",
+            (1, 4),
+            "EulerAncestralDiscrete",
+        ),
+        ("realvisxlV50_v50LightningBakedvae.ckpt", "xl", "lightning", (4, 8), "EulerDiscrete"),
+        ("juggernautXL_v9Rdphoto2Lightning.ckpt", "xl", "lightning", (4, 8), "EulerDiscrete"),
+        ("realisticVisionV60B1_v51HyperVAE.ckpt", "sd1", "hyper", (4, 8), "DDIM"),
+        ("NTRealXLHyper8step.safetensors", "xl", "hyper", (8, 8), "DDIM"),
+        ("photonLCM_v10.safetensors", "sd1", "lcm", (4, 8), "LCM"),
+        ("dmd2_sdxl_4step.safetensors", "xl", "dmd2", (4, 4), "LCM"),
+        ("epicrealismXL_vxviLastfameDMD2.safetensors", "xl", "dmd2", (4, 4), "LCM"),
+        ("model-TCD.safetensors", "xl", "tcd", (4, 8), "TCD"),
     ],
 )
 def test_models_of_few_steps_are_known_by_name(name, family, variant, steps, method):
@@ -224,7 +240,7 @@ def test_models_of_few_steps_are_known_by_name(name, family, variant, steps, met
     assert conclusion.variant.steps == steps
     assert conclusion.variant.guidance_scale == 1
     assert conclusion.scheduler["_class_name"] == f"{method}Scheduler"
-    spacing = "leading" if variant == "lcm" else "trailing"
+    spacing = "leading" if variant in ("lcm", "tcd", "dmd2") else "trailing"
     assert conclusion.scheduler["timestep_spacing"] == spacing
     note = f"it is distilled to few steps ({variant}), from the file's name"
     assert conclusion.notes[0] == note
@@ -238,7 +254,14 @@ def test_models_of_few_steps_are_known_by_title():
     assert "modelspec.title" in conclusion.notes[0]
 
 
-@pytest.mark.parametrize("name", ["hyperrealism.ckpt", "turbocharged.ckpt", "enlightening.ckpt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hyperrealism.ckpt", "turbocharged.ckpt", "enlightening.ckpt", "hyper_realistic_v3.ckpt"),
+        *("hyperRealism_v2.ckpt", "Hyper-Detailed-Mix.ckpt", "dmd_v2.ckpt", "lcmachine.ckpt"),
+        *("BlightningRod.ckpt", "ponyDiffusionV6XL_v6StartWithThisOne.safetensors"),
+    ],
+)
 def test_names_that_only_sound_like_it(name):
     assert concluded(name, "xl").variant is None
 

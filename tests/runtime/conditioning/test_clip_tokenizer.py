@@ -141,12 +141,36 @@ def test_words_are_added_to_those_that_are_known(clip):
 
 
 @pytest.mark.parametrize(
-    "word", ["cat</w>", "cat", "!", "<|endoftext|>", "<|EndOfText|>", "<s1>", "<S1>"]
+    ("word", "said"),
+    [
+        ("<|endoftext|>", "means no text"),
+        ("<|EndOfText|>", "means no text"),
+        (" ", "means no text"),
+        ("<s1>", "Two textual inversions mean the word"),
+        ("<S1>", "Two textual inversions mean the word"),
+    ],
 )
-def test_a_word_that_is_a_token_already(clip, word):
+def test_a_word_that_cannot_be_taught(clip, word, said):
     known = clip.with_words({"<s1>": SINGLE})
-    with pytest.raises(RequestError, match="is a token of the model already"):
+    with pytest.raises(RequestError, match=said):
         known.with_words({word: SINGLE})
+
+
+@pytest.mark.parametrize("word", ["cat", "!", "photo"])
+def test_a_word_counts_before_a_token(clip, word):
+    taught = clip.with_words({word: SINGLE})
+    assert clip.is_token(word)
+    plain = words(clip(["a category; photography"]).input_ids[0])
+    assert words(taught(["a category; photography"]).input_ids[0]) == plain
+    assert words(taught([f"a {word} of"]).input_ids[0]) == [320, FIRST, 539]
+
+
+def test_the_longest_word_counts(clip):
+    taught = clip.with_words({"nice": SINGLE, "nice-style": range(49409, 49410)})
+    row = words(taught(["Nice-Style, nice"]).input_ids[0])
+    assert row == [49409, 267, FIRST]
+    assert taught.words_in("a NICE-style") == {"nice-style"}
+    assert clip.words_in("nice") == set()
 
 
 def test_two_words_that_differ_in_case_are_one(clip):

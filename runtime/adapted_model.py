@@ -1,0 +1,131 @@
+"""A model with its engines, and what is put on it: adapters, words, and those that prompts name."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from engine.adapters.adapter import Adapter, AdapterChoice, read_adapters
+from engine.adapters.few_steps import with_few_steps
+from engine.adapters.folder import check_folder
+from engine.adapters.textual_inversion import Embedding, read_embedding
+from engine.backends.base import Engine
+from engine.engines import Engines
+from engine.graphs.graph import Part, TextPart
+from engine.model import Model
+from runtime.checks import OneOrMore, several
+from runtime.conditioning.encoder import Encoder
+from runtime.conditioning.names import named_adapters
+from runtime.conditioning.tokenizer import Tokenizer
+from runtime.denoising.device_loop import DeviceLoop
+from runtime.request import Request
+from runtime.samplers.noise_schedule import NoiseSchedule
+
+
+class AdaptedModel:
+    """A model's engines and text encoders, with the adapters and the words that are on.
+
+    engines: the engines, with the settings and the precision that were chosen for them
+    lora_dir: where adapters are that prompts name, as `<lora:name:0.8>`
+    """
+
+    def __init__(
+        self,
+        engines: Engines,
+        tokenizers: Mapping[TextPart, Tokenizer],
+        *,
+        lora_dir: Path | None = None,
+    ) -> None:
+        self.engines = engines
+        self.lora_dir = None if lora_dir is None else check_folder(lora_dir)
+        self.encoder = Encoder(model=engines.model, tokenizers=tokenizers, engine=engines.engine)
+        self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
+        self._device_loop = DeviceLoop()
+        self._distilled = engines.model  # as its adapters distil it, where they do
+        self._few_steps = ""
+        # The adapters that were given, beside those that prompts name, and the words they bring.
+        self._loras: Sequence[tuple[Adapter, AdapterChoice]] = ()
+        self._named: Sequence[AdapterChoice] = ()
+        self._embeddings: list[Embedding] = []
+        self._bundled: list[Embedding] = []
+
+    def set_loras(
+        self,
+        loras: OneOrMore[str | Path | AdapterChoice] | None,
+        *,
+        strict: bool = False,
+    ) -> None:
+        """Put these adapters on in place of those that are on; none gives the model itself back.
+
+        loras: one or several, each a path, a text "FILE:WEIGHT", or an AdapterChoice. Weights that
+        no adapter changes stay bound as they are, the others are computed from the checkpoint
+        anew, so what an adapter leaves behind is the base bit for bit. Words that one brings are
+        known with it, and one that distils to few steps says what is drawn with by default.
+        strict: whether every module must fit the model, and not only half of them
+        Raises ModelError when one does not fit, and then the adapters stay as they were.
+        """
+        chosen: Sequence[str | Path | AdapterChoice] = several(loras)
+        adapters = read_adapters(chosen, strict=strict)
+        self._put_on(adapters)
+        self._loras, self._named = adapters, ()
+
+    def set_embeddings(self, embeddings: OneOrMore[str | Path] | None) -> None:
+        """Teach the text encoders these words of textual inversion in place of others.
+
+        A word is the file's name and what the file states, or WORD of "FILE=WORD". It is found in
+        a prompt whatever its case. Of XL's, two files may each hold a half. Raises ModelError when
+        a file is none or was trained for another text encoder, RequestError when two have a word.
+        """
+        files: Sequence[str | Path] = several(embeddings)
+        if files or self.encoder.extra:
+            read = [read_embedding(path) for path in files]
+            self.encoder = self.encoder.with_embeddings([*read, *self._bundled])
+            self._embeddings = read
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was concluded of the files, and what of them is not used, a sentence each."""
+        added = (*self.engines.adapter_notes, *self.encoder.notes)
+        return (*self.model.notes, *added, *filter(None, [self._few_steps]))
+
+    @property
+    def model(self) -> Model:
+        """What the model says of itself."""
+        return self.engines.model
+
+    @property
+    def model_path(self) -> Path:
+        """The folder or the file that the model came from."""
+        return self.model.path
+
+    def engine(self, part: Part) -> Engine:
+        """Return a part's engine, opening it at the first call."""
+        return self.engines.engine(part)
+
+    def _put_on(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
+        bundled = [embedding for adapter, _ in adapters for embedding in adapter.embeddings]
+        encoder = self.encoder.without_cache()
+        if bundled or self._bundled:
+            encoder = encoder.with_embeddings([*self._embeddings, *bundled])
+        self._device_loop.reset()
+        self.engines.set_loras(adapters)
+        self.encoder, self._bundled = encoder, bundled
+        choices = [choice for _, choice in adapters]
+        self._distilled, self._few_steps = with_few_steps(self.model, choices)
+        self.schedule = NoiseSchedule.from_config(self._distilled.scheduler)
+
+    def _heed_names(self, request: Request) -> list[str]:
+        """Put on the adapters that the prompts name; return notes on what they name in vain."""
+        named, notes = self._names_in(request)
+        if named != list(self._named):
+            self._put_on([*self._loras, *read_adapters(named)])
+            self._named = named
+            _, notes = self._names_in(request)  # they may have brought words
+        return notes
+
+    def _names_in(self, request: Request) -> tuple[list[AdapterChoice], list[str]]:
+        return named_adapters(
+            request.prompts if request.prompt_syntax else (),
+            request.negative_prompts if request.prompt_syntax else (),
+            words=self.encoder.words,
+            folder=self.lora_dir,
+            given={choice.known_as for _, choice in self._loras},
+        )
