@@ -20,11 +20,13 @@ from engine.backends.openvino.layers import put_weight, round_inputs
 from engine.backends.openvino.winograd import transform_convolutions
 from engine.backends.settings import ComputePrecision, processors
 from engine.checkpoints.formats.files import release
+from engine.checkpoints.formats.tensors import is_mapped
 from engine.errors import BackendError, GraphError, LatentrtError, install
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.store.scratch import Scratch
 
+FILE_BYTES = 2**26  # of weights in memory alone, from where on they are put into a file
 RELEASE_S = 0.1  # between two times that this is done
 CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
 CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
@@ -44,7 +46,9 @@ class OpenVinoEngine:
     """A graph as a compiled model whose weights are constants.
 
     float16 weights stay where they are, in the checkpoint's mapped file, and the library widens
-    each as it rearranges it: no float32 copy of all of them is made. bfloat16 is what convolutions
+    each as it rearranges it: no float32 copy of all of them is made. Those that a file holds as
+    other numbers (bfloat16, float8, GGML's blocks) are put into a file of their own, where nothing
+    is computed in float32 as float16. bfloat16 is what convolutions
     and matrix products take and give; they sum in float32, as norms do. In int8 the layers whose
     `ranges` are known take whole numbers, and all else is bfloat16 where the processor has it.
 
@@ -172,6 +176,7 @@ class OpenVinoEngine:
                 parameters.setdefault(given.get_friendly_name(), []).append(given)
         size = sum(math.prod(self._graph.weights[name]) for name in self._ranges)
         scratch = Scratch(size) if size else None
+        self._scratches = [scratch] if scratch else []
 
         def taken(named: tuple[str, NDArray[Any]]) -> tuple[str, NDArray[Any] | QuantizedWeight]:
             name, array = named
@@ -180,15 +185,34 @@ class OpenVinoEngine:
         with ThreadPoolExecutor(processors()) as pool:
             for names in weight_chunks(self._graph):
                 bound = bind(self._graph, self._weights, names, keep_float16=True)
-                for name, weight in pool.map(taken, bound):
+                for name, weight in self._put_into_file(dict(pool.map(taken, bound))).items():
                     if scratch and isinstance(weight, QuantizedWeight):  # the library copies it
                         weight = replace(weight, values=scratch.put(weight.values))
                     with self._graph_errors():
                         if name in parameters:
                             put_weight(self._library, model, parameters[name], weight)
                 release(self._weights)
-        self._scratches = [scratch] if scratch else []
         return model
+
+    def _put_into_file(
+        self, weights: Mapping[str, NDArray[Any] | QuantizedWeight]
+    ) -> Mapping[str, NDArray[Any] | QuantizedWeight]:
+        """Put arrays into a file if many of them are in memory alone."""
+        arrays = {
+            name: array
+            for name, array in weights.items()
+            if not isinstance(array, QuantizedWeight) and not is_mapped(array)
+        }
+        size = sum(array.nbytes for array in arrays.values())
+        if size < FILE_BYTES:
+            return weights
+        scratch = Scratch(size)
+        self._scratches.append(scratch)
+        narrow = self._precision != "float32"
+        return {
+            **weights,
+            **{n: scratch.put(_narrow(a) if narrow else a) for n, a in arrays.items()},
+        }
 
     def _prepare(self, model: Any) -> None:
         """Change a model whose weights are still parameters."""
@@ -223,6 +247,13 @@ class OpenVinoEngine:
                 f"OpenVINO cannot open {self._graph.path} ({_reason(error)}); make it anew with "
                 "`python -m export MODEL`"
             ) from error
+
+
+def _narrow(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a matrix as float16 numbers, unless they leave its range; vectors stay as they are."""
+    if array.ndim < 2 or np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+        return array
+    return array.astype(np.float16)
 
 
 def _joined(some: Shapes, others: Shapes) -> Shapes:

@@ -37,6 +37,7 @@ __all__ = [
     "are_counts",
     "damaged",
     "extent",
+    "is_mapped",
     "is_unicode",
     "map_file",
     "parse_object",
@@ -155,6 +156,14 @@ def map_file(path: Path) -> mmap.mmap:
         if not os.fstat(file.fileno()).st_size:
             raise damaged(path, "it is empty")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def is_mapped(array: NDArray[Any]) -> bool:
+    """Tell whether an array is a view of a mapped file, whose memory the system can drop."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap)
 
 
 def are_counts(values: Any) -> bool:
