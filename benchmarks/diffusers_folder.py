@@ -7,11 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig
+from engine.configs.diffusion import (
+    AutoencoderConfig,
+    TextEncoderConfig,
+    TinyAutoencoderConfig,
+)
 from engine.model import Model
 from runtime.conditioning.tokenizer import PAD_TOKENS
 from runtime.conditioning.vocabulary import Vocabulary
 
+KL, TINY = "AutoencoderKL", "AutoencoderTiny"
 DIFFUSERS = "0.36.0"  # the oldest release that the configurations are written for
 # Numbers that are 0 here and null there where the UNet has no such layer.
 ABSENT = (
@@ -50,7 +55,7 @@ def _index(model: Model) -> dict[str, Any]:
         "_diffusers_version": DIFFUSERS,
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", TINY if isinstance(model.vae, TinyAutoencoderConfig) else KL],
         "feature_extractor": [None, None],
     }
     for name, config in model.text_encoders.items():
@@ -93,11 +98,13 @@ def _text(config: TextEncoderConfig) -> dict[str, Any]:
     }
 
 
-def _vae(config: AutoencoderConfig, side: int) -> dict[str, Any]:
+def _vae(config: AutoencoderConfig | TinyAutoencoderConfig, side: int) -> dict[str, Any]:
+    if isinstance(config, TinyAutoencoderConfig):
+        return {**asdict(config), "_class_name": TINY, "_diffusers_version": DIFFUSERS}
     levels = len(config.block_out_channels)
     return {
         **asdict(config),
-        "_class_name": "AutoencoderKL",
+        "_class_name": KL,
         "_diffusers_version": DIFFUSERS,
         "shift_factor": config.shift_factor or None,
         "down_block_types": ["DownEncoderBlock2D"] * levels,

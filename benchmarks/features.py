@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.configs.diffusion import AutoencoderConfig
 from engine.model import Model, find_model
 
 Distance = Callable[[NDArray[np.uint8], NDArray[np.uint8]], float]
@@ -30,6 +31,7 @@ def feature_distance() -> Distance | None:
     except ImportError:
         return None
     model = Model.open(find_model("pictogram"))
+    assert isinstance(model.vae, AutoencoderConfig)
     autoencoder = Autoencoder(model.vae).eval()
     load_weights(autoencoder, model.find("vae"), f"autoencoder of {model.path}")
 

@@ -119,7 +119,7 @@ class Engines:
             if self._closed:
                 raise BackendError(f"the engines of {self.model.path} were closed; load it again")
             name = COMPONENTS[part]
-            found = self.model.component(name)
+            found = self.model.weights(part)
             with self._naming_the_model():
                 self.opened[part] = self.open(part, self._adapted.get(name) or found)
             found.weights.release()

@@ -18,12 +18,13 @@ from engine.checkpoints.families.base import Variant
 from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.single_file import open_vae, read_file
-from engine.checkpoints.tiny_decoder import open_tiny_decoder
+from engine.checkpoints.tiny_autoencoder import is_tiny_folder, open_tiny_decoder
 from engine.checkpoints.unsupported import foreign_channels
 from engine.configs.diffusion import (
     AutoencoderConfig,
     Config,
     TextEncoderConfig,
+    TinyAutoencoderConfig,
     TinyDecoderConfig,
     UNetConfig,
     read_json,
@@ -155,7 +156,9 @@ class Model:
             if (name == TEXT_ENCODERS[0] and alone) or (path / name).is_dir():
                 configs[name] = TextEncoderConfig.load(path / name)
         if needs_vae or (path / "vae").is_dir():
-            configs["vae"] = AutoencoderConfig.load(path / "vae")
+            tiny = is_tiny_folder(path / "vae")
+            vae: type[Config] = TinyAutoencoderConfig if tiny else AutoencoderConfig
+            configs["vae"] = vae.load(path / "vae")
         if (path / "preview_decoder").is_dir():
             configs["preview_decoder"] = TinyDecoderConfig.load(path / "preview_decoder")
 
@@ -207,9 +210,11 @@ class Model:
         return self._config("unet", UNetConfig)
 
     @property
-    def vae(self) -> AutoencoderConfig:
+    def vae(self) -> AutoencoderConfig | TinyAutoencoderConfig:
         """The autoencoder's architecture; raises ModelError when the model has none."""
-        return self._config("vae", AutoencoderConfig)
+        config = self._config("vae", Config)
+        assert isinstance(config, AutoencoderConfig | TinyAutoencoderConfig)
+        return config
 
     @property
     def text_encoders(self) -> dict[TextPart, TextEncoderConfig]:
@@ -230,8 +235,15 @@ class Model:
         return self._config(COMPONENTS[part], Config)
 
     def weights(self, part: Part) -> Component:
-        """Open the weights of a part, memory-mapped; raises ModelError."""
-        return self.component(COMPONENTS[part])
+        """Open the weights of a part, memory-mapped; raises ModelError, also if it has none."""
+        component = self.component(COMPONENTS[part])
+        if part == "vae_encoder" and not any(name.startswith("encoder.") for name in component):
+            raise ModelError(
+                f"{self.path} has the decoder of a tiny autoencoder alone, and no picture can be "
+                "encoded; put its encoder's file beside it (taesd_encoder beside taesd_decoder), "
+                "or give another with --vae"
+            )
+        return component
 
     def component(self, name: ComponentName) -> Component:
         """Open a component's weights, memory-mapped; raises ModelError, also if it has none."""
@@ -263,7 +275,7 @@ class Model:
     def _check_whole(self) -> None:
         """Raise ModelError unless all parts are there."""
         self._check_widths()  # once more, with the autoencoder that was given
-        self._config("vae", AutoencoderConfig)
+        self._config("vae", Config)
         self._check_texts()
 
     def _check_texts(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from engine.checkpoints.families import FAMILIES
-from engine.configs.diffusion import Config, TinyDecoderConfig
+from engine.configs.diffusion import Config, TinyAutoencoderConfig, TinyDecoderConfig
 from engine.graphs.graph import Part
 from engine.model import COMPONENTS
 
@@ -15,4 +15,7 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
             config for family in FAMILIES.values() for config in family.published.get(component, ())
         )
         yield from ((part, config) for config in dict.fromkeys(configs))
-    yield "preview_decoder", TinyDecoderConfig()  # TAESD
+    # TAESD, for every family: in the place of its autoencoder, and for previews
+    yield "vae_decoder", TinyAutoencoderConfig()
+    yield "vae_encoder", TinyAutoencoderConfig()
+    yield "preview_decoder", TinyDecoderConfig()

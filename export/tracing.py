@@ -21,6 +21,7 @@ from engine.configs.diffusion import (
     AutoencoderConfig,
     Config,
     TextEncoderConfig,
+    TinyAutoencoderConfig,
     TinyDecoderConfig,
     UNetConfig,
 )
@@ -30,7 +31,7 @@ from export.islands import computed_in, keep_float32
 from export.modules.autoencoder import Autoencoder
 from export.modules.clip import TextEncoder
 from export.modules.gpt2 import GPT2, LanguageModelPart
-from export.modules.tiny_autoencoder import PreviewDecode, TinyAutoencoder
+from export.modules.tiny_autoencoder import PreviewDecode, TinyAutoencoder, TinyEncode
 from export.modules.unet import UNet
 from export.parts import Step, TextEncode, VaeDecode, VaeEncode
 
@@ -55,6 +56,9 @@ MODULES: Mapping[type[Config], Callable[[Part, Any], nn.Module]] = {
     AutoencoderConfig: lambda part, config: (VaeDecode if part == "vae_decoder" else VaeEncode)(
         Autoencoder(config)
     ),
+    TinyAutoencoderConfig: lambda part, config: (
+        PreviewDecode if part == "vae_decoder" else TinyEncode
+    )(TinyAutoencoder(config)),
     TinyDecoderConfig: lambda part, config: PreviewDecode(TinyAutoencoder(config)),
     GPT2Config: lambda part, config: LanguageModelPart(GPT2(config)),
 }

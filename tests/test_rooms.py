@@ -24,8 +24,8 @@ ROOMS = {
         *("onnxruntime", "openvino", "tensorrt", "registry"),
     ),
     "engine.checkpoints": (
-        *("formats", "component", "ldm_names", "architecture", "parts", "families"),
-        *("unsupported", "prediction", "tiny_decoder", "gpt2", "single_file"),
+        *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
+        *("families", "unsupported", "prediction", "gpt2", "single_file"),
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),

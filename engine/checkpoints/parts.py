@@ -24,8 +24,19 @@ from engine.checkpoints.ldm_names import (
     text_encoder_sources,
     unet_sources,
 )
+from engine.checkpoints.tiny_autoencoder import (
+    has_tiny_decoder,
+    tiny_config,
+    tiny_sources,
+    wanted_sources,
+)
 from engine.configs.base import Config, Shape
-from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.configs.diffusion import (
+    AutoencoderConfig,
+    TextEncoderConfig,
+    TinyAutoencoderConfig,
+    UNetConfig,
+)
 from engine.errors import ModelError
 
 __all__ = [
@@ -45,7 +56,8 @@ Shapes = Mapping[str, Shape]
 C = TypeVar("C", bound=Config)
 
 UNET = "model.diffusion_model."
-VAE = ("first_stage_model.", "vae.")  # the second where stable-diffusion.cpp was given one apart
+# The others are stable-diffusion.cpp's: of an autoencoder that was given apart, of a tiny one.
+VAE = ("first_stage_model.", "vae.", "tae.")
 AVERAGED = "model_ema."  # what follows is the name under `model.` without its dots
 POOLED = 1280  # width of XL's pooled text, where its encoder is not in the file
 
@@ -146,13 +158,25 @@ def unet(*, linear: bool, refiner: bool = False) -> PartLayout[UNetConfig]:
     return PartLayout(prefixes=(UNET,), read=read, sources=sources)
 
 
-def autoencoder(scaling_factor: float) -> PartLayout[AutoencoderConfig]:
-    """Return the layout of an autoencoder; its scaling factor is no tensor's shape."""
-    return PartLayout(
-        prefixes=VAE,
-        read=lambda stored, before: autoencoder_config(stored, scaling_factor=scaling_factor),
-        sources=lambda config, stored: _under(stored, autoencoder_sources(config)),
-    )
+def autoencoder(
+    scaling_factor: float,
+) -> PartLayout[AutoencoderConfig | TinyAutoencoderConfig]:
+    """Return the layout of an autoencoder, whose scaling factor is no tensor's shape, or a tiny."""
+
+    def read(
+        stored: Stored, before: Mapping[ComponentName, Config]
+    ) -> AutoencoderConfig | TinyAutoencoderConfig:
+        if has_tiny_decoder(stored.shapes, stored.prefix):
+            tiny = tiny_sources(stored.shapes, stored.prefix)
+            return tiny_config(stored.path, {n: stored.shapes[s.name] for n, s in tiny.items()})
+        return autoencoder_config(stored, scaling_factor=scaling_factor)
+
+    def sources(config: AutoencoderConfig | TinyAutoencoderConfig, stored: Stored) -> Sources:
+        if isinstance(config, TinyAutoencoderConfig):
+            return wanted_sources(config, stored.shapes, stored.prefix)
+        return _under(stored, autoencoder_sources(config))
+
+    return PartLayout(prefixes=VAE, read=read, sources=sources)
 
 
 def _under(stored: Stored, sources: Sources) -> Sources:

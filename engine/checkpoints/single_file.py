@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
 
-from engine.checkpoints.architecture import Stored
+from engine.checkpoints.architecture import Stored, autoencoder_config
 from engine.checkpoints.component import (
     Component,
     ComponentName,
@@ -26,8 +26,13 @@ from engine.checkpoints.parts import (
     read_config,
 )
 from engine.checkpoints.prediction import Evidence, TrainingFacts, conclude
+from engine.checkpoints.tiny_autoencoder import (
+    has_tiny_decoder,
+    is_tiny_folder,
+    open_tiny_autoencoder,
+)
 from engine.checkpoints.unsupported import refuse_foreign
-from engine.configs.diffusion import AutoencoderConfig, Config
+from engine.configs.diffusion import AutoencoderConfig, Config, TinyAutoencoderConfig
 from engine.errors import ModelError
 
 __all__ = ["FileFields", "open_vae", "read_file"]
@@ -136,13 +141,16 @@ def _conclude(
 
 def open_vae(
     path: Path, scaling_factor: float = SCALING_FACTOR
-) -> tuple[AutoencoderConfig, Component]:
+) -> tuple[AutoencoderConfig | TinyAutoencoderConfig, Component]:
     """Open an autoencoder alone: a file in either layout, a whole model's, or diffusers' folder.
 
-    scaling_factor: of the model it is for; a file does not say, a folder's config.json does
+    scaling_factor: of the model it is for; a file does not say, a folder's config.json does, and a
+        tiny one's latents are scaled
     Raises ModelError when it is no autoencoder, and for any tensor that has no place.
     """
     weights = open_weights(path)
+    if is_tiny_folder(path) if path.is_dir() else has_tiny_decoder(weights.tensors):
+        return open_tiny_autoencoder(path)
     if path.is_dir():
         config = AutoencoderConfig.load(path)
         return config, diffusers_component(path, weights, config)
@@ -155,7 +163,7 @@ def open_vae(
             f"{path} holds no autoencoder of Stable Diffusion: it has no "
             f"{prefix}encoder.conv_in.weight; give a VAE's file or folder"
         )
-    config = layout.read(stored, {})
+    config = autoencoder_config(stored, scaling_factor=scaling_factor)
     if "encoder.mid_block" in stored:
         return config, diffusers_component(path, weights, config)
     sources = layout.sources(config, stored)

@@ -2,9 +2,6 @@
 
 The names of fields and tensors are those of diffusers and transformers. A value that this project
 does not implement is refused here, so that nothing downstream meets it.
-
-A tiny decoder for previews is that of TAESD (Bohan, "Tiny AutoEncoder for Stable Diffusion"), which
-takes the latents scaled, as they are in the sampler; diffusers calls it AutoencoderTiny.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +23,7 @@ from engine.configs.base import (
     resnet_activations,
     weight,
 )
+from engine.configs.tiny_autoencoder import TinyAutoencoderConfig, TinyDecoderConfig
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 
@@ -33,6 +31,7 @@ __all__ = [
     "AutoencoderConfig",
     "Config",
     "TextEncoderConfig",
+    "TinyAutoencoderConfig",
     "TinyDecoderConfig",
     "UNetConfig",
     "read_json",
@@ -164,6 +163,11 @@ class AutoencoderConfig(Config):
         return config
 
     @property
+    def draws_posterior(self) -> bool:
+        """Whether latents of a picture are drawn from a distribution that the encoder gives."""
+        return True
+
+    @property
     def overflows_float16(self) -> bool:
         """Whether activations leave float16's range, as those of XL's autoencoder do."""
         return self.scaling_factor == XL_SCALING_FACTOR
@@ -247,81 +251,3 @@ def _alive(config: AutoencoderConfig, part: str, pixels: int) -> Iterator[int]:
             yield resnet_activations(narrower, width) * area
         else:  # what comes from below is enlarged before it is narrowed
             yield max(2 * wider, resnet_activations(wider, width)) * area
-
-
-TINY_LEVELS = 4  # and twice the size between them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyDecoderConfig(Config):
-    """The half of a tiny autoencoder that previews need; all its levels have one width."""
-
-    latent_channels: int = 4
-    decoder_block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
-
-    def __post_init__(self) -> None:
-        """Refuse widths that change, and other numbers of levels."""
-        super(TinyDecoderConfig, self).__post_init__()
-        widths, blocks = self.decoder_block_out_channels, self.num_decoder_blocks
-        if len(widths) != TINY_LEVELS or len(blocks) != TINY_LEVELS or len(set(widths)) > 1:
-            raise ModelError(
-                f"a tiny decoder of the widths {widths} and blocks {blocks} is not supported; it "
-                f"must have {TINY_LEVELS} levels of one width, as TAESD has"
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read an AutoencoderTiny's configuration; refuse variants that change the maths."""
-        kind = values.get("_class_name")
-        if kind != "AutoencoderTiny":
-            raise ModelError(
-                f"config.json is of the class {kind!r}; an AutoencoderTiny's is expected, of TAESD "
-                "or its kin"
-            )
-        require_fixed(values, _TINY_FIXED)
-        return super(TinyDecoderConfig, cls).from_dict(values)
-
-    @property
-    def compression(self) -> int:
-        """Pixels along one side of the square that one latent value stands for."""
-        return int(2 ** (TINY_LEVELS - 1))
-
-    def tensor_shapes(self) -> dict[str, Shape]:
-        """Return the shape of every tensor, by the name in diffusers' AutoencoderTiny."""
-        return dict(_tiny_decoder(self))
-
-    def symbols(self) -> dict[str, int]:
-        """Return the channels of the latents."""
-        return {"C": self.latent_channels}
-
-    def activations(self, part: str, sizes: Sizes) -> int:
-        """Estimate the most numbers alive at once: in a block of the widest level."""
-        return 3 * self.decoder_block_out_channels[0] * sizes.pixels
-
-
-# Fields of diffusers' configuration with the only values that are implemented.
-_TINY_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("relu",),
-    "out_channels": (3,),
-    "scaling_factor": (1.0,),
-    "shift_factor": (0.0, None),
-    "upsample_fn": ("nearest",),
-    "upsampling_scaling_factor": (2,),
-}
-
-
-def _tiny_decoder(config: TinyDecoderConfig) -> Tensors:
-    """Layers are numbered through all levels, and those without weights count too."""
-    width, number = config.decoder_block_out_channels[0], 2  # an activation comes second
-    yield from weight("decoder.layers.0", width, config.latent_channels, 3, 3)
-    for level, blocks in enumerate(config.num_decoder_blocks, 1):
-        for _ in range(blocks):
-            for conv in (0, 2, 4):
-                yield from weight(f"decoder.layers.{number}.conv.{conv}", width, width, 3, 3)
-            number += 1
-        if level < len(config.num_decoder_blocks):
-            number += 1  # the enlarging
-            yield from weight(f"decoder.layers.{number}", width, width, 3, 3, bias=False)
-            number += 1
-    yield from weight(f"decoder.layers.{number}", 3, width, 3, 3)

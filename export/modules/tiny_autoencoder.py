@@ -1,13 +1,13 @@
-"""A tiny decoder for previews: TAESD (Bohan, "Tiny AutoEncoder for Stable Diffusion").
+"""A tiny autoencoder: TAESD (Bohan, "Tiny AutoEncoder for Stable Diffusion").
 
-Attribute names are those of diffusers' AutoencoderTiny, without its encoder.
+Attribute names are those of diffusers' AutoencoderTiny; for previews it has no encoder.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.configs.diffusion import TinyDecoderConfig
+from engine.configs.diffusion import TinyAutoencoderConfig, TinyDecoderConfig
 
 LIMIT = 3.0  # latents are bent smoothly into -3 to 3
 
@@ -33,7 +33,7 @@ class TinyBlock(nn.Module):
 class TinyDecoder(nn.Module):
     """Latents (B, latent_channels, h, w), scaled as drawn, to pictures (B, 3, 8 h, 8 w)."""
 
-    def __init__(self, config: TinyDecoderConfig) -> None:
+    def __init__(self, config: TinyAutoencoderConfig | TinyDecoderConfig) -> None:
         super().__init__()
         width, levels = config.decoder_block_out_channels[0], config.num_decoder_blocks
         layers: list[nn.Module] = [
@@ -53,13 +53,50 @@ class TinyDecoder(nn.Module):
         return self.layers(torch.tanh(latents / LIMIT) * LIMIT)
 
 
-class TinyAutoencoder(nn.Module):
-    """The half of a tiny autoencoder that previews need."""
+class TinyEncoder(nn.Module):
+    """Pictures (B, 3, H, W) in [0, 1] to latents (B, latent_channels, H / 8, W / 8), scaled."""
 
-    def __init__(self, config: TinyDecoderConfig) -> None:
+    def __init__(self, config: TinyAutoencoderConfig) -> None:
+        super().__init__()
+        width = config.encoder_block_out_channels[0]
+        layers: list[nn.Module] = []
+        for level, blocks in enumerate(config.num_encoder_blocks):
+            if level:
+                layers.append(nn.Conv2d(width, width, 3, padding=1, stride=2, bias=False))
+            else:
+                layers.append(nn.Conv2d(3, width, 3, padding=1))
+            layers += [TinyBlock(width) for _ in range(blocks)]
+        layers.append(nn.Conv2d(width, config.latent_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the latents, as they are in the sampler."""
+        return self.layers(pixels)
+
+
+class TinyAutoencoder(nn.Module):
+    """A tiny autoencoder, or the half of one that previews need."""
+
+    def __init__(self, config: TinyAutoencoderConfig | TinyDecoderConfig) -> None:
         super().__init__()
         self.config = config
+        if isinstance(config, TinyAutoencoderConfig):
+            self.encoder = TinyEncoder(config)
         self.decoder = TinyDecoder(config)
+
+
+class TinyEncode(nn.Module):
+    """pixels (B, H, W, 3) uint8 -> latents (B, C, h, w) float32, scaled; noise is not used."""
+
+    def __init__(self, autoencoder: TinyAutoencoder) -> None:
+        super().__init__()
+        self.model = autoencoder
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        """Encode; the latents are no distribution's."""
+        dtype = next(self.model.parameters()).dtype
+        scaled = pixels.float().permute(0, 3, 1, 2) / 255.0
+        return self.model.encoder(scaled.to(dtype)).float()
 
 
 class PreviewDecode(nn.Module):

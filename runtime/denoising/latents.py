@@ -133,7 +133,8 @@ class LatentSpace:
             constant["image_conditioning"] = self._image_conditioning(plan, rngs)
         elif plan.cells is not None:
             constant["mask"] = np.repeat(plan.cells[None], batch, axis=0)
-            draw(rngs, shape)  # of the masked image, which diffusers encodes here for nothing
+            if self.model.vae.draws_posterior:
+                draw(rngs, shape)  # of the masked image, which diffusers encodes here for nothing
         registers = np.zeros((batch, program.matrices.shape[1], *shape), np.float32)
         if plan.blends:
             assert latents is not None
@@ -184,9 +185,12 @@ class LatentSpace:
 
     def _encode(self, pixels: NDArray[np.uint8], rngs: Sequence[Noise]) -> Array:
         """Encode one image for all, (H, W, 3), or one for each; each draws its own posterior."""
-        compression = self.model.vae.compression
+        vae, compression = self.model.vae, self.model.vae.compression
         height, width = (side // compression for side in pixels.shape[-3:-1])
-        noise = draw(rngs, (self.model.vae.latent_channels, height, width))
+        shape = vae.latent_channels, height, width
+        noise = np.zeros((len(rngs), *shape), np.float32)
+        if vae.draws_posterior:
+            noise = draw(rngs, shape)
         pixels = np.broadcast_to(pixels, (len(rngs), *pixels.shape[-3:]))
         run = self.engine("vae_encoder").run
         return tiles.encode(run, np.ascontiguousarray(pixels), noise, compression)

@@ -83,7 +83,7 @@ FEATURES_RTOL = 1e-4  # of float32 activations, against diffusers' encoder and c
 # step_shallow: deep features kept between steps
 SHALLOW_RTOL = 1e-5  # of the registers: around its own deep features it does the same sums
 CACHED_LATENTS_RTOL = 1e-4  # of a whole loop: against diffusers' UNet with the features kept
-# engine/checkpoints/tiny_decoder.py, export/modules/tiny_autoencoder.py: against diffusers
+# engine/checkpoints/tiny_autoencoder.py, export/modules/tiny_autoencoder.py: against diffusers
 TINY_PIXELS = 0.51  # of 255: rounding to bytes, and float32 in another order
 # runtime/pipeline.py: previews by the tiny decoder that ships, against the full decode
 TINY_PREVIEW_PSNR_DB = 22  # mean of eight pictures; 23.7 measured, the linear map has 19.7
