@@ -34,7 +34,8 @@ def transformer_fields(
         )
     levels = [{*a, *b} - {0} for a, b in zip(down, reversed(up), strict=True)]
     levels[-1] |= {middle} - {0}
-    if all(len(depths) < 2 for depths in levels):
+    mixed = any(0 in level and any(level) for level in (*down, *up))  # which is refused
+    if not mixed and all(len(depths) < 2 for depths in levels):
         depths = [next(iter(level), 0) for level in levels]
         if len({*depths} - {0}) < 2:
             return {DOWN: max(*depths, 1)}
@@ -47,25 +48,24 @@ def transformer_fields(
 
 
 def by_layer(
-    depths: Sequence[int] | Sequence[tuple[int, ...]], layers: Sequence[int]
+    depths: Sequence[int | tuple[int, ...]], layers: Sequence[int]
 ) -> list[tuple[int, ...]]:
     """Return depths by level and layer, of which each level has one or a list."""
-    return [
-        (depth,) * count if isinstance(depth, int) else depth
-        for depth, count in zip(depths, layers, strict=False)
-    ]
+    found: list[tuple[int, ...]] = []
+    for depth, count in zip(depths, layers, strict=False):
+        found.append((depth,) * count if isinstance(depth, int) else depth)
+    return found
 
 
 def check_depths(
-    depths: Sequence[Sequence[int]], kinds: Sequence[str], layers: Sequence[int]
+    name: str, depths: Sequence[Sequence[int]], kinds: Sequence[str], layers: Sequence[int]
 ) -> None:
     """Raise ModelError unless each layer has a depth, above 0 where its block has transformers."""
     for level, kind, count in zip(depths, kinds, layers, strict=False):
         if len(level) != count or ("CrossAttn" in kind) != all(level):
             raise ModelError(
-                f"a {kind} of {count} layers has transformers of {level} blocks; expected is a "
-                "number above 0 for each layer that attends to the text, and 0 for others: check "
-                "the UNet's config.json"
+                f"{name} has {tuple(level)} for a {kind} of {count} layers; expected is a number "
+                "above 0 for each layer that attends to the text: check the UNet's config.json"
             )
 
 

@@ -90,9 +90,13 @@ class UNetConfig(Config):
             if level in self.attention_levels():
                 heads = self.heads()[level]
                 require_multiple("block_out_channels", channels, "attention_head_dim", heads)
-        check_depths(self.down_depths(), self.down_block_types, self.layers())
+        check_depths(
+            "transformer_layers_per_block", self.down_depths(), self.down_block_types, self.layers()
+        )
         layers = [count + 1 for count in reversed(self.layers())]
-        check_depths(self.up_depths(), self.up_block_types, layers)
+        check_depths(
+            "reverse_transformer_layers_per_block", self.up_depths(), self.up_block_types, layers
+        )
         if self.addition_embed_type == "text":
             heads = self.addition_embed_type_num_heads
             width = self.cross_attention_dim
