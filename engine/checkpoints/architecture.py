@@ -4,22 +4,25 @@ Four things no shape tells, and these rules do: heads (the caller's), 32 groups 
 heads of 64 values in the text encoders, and the end-of-text token, the largest id of all.
 """
 
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Self
 
 from engine.configs.base import Shape
 from engine.configs.diffusion import LARGEST_ID, AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.configs.transformer_depths import ATTENDING_MIDDLE, transformer_fields
 from engine.errors import MissingTensorError, ModelError
 
 __all__ = [
     "CONDITIONS",
+    "CONTEXT",
     "LINEAR_PROJECTION",
     "Stored",
     "autoencoder_config",
     "clip_config",
+    "first_transformer",
     "open_clip_config",
     "unet_config",
 ]
@@ -48,6 +51,8 @@ MAX_NAME = 200  # characters; real names have some 100
 CONDITIONS = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
 # OpenCLIP's projection of the text as diffusers' converter writes it: (out, in), as of all layers.
 LINEAR_PROJECTION = "text_projection.weight"
+CONTEXT = "transformer_blocks.0.attn2.to_k.weight"  # reads the text
+UNET_BLOCKS = ("input_blocks.", "middle_block.", "output_blocks.")
 SIZES = 6  # numbers about sizes and crops that XL is told; its refiner takes 5
 
 
@@ -103,10 +108,14 @@ class Stored:
 
 @dataclass(slots=True, kw_only=True)
 class _Level:
-    """One resolution of the UNet on the way down; `depths` are its transformers' blocks."""
+    """One resolution of the UNet on the way down.
+
+    depths: its transformers' blocks; blocks: the numbers of its residual blocks
+    """
 
     width: int
     depths: list[int]
+    blocks: list[int] = field(default_factory=list)
 
 
 def unet_config(stored: Stored, *, linear: bool, pooled: int, refiner: bool) -> UNetConfig:
@@ -116,24 +125,37 @@ def unet_config(stored: Stored, *, linear: bool, pooled: int, refiner: bool) -> 
     Stable Diffusion 2 and XL; else convolutions and 8 heads. pooled: width of XL's pooled text.
     """
     levels = _levels(stored)
-    middle = stored.count("middle_block.1.transformer_blocks.{}")
     widths = tuple(level.width for level in levels)
     layers = [len(level.depths) for level in levels]
-    attends = [bool(level.depths[0]) for level in levels]
+    downs = [level.depths for level in levels]
+    ups = _depths_on_the_way_up(stored, layers[::-1])
+    middle = stored.count("middle_block.1.transformer_blocks.{}")
+    for level, depths in enumerate((*downs, *ups)):
+        if 0 in depths and any(depths):
+            raise ModelError(
+                f"{stored.path} has a UNet whose level {level} has transformers of {depths} "
+                "blocks; supported are levels with a transformer behind each residual block, or "
+                "with none: use a Stable Diffusion 1.x, 2.x or XL model"
+            )
     inputs = 0
     if "label_emb" in stored:
         inputs = stored.size("label_emb.0.0.weight", 1)
     condition = next((name for name in CONDITIONS if name in stored), None)
+    context = stored.size(f"{first_transformer(stored)}.{CONTEXT}", 1)
+    # Those that were distilled to no attention at the first level have heads of one size, too.
+    counted = not linear and any(downs[0])
     return UNetConfig(
         in_channels=stored.size("input_blocks.0.0.weight", 1),
         out_channels=stored.size("out.2.weight"),
         block_out_channels=widths,
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),
+        down_block_types=tuple("CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in downs),
+        mid_block_type=_middle_type(stored, middle),
+        up_block_types=tuple("CrossAttnUpBlock2D" if any(d) else "UpBlock2D" for d in ups),
         layers_per_block=layers[0] if len(set(layers)) == 1 else tuple(layers),
-        cross_attention_dim=stored.size("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 1),
-        attention_head_dim=tuple(_heads(width) for width in widths) if linear else SD1_HEADS,
-        transformer_layers_per_block=_transformer_layers(stored, levels, middle),
+        cross_attention_dim=context,
+        attention_head_dim=SD1_HEADS if counted else tuple(_heads(width) for width in widths),
+        **transformer_fields(downs, ups, middle),
+        only_cross_attention=_text_alone(stored, levels, context),
         use_linear_projection=linear,
         addition_embed_type="text_time" if inputs else None,
         addition_time_embed_dim=max(inputs - pooled, 0) // (SIZES - refiner) if inputs else 0,
@@ -152,30 +174,51 @@ def _levels(stored: Stored) -> list[_Level]:
         elif block in stored:
             levels[-1].width = stored.size(f"{block}.0.in_layers.2.weight")
             levels[-1].depths.append(stored.count(f"{block}.1.transformer_blocks.{{}}"))
+            levels[-1].blocks.append(number)
         else:
             break
-    for i, level in enumerate(levels):
-        if len(set(level.depths)) != 1:
-            raise ModelError(
-                f"{stored.path} has a UNet whose level {i} has transformers of {level.depths} "
-                "blocks; supported are residual blocks with equally deep transformers at each "
-                "level: use a Stable Diffusion 1.x, 2.x or XL model"
-            )
     return levels
 
 
-def _transformer_layers(stored: Stored, levels: list[_Level], middle: int) -> int | tuple[int, ...]:
-    """One number where all transformers are equally deep, as diffusers' configurations have it."""
-    depths = [level.depths[0] for level in levels]
-    if depths[-1] not in (0, middle):
-        raise ModelError(
-            f"{stored.path} has a UNet with transformers of {depths[-1]} blocks at its lowest "
-            f"level and of {middle} in the middle; supported are equal numbers"
-        )
-    depths[-1] = middle
-    if len({depth for depth in depths if depth}) == 1:
-        return middle
-    return tuple(depth or 1 for depth in depths)
+def _depths_on_the_way_up(stored: Stored, layers: Sequence[int]) -> list[list[int]]:
+    """Count the blocks of the transformers of each level, from the lowest; one layer more each."""
+    numbers = count()
+    return [
+        [
+            stored.count(f"output_blocks.{next(numbers)}.1.transformer_blocks.{{}}")
+            for _ in range(n + 1)
+        ]
+        for n in layers
+    ]
+
+
+def _middle_type(stored: Stored, depth: int) -> str | None:
+    """Tell whether the middle is whole, a residual block alone, or not there."""
+    if depth:
+        return ATTENDING_MIDDLE
+    return "UNetMidBlock2D" if "middle_block.0" in stored else None
+
+
+def first_transformer(file: Stored, prefix: str = "") -> str:
+    """Return the name of the first transformer of a UNet, or that of the middle's if it has none.
+
+    prefix: of the UNet in a file that is read whole
+    """
+    last = f".{CONTEXT}"
+    within = file.prefix + prefix
+    ours = (name.removeprefix(within) for name in file.shapes if name.endswith(last))
+    found = next((name for name in ours if name.startswith(UNET_BLOCKS)), None)
+    return prefix + (found.removesuffix(last) if found else "middle_block.1")
+
+
+def _text_alone(stored: Stored, levels: list[_Level], context: int) -> bool | tuple[bool, ...]:
+    """Tell the levels whose first attention is to the text, by its width; False if none is."""
+    alone = []
+    for level in levels:
+        first = f"input_blocks.{level.blocks[0]}.1.transformer_blocks.0.attn1.to_k.weight"
+        width = stored.size(first, 1) if any(level.depths) else level.width
+        alone.append(width == context != level.width)
+    return tuple(alone) if any(alone) else False
 
 
 def autoencoder_config(stored: Stored, *, scaling_factor: float) -> AutoencoderConfig:

@@ -162,8 +162,11 @@ class Component(Mapping[str, NDArray[Any]]):
 def assemble(
     path: Path, weights: Weights, config: Config, sources: Mapping[str, Source]
 ) -> Component:
-    """Find every tensor of a part; raises ModelError naming one that is missing or does not fit."""
-    shapes = config.tensor_shapes()
+    """Find every tensor of a part; raises ModelError naming one that is missing or does not fit.
+
+    sources: of all its tensors, or of the half of an autoencoder that there is
+    """
+    shapes = {name: shape for name, shape in config.tensor_shapes().items() if name in sources}
     for name, source in sources.items():
         stored = weights.tensors.get(source.name)
         if stored is None:

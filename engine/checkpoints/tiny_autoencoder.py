@@ -7,12 +7,13 @@ the latents as the first. ComfyUI and stable-diffusion.cpp put a prefix before t
 import re
 from collections.abc import Container, Iterable, Mapping
 from itertools import pairwise
+from mmap import mmap
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from engine.checkpoints.component import Component, Source, assemble, refuse_left_over
-from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.formats.files import StoredTensor, Weights, open_weights
 from engine.configs.base import Shape, read_json
 from engine.configs.tiny_autoencoder import (
     CLASS_NAME,
@@ -129,7 +130,8 @@ def wanted_sources(
 
 def _joined(*paths: Path) -> tuple[Weights, dict[str, Shape]]:
     """Open files of one half each as one, under diffusers' names: TAESD's are the same in both."""
-    files, tensors = {}, {}
+    files: dict[Path, mmap] = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in paths:
         weights, prefix, _ = _open(path)
         files |= weights.files

@@ -1,6 +1,6 @@
 """Facts of a UNet: the architecture, as diffusers' `config.json` names it, and its tensors."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,34 +15,51 @@ from engine.configs.base import (
     require_length,
     require_multiple,
     resnet,
-    resnet_activations,
     weight,
 )
+from engine.configs.transformer_depths import (
+    ATTENDING_MIDDLE,
+    by_layer,
+    check_depths,
+    read_depths,
+    where_attended,
+)
+from engine.configs.unet_memory import alive, block_activations
 from engine.errors import ModelError
 
 __all__ = ["UNetConfig"]
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
-MID_BLOCKS = ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D")
+MID_BLOCKS = (ATTENDING_MIDDLE, "UNetMidBlock2D", None)
+DOWN = (*(("CrossAttnDownBlock2D",) * 3), "DownBlock2D")  # of Stable Diffusion 1
+UP = ("UpBlock2D", *(("CrossAttnUpBlock2D",) * 3))
 ADDITION_EMBEDS = (None, "text", "text_time")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UNetConfig(Config):
-    """A UNet with cross-attention (Rombach et al. 2022, arXiv:2112.10752, appendix E)."""
+    """A UNet with cross-attention (Rombach et al. 2022, arXiv:2112.10752, appendix E).
+
+    mid_block_type: None for no middle, as of models that were distilled to a smaller one
+    transformer_layers_per_block: blocks of each transformer: one number, by level, or by level and
+        layer, and then the way up has its own, in the order in which it is run
+    only_cross_attention: whether transformers attend to the text alone, in the place of positions
+    """
 
     in_channels: int = 4
     out_channels: int = 4
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    down_block_types: tuple[str, ...] = (*(("CrossAttnDownBlock2D",) * 3), "DownBlock2D")
-    up_block_types: tuple[str, ...] = ("UpBlock2D", *(("CrossAttnUpBlock2D",) * 3))
-    mid_block_type: str = "UNetMidBlock2DCrossAttn"
+    down_block_types: tuple[str, ...] = DOWN
+    up_block_types: tuple[str, ...] = UP
+    mid_block_type: str | None = ATTENDING_MIDDLE
     layers_per_block: int | tuple[int, ...] = 2
     cross_attention_dim: int = 1280
     attention_head_dim: int | tuple[int, ...] = 8
     num_attention_heads: int | tuple[int, ...] | None = None
-    transformer_layers_per_block: int | tuple[int, ...] = 1
+    transformer_layers_per_block: int | tuple[int, ...] | tuple[tuple[int, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[tuple[int, ...], ...] | None = None
+    only_cross_attention: bool | tuple[bool, ...] = False
     use_linear_projection: bool = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
@@ -74,6 +91,13 @@ class UNetConfig(Config):
             if level in self.attention_levels():
                 heads = self.heads()[level]
                 require_multiple("block_out_channels", channels, "attention_head_dim", heads)
+        check_depths(
+            "transformer_layers_per_block", self.down_depths(), self.down_block_types, self.layers()
+        )
+        layers = [count + 1 for count in reversed(self.layers())]
+        check_depths(
+            "reverse_transformer_layers_per_block", self.up_depths(), self.up_block_types, layers
+        )
         if self.addition_embed_type == "text":
             heads = self.addition_embed_type_num_heads
             width = self.cross_attention_dim
@@ -90,7 +114,7 @@ class UNetConfig(Config):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read a UNet2DConditionModel's configuration; refuse variants that change the maths."""
         require_fixed(values, _UNET_FIXED)
-        return super(UNetConfig, cls).from_dict(values)
+        return super(UNetConfig, cls).from_dict({**values, **read_depths(values, DOWN, UP)})
 
     @property
     def addition_time_ids(self) -> int:
@@ -140,8 +164,9 @@ class UNetConfig(Config):
         rows, latents = sizes.groups * sizes.batch, sizes.height * sizes.width // 64
         if part == "step_shallow":
             width, attends = self.block_out_channels[0], 0 in self.attention_levels()
-            return rows * latents * (_block(2 * width, width, attends) + width)
-        return rows * max(_alive(self, latents))
+            return rows * latents * (block_activations(2 * width, width, attends) + width)
+        levels = self.attention_levels()
+        return rows * max(alive(self.block_out_channels, self.layers(), levels, latents))
 
     def tables(self, sizes: Sizes) -> int:
         """Count the registers, twice, the noise of all steps, deep features and the texts."""
@@ -162,15 +187,36 @@ class UNetConfig(Config):
         last = len(self.block_out_channels) - 1
         down = {i for i, block in enumerate(self.down_block_types) if "CrossAttn" in block}
         up = {last - i for i, block in enumerate(self.up_block_types) if "CrossAttn" in block}
-        return down | up | ({last} if "CrossAttn" in self.mid_block_type else set())
+        return down | up | ({last} if self.middle_depth() else set())
 
     def layers(self) -> tuple[int, ...]:
         """Residual blocks by level, on the way down; one more on the way up."""
         return self._by_level(self.layers_per_block)
 
-    def transformer_layers(self) -> tuple[int, ...]:
-        """Transformer blocks of each attention, by level."""
-        return self._by_level(self.transformer_layers_per_block)
+    def down_depths(self) -> tuple[tuple[int, ...], ...]:
+        """Blocks of the transformers on the way down, by level and layer; 0 where there is none."""
+        return where_attended(by_layer(self._depths(), self.layers()), self.down_block_types)
+
+    def up_depths(self) -> tuple[tuple[int, ...], ...]:
+        """Blocks of the transformers on the way up, in its order; 0 where there is none."""
+        depths = self.reverse_transformer_layers_per_block or self._depths()[::-1]
+        layers = [count + 1 for count in reversed(self.layers())]
+        return where_attended(by_layer(depths, layers), self.up_block_types)
+
+    def middle_depth(self) -> int:
+        """Blocks of the middle's transformer; 0 if there is none."""
+        lowest = self._depths()[-1]
+        depth = lowest if isinstance(lowest, int) else lowest[0]
+        return depth if self.mid_block_type == ATTENDING_MIDDLE else 0
+
+    def _depths(self) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
+        depths = self.transformer_layers_per_block
+        return (depths,) * len(self.block_out_channels) if isinstance(depths, int) else depths
+
+    def attends_to_text_alone(self, level: int | None) -> bool:
+        """Whether the transformers of a level have no self-attention; the middle's (None) have."""
+        chosen = self.only_cross_attention
+        return level is not None and (chosen if isinstance(chosen, bool) else chosen[level])
 
     def _by_level(self, value: int | tuple[int, ...]) -> tuple[int, ...]:
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
@@ -184,6 +230,8 @@ _BY_LEVEL = (
     "attention_head_dim",
     "num_attention_heads",
     "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "only_cross_attention",
 )
 
 # Fields of diffusers' UNet configuration with the only values that are implemented.
@@ -203,10 +251,8 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_scale_factor": (1,),
     "mid_block_only_cross_attention": (None, False),
     "num_class_embeds": (None,),
-    "only_cross_attention": (False,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
@@ -214,14 +260,17 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _transformer(name: str, width: int, layers: int, config: UNetConfig) -> Tensors:
+def _transformer(
+    name: str, width: int, layers: int, config: UNetConfig, level: int | None
+) -> Tensors:
     kernel = () if config.use_linear_projection else (1, 1)
+    first = config.cross_attention_dim if config.attends_to_text_alone(level) else width
     yield from weight(f"{name}.norm", width)
     yield from weight(f"{name}.proj_in", width, width, *kernel)
     for i in range(layers):
         block = f"{name}.transformer_blocks.{i}"
         yield from weight(f"{block}.norm1", width)
-        yield from attention(f"{block}.attn1", width, width)
+        yield from attention(f"{block}.attn1", width, first)
         yield from weight(f"{block}.norm2", width)
         yield from attention(f"{block}.attn2", width, config.cross_attention_dim)
         yield from weight(f"{block}.norm3", width)
@@ -236,10 +285,10 @@ def _tensors(config: UNetConfig) -> Tensors:
     yield from _time(config)
     skips = yield from _way_down(config)
     middle, time = widths[-1], 4 * widths[0]
-    yield from resnet("mid_block.resnets.0", middle, middle, time)
-    if config.mid_block_type == "UNetMidBlock2DCrossAttn":
-        layers = config.transformer_layers()[-1]
-        yield from _transformer("mid_block.attentions.0", middle, layers, config)
+    if config.mid_block_type:
+        yield from resnet("mid_block.resnets.0", middle, middle, time)
+    if layers := config.middle_depth():
+        yield from _transformer("mid_block.attentions.0", middle, layers, config, None)
         yield from resnet("mid_block.resnets.1", middle, middle, time)
     yield from _way_up(config, skips)
     yield from weight("conv_norm_out", widths[0])
@@ -276,9 +325,8 @@ def _way_down(config: UNetConfig) -> Generator[tuple[str, Shape], None, list[int
         block = f"down_blocks.{level}"
         for i in range(config.layers()[level]):
             yield from resnet(f"{block}.resnets.{i}", inputs, width, time)
-            if config.down_block_types[level] == "CrossAttnDownBlock2D":
-                layers = config.transformer_layers()[level]
-                yield from _transformer(f"{block}.attentions.{i}", width, layers, config)
+            if layers := config.down_depths()[level][i]:
+                yield from _transformer(f"{block}.attentions.{i}", width, layers, config, level)
             inputs = width
             skips.append(width)
         if level < len(widths) - 1:
@@ -291,51 +339,13 @@ def _way_up(config: UNetConfig, skips: Sequence[int]) -> Tensors:
     """The levels from narrow to wide; each residual block also takes the last skip that is left."""
     widths, time, left = config.block_out_channels, 4 * config.block_out_channels[0], list(skips)
     inputs = widths[-1]
-    for i, kind in enumerate(config.up_block_types):
+    for i, depths in enumerate(config.up_depths()):
         level = len(widths) - 1 - i
         block, width = f"up_blocks.{i}", widths[level]
-        for j in range(config.layers()[level] + 1):
+        for j, layers in enumerate(depths):
             yield from resnet(f"{block}.resnets.{j}", inputs + left.pop(), width, time)
-            if kind == "CrossAttnUpBlock2D":
-                layers = config.transformer_layers()[level]
-                yield from _transformer(f"{block}.attentions.{j}", width, layers, config)
+            if layers:
+                yield from _transformer(f"{block}.attentions.{j}", width, layers, config, level)
             inputs = width
         if level:
             yield from weight(f"{block}.upsamplers.0.conv", width, width, 3, 3)
-
-
-def _transformer_activations(width: int) -> int:
-    """Channels alive in a gated feed-forward layer, 8 wide in and 4 out, around two residuals."""
-    return (2 + 8 + 4) * width
-
-
-def _alive(config: UNetConfig, latents: int) -> Iterator[int]:
-    """Go through the levels; yields the numbers alive in each block of one row of the batch."""
-    widths, levels = config.block_out_channels, len(config.block_out_channels)
-    attends, inputs = config.attention_levels(), widths[0]
-    skips = [(widths[0], latents)]
-    for level, width in enumerate(widths):
-        area = latents // 4**level
-        for _ in range(config.layers()[level]):
-            yield _block(inputs, width, level in attends) * area + _sum(skips)
-            skips.append((width, area))
-            inputs = width
-        if level < levels - 1:
-            skips.append((width, area // 4))
-    for level in reversed(range(levels)):
-        width, area = widths[level], latents // 4**level
-        for _ in range(config.layers()[level] + 1):
-            skip, _ = skips.pop()
-            yield _block(inputs + skip, width, level in attends) * area + _sum(skips)
-            inputs = width
-        if level:
-            yield 2 * width * 4 * area + _sum(skips)
-
-
-def _block(inputs: int, outputs: int, attends: bool) -> int:
-    transformer = _transformer_activations(outputs) if attends else 0
-    return max(resnet_activations(inputs, outputs), transformer)
-
-
-def _sum(skips: Sequence[tuple[int, int]]) -> int:
-    return sum(width * area for width, area in skips)

@@ -32,14 +32,19 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each with a norm before it."""
+    """Self-attention, cross-attention and feed-forward, each with a norm before it.
 
-    def __init__(self, channels: int, heads: int, context_channels: int) -> None:
+    text_alone: the first attends to the text too
+    """
+
+    def __init__(self, channels: int, heads: int, context: int, *, text_alone: bool) -> None:
         super().__init__()
+        self.text_alone = text_alone
         self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, heads)
+        first = context if text_alone else None
+        self.attn1 = Attention(channels, heads, context_channels=first)
         self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, heads, context_channels=context_channels)
+        self.attn2 = Attention(channels, heads, context_channels=context)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
@@ -49,8 +54,12 @@ class TransformerBlock(nn.Module):
         With `groups`, what comes is the same for all g groups of the context, (g · B, m, …), and
         becomes theirs where it first meets them: -> (g · B, n, channels).
         """
-        hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
-        hidden_states = for_groups(hidden_states, groups)
+        if self.text_alone:
+            hidden_states = for_groups(hidden_states, groups)
+            hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), context)
+        else:
+            hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
+            hidden_states = for_groups(hidden_states, groups)
         hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), context)
         return hidden_states + self.ff(self.norm3(hidden_states))
 
@@ -61,7 +70,9 @@ class SpatialTransformer(nn.Module):
     The projections in and out are 1x1 convolutions, or linear layers (Stable Diffusion 2 and XL).
     """
 
-    def __init__(self, channels: int, heads: int, layers: int, config: UNetConfig) -> None:
+    def __init__(
+        self, channels: int, heads: int, layers: int, config: UNetConfig, *, text_alone: bool
+    ) -> None:
         super().__init__()
         self.linear = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_EPS)
@@ -72,7 +83,8 @@ class SpatialTransformer(nn.Module):
         else:
             self.proj_in, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(2))
         self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, config.cross_attention_dim) for _ in range(layers)
+            TransformerBlock(channels, heads, config.cross_attention_dim, text_alone=text_alone)
+            for _ in range(layers)
         )
 
     def forward(self, hidden_states: Tensor, context: Tensor, groups: int | None = None) -> Tensor:
@@ -91,15 +103,15 @@ class SpatialTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """One level of the UNet: residual blocks, each followed by a transformer where it has one."""
+    """One level of the UNet, or the middle (None); depths: of the transformers, 0 for none."""
 
     def __init__(
         self,
         channels: Sequence[tuple[int, int]],
         config: UNetConfig,
         *,
-        level: int,
-        attention: bool,
+        level: int | None,
+        depths: Sequence[int],
         down: bool = False,
         up: bool = False,
     ) -> None:
@@ -115,14 +127,13 @@ class Block(nn.Module):
             )
             for inputs, outputs in channels
         )
-        # The middle has two residual blocks around one transformer, or one block alone.
-        transformers = len(channels) if level >= 0 else len(channels) - 1
+        attention = any(depths)
         if attention:
+            heads = config.heads()[-1 if level is None else level]
+            alone = config.attends_to_text_alone(level)
             self.attentions = nn.ModuleList(
-                SpatialTransformer(
-                    width, config.heads()[level], config.transformer_layers()[level], config
-                )
-                for _ in range(transformers)
+                SpatialTransformer(width, heads, depth, config, text_alone=alone)
+                for depth in depths
             )
         if down:
             self.downsamplers = nn.ModuleList([Downsample(width)])
@@ -221,9 +232,10 @@ class UNet(nn.Module):
                 config.cross_attention_dim, embedding, config.addition_embed_type_num_heads
             )
         self.down_blocks, skips = _down_blocks(config)
-        attention = config.mid_block_type == "UNetMidBlock2DCrossAttn"
-        channels = [(widths[-1], widths[-1])] * (2 if attention else 1)
-        self.mid_block = MidBlock(channels, config, level=-1, attention=attention)
+        if config.mid_block_type:
+            depth = config.middle_depth()
+            channels = [(widths[-1], widths[-1])] * (2 if depth else 1)
+            self.mid_block = MidBlock(channels, config, level=None, depths=(depth,))
         self.up_blocks = _up_blocks(config, skips)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
@@ -281,7 +293,8 @@ class UNet(nn.Module):
             hidden_states, more = block(hidden_states, time_embedding, context, groups)
             time_embedding, groups = for_groups(time_embedding, groups), None
             skips += more
-        hidden_states = self.mid_block(hidden_states, time_embedding, context)
+        if self.config.mid_block_type:
+            hidden_states = self.mid_block(hidden_states, time_embedding, context)
         for block in self.up_blocks:
             hidden_states = block(hidden_states, skips, time_embedding, context)
         return hidden_states
@@ -314,11 +327,10 @@ def _down_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
     """Build the way down; also return the widths of the skips in the order they are made."""
     widths, blocks = config.block_out_channels, nn.ModuleList()
     skips, previous = [widths[0]], widths[0]
-    for level, (width, kind) in enumerate(zip(widths, config.down_block_types, strict=True)):
+    for level, (width, depths) in enumerate(zip(widths, config.down_depths(), strict=True)):
         layers, last = config.layers()[level], level == len(widths) - 1
         channels = [(previous if i == 0 else width, width) for i in range(layers)]
-        attention = kind == "CrossAttnDownBlock2D"
-        blocks.append(DownBlock(channels, config, level=level, attention=attention, down=not last))
+        blocks.append(DownBlock(channels, config, level=level, depths=depths, down=not last))
         skips += [width] * (layers if last else layers + 1)
         previous = width
     return blocks, skips
@@ -328,12 +340,11 @@ def _up_blocks(config: UNetConfig, skips: list[int]) -> nn.ModuleList:
     """Build the way up: one residual block more a level than on the way down."""
     widths, blocks, skips = config.block_out_channels, nn.ModuleList(), list(skips)
     previous = widths[-1]
-    for i, kind in enumerate(config.up_block_types):
+    for i, depths in enumerate(config.up_depths()):
         level = len(widths) - 1 - i
         width, channels = widths[level], []
         for _ in range(config.layers()[level] + 1):
             channels.append((previous + skips.pop(), width))
             previous = width
-        attention = kind == "CrossAttnUpBlock2D"
-        blocks.append(UpBlock(channels, config, level=level, attention=attention, up=level > 0))
+        blocks.append(UpBlock(channels, config, level=level, depths=depths, up=level > 0))
     return blocks

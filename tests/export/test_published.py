@@ -4,13 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
+from engine.configs.diffusion import (
+    AutoencoderConfig,
+    TextEncoderConfig,
+    TinyAutoencoderConfig,
+    UNetConfig,
+)
 from engine.graphs.graph import find_graph
 from engine.model import COMPONENTS, Model
 from engine.shipped import GRAPHS
 from export.published import published_parts
 from tests.support import published_configs as published
-from tests.support.original_layout import FULL, inpainting, model_names, write_sparse
+from tests.support.original_layout import DISTILLED, FULL, inpainting, model_names, write_sparse
 
 PARTS = list(published_parts())
 BASE = (published.UNET_SD15, published.UNET_SD21, published.UNET_XL, published.UNET_REFINER)
@@ -18,6 +23,7 @@ UNETS = [
     *BASE,
     *(BASE[i] | {"in_channels": 9} for i in range(3)),
     *(BASE[i] | {"time_cond_proj_dim": 256} for i in (0, 2)),
+    *published.DISTILLED.values(),
 ]
 TEXTS = [published.TEXT_SD15, published.TEXT_SD21, published.TEXT_XL_2]
 
@@ -33,6 +39,7 @@ def test_the_architectures_are_those_of_the_published_configurations():
     assert sorted(keys("text_encoder")) == sorted(expected)
     vaes = (published.VAE_SD15, published.VAE_XL)
     expected = {AutoencoderConfig.from_dict(values).key() for values in vaes}
+    expected.add(TinyAutoencoderConfig.from_dict(published.TINY).key())
     assert sorted(keys("vae_decoder")) == sorted(keys("vae_encoder")) == sorted(expected)
 
 
@@ -40,7 +47,7 @@ def told_its_guidance(params):
     return replace(params, unet=replace(params.unet, time_cond=256))
 
 
-VARIANTS = dict(FULL)
+VARIANTS = {**FULL, **DISTILLED}
 VARIANTS |= {f"{name}-inpainting": inpainting(FULL[name]) for name in ("sd1", "sd2", "xl")}
 VARIANTS |= {f"{name}-lcm": told_its_guidance(FULL[name]) for name in ("sd1", "xl")}
 
@@ -55,6 +62,12 @@ def test_every_family_of_one_file_has_its_graphs(params, tmp_path):
         if name in configs:
             kind = "text_encoder" if part == "text_encoder_2" else part
             assert configs[name].key() in keys(kind), (part, configs[name])
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_distilled_file_is_of_the_architecture_of_its_folder(name, tmp_path):
+    path = write_sparse(tmp_path / "model.safetensors", model_names(DISTILLED[name]))
+    assert Model.read(path).unet == UNetConfig.from_dict(published.DISTILLED[name])
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

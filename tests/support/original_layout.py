@@ -25,7 +25,7 @@ class UNetParams:
     model_channels: int
     channel_mult: tuple[int, ...]
     transformer_depth: tuple[int, ...]  # by level; 0 where there is no attention
-    middle_depth: int
+    middle_depth: int | None  # 0: a residual block alone; None: no middle at all
     context_dim: int
     in_channels: int = 4
     out_channels: int = 4
@@ -33,6 +33,8 @@ class UNetParams:
     use_linear_in_transformer: bool = True
     adm_in_channels: int | None = None
     time_cond: int | None = None
+    output_depth: tuple[tuple[int, ...], ...] | None = None  # as they are run, where they differ
+    text_alone: tuple[bool, ...] | None = None  # levels whose first attention reads the text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,46 @@ FULL: Mapping[str, ModelParams] = {
         ),
         vae=AutoencoderParams(),
         open_clip=TextParams(width=1280, layers=32, projection=1280),
+    ),
+}
+
+# Models that were distilled to fewer blocks: BK-SDM, SDXS-512 of both generations, Segmind's XL.
+_BK_SDM = replace(FULL["sd1"].unet, num_res_blocks=(1, 1, 1, 1))
+_BK_SDM_TINY = replace(
+    _BK_SDM,
+    channel_mult=(1, 2, 4),
+    transformer_depth=(1, 1, 1),
+    num_res_blocks=(1, 1, 1),
+    middle_depth=None,
+)
+DISTILLED: Mapping[str, ModelParams] = {
+    "bk-sdm-base": replace(FULL["sd1"], unet=_BK_SDM),
+    "bk-sdm-small": replace(FULL["sd1"], unet=replace(_BK_SDM, middle_depth=None)),
+    "bk-sdm-tiny": replace(FULL["sd1"], unet=_BK_SDM_TINY),
+    "sdxs-512-dreamshaper": replace(
+        FULL["sd1"], unet=replace(_BK_SDM_TINY, transformer_depth=(0, 1, 1))
+    ),
+    "sdxs-512-0.9": replace(
+        FULL["sd2"],
+        unet=replace(
+            _BK_SDM_TINY,
+            context_dim=1024,
+            use_linear_in_transformer=True,
+            text_alone=(True, False, False),
+        ),
+    ),
+    "ssd-1b": replace(
+        FULL["xl"],
+        unet=replace(
+            FULL["xl"].unet,
+            transformer_depth=(0, 2, 4),
+            middle_depth=0,
+            output_depth=((4, 4, 10), (2, 1, 1), (0, 0, 0)),
+        ),
+    ),
+    "vega": replace(
+        FULL["xl"],
+        unet=replace(FULL["xl"].unet, transformer_depth=(0, 1, 2), middle_depth=0),
     ),
 }
 
@@ -226,7 +268,7 @@ def unet_names(params: UNetParams) -> Shapes:
             names.conv(f"{name}.skip_connection", inputs, outputs, 1)
         return outputs
 
-    def transformer(name: str, channels: int, depth: int) -> None:
+    def transformer(name: str, channels: int, depth: int, *, alone: bool = False) -> None:
         for end in ("proj_in", "proj_out"):
             if params.use_linear_in_transformer:
                 names.linear(f"{name}.{end}", channels, channels)
@@ -235,7 +277,8 @@ def unet_names(params: UNetParams) -> Shapes:
         names.norm(f"{name}.norm", channels)
         for i in range(depth):
             block = f"{name}.transformer_blocks.{i}"
-            for attention, context in (("attn1", channels), ("attn2", params.context_dim)):
+            first = params.context_dim if alone else channels
+            for attention, context in (("attn1", first), ("attn2", params.context_dim)):
                 names.linear(f"{block}.{attention}.to_q", channels, channels, bias=False)
                 names.linear(f"{block}.{attention}.to_k", context, channels, bias=False)
                 names.linear(f"{block}.{attention}.to_v", context, channels, bias=False)
@@ -248,25 +291,30 @@ def unet_names(params: UNetParams) -> Shapes:
     names.conv("input_blocks.0.0", params.in_channels, width)
     channels, skips = width, [width]
     levels = list(zip(params.channel_mult, params.transformer_depth, strict=True))
+    text_alone = params.text_alone or (False,) * len(levels)
     for level, (mult, depth) in enumerate(levels):
         for _ in range(params.num_res_blocks[level]):
             channels = resnet(f"input_blocks.{len(skips)}.0", channels, mult * width)
             if depth:
-                transformer(f"input_blocks.{len(skips)}.1", channels, depth)
+                alone = text_alone[level]
+                transformer(f"input_blocks.{len(skips)}.1", channels, depth, alone=alone)
             skips.append(channels)
         if level != len(levels) - 1:
             names.conv(f"input_blocks.{len(skips)}.0.op", channels, channels)
             skips.append(channels)
-    resnet("middle_block.0", channels, channels)
-    transformer("middle_block.1", channels, params.middle_depth)
-    resnet("middle_block.2", channels, channels)
+    if params.middle_depth is not None:
+        resnet("middle_block.0", channels, channels)
+    if params.middle_depth:
+        transformer("middle_block.1", channels, params.middle_depth)
+        resnet("middle_block.2", channels, channels)
     block = 0
-    for level, (mult, depth) in reversed(list(enumerate(levels))):
+    for level, (mult, even) in reversed(list(enumerate(levels))):
         for i in range(params.num_res_blocks[level] + 1):
+            depth = params.output_depth[-1 - level][i] if params.output_depth else even
             inputs = channels + skips.pop()
             channels = resnet(f"output_blocks.{block}.0", inputs, mult * width)
             if depth:
-                transformer(f"output_blocks.{block}.1", channels, depth)
+                transformer(f"output_blocks.{block}.1", channels, depth, alone=text_alone[level])
             if level and i == params.num_res_blocks[level]:
                 place = 2 if depth else 1
                 names.conv(f"output_blocks.{block}.{place}.conv", channels, channels)

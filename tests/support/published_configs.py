@@ -158,3 +158,58 @@ VAE_XL: dict[str, Any] = VAE_SD15 | {
     "scaling_factor": 0.13025,
     "shift_factor": None,
 }
+TINY: dict[str, Any] = {
+    "_class_name": "AutoencoderTiny",
+    "_diffusers_version": "0.20.0.dev0",
+    "act_fn": "relu",
+    "decoder_block_out_channels": [64] * 4,
+    "encoder_block_out_channels": [64] * 4,
+    "force_upcast": False,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "out_channels": 3,
+    "scaling_factor": 1.0,
+    "upsampling_scaling_factor": 2,
+}
+
+# Models that were distilled to fewer blocks.
+BK_SDM: dict[str, Any] = UNET_SD15 | {"layers_per_block": 1}
+BK_SDM_TINY: dict[str, Any] = BK_SDM | {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": [DOWN] * 3,
+    "mid_block_type": None,
+    "up_block_types": [UP] * 3,
+}
+XL_HALF_MIDDLE: dict[str, Any] = UNET_XL | {"mid_block_type": "UNetMidBlock2D"}
+DISTILLED: dict[str, dict[str, Any]] = {
+    "bk-sdm-base": BK_SDM,
+    "bk-sdm-small": BK_SDM | {"mid_block_type": None},
+    "bk-sdm-tiny": BK_SDM_TINY,
+    "sdxs-512-dreamshaper": BK_SDM_TINY
+    | {
+        "attention_head_dim": [5, 10, 20],
+        "down_block_types": ["DownBlock2D", DOWN, DOWN],
+        "up_block_types": [UP, UP, "UpBlock2D"],
+    },
+    "sdxs-512-0.9": BK_SDM_TINY
+    | {
+        "attention_head_dim": [5, 10, 20],
+        "cross_attention_dim": 1024,
+        "only_cross_attention": [True, False, False],
+        "use_linear_projection": True,
+    },
+    "ssd-1b": XL_HALF_MIDDLE
+    | {
+        "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "vega": XL_HALF_MIDDLE
+    | {
+        "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+        "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+    },
+}

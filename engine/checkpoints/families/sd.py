@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from types import MappingProxyType
 
-from engine.checkpoints.architecture import Stored
+from engine.checkpoints.architecture import Stored, first_transformer
 from engine.checkpoints.families.base import SCALING_FACTOR, SCHEDULE, Family, Presets, choice, has
 from engine.checkpoints.families.variants import DMD2, HYPER, LCM, LIGHTNING, TCD, TURBO
 from engine.checkpoints.parts import UNET, autoencoder, clip, open_clip, unet
@@ -47,6 +47,31 @@ SD2 = UNetConfig(
     cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
 )
 
+# Smaller ones with the same texts, distilled: BK-SDM (Kim et al. 2023, arXiv:2305.15798), whose
+# small and tiny forms are Segmind's small-sd and tiny-sd too, and SDXS-512 (Song et al. 2024,
+# arXiv:2403.16627) of either generation. Tiny ones lack the lowest level.
+BK_SDM = replace(SD1, layers_per_block=1)
+BK_SDM_SMALL = replace(BK_SDM, mid_block_type=None)
+BK_SDM_TINY = replace(
+    BK_SDM_SMALL,
+    block_out_channels=(320, 640, 1280),
+    down_block_types=("CrossAttnDownBlock2D",) * 3,
+    up_block_types=("CrossAttnUpBlock2D",) * 3,
+)
+SDXS = replace(
+    BK_SDM_TINY,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(5, 10, 20),
+)
+SDXS_OF_SD2 = replace(
+    BK_SDM_TINY,
+    cross_attention_dim=1024,
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    only_cross_attention=(True, False, False),
+)
+
 # 10 steps are what the tables of arXiv:2404.14507 were found for, with SD 1.5 and SDXL.
 PRESETS = Presets(
     title="Stable Diffusion",
@@ -83,7 +108,8 @@ def _has_renamed_open_clip(file: Stored) -> bool:
 
 def _is_sd1(file: Stored) -> bool:
     """Tell it by CLIP; without a text encoder by the convolutions around its transformers."""
-    convolutions = len(file.shapes.get(f"{UNET}middle_block.1.proj_in.weight", ())) == 4
+    projection = f"{first_transformer(file, UNET)}.proj_in.weight"
+    convolutions = len(file.shapes.get(projection, ())) == 4
     reads_by_clip = has(file, CLIP_PLACE) or convolutions
     by_open_clip = has(file, OPEN_CLIP_PLACE) or _has_renamed_open_clip(file)
     return _has_unet(file) and not by_open_clip and reads_by_clip
@@ -119,6 +145,7 @@ SD1_FAMILY = Family(
                 SD1,
                 replace(SD1, in_channels=INPAINTING_CHANNELS),
                 replace(SD1, time_cond_proj_dim=LCM_GUIDANCE_CHANNELS),
+                *(BK_SDM, BK_SDM_SMALL, BK_SDM_TINY, SDXS),
             ),
             "vae": (AutoencoderConfig(),),
         }
@@ -152,7 +179,7 @@ SD2_FAMILY = Family(
     published=MappingProxyType(
         {
             "text_encoder": (OPEN_CLIP_H,),
-            "unet": (SD2, replace(SD2, in_channels=INPAINTING_CHANNELS)),
+            "unet": (SD2, replace(SD2, in_channels=INPAINTING_CHANNELS), SDXS_OF_SD2),
             "vae": (AutoencoderConfig(),),
         }
     ),

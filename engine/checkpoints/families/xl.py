@@ -3,7 +3,7 @@
 from dataclasses import replace
 from types import MappingProxyType
 
-from engine.checkpoints.architecture import Stored
+from engine.checkpoints.architecture import CONTEXT, Stored, first_transformer
 from engine.checkpoints.families.base import SCHEDULE, Family, Presets, choice, has
 from engine.checkpoints.families.sd import CLIP_L, INPAINTING_CHANNELS, LCM_GUIDANCE_CHANNELS
 from engine.checkpoints.families.variants import DMD2, HYPER, LCM, LIGHTNING, TCD, XL_TURBO
@@ -63,6 +63,14 @@ XL = UNetConfig(
     addition_time_embed_dim=256,
     projection_class_embeddings_input_dim=2816,
 )
+# Distilled to fewer transformers, and to half a middle (Gupta et al. 2024, arXiv:2401.02677).
+SSD_1B = replace(
+    XL,
+    mid_block_type="UNetMidBlock2D",
+    transformer_layers_per_block=((0, 0), (2, 2), (4, 4)),
+    reverse_transformer_layers_per_block=((4, 4, 10), (2, 1, 1), (0, 0, 0)),
+)
+VEGA = replace(XL, mid_block_type="UNetMidBlock2D", transformer_layers_per_block=(1, 1, 2))
 REFINER = UNetConfig(
     block_out_channels=(384, 768, 1536, 1536),
     down_block_types=(
@@ -90,7 +98,7 @@ def _is_refiner(file: Stored) -> bool:
     """Tell it by OpenCLIP alone; without a text encoder by the width of the text."""
     if not _is_told_sizes(file) or has(file, CLIP_PLACE + OPEN_CLIP_PLACE):
         return False
-    attends = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    attends = f"{first_transformer(file, UNET)}.{CONTEXT}"
     return has(file, REFINER_PLACE) or file.size(attends, 1) == REFINER_CONTEXT
 
 
@@ -133,6 +141,7 @@ XL_FAMILY = Family(
                 XL,
                 replace(XL, in_channels=INPAINTING_CHANNELS),
                 replace(XL, time_cond_proj_dim=LCM_GUIDANCE_CHANNELS),
+                *(SSD_1B, VEGA),
             ),
             "vae": (AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR),),
         }

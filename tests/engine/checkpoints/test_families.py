@@ -217,7 +217,7 @@ def small(path, family, unet=None, **changes):
     )
 
 
-def test_transformers_of_uneven_depth_are_refused(tmp_path):
+def test_transformers_may_differ_within_a_level(tmp_path):
     params = original.SMALL["sd1"]
     names = original.model_names(params)
     block = "model.diffusion_model.input_blocks.2.1.transformer_blocks"
@@ -226,13 +226,23 @@ def test_transformers_of_uneven_depth_are_refused(tmp_path):
         for name, shape in names.items()
         if name.startswith(f"{block}.0.")
     }
-    file = original.write_sparse(tmp_path / "uneven.safetensors", names)
-    with pytest.raises(ModelError, match=r"level 0 has transformers of \[1, 2\] blocks"):
+    unet = Model.read(original.write_sparse(tmp_path / "uneven.safetensors", names)).unet
+    assert unet.down_depths() == ((1, 2), (0, 0))
+    assert unet.up_depths() == ((0, 0, 0), (1, 1, 1))
+    assert unet.middle_depth() == 1
+
+
+def test_a_level_with_a_transformer_too_few_is_refused(tmp_path):
+    names = original.model_names(original.SMALL["sd1"])
+    block = "model.diffusion_model.input_blocks.2.1."
+    left = {name: shape for name, shape in names.items() if not name.startswith(block)}
+    file = original.write_sparse(tmp_path / "uneven.safetensors", left)
+    with pytest.raises(ModelError, match=r"level 0 has transformers of \[1, 0\] blocks"):
         Model.read(file)
 
 
 def test_a_middle_of_another_depth_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="2 blocks at its lowest level and of 1 in the middle"):
+    with pytest.raises(ModelError, match="2 blocks at the lowest level and 1 in the middle"):
         small(tmp_path, "xl", {"middle_depth": 1})
 
 

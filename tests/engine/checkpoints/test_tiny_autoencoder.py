@@ -1,7 +1,8 @@
-"""Tiny decoders for previews: the published architecture under every name, against diffusers."""
+"""Tiny autoencoders and decoders: the published architecture under every name, as diffusers'."""
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 
 from engine.backends.settings import BackendSettings
+from engine.checkpoints.single_file import open_vae
 from engine.checkpoints.tiny_autoencoder import open_tiny_decoder
-from engine.configs.diffusion import TinyDecoderConfig
+from engine.configs.diffusion import TinyAutoencoderConfig, TinyDecoderConfig
 from engine.engines import open_engine
 from engine.errors import ModelError
 from engine.graphs.graph import find_graph
-from engine.model import find_model
+from engine.model import Model, find_model
 from engine.shipped import GRAPHS
 from runtime import Pipeline
 from tests.support.tolerances import TINY_PIXELS
@@ -182,3 +184,117 @@ def test_one_for_other_latents_does_not_fit_the_model(tmp_path):
 def test_the_weights_stay_below_24_megabytes():
     files = find_model("pictogram").rglob("*.safetensors")
     assert 20e6 < sum(path.stat().st_size for path in files) <= 24e6
+
+
+# In the place of a model's own autoencoder
+
+
+def halves(module):
+    """Name both halves as TAESD's own files do."""
+    encoder = {
+        name.removeprefix("encoder.layers."): value.contiguous()
+        for name, value in module.state_dict().items()
+        if name.startswith("encoder.")
+    }
+    return {"encoder": encoder, "decoder": original(module)}
+
+
+def write_vae(kind, module, folder):
+    """Write an autoencoder as people have it; returns what is given with --vae."""
+    if kind == "folder":
+        module.save_pretrained(folder / "taesd")
+        return folder / "taesd"
+    path, parts = folder / "taesd.safetensors", halves(module)
+    if kind == "two files":
+        for half, tensors in parts.items():
+            torch.save(tensors, folder / f"taesd_{half}.pth")
+        return folder / "taesd_decoder.pth"
+    if kind == "diffusers":
+        tensors = module.state_dict()
+    elif kind == "comfyui":
+        tensors = {f"taesd_{half}.{n}": v for half, part in parts.items() for n, v in part.items()}
+        tensors |= {"vae_scale": torch.ones(()), "vae_shift": torch.zeros(())}
+    elif kind == "taesd":
+        tensors = {f"{half}.{n}": v for half, part in parts.items() for n, v in part.items()}
+    else:  # of a whole model that stable-diffusion.cpp wrote
+        tensors = {f"tae.{name}": value for name, value in module.state_dict().items()}
+    save_file(tensors, path)
+    return path
+
+
+KINDS = ["folder", "diffusers", "two files", "comfyui", "taesd", "whole model"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_one_is_found_under_every_name(kind, published, tmp_path):
+    config, component = open_vae(write_vae(kind, published, tmp_path))
+    assert config == TinyAutoencoderConfig()
+    assert not config.draws_posterior
+    expected = published.state_dict()
+    assert component.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.array_equal(component[name], value.numpy())
+
+
+def test_pictures_are_decoded_and_encoded_as_diffusers_does(published, tmp_path):
+    config, component = open_vae(write_vae("diffusers", published, tmp_path))
+    engines = {
+        part: open_engine(
+            find_graph(part, config, "float32", [GRAPHS], tmp_path),
+            component,
+            BackendSettings(threads=1),
+        )
+        for part in ("vae_decoder", "vae_encoder")
+    }
+    latents = 2 * torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(2))
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 48, 64, 3), np.uint8)
+    with torch.no_grad():
+        decoded = published.decode(latents).sample.clamp(-1, 1).permute(0, 2, 3, 1).numpy()
+        sample = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        encoded = published.encode(sample).latents.numpy()
+    ours = engines["vae_decoder"].run({"latents": latents.numpy()})["pixels"]
+    assert np.abs(ours - 127.5 * (decoded + 1)).max() <= TINY_PIXELS
+    noise = np.ones((1, 4, 6, 8), np.float32)  # which is not used
+    ours = engines["vae_encoder"].run({"pixels": pixels, "noise": noise})["latents"]
+    np.testing.assert_allclose(ours, encoded, atol=1e-4 * np.abs(encoded).max())
+
+
+def test_a_decoder_alone_decodes_and_says_what_encodes(published, tmp_path):
+    path = tmp_path / "taesd_decoder.safetensors"
+    save_file(original(published), path)
+    model = Model.open(find_model("pictogram"))
+    config, component = open_vae(path)
+    assert set(component) == {n for n in published.state_dict() if n.startswith("decoder.")}
+    configs = {**model.configs, "vae": config}
+    alone = replace(model, configs=configs, find=lambda name: component)
+    assert alone.weights("vae_decoder") is component
+    with pytest.raises(ModelError, match="has the decoder of a tiny autoencoder alone"):
+        alone.weights("vae_encoder")
+
+
+def test_every_shape_is_that_of_diffusers():
+    module = AutoencoderTiny(
+        encoder_block_out_channels=(6,) * 4,
+        num_encoder_blocks=(2, 1, 3, 1),
+        decoder_block_out_channels=(10,) * 4,
+        num_decoder_blocks=(1, 2, 1, 3),
+        latent_channels=5,
+    )
+    values = {**module.config, "_class_name": "AutoencoderTiny"}
+    shapes = TinyAutoencoderConfig.from_dict(values).tensor_shapes()
+    assert shapes == {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def test_an_architecture_is_read_off_both_halves(tmp_path):
+    module = AutoencoderTiny(
+        encoder_block_out_channels=(6,) * 4,
+        num_encoder_blocks=(2, 1, 3, 1),
+        decoder_block_out_channels=(10,) * 4,
+        num_decoder_blocks=(1, 2, 1, 3),
+        latent_channels=5,
+    )
+    config, _ = open_vae(write_vae("taesd", module, tmp_path))
+    assert config.num_encoder_blocks == (2, 1, 3, 1)
+    assert config.num_decoder_blocks == (1, 2, 1, 3)
+    assert config.encoder_block_out_channels == (6,) * 4
+    assert config.latent_channels == 5

@@ -59,15 +59,20 @@ def test_heads_and_layers_by_level():
     one = UNetConfig.from_dict(published.UNET_SD15)
     assert one.heads() == (8, 8, 8, 8)
     assert one.layers() == (2, 2, 2, 2)
-    assert one.transformer_layers() == (1, 1, 1, 1)
+    assert one.down_depths() == ((1, 1), (1, 1), (1, 1), (0, 0))
+    assert one.up_depths() == ((0, 0, 0), (1, 1, 1), (1, 1, 1), (1, 1, 1))
+    assert one.middle_depth() == 1
     assert one.attention_levels() == {0, 1, 2, 3}  # the lowest in the middle alone
     xl = UNetConfig.from_dict(published.UNET_XL)
     assert xl.heads() == (5, 10, 20)
-    assert xl.transformer_layers() == (1, 2, 10)
+    assert xl.down_depths() == ((0, 0), (2, 2), (10, 10))
+    assert xl.up_depths() == ((10, 10, 10), (2, 2, 2), (0, 0, 0))
+    assert xl.middle_depth() == 10
     assert xl.attention_levels() == {1, 2}
     refiner = UNetConfig.from_dict(published.UNET_REFINER)
     assert refiner.heads() == (6, 12, 24, 24)
-    assert refiner.transformer_layers() == (4, 4, 4, 4)
+    assert refiner.down_depths() == ((0, 0), (4, 4), (4, 4), (0, 0))
+    assert refiner.middle_depth() == 4
     assert UNetConfig(layers_per_block=(1, 2, 3, 4)).layers() == (1, 2, 3, 4)
     assert UNetConfig(num_attention_heads=16, attention_head_dim=8).heads() == (16,) * 4
 
@@ -137,7 +142,7 @@ REFUSED = {
         ("down_block_types", ["SimpleCrossAttnDownBlock2D"] * 3),
         ("up_block_types", ["CrossAttnUpBlock2D", "K_UpBlock2D", "UpBlock2D"]),
         ("mid_block_type", "UNetMidBlock2DSimpleCrossAttn"),
-        ("mid_block_type", None),
+        ("mid_block_type", "UNetMidBlock3D"),
         # embeddings that are not implemented
         ("addition_embed_type", "text_image"),
         ("addition_embed_type", "image_hint"),
@@ -162,11 +167,14 @@ REFUSED = {
         ("dual_cross_attention", True),
         ("mid_block_only_cross_attention", True),
         ("mid_block_scale_factor", 1.4142),
-        ("only_cross_attention", True),
-        ("only_cross_attention", [True, True, False]),
+        ("only_cross_attention", [True, False]),
         ("resnet_skip_time_act", True),
         ("resnet_time_scale_shift", "scale_shift"),
-        ("reverse_transformer_layers_per_block", [10, 2, 1]),
+        ("reverse_transformer_layers_per_block", [10, 2]),
+        ("reverse_transformer_layers_per_block", [[10, 10], [2, 2, 2], 1]),
+        ("reverse_transformer_layers_per_block", [[10, 10, 0], [2, 2, 2], 1]),
+        ("reverse_transformer_layers_per_block", [["10"] * 3, [2, 2, 2], 1]),
+        ("reverse_transformer_layers_per_block", 10),
         # lists of unequal length
         ("down_block_types", ["CrossAttnDownBlock2D"] * 2),
         ("up_block_types", ["CrossAttnUpBlock2D"] * 4),
@@ -342,6 +350,8 @@ OTHER = {
         "attention_head_dim": (5, 10, 20, 20),
         "num_attention_heads": 4,
         "transformer_layers_per_block": 2,
+        "reverse_transformer_layers_per_block": ((1, 1, 2), (1,) * 3, (1,) * 3, (1,) * 3),
+        "only_cross_attention": True,
         "use_linear_projection": True,
         "norm_num_groups": 16,
         "norm_eps": 1e-6,

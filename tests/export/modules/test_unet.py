@@ -52,6 +52,13 @@ REFINER = (
         "projection_class_embeddings_input_dim": POOLED_WIDTH + 5 * SIZE_WIDTH,
     }
 )
+TINY = SD15 | {
+    "block_out_channels": (16, 32, 48),
+    "up_block_types": (UP, UP, "UpBlock2D"),
+    "attention_head_dim": [1, 2, 4],
+    "layers_per_block": 1,
+    "mid_block_type": None,
+}
 KINDS: dict[str, dict[str, Any]] = {
     "sd15": SD15,
     "sd21": SD21,
@@ -70,6 +77,27 @@ KINDS: dict[str, dict[str, Any]] = {
     "one-level": SD15
     | {"block_out_channels": (32,), "down_block_types": (DOWN,), "up_block_types": (UP,)},
     "attention-down-only": XL | {"up_block_types": ("UpBlock2D", UP, "UpBlock2D")},
+    "bk-sdm-small": SD15 | {"layers_per_block": 1, "mid_block_type": None},
+    "sdxs": TINY | {"down_block_types": ("DownBlock2D", DOWN, DOWN)},
+    "sdxs-of-sd2": TINY
+    | {
+        "down_block_types": (DOWN, DOWN, DOWN),
+        "up_block_types": (UP, UP, UP),
+        "only_cross_attention": [True, False, False],
+        "use_linear_projection": True,
+    },
+    "text-alone": SD15 | {"only_cross_attention": True},
+    "ssd-1b": XL
+    | {
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": [1, [2, 2], [3, 3]],
+        "reverse_transformer_layers_per_block": [[3, 3, 4], [2, 1, 1], 1],
+    },
+    "uneven-with-a-middle": XL
+    | {
+        "transformer_layers_per_block": [1, [2, 1], [3, 2]],
+        "reverse_transformer_layers_per_block": [[1, 2, 1], 2, 1],
+    },
     "attention-nowhere": SD15
     | {
         "down_block_types": ("DownBlock2D",) * 4,
