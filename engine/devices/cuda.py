@@ -55,6 +55,8 @@ def find_device(index: int = 0) -> "CudaDevice":
         ) from error
 
 
+KEPT = 2**64 - 1  # bytes that the pool keeps for later: all; `_allocate` trims it when it must
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -95,6 +97,9 @@ class CudaDevice:
         device = self._enter()
         self._stream = device.create_stream()
         self._pool = core.DeviceMemoryResource(device.device_id)
+        with suppress(Exception):  # else the pool gives all that is free back at every wait
+            threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+            driver.cuMemPoolSetAttribute(self._pool.handle, threshold, driver.cuuint64_t(KEPT))
         self._staging = Staging(core.LegacyPinnedMemoryResource().allocate, device.create_event)
         version = core.system.get_user_mode_driver_version()
         with suppress(Exception):  # it needs the management library too

@@ -1,12 +1,14 @@
 """The loop with everything on a device: uploaded once a picture, then queued without waiting.
 
 Step by step, every call has outputs of its own, which whoever watches may read when they like. A
-run that nobody watches sends its registers to and fro between two buffers; when the next has its
-form, the buffers are filled anew and all calls are launched as one recorded graph. On a device
+run that nobody watches sends its registers to and fro between two buffers; when others of its form
+follow, the buffers are filled anew and all calls are launched as one recorded graph. On a device
 without addresses, what differs from call to call is an array for each call, uploaded once where
 calls have the same, and the finished latents come back to the processor.
 """
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
@@ -22,11 +24,15 @@ from engine.graphs.graph import Part
 from runtime.denoising.latents import State
 from runtime.plan import StepInputs
 
+log = logging.getLogger("latentrt.runtime")
+
 BufferView = tuple[int, int | None, tuple[int, ...]]
 """Which array of a run; which row of it, None for all; and the shape."""
 Inputs = dict[str, DeviceArray]
 FindEngine = Callable[[Part], Engine]
 FLOAT32 = np.dtype(np.float32)
+FORMS = 8  # whose recordings are kept
+TOLERANCE = 0.02  # of what a recording makes, beside the calls one by one; garbage is off by 1
 ALIGNMENT = 256  # bytes; where a tensor may begin in a device's memory
 
 
@@ -101,9 +107,9 @@ class Recording:
 
     registers: those of the last call; latents: where these leave the latents, None on a device
         without addresses
-    work: queues all calls; launch: the same, recorded if it can be
-    records: whether all engines may be recorded
-    scratch: the address that it was recorded with, of the memory that engines share
+    work: queues all calls; launch: the same, recorded; is_proven: whether it made the same latents
+    records: whether all engines may be recorded, and it has not failed
+    scratch: the address of the memory that engines share, None before they chose what they need
     """
 
     uploaded: list[DeviceArray]
@@ -112,39 +118,74 @@ class Recording:
     work: Callable[[], None]
     records: bool
     launch: Callable[[], None] | None = None
+    is_proven: bool = False
     scratch: int | None = None
 
     def run(self, device: Device) -> None:
-        """Queue the calls: the first time one by one, later as a graph.
+        """Queue the calls: twice one by one, then both ways, then as a graph.
 
-        Where an engine does what cannot be recorded, one by one every time.
+        The second run is recorded. What was recorded is believed once it made what the calls one by
+        one make of the third run's inputs; where it does not, or cannot be recorded, calls stay one
+        by one, and the log says why.
         """
         scratch = device.scratch(0).address
-        if not self.records or self.scratch is None:  # engines choose what they need at first
-            self.work()
-            self.scratch = device.scratch(0).address
+        if self.launch is not None and self.scratch == scratch:
+            self._launch(device, self.launch)
             return
-        if self.launch is None or self.scratch != scratch:
-            self.scratch = scratch
-            try:
-                self.launch = device.record(self.work)
-            except BackendError:
-                self.launch = self.work
-        self.launch()
+        self.work()
+        if self.records and self.scratch is not None:
+            self.launch = self._record(device)
+            self.is_proven = False
+        self.scratch = device.scratch(0).address  # engines choose what they need in the first run
+
+    def _launch(self, device: Device, launch: Callable[[], None]) -> None:
+        launch()
+        if self.is_proven:
+            return
+        assert self.latents is not None  # without addresses nothing is recorded
+        found = device.download(self.latents)
+        self.work()
+        expected = device.download(self.latents)
+        self.is_proven = _agree(found, expected)
+        if not self.is_proven:
+            self._give_up("what was recorded makes other latents than the calls one by one")
+
+    def _record(self, device: Device) -> Callable[[], None] | None:
+        try:
+            return device.record(self.work)
+        except BackendError as error:
+            self._give_up(str(error))
+        try:  # an error of the recording may be told once more to whatever is queued next
+            self.work()
+        except BackendError:
+            self.work()
+        return None
+
+    def _give_up(self, reason: str) -> None:
+        self.records, self.launch = False, None
+        log.warning("a run is queued call by call and not recorded as a graph: %s", reason)
+
+
+def _agree(found: NDArray[Any], expected: NDArray[Any]) -> bool:
+    """Say whether two runs made the same, but for what sums in another order come to."""
+    difference = np.linalg.norm((found - expected).ravel())
+    return bool(difference <= TOLERANCE * np.linalg.norm(expected.ravel()))
 
 
 @dataclass(slots=True, eq=False)
 class DeviceLoop:
-    """Runs calls on the device of a model's engines."""
+    """Runs calls on the device of a model's engines.
 
-    _form: Hashable = None
-    _recording: Recording | None = None
+    The recordings of several forms are kept, as of several numbers of pictures.
+    """
+
+    _recordings: OrderedDict[Hashable, Recording] = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
     def reset(self) -> None:
         """Let go of buffers and of what was recorded, as when engines have changed."""
         with self._lock:
-            self._form = self._recording = None
+            self._recordings.clear()
 
     def steps(
         self, state: State, steps: Sequence[StepInputs], engine: FindEngine
@@ -190,16 +231,23 @@ class DeviceLoop:
         engines = tuple(id(engine(part)) for part in sorted({step.part for step in steps}))
         form = (buffers.form(), tuple(step.is_full for step in steps), engines)
         with self._lock:
-            if self._recording is None or self._form != form:
-                self._form = self._recording = None  # its memory goes before the next comes
-                self._recording, self._form = _recording(buffers, steps, engine), form
-            buffers.upload(device, self._recording.uploaded)
-            self._recording.run(device)
-            if self._recording.latents is None:
-                return np.ascontiguousarray(device.download(self._recording.registers)[:, 0])
-            latents = device.empty(self._recording.latents.shape, FLOAT32)
-            device.copy(self._recording.latents, latents)
+            recording = self._find(form, lambda: _recording(buffers, steps, engine))
+            buffers.upload(device, recording.uploaded)
+            recording.run(device)
+            if recording.latents is None:
+                return np.ascontiguousarray(device.download(recording.registers)[:, 0])
+            latents = device.empty(recording.latents.shape, FLOAT32)
+            device.copy(recording.latents, latents)
         return latents
+
+    def _find(self, form: Hashable, make: Callable[[], Recording]) -> Recording:
+        """Return the recording of a form; of too many, the least recently used goes."""
+        if form not in self._recordings:
+            while len(self._recordings) >= FORMS:
+                self._recordings.popitem(last=False)  # its memory goes before the next comes
+            self._recordings[form] = make()
+        self._recordings.move_to_end(form)
+        return self._recordings[form]
 
 
 def _recording(buffers: RunBuffers, steps: Sequence[StepInputs], engine: FindEngine) -> Recording:

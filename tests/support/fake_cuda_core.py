@@ -31,6 +31,7 @@ class FakeCuda:
     def __init__(self, total: int = 2**24) -> None:
         self.memory = FakeDevice(total)
         self.page_locked: list[Memory] = []
+        self.pool_attributes: dict[Any, int] = {}
         self.launches = self.trims = self.current = 0
         self.core = SimpleNamespace(
             Device=checked(core.Device, self._device),
@@ -117,9 +118,15 @@ class _PageLocked:
 
 class _Driver:
     CUresult = driver.CUresult
+    CUmemPool_attribute = driver.CUmemPool_attribute
+    cuuint64_t = driver.cuuint64_t
 
     def __init__(self, machine: FakeCuda) -> None:
         self._machine = machine
+
+    def cuMemPoolSetAttribute(self, pool: Any, attr: Any, value: Any) -> Any:  # noqa: N802
+        self._machine.pool_attributes[attr] = int(value)
+        return (driver.CUresult.CUDA_SUCCESS,)
 
     def cuMemcpyAsync(self, dst: int, src: int, size: int, stream: Any) -> Any:  # noqa: N802
         machine = self._machine

@@ -1,7 +1,7 @@
 """ONNX Runtime on a GPU of NVIDIA's."""
 
 from collections.abc import Collection, Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -106,7 +106,7 @@ class OnnxRuntimeCudaEngine:
             graph, rewritten(data, graph.weights), in_float32, device, index
         )
         self._forms = FormSessions(self._weights.model, self._open)
-        self._bound = False
+        self._bound = self._failed = False
         self._take(weights, graph.weights)
         # The caller waits for the stream, and mostly much later.
         entries = {"disable_synchronize_execution_providers": "1"}
@@ -130,10 +130,7 @@ class OnnxRuntimeCudaEngine:
         takes its memory in the first and the second, which it must not do in a recorded graph.
         """
         with self.device.lock:
-            form = self._form(inputs)
-            if not form.is_ready:
-                self._run_zeros(form, inputs)
-            return self._outputs(form)
+            return self._outputs(self._form(inputs))
 
     def enqueue(
         self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
@@ -157,11 +154,22 @@ class OnnxRuntimeCudaEngine:
         self._bound = True
 
     def _form(self, inputs: Mapping[str, Shape]) -> "_Form":
+        """Return the form of these shapes, ready; after a failure all are opened again."""
         if not self._bound:
             raise BackendError(
                 "the engine has no weights since they could not be changed; open it again"
             )
-        return self._forms.get(inputs)
+        failed, self._failed = self._failed, False
+        if failed:
+            self._forms.clear()
+        form = self._forms.get(inputs)
+        if not form.is_ready:
+            if failed:  # the first to ask is told the error of a recording that failed
+                with suppress(BackendError):
+                    self._run_zeros(form, inputs)
+                self._failed = False
+            self._run_zeros(form, inputs)
+        return form
 
     def _outputs(self, form: "_Form") -> dict[str, DeviceArray]:
         return {
@@ -196,6 +204,7 @@ class OnnxRuntimeCudaEngine:
         try:
             form.session.run_with_iobinding(form.binding, options)
         except Exception as error:  # the library's own exceptions share no base of their own
+            self._failed = True  # who knows what the session has kept of it
             raise BackendError(
                 f"ONNX Runtime failed on the GPU ({first_line(error)}){memory_hint(error)}"
             ) from error

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from cuda.bindings import driver
 
 from engine.devices.cuda import CudaDevice, DeviceFacts, find_device
 from engine.errors import BackendError
@@ -257,3 +258,10 @@ def test_without_the_packages_one_sentence_says_what_to_install(monkeypatch):
 def test_no_such_gpu(machine):
     with pytest.raises(ValueError, match="device_id"):
         CudaDevice(machine.core, machine.driver, 3)
+
+
+def test_the_pool_keeps_what_is_free_for_later():
+    machine = FakeCuda()
+    CudaDevice(machine.core, machine.driver, 0)
+    threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+    assert machine.pool_attributes == {threshold: 2**64 - 1}

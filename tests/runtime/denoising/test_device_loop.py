@@ -10,11 +10,13 @@ from engine.backends.settings import BackendSettings
 from engine.devices.device import DeviceArray
 from engine.errors import BackendError
 from runtime import Hires, Pipeline, Request
+from runtime.denoising import device_loop
 from tests.support.fake_cuda import FakeDevice, FakeEngine
 from tests.support.pictures import drawing
 
 PARTS = ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder")
 STEPS = 5
+PROVEN = 3  # runs of a form, until a recording is believed
 REQUEST = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, "sampler": "euler_a"}
 MASK = Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (32, 0))))
 OPTIONS = {
@@ -123,60 +125,139 @@ def test_nothing_waits_between_the_first_step_and_the_picture(pipeline, device):
     device.counts.clear()
     pipeline._run(plan, pipeline.start(plan))
     assert device.counts["wait"] == device.counts["download"] == device.counts["run"] == 0
-    pipeline(**REQUEST)
+    draw(pipeline, PROVEN)
     device.counts.clear()
     pipeline(**REQUEST)
     assert device.counts["download"] == 1, "the pixels"
 
 
+def draw(pipeline, times=1, **options):
+    """Draw pictures of one form, of other seeds."""
+    for seed in range(times):
+        pipeline(**REQUEST | {"seed": seed} | options)
+
+
 def test_what_is_uploaded_once_a_picture(pipeline, device):
-    pipeline(**REQUEST | {"sampler": "ddim"})
+    draw(pipeline, PROVEN, sampler="ddim")
     device.counts.clear()
-    pipeline(**REQUEST | {"sampler": "ddim"})
+    draw(pipeline, sampler="ddim")
     told = {"context", "guidance", "guidance_rescale", "mask", "noise"}
     tables = {"matrices", "outside", "timestep", "input_scale"}
     assert device.counts["upload"] == len({"registers", *told, *tables})
-    assert device.counts["record"] == 1
+    assert device.counts["record"] == 0
     assert device.counts["replay"] == 1
 
 
-def test_another_form_is_recorded_anew_and_its_memory_freed(pipeline, device):
-    for _ in range(2):
-        pipeline(**REQUEST)
+def test_a_recording_is_made_in_the_second_run_and_proven_in_the_third(host, pipeline, device):
+    seen = []
+    for seed in range(5):
+        device.counts.clear()
+        found = pixels(pipeline(**REQUEST | {"seed": seed}))
+        np.testing.assert_array_equal(found, pixels(host(**REQUEST | {"seed": seed})))
+        calls = {part: device.counts[part] for part in ("record", "replay", "run")}
+        seen.append(
+            calls | {"run": calls["run"] - 1 - (not seen)}
+        )  # the decoder, and the text once
+    once = {"record": 0, "replay": 1, "run": STEPS}
+    assert seen == [
+        {"record": 0, "replay": 0, "run": STEPS},
+        {"record": 1, "replay": 0, "run": STEPS},
+        {"record": 0, "replay": 1, "run": 2 * STEPS},
+        once,
+        once,
+    ]
+
+
+def test_forms_in_turn_are_recorded_once_each(host, pipeline, device):
+    """As pictures come to a server: alone, two at once, and of another size."""
+    forms = [{}, {"prompt": ["a dog", "a cat"]}, {"height": 64, "width": 64}]
+    for form in forms * PROVEN:
+        pipeline(**REQUEST | form)
+    assert device.counts["record"] == len(forms)
+    device.counts.clear()
+    for seed, form in enumerate(forms * 2):
+        options = REQUEST | form | {"seed": seed}
+        np.testing.assert_array_equal(pixels(pipeline(**options)), pixels(host(**options)))
+    assert device.counts["record"] == 0
+    assert device.counts["replay"] == 2 * len(forms)
+
+
+def test_the_memory_of_a_form_that_is_used_no_more_is_freed(pipeline, device, monkeypatch):
+    monkeypatch.setattr(device_loop, "FORMS", 2)
+    sides = (64, 72, 80)
+    for side in sides[:2]:
+        draw(pipeline, PROVEN, height=side, width=side)
     held = device.allocated
-    for _ in range(2):
-        pipeline(**REQUEST | {"height": 192, "width": 192})
-    for _ in range(2):
-        pipeline(**REQUEST)
-    assert device.counts["record"] == 3
+    for side in sides[2:] + sides[:2]:
+        draw(pipeline, PROVEN, height=side, width=side)
+    assert device.counts["record"] == 5
     assert device.allocated == held
 
 
 def test_recorded_work_is_dropped_with_the_adapters_or_the_shared_memory(host, pipeline, device):
-    for _ in range(2):
-        pipeline(**REQUEST)
+    draw(pipeline, PROVEN)
     assert device.counts["record"] == 1
     pipeline.set_loras([])
-    for _ in range(2):
-        pipeline(**REQUEST)
+    draw(pipeline, PROVEN)
     assert device.counts["record"] == 2
     device.scratch(2**20)
-    expected = pixels(host(**REQUEST))
-    np.testing.assert_array_equal(pixels(pipeline(**REQUEST)), expected)
+    for seed in range(PROVEN):
+        expected = pixels(host(**REQUEST | {"seed": seed}))
+        np.testing.assert_array_equal(pixels(pipeline(**REQUEST | {"seed": seed})), expected)
     assert device.counts["record"] == 3
 
 
-def test_what_cannot_be_recorded_is_queued_call_by_call(host, pipeline, device, monkeypatch):
+@pytest.mark.parametrize("after", [0, 1], ids=["at once", "and the next call is told so"])
+def test_what_cannot_be_recorded_is_queued_call_by_call(
+    host, pipeline, device, monkeypatch, caplog, after
+):
+    failures = []
+    enqueue = FakeEngine.enqueue
+
     def refuse(work):
         device.counts["record"] += 1
+        failures.extend(["told late"] * after)
         raise BackendError("the GPU failed")
 
+    def fail(self, inputs, outputs):
+        if failures:
+            raise BackendError(failures.pop())
+        enqueue(self, inputs, outputs)
+
     monkeypatch.setattr(device, "record", refuse)
+    monkeypatch.setattr(FakeEngine, "enqueue", fail)
     expected = pixels(host(**REQUEST))
-    for _ in range(3):
+    for _ in range(4):
         np.testing.assert_array_equal(pixels(pipeline(**REQUEST)), expected)
     assert device.counts["record"] == 1
     assert device.counts["replay"] == 0
+    (line,) = caplog.messages
+    assert "not recorded as a graph: the GPU failed" in line
+
+
+def test_a_recording_that_makes_other_latents_draws_nothing(
+    host, pipeline, device, monkeypatch, caplog
+):
+    """As one would that holds copies of what the processor computed for the picture before."""
+    record = device.record
+
+    def stale(work):
+        replay = record(work)
+        recording = next(reversed(pipeline._device_loop._recordings.values()))
+
+        def launch():
+            replay()
+            device.upload(np.zeros(recording.latents.shape, np.float32), recording.latents)
+
+        return launch
+
+    monkeypatch.setattr(device, "record", stale)
+    for seed in range(5):
+        options = REQUEST | {"seed": seed}
+        np.testing.assert_array_equal(pixels(pipeline(**options)), pixels(host(**options)))
+    assert device.counts["record"] == device.counts["replay"] == 1
+    (line,) = caplog.messages
+    assert "makes other latents" in line
 
 
 def test_an_engine_that_cannot_be_recorded_is_not(host, pipeline, device, monkeypatch):
