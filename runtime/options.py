@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
-from engine.backends.settings import ComputePrecision
+from engine.backends.settings import DEVICES, ComputePrecision
 from runtime.images.canvas import BLUR
 from runtime.images.upscaling import UPSCALERS
 from runtime.images.watermark import MAX_CHARACTERS
@@ -25,7 +25,8 @@ from runtime.samplers.noise_schedule import PREDICTION_TYPES
 __all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "OWN", "add_engine_options", "make_parser"]
 
 # What makes a picture again beside the request, by the options' names.
-MADE_WITH = ("model", "vae", "loras", "embeddings", "prediction_type", "backend", "precision")
+_FILES = ("model", "vae", "loras", "embeddings")
+MADE_WITH = (*_FILES, "prediction_type", "backend", "device", "precision")
 OWN = "own"  # as a preview decoder: the one that comes with the model
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
@@ -130,6 +131,7 @@ def add_engine_options(group: Any) -> None:
         "or cuda, which is ONNX Runtime there, on any GPU webgpu, which no card has run yet "
         "(default: what is fastest on the processor)",
     )
+    add("--device", choices=tuple(DEVICES), help="of openvino; only CPU has been run (default)")
     add(
         "--build-missing",
         action="store_true",

@@ -83,6 +83,7 @@ def test_the_picture_is_the_pipelines(here):
     assert command.main(["apple", *QUICK, *arguments, "--height", "64", "--out", "a.png"]) == 0
     settings = read_settings(here / "a.png")
     assert (settings.pop("backend"), settings.pop("precision")) == ("cpu", "float32")
+    assert settings.pop("device") is None
     made_of = {name: settings.pop(name) for name in ("vae", "loras", "embeddings")}
     assert made_of == {"vae": None, "loras": [], "embeddings": []}
     assert settings.pop("prediction_type") is None
