@@ -10,6 +10,7 @@ from typing import Any, get_args
 from benchmarks import (
     agreement,
     build,
+    card,
     gpu,
     gpu_summary,
     latency,
@@ -25,11 +26,13 @@ from benchmarks import (
 )
 from benchmarks.resumable import read_report
 from benchmarks.scenarios import SCENARIOS
-from engine.backends.settings import PRECISIONS, ComputePrecision
+from engine.backends.settings import ON_GPU, PRECISIONS, ComputePrecision
 from engine.errors import exit_status, libraries_of
 from engine.store.cache import write_atomically
 
 EXCEEDED = 1
+FOR_A_CARD = ("gpu", "card")
+ATTACH = "of a card that is not in benchmarks/results yet, please attach them to an issue"
 _MEASURES = {
     "prompt": prompt.measure,
     "load": load.measure,
@@ -69,6 +72,10 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
             parser.error(f"--{name} is {number}; give 1 or more")
     with libraries_of("bench"):
         measured = _measure(options)
+    if options.benchmark in FOR_A_CARD and options.out:
+        print(f"note: the figures are in {options.out}; {ATTACH}", file=sys.stderr)
+    if options.benchmark == "card":  # has written and printed each section
+        return EXCEEDED if card.failed(measured) else 0
     text = json.dumps(measured, indent=2) + "\n"
     if options.out:
         _write(options.out, text)
@@ -93,6 +100,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         return latency.measure(choice, options.out)
     if options.benchmark == "agree":
         return agreement.compared(read_report(options.first), read_report(options.second))
+    if options.benchmark == "card":
+        chosen = card.Card(backend=options.backend, dry=options.dry)
+        return card.measure(chosen, only=options.only, seconds=options.seconds, out=options.out)
     measure = _COMPARED.get(options.benchmark)
     if measure is None:
         return _MEASURES[options.benchmark](options.repeats)
@@ -127,6 +137,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     ):
         add(commands.add_parser(name, help=text))
     _add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
+    _add_card(commands.add_parser("card", help="what one graphics card does, section by section"))
     agree = commands.add_parser("agree", help="whether two runs of latency say the same")
     agree.add_argument("first", type=Path, metavar="JSON")
     agree.add_argument("second", type=Path, metavar="JSON")
@@ -193,6 +204,20 @@ def _add_gpu(added: argparse.ArgumentParser) -> None:
         "--minutes", type=float, help="stop after so many; the same command then goes on"
     )
     added.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
+    added.add_argument(
+        "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
+    )
+
+
+def _add_card(added: argparse.ArgumentParser) -> None:
+    _add_only(added)
+    added.add_argument(
+        "--backend", choices=ON_GPU, default="cuda", help="of the card (default: %(default)s)"
+    )
+    added.add_argument(
+        "--seconds", type=float, help="for all sections; the same command then goes on"
+    )
+    added.add_argument("--dry", action="store_true", help="the smallest form of every section")
     added.add_argument(
         "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
     )
