@@ -51,8 +51,10 @@ def test_the_figures_of_a_dry_run(lines):
     for part in PARTS:
         errors = lines["parts"]["pictogram-128"][part]["relative_errors"]
         assert set(errors.values()) == {0}, "the same engine on both sides"
-    assert lines["pictures"]["sd15-512"]["records"]
-    assert [each["psnr_db"] for each in lines["pictures"]["sd15-512"]["pictures"]] == [None] * 3
+    assert lines["pictures"]["pictogram-128"]["records"]
+    assert [each["psnr_db"] for each in lines["pictures"]["pictogram-128"]["pictures"]] == [
+        None
+    ] * 3
     assert lines["request"]["steps"] == 2
     assert lines["request"]["queued_step"]["ms"] > 0
     assert set(lines["batches"]) == {"1", "2", "took_s"}
