@@ -11,6 +11,7 @@ from typing import Any, get_args
 from benchmarks import (
     agreement,
     build,
+    card,
     gpu,
     gpu_summary,
     latency,
@@ -29,12 +30,14 @@ from benchmarks.scenarios import SCENARIOS
 from benchmarks.serving.load import CLOCKS, Drawing
 from benchmarks.serving.measure import PARTS, Choice
 from benchmarks.serving.measure import measure as measure_serving
-from engine.backends.settings import PRECISIONS, ComputePrecision
+from engine.backends.settings import ON_GPU, PRECISIONS, ComputePrecision
 from engine.command_line import CommandParser
 from engine.errors import RequestError, exit_status, libraries_of
 from engine.store.cache import write_atomically
 
 EXCEEDED = 1
+FOR_A_CARD = ("gpu", "card")
+ATTACH = "of a card that is not in benchmarks/results yet, please attach them to an issue"
 _MEASURES = {
     "prompt": prompt.measure,
     "load": load.measure,
@@ -74,6 +77,10 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
             parser.error(f"--{name} is {number}; give 1 or more")
     with libraries_of("bench"):
         measured = _measure(options)
+    if options.benchmark in FOR_A_CARD and options.out:
+        print(f"note: the figures are in {options.out}; {ATTACH}", file=sys.stderr)
+    if options.benchmark == "card":  # has written and printed each section
+        return EXCEEDED if card.failed(measured) else 0
     text = json.dumps(measured, indent=2) + "\n"
     if options.out:
         _write(options.out, text)
@@ -100,6 +107,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         return measure_serving(_serving_choice(options), options.out)
     if options.benchmark == "agree":
         return agreement.compared(read_report(options.first), read_report(options.second))
+    if options.benchmark == "card":
+        chosen = card.Card(backend=options.backend, dry=options.dry)
+        return card.measure(chosen, only=options.only, seconds=options.seconds, out=options.out)
     measure = _COMPARED.get(options.benchmark)
     if measure is None:
         return _MEASURES[options.benchmark](options.repeats)
@@ -135,6 +145,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         add(commands.add_parser(name, help=text))
     _add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
     _add_serving(commands.add_parser("serving", help="batches under load, and a server's costs"))
+    _add_card(commands.add_parser("card", help="what one graphics card does, section by section"))
     agree = commands.add_parser("agree", help="whether two runs of latency say the same")
     agree.add_argument("first", type=Path, metavar="JSON")
     agree.add_argument("second", type=Path, metavar="JSON")
@@ -261,6 +272,20 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise RequestError(f"{option} is {text!r}; give numbers with commas between") from None
+
+
+def _add_card(added: argparse.ArgumentParser) -> None:
+    _add_only(added)
+    added.add_argument(
+        "--backend", choices=ON_GPU, default="cuda", help="of the card (default: %(default)s)"
+    )
+    added.add_argument(
+        "--seconds", type=float, help="for all sections; the same command then goes on"
+    )
+    added.add_argument("--dry", action="store_true", help="the smallest form of every section")
+    added.add_argument(
+        "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
+    )
 
 
 def _add_build(added: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from engine.backends.settings import (
     BackendSettings,
     ComputePrecision,
     graph_precision,
+    precisions,
 )
 from engine.checkpoints.component import ComponentName
 from engine.devices.device import Device
@@ -75,27 +76,33 @@ class Engines:
     ) -> Self:
         """Choose what is left open: the backend of the settings, and the precision, where None.
 
-        The order is that of `python -m benchmarks latency`: int8 where somebody has calibrated
-        it, bfloat16 where the processor computes in it, float32. By `python -m benchmarks quality`
-        half of bfloat16's pictures are within 48 dB of float32's, and half of int8's within 34.
+        A GPU whose backend a card has run before is chosen where it passes a test of its own
+        (`engine.backends.self_test`). On the processor the order is that of `python -m benchmarks
+        latency`: int8 where somebody has calibrated it, bfloat16 where the processor computes in
+        it, float32. By `python -m benchmarks quality` half of bfloat16's pictures are within 48 dB
+        of float32's, and half of int8's within 34.
 
         fast_start: whether it matters more that engines open soon, as ONNX Runtime's do; only for
             a small model, whose pictures take no longer than that
         Raises BackendError.
         """
         settings, folders = settings or BackendSettings(), graph_folders(graphs)
+        small = fast_start and _is_small(model)
+        if settings.backend is None and not small:
+            settings = replace(settings, backend=_proven_gpu(precision))
         if settings.backend is None and precision is not None:
             offering = (name for name, offered in PRECISIONS.items() if precision in offered)
             settings = replace(settings, backend=next(offering, None))
         if settings.backend is None:
             # Asking what OpenVINO can do takes 50 ms, so it comes last.
-            fast = not (fast_start and _is_small(model)) and "BF16" in capabilities()
+            fast = not small and "BF16" in capabilities()
             settings = replace(settings, backend="openvino" if fast else "cpu")
         if precision is None:
-            fast = settings.backend == "openvino" and "BF16" in capabilities()
+            on_processor = settings.backend == "openvino" and settings.device in (None, "CPU")
+            fast = on_processor and "BF16" in capabilities()
             ranges = _ranges(model, folders) if fast else None
             quick: ComputePrecision = "bfloat16" if ranges is None else "int8"
-            precision = quick if fast else own_precision(settings.backend or DEFAULT)
+            precision = quick if fast else own_precision(settings)
         else:
             graph_precision(settings, precision)
             ranges = _ranges(model, folders) if precision == "int8" else None
@@ -225,17 +232,17 @@ def open_engine(
     )
 
 
-def own_precision(backend: str) -> ComputePrecision:
+def own_precision(settings: BackendSettings) -> ComputePrecision:
     """Return what a backend computes in where nobody chose; raises BackendError.
 
     Through WebGPU it is float16 on a GPU that has it.
     """
-    if backend == "webgpu":
+    if settings.backend == "webgpu":
         from engine.backends.onnxruntime.webgpu_trials import has_float16
         from engine.devices.webgpu import find_device
 
         return "float16" if has_float16(find_device()) else "float32"
-    return next(iter(PRECISIONS[backend]))
+    return next(iter(precisions(settings)))
 
 
 def _device(backend: str) -> Device:
@@ -252,6 +259,16 @@ def _device(backend: str) -> Device:
 def _open(spec: EngineSpec) -> Engine:
     engine: Engine = import_module(BACKENDS[spec.settings.backend or DEFAULT]).open_engine(spec)
     return engine
+
+
+def _proven_gpu(precision: ComputePrecision | None) -> str | None:
+    """Return the backend of a GPU that may be chosen for a precision, None where there is none."""
+    if find_spec("cuda") is None:  # NVIDIA's package
+        return None
+    from engine.backends.self_test import choose_gpu
+
+    found = choose_gpu()
+    return found if found and precision in (None, *PRECISIONS[found]) else None
 
 
 @cache

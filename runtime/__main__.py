@@ -104,7 +104,10 @@ def _draw(options: argparse.Namespace) -> None:
             check(path)
     sign = _sign(options)
     backend = BackendSettings(
-        backend=options.backend, threads=options.threads, build_missing=options.build_missing
+        backend=options.backend,
+        device=options.device,
+        threads=options.threads,
+        build_missing=options.build_missing,
     )
     if options.expand:
         options.prompt = _expanded(options, backend)

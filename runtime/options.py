@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
-from engine.backends.settings import ComputePrecision
+from engine.backends.settings import DEVICES, ComputePrecision
 from engine.command_line import CommandParser
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
@@ -27,9 +27,8 @@ from runtime.text_options import TEXT_OPTIONS, read_numbers
 __all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "add_engine_options", "make_parser"]
 
 # What makes a picture again beside the request, by the options' names.
-MADE_WITH = (
-    *("model", "vae", "loras", "lora_dir", "embeddings", "prediction_type", "backend", "precision"),
-)
+_FILES = ("model", "vae", "loras", "lora_dir", "embeddings")
+MADE_WITH = (*_FILES, "prediction_type", "backend", "device", "precision")
 PIECES = ("unet", "text_encoder", "text_encoder_2")  # and these where they were given
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
@@ -130,6 +129,7 @@ def add_engine_options(group: Any) -> None:
         "or cuda, which is ONNX Runtime there, on any GPU webgpu, which no card has run yet "
         "(default: what is fastest on the processor)",
     )
+    add("--device", choices=tuple(DEVICES), help="of openvino; only CPU has been run (default)")
     add(
         "--build-missing",
         action="store_true",

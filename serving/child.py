@@ -49,6 +49,7 @@ class EngineSettings:
     models: Mapping[str, str]
     loras: Mapping[str, str] = field(default_factory=dict)
     backend: str | None = None
+    device: str | None = None
     precision: ComputePrecision | None = None
     threads: int | None = None
     build_missing: bool = False
@@ -77,7 +78,10 @@ class EngineSettings:
     def runner(self) -> Models:
         """Return what draws; nothing is loaded yet."""
         settings = BackendSettings(
-            backend=self.backend, threads=self.threads, build_missing=self.build_missing
+            backend=self.backend,
+            device=self.device,
+            threads=self.threads,
+            build_missing=self.build_missing,
         )
 
         def load(model: str | Path) -> Pipeline:

@@ -147,6 +147,7 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         models=find_models(options.models or ["pictogram"]),
         loras={} if options.lora_dir is None else find_adapters(options.lora_dir),
         backend=options.backend,
+        device=options.device,
         precision=options.precision,
         threads=options.threads,
         build_missing=options.build_missing,

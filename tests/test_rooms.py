@@ -21,7 +21,7 @@ ROOMS = {
     ),
     "engine.backends": (
         *("settings", "base", "binding", "memory_estimate"),
-        *("onnxruntime", "openvino", "tensorrt", "registry"),
+        *("onnxruntime", "openvino", "tensorrt", "registry", "self_test"),
     ),
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),

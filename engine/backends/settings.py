@@ -19,6 +19,12 @@ PRECISIONS: Mapping[str, Mapping[ComputePrecision, Precision]] = {
     "tensorrt": {"float16": "float16", "float32": "float32"},
     "tensorrt_rtx": {"float16": "float16"},  # no fused attention of its takes float32
 }
+# And OpenVINO beside the processor. No such device has run it yet.
+DEVICES: Mapping[str, Mapping[ComputePrecision, Precision]] = {
+    "CPU": PRECISIONS["openvino"],
+    "GPU": {"float16": "float32", "float32": "float32"},
+    "NPU": {"float16": "float32"},
+}
 DEFAULT = "cpu"
 ON_GPU = ("cuda", "webgpu", "tensorrt", "tensorrt_rtx")
 
@@ -30,11 +36,13 @@ class BackendSettings:
     backend: "cpu" is ONNX Runtime, "openvino"; on an NVIDIA GPU "tensorrt", "tensorrt_rtx" or
         "cuda", which is ONNX Runtime there, on any GPU "webgpu", which is ONNX Runtime there; None
         lets `engine.engines` choose for a model, and is "cpu" for an engine alone
+    device: "CPU", "GPU" or "NPU", by which OpenVINO computes; None is the processor
     threads: of one engine's computation; None takes one for each processor core.
     build_missing: whether engines of TensorRT that the cache lacks are built when they are needed
     """
 
     backend: str | None = None
+    device: str | None = None
     threads: int | None = None
     build_missing: bool = False
 
@@ -43,6 +51,15 @@ class BackendSettings:
         if self.backend not in (None, *PRECISIONS):
             raise BackendError(
                 f"the backend {self.backend!r} is not known; choose {', '.join(PRECISIONS)}"
+            )
+        if self.device is not None and self.backend != "openvino":
+            raise BackendError(
+                f"the device {self.device!r} came without the backend 'openvino', of which it is a "
+                "setting; give both, or leave the device out"
+            )
+        if self.device not in (None, *DEVICES):
+            raise BackendError(
+                f"the device {self.device!r} is not known; choose {_listed([*DEVICES])}"
             )
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
             raise BackendError(
@@ -55,17 +72,23 @@ def _listed(names: Sequence[str]) -> str:
     return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+def precisions(settings: BackendSettings) -> Mapping[ComputePrecision, Precision]:
+    """Return what is computed in with these settings, as `PRECISIONS` has it."""
+    return DEVICES[settings.device] if settings.device else PRECISIONS[settings.backend or DEFAULT]
+
+
 def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> Precision:
     """Return the precision of the graphs from which a backend computes in this one.
 
     Raises BackendError when it cannot.
     """
     backend = settings.backend or DEFAULT
-    offered = PRECISIONS[backend]
+    offered = precisions(settings)
     if precision not in offered:
         others = [name for name in PRECISIONS if precision in PRECISIONS[name]]
+        where = f" on the device {settings.device!r}" if settings.device else ""
         raise BackendError(
-            f"the backend {backend!r} does not compute in {precision}; choose the "
+            f"the backend {backend!r} does not compute in {precision}{where}; choose the "
             f"precision {', '.join(offered)}"
             + (f", or the backend {_listed(others)}" if others else "")
         )

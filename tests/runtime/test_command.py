@@ -91,6 +91,7 @@ def test_the_picture_is_the_pipelines(here):
     assert command.main(["apple", *QUICK, *arguments, "--height", "64", "--out", "a.png"]) == 0
     settings = read_settings(here / "a.png")
     assert (settings.pop("backend"), settings.pop("precision")) == ("cpu", "float32")
+    assert settings.pop("device") is None
     assert list(settings.pop("hashes")) == ["pictogram"]
     made_of = {name: settings.pop(name) for name in ("vae", "loras", "lora_dir", "embeddings")}
     assert made_of == {"vae": None, "loras": [], "lora_dir": None, "embeddings": []}

@@ -85,7 +85,7 @@ def _replaced(found: Nodes, dtype: np.dtype[Any]) -> bytes:
             is_wide = named(node, INPUT)[1] in widened
             written[i] = b"".join(_group_norm(node, np.dtype(np.float32) if is_wide else dtype))
         elif found.kinds[i] == b"Attention":
-            written[i] = b"".join(_attention(node, dtype))
+            written[i] = b"".join(_attention(node, narrow=dtype != np.float32))
         elif found.kinds[i] in WRITERS:
             written[i] = b"".join(WRITERS[found.kinds[i]](node))
     for angles in {named(found.nodes[i], INPUT)[0] for i in _of_kind(found, b"Sin", b"Cos")}:
@@ -134,13 +134,14 @@ def _group_norm(node: Node, dtype: np.dtype[Any]) -> Iterator[bytes]:
     yield written_node(b"Add", [name(b"scaled"), name(b"bias")], out, [])
 
 
-def _attention(node: Node, dtype: np.dtype[Any]) -> Iterator[bytes]:
+def _attention(node: Node, *, narrow: bool) -> Iterator[bytes]:
     """Write attention of queries, keys and values, each (B, heads, n, d), with all its scores.
 
-    dtype: of all three; the softmax is of float32
+    narrow: whether some attention of the graph is of float16; the softmax is of float32
     """
     (query, key, value), out = named(node, INPUT), _output(node)
     causal = attributes_of(node).get(b"is_causal")
+    wide = [int_attribute(b"to", DTYPES["float32"])]
 
     def name(part: bytes) -> bytes:
         return out + b"." + part
@@ -148,29 +149,29 @@ def _attention(node: Node, dtype: np.dtype[Any]) -> Iterator[bytes]:
     def step(kind: bytes, part: bytes, *inputs: bytes, of: Sequence[bytes] = ()) -> bytes:
         return written_node(kind, inputs, name(part), of)
 
-    def cast(part: bytes, given: bytes, to: str) -> bytes:
-        return step(b"Cast", part, given, of=[int_attribute(b"to", DTYPES[to])])
-
     # What comes of the shape is computed once, when the session is opened.
     ends = [int_attribute(b"start", 3), int_attribute(b"end", 4)]
     yield step(b"Shape", b"width", query, of=ends)
-    yield cast(b"wide", name(b"width"), "float32")
+    yield step(b"Cast", b"wide", name(b"width"), of=wide)
     yield step(b"Sqrt", b"root", name(b"wide"))
-    yield cast(b"divisor", name(b"root"), dtype.name)
-    yield step(b"Div", b"scaled", query, name(b"divisor"))
+    divisor = name(b"root")
+    if narrow:
+        yield step(b"CastLike", b"divisor", divisor, query)
+        divisor = name(b"divisor")
+    yield step(b"Div", b"scaled", query, divisor)
     yield step(b"Transpose", b"keys", key, of=[ints_attribute(b"perm", (0, 1, 3, 2))])
     yield step(b"MatMul", b"scores", name(b"scaled"), name(b"keys"))
     scores = name(b"scores")
-    if dtype != np.float32:
-        yield cast(b"scores.float32", scores, "float32")
+    if narrow:
+        yield step(b"Cast", b"scores.float32", scores, of=wide)
         scores = name(b"scores.float32")
     if causal is not None and int_of(causal):
         yield from _without_later(query, scores, out)
         scores = name(b"earlier")
     yield step(b"Softmax", b"weights", scores, of=[int_attribute(b"axis", 3)])
     weights = name(b"weights")
-    if dtype != np.float32:
-        yield cast(b"weights.narrow", weights, dtype.name)
+    if narrow:
+        yield step(b"CastLike", b"weights.narrow", weights, value)
         weights = name(b"weights.narrow")
     yield written_node(b"MatMul", [weights, value], out, [])
 

@@ -1,4 +1,7 @@
-"""OpenVINO on the CPU, in float32, bfloat16 or int8: all from the float32 graph."""
+"""OpenVINO, from the float32 graph: on the CPU in float32, bfloat16 or int8, on other devices too.
+
+On a GPU or an NPU, none of which has run it yet, what is particular to the CPU is left out.
+"""
 
 import math
 import sys
@@ -30,6 +33,8 @@ FILE_BYTES = 2**26  # of weights in memory alone, from where on they are put int
 RELEASE_S = 0.1  # between two times that this is done
 CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
 CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
+CPU = "CPU"
+HINTS = {"float32": "f32", "float16": "f16"}  # to other devices
 
 Shapes = Mapping[str, tuple[int, ...]]
 ANY = -1  # size of a dimension
@@ -37,8 +42,14 @@ ANY = -1  # size of a dimension
 
 def open_engine(spec: EngineSpec) -> Engine:
     """Open a graph with its weights; raises BackendError, GraphError or ModelError."""
+    settings = spec.settings
     return OpenVinoEngine(
-        spec.graph, spec.weights, spec.settings.threads, spec.precision, spec.ranges
+        spec.graph,
+        spec.weights,
+        settings.threads,
+        spec.precision,
+        spec.ranges,
+        device=settings.device or CPU,
     )
 
 
@@ -64,22 +75,15 @@ class OpenVinoEngine:
         threads: int | None,
         precision: ComputePrecision,
         ranges: Ranges | None = None,
+        device: str = CPU,
     ) -> None:
         self._library = _import()
         self._graph = graph
         self._core = self._library.Core()
-        able = "BF16" in self._core.get_property("CPU", CAPABILITIES)
-        if precision == "bfloat16" and not able:
-            raise BackendError(
-                "this processor has no bfloat16 arithmetic (AVX-512 BF16 or AMX); use the "
-                "precision float32"
-            )
-        self._settings = {
-            "INFERENCE_PRECISION_HINT": "bf16" if able and precision != "float32" else "f32",
-            "INFERENCE_NUM_THREADS": threads or processors(),
-            "PERFORMANCE_HINT": "LATENCY",
-            "ENABLE_CPU_PINNING": False,  # threads of two processes would share one core
-        }
+        self._device = device
+        self._settings = (
+            self._cpu_settings(threads, precision) if device == CPU else self._hints(precision)
+        )
         self._precision = precision
         self._ranges = {  # of the layers that compute in int8
             name: seen
@@ -91,6 +95,31 @@ class OpenVinoEngine:
         self._settled = False  # whether it has run
         self._shapes: Shapes = {}  # of the inputs, compiled in; ANY where several came
         self.rebind(weights, graph.weights)
+
+    def _hints(self, precision: ComputePrecision) -> dict[str, Any]:
+        """Return the settings of a device beside the processor; raises BackendError."""
+        there = sorted({name.partition(".")[0] for name in self._core.available_devices})
+        if self._device not in there:
+            raise BackendError(
+                f"OpenVINO finds no device {self._device!r} here (it has {', '.join(there)}); "
+                "install the device's driver, or leave the device out"
+            )
+        return {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+
+    def _cpu_settings(self, threads: int | None, precision: ComputePrecision) -> dict[str, Any]:
+        """Return the settings of the processor; raises BackendError where it lacks bfloat16."""
+        able = "BF16" in self._core.get_property("CPU", CAPABILITIES)
+        if precision == "bfloat16" and not able:
+            raise BackendError(
+                "this processor has no bfloat16 arithmetic (AVX-512 BF16 or AMX); use the "
+                "precision float32"
+            )
+        return {
+            "INFERENCE_PRECISION_HINT": "bf16" if able and precision != "float32" else "f32",
+            "INFERENCE_NUM_THREADS": threads or processors(),
+            "PERFORMANCE_HINT": "LATENCY",
+            "ENABLE_CPU_PINNING": False,  # threads of two processes would share one core
+        }
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once, with arrays of the signature; raises BackendError, also for other shapes."""
@@ -126,19 +155,27 @@ class OpenVinoEngine:
     def _ready(self, shapes: Shapes) -> Any:
         """Return the model compiled for these shapes, and for others that came."""
         with self._lock:
-            wanted = _joined(self._shapes, shapes) if self._shapes else shapes
+            joined = self._shapes and self._device == CPU  # others are best with fixed sizes
+            wanted = _joined(self._shapes, shapes) if joined else shapes
             if self._compiled is None or wanted != self._shapes:
                 self._compiled = None  # its memory goes before that of the next comes
                 model, self._model = self._model or self._assembled(), None
                 with self._graph_errors():
                     model.reshape({name: [*shape] for name, shape in wanted.items()})
-                    dtype = np.float32 if self._precision == "float32" else np.float16
-                    added = transform_convolutions(self._library, model, dtype)
-                    self._scratches += [added] if added else []
+                    self._transform(model)
                     with self._releasing():
-                        self._compiled = self._core.compile_model(model, "CPU", self._settings)
+                        self._compiled = self._core.compile_model(
+                            model, self._device, self._settings
+                        )
                 self._shapes, self._settled = wanted, False
             return self._compiled
+
+    def _transform(self, model: Any) -> None:
+        """Compute the processor's convolutions in tiles."""
+        if self._device == CPU:
+            dtype = np.float32 if self._precision == "float32" else np.float16
+            added = transform_convolutions(self._library, model, dtype)
+            self._scratches += [added] if added else []
 
     @contextmanager
     def _releasing(self) -> Iterator[None]:
