@@ -19,13 +19,16 @@ from engine.errors import LatentrtError
 from engine.store.cache import Cache, cache_folder
 from runtime.images.files import program_version
 from runtime.pipeline import Pipeline
+from serving.errors import RefusalError
 from serving.events import Event
 from serving.frames import of_event, read_frame, to_order, write_frame
 from serving.limits import Limits
 from serving.loop import Loop
+from serving.model_files import Files
 from serving.model_runner import ModelRunner, Models
 from serving.row_limits import ROWS, Aim, RowLimits
 
+FIRST = "is_first"  # in the frame of the settings: whether no engine was ready before
 FAILED = 3  # exit status: a model cannot be loaded, which another try would not change
 
 
@@ -42,6 +45,7 @@ class EngineSettings:
     """What an engine's process draws with; all of it can be written as JSON.
 
     models, loras: paths, or names of models that ship, by the names that requests use
+    files: what tells models' and adapters' files from others, by their paths
     rows: in a step, as `serving.row_limits.RowLimits` takes them
     model_bytes: of weights that stay loaded, None for any number
     """
@@ -54,6 +58,7 @@ class EngineSettings:
     threads: int | None = None
     build_missing: bool = False
     graphs: str | None = None
+    files: Mapping[str, Files] = field(default_factory=dict)
     rows: int | Aim = ROWS
     model_bytes: int | None = None
     limits: Limits = field(default_factory=Limits)
@@ -98,6 +103,7 @@ class EngineSettings:
             loras={name: Path(path) for name, path in self.loras.items()},
             load=load,
             limits=self.limits,
+            files=self.files,
             budget=self.model_bytes,
         )
 
@@ -111,13 +117,15 @@ def main(runner_of: Callable[[EngineSettings], WarmModelRunner] = EngineSettings
     first = read_frame(orders)
     if first is None:
         return 0
+    is_first = first[0].pop(FIRST)
     settings = EngineSettings.from_json(first[0])
     runner = runner_of(settings)
     try:
         runner.warm(next(iter(settings.models)))
-    except LatentrtError as error:
+    except (LatentrtError, RefusalError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
+        if is_first:
+            return FAILED  # later, other models may be drawn with
     waiting: Queue[Event] = Queue()
     Thread(target=_write, args=(events, waiting), daemon=True).start()
 

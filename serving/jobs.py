@@ -34,6 +34,10 @@ State = Literal["queued", "running", "done", "failed", "cancelled"]
 OVER = frozenset(("done", "failed", "cancelled"))
 EVENTS_KEPT = 64  # of a job, for whoever reads slowly or comes back
 ID_BYTES = 16
+FAILURES: Mapping[str, type[RefusalError]] = {
+    "engine_failed": EngineFailedError,
+    "model_unavailable": UnavailableError,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,8 +256,7 @@ class Jobs:
             if all(each.data for each in job.pictures):
                 self._end(job, "done")
         elif event.kind == "failed":
-            kinds = {"engine_failed": EngineFailedError}
-            kind = kinds.get(event.data["code"], BadRequestError)
+            kind = FAILURES.get(event.data["code"], BadRequestError)
             self._engine.cancel(job.id)
             self._end(job, "failed", kind(event.data["message"], code=event.data["code"]))
 

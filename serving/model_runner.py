@@ -6,6 +6,7 @@ the file is mapped, whatever number of pipelines read them.
 """
 
 import io
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -26,9 +27,13 @@ from runtime.images.files import encode_image, program_version
 from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+from serving.errors import UnavailableError
 from serving.limits import Limits
+from serving.model_files import Files, is_same, is_written_over
 from serving.model_memory import fitting_rows, weight_bytes
 from serving.picture_request import DEFAULT_STEPS, PictureRequest
+
+log = logging.getLogger("latentrt.serving")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PREVIEW_QUALITY = 80
@@ -201,6 +206,7 @@ class Models:
 
     models, loras: files and folders by the names that requests know them by
     load: makes a pipeline of a model's name or path
+    files: of models and adapters as the server began, by their paths
     budget: bytes of weights that stay loaded, None for any number; the model last asked for stays
         whatever it takes, and pictures on their way keep theirs
     """
@@ -209,12 +215,20 @@ class Models:
     loras: Mapping[str, Path]
     load: Callable[[str | Path], Pipeline]
     limits: Limits
+    files: Mapping[str, Files] = field(default_factory=dict)
     budget: int | None = None
     _open: "OrderedDict[Hashable, tuple[Pipeline, Preview]]" = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
     def unfinished_pictures(self, picture_request: PictureRequest) -> list[RowPicture]:
-        """As `ModelRunner` says."""
+        """As `ModelRunner` says; UnavailableError for a model that cannot be loaded now."""
+        try:
+            return self._begin(picture_request)
+        except ModelError as error:
+            log.exception("a model cannot be loaded")
+            raise _unavailable(picture_request.model, "cannot be loaded") from error
+
+    def _begin(self, picture_request: PictureRequest) -> list[RowPicture]:
         request = picture_request.request()
         loras = [*picture_request.loras, *self._named(picture_request, request)]
         pipeline, preview_map = self._pipeline(picture_request.model, loras)
@@ -237,7 +251,7 @@ class Models:
         picture_request = PictureRequest(
             fields={"prompt": "", "num_inference_steps": 1, "seed": 0}, model=model
         )
-        (unfinished,) = self.unfinished_pictures(picture_request)
+        (unfinished,) = self._begin(picture_request)
         unfinished.enter()
         while not unfinished.is_done:
             self.step([unfinished])
@@ -258,6 +272,7 @@ class Models:
         """Return a model with its adapters, loading it if it is not."""
         key = (model, tuple(loras))
         with self._lock:
+            self._check_files(model, loras, is_open=key in self._open)
             if key not in self._open:
                 pipeline = self.load(self.models[model])
                 self._make_room(weight_bytes(pipeline))
@@ -268,6 +283,15 @@ class Models:
                 self._open[key] = pipeline, Preview.fit(latents, pipeline.decode(latents))
             self._open.move_to_end(key)
             return self._open[key]
+
+    def _check_files(self, model: str, loras: Sequence[Lora], *, is_open: bool) -> None:
+        """Refuse files that are others than the server began with. Raises UnavailableError."""
+        paths = {model: Path(self.models[model])}
+        paths |= {name: self.loras[name] for name, *_ in loras}
+        for name, path in paths.items():
+            before = self.files.get(str(path), {})
+            if is_written_over(path, before) if is_open else not is_same(path, before):
+                raise _unavailable(name, "is another file now than the server began with")
 
     def _make_room(self, needed: int) -> None:
         """Let go of the models that were asked for longest ago, before another is opened."""
@@ -293,6 +317,12 @@ class Models:
                 f"loras: {names} does not fit the model {model}; leave it out, or "
                 "take a model that it was trained for"
             ) from error
+
+
+def _unavailable(name: str, why: str) -> UnavailableError:
+    return UnavailableError(
+        f"{name} {why}; the operator must look after it", code="model_unavailable"
+    )
 
 
 def check_chunks(pipeline: Pipeline, request: Request, most: int) -> None:

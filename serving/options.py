@@ -16,6 +16,7 @@ from serving.configuration import CONFIG, PREFIX
 from serving.keys import Keys
 from serving.limits import Limits
 from serving.memory import total_bytes
+from serving.model_files import list_files
 from serving.model_runner import NAME, check_names
 from serving.row_limits import ROWS, parse_rows
 
@@ -143,9 +144,13 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
             raise RequestError(f"--{option} is {getattr(options, name)}; give {least} or more")
     if not options.max_queue_seconds > 0:
         raise RequestError(f"--max-queue-seconds is {options.max_queue_seconds}; give more than 0")
+    models = find_models(options.models or ["pictogram"])
+    loras = {} if options.lora_dir is None else find_adapters(options.lora_dir)
+    paths = [*models.values(), *loras.values()]
     return EngineSettings(
-        models=find_models(options.models or ["pictogram"]),
-        loras={} if options.lora_dir is None else find_adapters(options.lora_dir),
+        models=models,
+        loras=loras,
+        files={path: list_files(Path(path)) for path in paths if path not in shipped_models()},
         backend=options.backend,
         device=options.device,
         precision=options.precision,

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import IO, Any
 
-from serving.child import FAILED, EngineSettings
+from serving.child import FAILED, FIRST, EngineSettings
 from serving.events import Event
 from serving.frames import of_order, read_frame, to_event, write_frame
 from serving.loop import FAILED as FAILED_SENTENCE
@@ -161,7 +161,7 @@ class ProcessEngine:
         )
         self._outbox = SimpleQueue()
         Thread(target=_write, args=(self._process.stdin, self._outbox), daemon=True).start()
-        self._send(self.settings.as_json())
+        self._send({**self.settings.as_json(), FIRST: not self._was_ready})
 
     def start(self, tell: Callable[[Event], None]) -> None:
         """As `EngineClient` says; returns before it is ready."""

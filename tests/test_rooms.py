@@ -47,6 +47,7 @@ ROOMS = {
             "fair_queue",
             "bucket_scheduler",
             "row_limits",
+            "model_files",
             "model_memory",
             "model_runner",
             "order",

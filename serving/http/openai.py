@@ -14,13 +14,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import ValidationError
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
 
 from serving.errors import BadRequestError, RefusalError
 from serving.http.answers import error_body
-from serving.http.documents import FORM, REFUSALS, invalid
+from serving.http.documents import FORM, REFUSALS
 from serving.http.fields import (
     Catalog,
     Generation,
@@ -28,6 +25,7 @@ from serving.http.fields import (
     check_whole,
     file_format,
 )
+from serving.http.forms import read_form
 from serving.http.sse import EventStream, event
 from serving.jobs import Job, Jobs
 from serving.limits import Limits
@@ -41,7 +39,6 @@ NO_TOKENS = {
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
 MOST_PARTIALS = 3
-FILES = ("image", "image[]", "mask")
 
 
 def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) -> APIRouter:
@@ -140,45 +137,6 @@ def openai_request(body: OpenAIFields, catalog: Catalog) -> PictureRequest:
         format=file_format(body.output_format or "png", "output_format"),
         quality=max(check_whole("output_compression", quality, 0, 100), 1),
     )
-
-
-async def read_form(request: Request, limits: Limits) -> tuple[OpenAIFields, dict[str, bytes]]:
-    """Return the fields and the files of a form. Raises BadRequestError."""
-    bounds = {"max_files": limits.files, "max_fields": limits.fields}
-    try:
-        form = await request.form(**bounds, max_part_size=limits.body_bytes)
-    except (MultiPartException, ValueError):
-        raise BadRequestError("the form cannot be read, or has too many parts") from None
-    except Exception as error:  # Starlette's, for an application within it
-        if getattr(error, "status_code", None) != 400:
-            raise
-        raise BadRequestError("the form cannot be read, or has too many parts") from None
-    try:
-        fields = {name: value for name, value in form.multi_items() if isinstance(value, str)}
-        try:
-            body = OpenAIFields.model_validate(fields)
-        except ValidationError as error:
-            raise invalid(error.errors()) from None
-        return body, await _files(form)
-    finally:
-        await form.close()
-
-
-async def _files(form: FormData) -> dict[str, bytes]:
-    """Return the picture and the mask of a form; of several pictures none can be left out."""
-    files: dict[str, bytes] = {}
-    for name, value in form.multi_items():
-        if not isinstance(value, UploadFile):
-            if name in FILES:
-                raise BadRequestError(
-                    f"{name} is a text; send the file itself, nothing is fetched", param="image"
-                )
-            continue
-        key = name.removesuffix("[]")
-        if name not in FILES or key in files:
-            raise BadRequestError("one image is taken, and one mask beside it", param="image")
-        files[key] = await value.read()
-    return files
 
 
 async def over_or_left(request: Request, job: Job) -> None:
