@@ -131,6 +131,7 @@ def _load(
         preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
         loras=options.loras,
         lora_dir=options.lora_dir,
+        wildcard_dir=options.wildcard_dir,
         embeddings=options.embeddings,
         prediction_type=options.prediction_type,
         graphs=options.graphs,

@@ -26,6 +26,7 @@ from engine.model import Model, find_model
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
+from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.device_loop import DeviceLoop
 from runtime.denoising.latents import LatentSpace, Progress, State, predicted_x0
 from runtime.images import tiles
@@ -37,6 +38,7 @@ from runtime.plan import Array, Plan, StepInputs, make_plan
 from runtime.request import Request
 from runtime.request_options import RequestOptions
 from runtime.samplers.noise_schedule import NoiseSchedule
+from runtime.templates import expand_request, with_templates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,6 +64,7 @@ class Pipeline:
 
     engines: the engines, with the settings and the precision that were chosen for them
     lora_dir: where adapters are that prompts name, as `<lora:name:0.8>`
+    wildcards: what prompts choose from, as `__name__`
     """
 
     def __init__(
@@ -70,9 +73,11 @@ class Pipeline:
         tokenizers: Mapping[TextPart, Tokenizer],
         *,
         lora_dir: Path | None = None,
+        wildcards: Wildcards | None = None,
     ) -> None:
         self.engines = engines
         self.lora_dir = None if lora_dir is None else check_folder(lora_dir)
+        self.wildcards = wildcards
         self._loras: Sequence[AdapterChoice] = ()  # that were given, beside those prompts name
         self._named: Sequence[AdapterChoice] = ()
         self.encoder = Encoder(model=engines.model, tokenizers=tokenizers, engine=engines.engine)
@@ -89,6 +94,7 @@ class Pipeline:
         preview_decoder: Path | None = None,
         loras: Sequence[str | Path | AdapterChoice] = (),
         lora_dir: str | Path | None = None,
+        wildcard_dir: str | Path | None = None,
         embeddings: Sequence[Path] = (),
         prediction_type: str | None = None,
         graphs: Path | None = None,
@@ -104,6 +110,7 @@ class Pipeline:
         loras, embeddings: as `set_loras` and `set_embeddings` take them
         lora_dir: a folder of adapters that prompts may name, as `<lora:name:0.8>`: they are on for
             that call, beside `loras`
+        wildcard_dir: a folder of text files whose lines prompts may choose from, as `__name__`
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
         precision: what the engines compute in: "float32", "bfloat16" or "int8"
@@ -122,7 +129,9 @@ class Pipeline:
             opened, graphs=graphs, settings=settings, precision=precision, fast_start=fast_start
         )
         folder = None if lora_dir is None else Path(lora_dir)
-        pipeline = cls(engines, load_tokenizers(opened), lora_dir=folder)
+        wildcards = None if wildcard_dir is None else Wildcards(Path(wildcard_dir))
+        tokenizers = load_tokenizers(opened)
+        pipeline = cls(engines, tokenizers, lora_dir=folder, wildcards=wildcards)
         if loras:
             pipeline.set_loras(loras)
         if embeddings:
@@ -150,8 +159,13 @@ class Pipeline:
         Raises RequestError, ModelError where an adapter does not fit, and BackendError where it
         would not fit into a GPU's memory.
         """
-        notes = self._heed_names(request) if self._named or request.names_files else []
-        plan = make_plan(request, self.model, self.schedule, self.encoder)
+        chosen, notes = request, list[str]()
+        if request.is_template:
+            chosen, notes = expand_request(request, self.wildcards)
+        if self._named or chosen.names_files:
+            notes += self._heed_names(chosen)
+        plan = make_plan(chosen, self.model, self.schedule, self.encoder)
+        plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=notes) if notes else plan
         self.engines.require_memory(self._parts(plan), **_sizes(plan))
         return plan

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol, Self
 
 from engine.backends.settings import BackendSettings, ComputePrecision
 from engine.errors import LatentrtError
+from runtime.conditioning.wildcards import Wildcards
 from runtime.pipeline import Pipeline
 from serving.bucket_scheduler import ROWS
 from serving.events import Event
@@ -50,6 +51,7 @@ class EngineSettings:
     threads: int | None = None
     build_missing: bool = False
     graphs: str | None = None
+    wildcard_dir: str | None = None
     rows: int = ROWS
     keep: int = 3
     limits: Limits = field(default_factory=Limits)
@@ -82,6 +84,7 @@ class EngineSettings:
             models=self.models,
             loras={name: Path(path) for name, path in self.loras.items()},
             load=load,
+            wildcards=None if self.wildcard_dir is None else Wildcards(Path(self.wildcard_dir)),
             limits=self.limits,
             keep=self.keep,
         )

@@ -9,7 +9,7 @@ import io
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -21,11 +21,13 @@ from engine.backends.settings import DEFAULT
 from engine.errors import BackendError, ModelError, RequestError
 from runtime.conditioning.syntax import schedule
 from runtime.conditioning.tokenizer import make_chunks
+from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.rows import Row, rows_of, step_rows
 from runtime.images.files import encode_image, program_version
 from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+from runtime.templates import expand_request, with_templates
 from serving.limits import Limits
 from serving.picture_request import DEFAULT_STEPS, PictureRequest
 
@@ -181,6 +183,7 @@ class Models:
 
     models, loras: files and folders by the names that requests know them by
     load: makes a pipeline of a model's name or path
+    wildcards: what prompts choose from
     keep: pipelines that stay loaded; pictures on their way keep theirs beyond that
     """
 
@@ -188,17 +191,23 @@ class Models:
     loras: Mapping[str, Path]
     load: Callable[[str | Path], Pipeline]
     limits: Limits
+    wildcards: Wildcards | None = None
     keep: int = 3
     _open: "OrderedDict[Hashable, tuple[Pipeline, Preview]]" = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
     def unfinished_pictures(self, picture_request: PictureRequest) -> list[RowPicture]:
         """As `ModelRunner` says."""
-        request = picture_request.request()
+        request, notes = picture_request.request(), list[str]()
+        template = request
+        if request.is_template:
+            request, notes = expand_request(request, self.wildcards)
         loras = [*picture_request.loras, *self._named(picture_request, request)]
         pipeline, preview_map = self._pipeline(picture_request.model, loras)
         check_chunks(pipeline, request, self.limits.chunks)
         plan = pipeline.plan(request)
+        plan = plan if template is request else with_templates(plan, template)
+        plan = replace(plan, notes=[*notes, *plan.notes])
         chosen = pipeline.engines
         exact = (chosen.settings.backend or DEFAULT, chosen.precision) == ("cpu", "float32")
         return [

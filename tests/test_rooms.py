@@ -29,8 +29,8 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("request_options", "plan", "denoising", "pipeline", "calibration", "expansion"),
-        *("again", "text_options", "options", "__main__"),
+        *("request_options", "plan", "templates", "denoising", "pipeline", "calibration"),
+        *("expansion", "again", "text_options", "options", "__main__"),
     ),
     "serving": (
         *(

@@ -213,6 +213,7 @@ def _of_one(plan: Plan, index: int) -> Plan:
             {name: take(name, array) for name, array in call.items()} for call in plan.conditioning
         ],
         seeds=plan.seeds[index : index + 1],
+        variation_seeds=plan.variation_seeds[index : index + 1],
         settings=plan.settings[index : index + 1],
         hires=None if plan.hires is None else _of_one(plan.hires, index),
     )
