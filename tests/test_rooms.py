@@ -30,7 +30,7 @@ ROOMS = {
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
         *("request_options", "plan", "templates", "denoising", "pipeline", "calibration"),
-        *("expansion", "again", "text_options", "options", "__main__"),
+        *("expansion", "again", "text_options", "options", "grid", "__main__"),
     ),
     "serving": (
         *(
