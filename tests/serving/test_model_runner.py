@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline
+from runtime.conditioning.wildcards import Wildcards
 from serving.errors import BadRequestError
 from serving.limits import Limits
 from serving.model_runner import Models
@@ -77,3 +78,20 @@ def test_adapters_of_the_prompt_count_among_all():
     request = asked(("ink", 0.7), prompt="<lora:a:1>" * 8)
     with pytest.raises(BadRequestError, match="loras has 9 adapters"):
         request.checked(Limits())
+
+
+def test_variation_seeds_are_drawn_once():
+    fields = {"prompt": "a", "variation_strength": 0.2, "num_images_per_prompt": 2}
+    drawn = PictureRequest(fields=fields, model="pictogram").checked(Limits()).fields
+    assert drawn["seed"][0] == drawn["seed"][1]
+    assert drawn["variation_seed"][1] == drawn["variation_seed"][0] + 1
+    assert "variation_seed" not in asked().checked(Limits()).fields
+
+
+def test_a_template_is_chosen_from_what_the_operator_gave(models, tmp_path):
+    (tmp_path / "colour.txt").write_text("red\n")
+    models.wildcards = Wildcards(tmp_path)
+    _, settings = drawn(models, asked(prompt="a __colour__ apple __none__"))
+    assert settings["prompt"] == "a red apple "
+    assert settings["template"] == "a __colour__ apple __none__"
+    assert "__none__ is left out" in settings["notes"][0]
