@@ -192,6 +192,7 @@ def _load(
         text_encoder_2=options.text_encoder_2,
         loras=options.loras,
         lora_dir=options.lora_dir,
+        wildcard_dir=options.wildcard_dir,
         embeddings=options.embeddings,
         strict=options.strict,
         prediction_type=options.prediction_type,

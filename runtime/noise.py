@@ -181,6 +181,28 @@ def draw(noises: Sequence[Noise], shape: tuple[int, ...]) -> NDArray[np.float32]
     return np.concatenate([noise.normal((1, *shape)) for noise in noises])
 
 
+def vary(
+    noise: NDArray[np.float32], other: NDArray[np.float32], strength: float
+) -> NDArray[np.float32]:
+    """Go from one noise to another on a sphere, as Automatic1111's variation seeds do.
+
+    noise, other: (B, C, h, w) float32; strength: from 0, the noise, to 1, the other
+    Source: its `modules/rng.py`, `slerp`, whose vectors are the columns of each channel.
+    """
+
+    def unit(array: NDArray[np.float32]) -> NDArray[np.float32]:
+        length: NDArray[np.float32] = np.linalg.norm(array, axis=2, keepdims=True)
+        return array / length
+
+    cosine = (unit(noise) * unit(other)).sum(2, keepdims=True)
+    omega = np.arccos(cosine.clip(-1, 1))
+    apart = cosine.mean((1, 2, 3), keepdims=True) <= 0.9995  # else nearly one noise, as of one seed
+    sine = np.where(np.sin(omega) == 0, 1, np.sin(omega))
+    weights = np.sin((1 - strength) * omega) / sine, np.sin(strength * omega) / sine
+    varied = np.where(apart, weights[0] * noise + weights[1] * other, noise)
+    return varied.astype(np.float32)
+
+
 def _checked(seed: int) -> int:
     try:
         seed = operator.index(seed)

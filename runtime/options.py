@@ -100,6 +100,12 @@ def _add_model(group: Any) -> None:
         help="whose adapters a prompt may name, as <lora:NAME:WEIGHT>",
     )
     add(
+        "--wildcard-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="of text files; __NAME__ in a prompt is a line of NAME.txt, chosen by the seed",
+    )
+    add(
         "--embedding",
         dest="embeddings",
         action="append",
@@ -187,6 +193,19 @@ def _add_drawing(group: Any) -> None:
         type=partial(read_numbers, int, ",", None),
         metavar="N",
         help="the same seed gives the same picture; with commas one for each picture, -1 for any",
+    )
+    add(
+        "--variation-strength",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="0 to 1: how far from the seed's noise to that of --variation-seed (default: 0)",
+    )
+    add(
+        "--variation-seed",
+        type=partial(read_numbers, int, ",", None),
+        metavar="N",
+        help="whose noise pictures of one seed vary by; counts up for several pictures",
     )
     add(
         "--noise",

@@ -23,6 +23,7 @@ from engine.model import Model, find_model
 from runtime.adapted_model import AdaptedModel
 from runtime.checks import OneOrMore, path_of
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
+from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.groups import batch_limit, groups_of
 from runtime.denoising.latents import (
     LatentSpace,
@@ -41,6 +42,7 @@ from runtime.plan import Array, Plan, StepInputs, make_plan
 from runtime.request import Request
 from runtime.request_options import CallOptions
 from runtime.result import ArrayResult, DrawnImage, Result
+from runtime.templates import expand_request, with_templates
 
 OWN = "own"  # as a preview decoder: the model's
 SHIPPED = "pictogram"
@@ -54,6 +56,7 @@ class Pipeline(AdaptedModel):
     backend's engines are, as ONNX Runtime's are, and prompts name the same adapters.
 
     engines, lora_dir: as `AdaptedModel` has them
+    wildcards: what prompts choose from, as `__name__`
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class Pipeline(AdaptedModel):
         tokenizers: Mapping[TextPart, Tokenizer],
         *,
         lora_dir: Path | None = None,
+        wildcards: Wildcards | None = None,
     ) -> None:
         super().__init__(engines, tokenizers, lora_dir=lora_dir)
+        self.wildcards = wildcards
         self._latents = LatentSpace(model=engines.model, engine=engines.engine)
 
     @classmethod
@@ -78,6 +83,7 @@ class Pipeline(AdaptedModel):
         text_encoder_2: str | Path | None = None,
         loras: OneOrMore[str | Path | AdapterChoice] | None = None,
         lora_dir: str | Path | None = None,
+        wildcard_dir: str | Path | None = None,
         embeddings: OneOrMore[str | Path] | None = None,
         strict: bool = False,
         prediction_type: str | None = None,
@@ -96,6 +102,7 @@ class Pipeline(AdaptedModel):
         loras, embeddings, strict: as `set_loras` and `set_embeddings` take them
         lora_dir: a folder of adapters that prompts may name, as `<lora:name:0.8>`: they are on for
             that call, beside `loras`
+        wildcard_dir: a folder of text files whose lines prompts may choose from, as `__name__`
         prediction_type: "epsilon", "v_prediction" or "sample", instead of what the model says
         graphs: a folder that `python -m export` wrote; None looks in the cache and the package.
         precision: what the engines compute in: "float32", "bfloat16" or "int8"
@@ -121,7 +128,9 @@ class Pipeline(AdaptedModel):
             fast_start=fast_start,
         )
         folder = None if lora_dir is None else Path(lora_dir)
-        pipeline = cls(engines, load_tokenizers(opened), lora_dir=folder)
+        wildcards = None if wildcard_dir is None else Wildcards(Path(wildcard_dir))
+        tokenizers = load_tokenizers(opened)
+        pipeline = cls(engines, tokenizers, lora_dir=folder, wildcards=wildcards)
         if loras:
             pipeline.set_loras(loras, strict=strict)
         if embeddings:
@@ -192,8 +201,13 @@ class Pipeline(AdaptedModel):
         Raises RequestError, ModelError where an adapter does not fit, and BackendError where one
         picture of it would not fit into a GPU's memory.
         """
-        notes = self._heed_names(request) if request.names_files or self._named else []
-        plan = make_plan(request, self._distilled, self.schedule, self.encoder)
+        chosen, notes = request, list[str]()
+        if request.is_template:
+            chosen, notes = expand_request(request, self.wildcards)
+        if self._named or chosen.names_files:
+            notes += self._heed_names(chosen)
+        plan = make_plan(chosen, self._distilled, self.schedule, self.encoder)
+        plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})
         return plan

@@ -66,6 +66,7 @@ class Plan:
 
     conditioning: of each call of the UNet, as `runtime.conditioning.encoder` gives it
     cache_interval: at every so many calls at least, the UNet runs whole
+    variation_seeds: whose noise is mixed into that of the seeds, by variation_strength
     noise: whose random numbers the seeds mean; height, width: in pixels
     frame: how the request's image lies in that size, and the way back
     image: RGB of that size, what the run starts from or is shown
@@ -97,6 +98,8 @@ class Plan:
     blends: bool = False
     from_noise: bool = True
     paste_back: bool = True
+    variation_seeds: Sequence[int] = ()
+    variation_strength: float = 0.0
     settings: Sequence[Mapping[str, Any]] = ()
     latents: Array | None = None
     surplus: int = 0
@@ -243,6 +246,7 @@ def _filled_in(request: Request, model: Model) -> Request:
         if request.image is None
         else choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
         seed=request.draw_seeds(),  # once for all runs
+        variation_seed=request.draw_variation_seeds() or None,
     )
 
 
@@ -321,6 +325,8 @@ def _run(
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
         seeds=list(request.seeds),
+        variation_seeds=request.variation_seeds or (),
+        variation_strength=request.variation_strength,
         noise=request.noise,
         height=size[0],
         width=size[1],
@@ -329,7 +335,8 @@ def _run(
 
 def _settings(request: Request, plan: Plan) -> list[dict[str, Any]]:
     """Return for every picture the fields of the request that make it again, ready for JSON."""
-    own = ("prompt", "negative_prompt", "num_images_per_prompt", "preset", "seed", "image", "mask")
+    own = ("prompt", "negative_prompt", "num_images_per_prompt", "preset", "image", "mask")
+    own += ("seed", "variation_seed", *(() if plan.variation_seeds else ("variation_strength",)))
     shared = {
         f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
     }
@@ -340,9 +347,10 @@ def _settings(request: Request, plan: Plan) -> list[dict[str, Any]]:
         shared |= {"height": plan.height, "width": plan.width}
     texts = zip(request.prompts, request.negative_prompts, strict=True)
     each = [pair for pair in texts for _ in range(request.num_images_per_prompt)]
+    varied = [{"variation_seed": seed} for seed in plan.variation_seeds] or [{}] * len(each)
     return [
-        {"prompt": prompt, "negative_prompt": negative, "seed": seed, **shared}
-        for (prompt, negative), seed in zip(each, plan.seeds, strict=True)
+        {"prompt": prompt, "negative_prompt": negative, "seed": seed, **variation, **shared}
+        for (prompt, negative), seed, variation in zip(each, plan.seeds, varied, strict=True)
     ]
 
 

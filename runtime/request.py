@@ -13,6 +13,7 @@ from PIL import Image
 
 from engine.errors import RequestError
 from runtime.checks import check_choice, check_names, check_number, check_picture, texts
+from runtime.conditioning import alternatives
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
 from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
@@ -64,6 +65,10 @@ class Request:
     height, width: in pixels, multiples of 8; None takes the image's, whatever it is, or what the
         model was trained on
     seed: of the first picture, or one for each; None draws one
+    variation_strength: how far the starting noise goes from the seed's to that of variation_seed,
+        from 0 to 1, on a sphere (Automatic1111's subseed strength)
+    variation_seed: of the first picture, or one for each; None draws one. With a strength one seed
+        is that of all pictures, and the variation seeds count up
     noise: whose random numbers a seed means, torch's on the "cpu" or on "cuda"
     image: where image-to-image starts from; it is turned as its camera says, and where height and
         width are None, the result has its size
@@ -91,8 +96,8 @@ class Request:
     clip_skip: 1, or 2 to leave out the text encoder's last layer, as XL does anyway (its number in
         Automatic1111; in diffusers it is one less)
 
-    Made of these: prompts, negative_prompts, one text for each group of pictures; seeds, one for
-    each picture, None where none was given.
+    Made of these: prompts, negative_prompts, one text for each group of pictures; seeds and
+    variation_seeds, one for each picture, None where none was given.
     """
 
     prompt: str | Sequence[str]
@@ -109,6 +114,8 @@ class Request:
     height: int | None = None
     width: int | None = None
     seed: int | Sequence[int] | None = None
+    variation_strength: float = 0.0
+    variation_seed: int | Sequence[int] | None = None
     noise: str = "cpu"
     image: Image.Image | None = None
     mask: Image.Image | str | None = None
@@ -127,6 +134,7 @@ class Request:
     prompts: tuple[str, ...] = field(init=False, repr=False, compare=False)
     negative_prompts: tuple[str, ...] = field(init=False, repr=False, compare=False)
     seeds: tuple[int, ...] | None = field(init=False, repr=False, compare=False)
+    variation_seeds: tuple[int, ...] | None = field(init=False, repr=False, compare=False)
 
     def __new__(cls, *arguments: object, **options: object) -> Self:
         """Refuse names that are no fields, before a dataclass does it in other words."""
@@ -148,7 +156,12 @@ class Request:
         self._check_size()
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
-        object.__setattr__(self, "seeds", self._seeds())
+        check_number("variation_strength", self.variation_strength, Real, 0, 1)
+        if self.variation_seed is not None and not self.variation_strength:
+            raise RequestError("variation_seed came without variation_strength; give it above 0")
+        step = 0 if self.variation_strength else 1
+        object.__setattr__(self, "seeds", self._seeds("seed", step))
+        object.__setattr__(self, "variation_seeds", self._seeds("variation_seed", 1))
 
     def _check_method(self) -> None:
         if self.num_inference_steps is not None:
@@ -248,35 +261,51 @@ class Request:
             )
         return tuple(negative)
 
-    def _seeds(self) -> tuple[int, ...] | None:
+    def _seeds(self, name: str, step: int) -> tuple[int, ...] | None:
         count = len(self.prompts) * self.num_images_per_prompt
-        given = self.seed
+        given = getattr(self, name)
         if given is None:
             return None
         if isinstance(given, Sequence) and not isinstance(given, str):
             if len(given) != count:
                 raise RequestError(
-                    f"seed has {len(given)} numbers for {count} pictures; give one number, or as "
+                    f"{name} has {len(given)} numbers for {count} pictures; give one number, or as "
                     "many as there are pictures"
                 )
             for seed in given:
-                check_number("seed", seed, Integral, 0, MAX_SEED)
+                check_number(name, seed, Integral, 0, MAX_SEED)
             return tuple(int(seed) for seed in given)
-        check_number("seed", given, Integral, 0, MAX_SEED)
-        return tuple((int(given) + i) % (MAX_SEED + 1) for i in range(count))
+        check_number(name, given, Integral, 0, MAX_SEED)
+        return tuple((int(given) + i * step) % (MAX_SEED + 1) for i in range(count))
 
     def draw_seeds(self) -> list[int]:
-        """Return one seed for each picture: those given, or counting up from one that is drawn."""
-        if self.seeds is not None:
-            return list(self.seeds)
+        """Return one seed for each picture: those given, or counting up from one that is drawn.
+
+        With a variation strength what is drawn is that of all pictures.
+        """
+        return self._drawn(self.seeds, 0 if self.variation_strength else 1)
+
+    def draw_variation_seeds(self) -> list[int]:
+        """Return one variation seed for each picture, likewise; none without a strength."""
+        return self._drawn(self.variation_seeds, 1) if self.variation_strength else []
+
+    def _drawn(self, given: Sequence[int] | None, step: int) -> list[int]:
+        if given is not None:
+            return list(given)
         first = secrets.randbelow(2**32)
-        return [first + i for i in range(len(self.prompts) * self.num_images_per_prompt)]
+        return [first + i * step for i in range(len(self.prompts) * self.num_images_per_prompt)]
 
     @property
     def adapters(self) -> tuple[AdapterTag, ...]:
         """The adapters that the prompts name."""
         texts = dict.fromkeys(self.prompts) if self.names_files else ()
         return tuple(tag for text in texts for tag in take_names(text, NO_WORDS).adapters)
+
+    @property
+    def is_template(self) -> bool:
+        """Whether a text may hold alternatives or wildcards."""
+        texts = (*self.prompts, *self.negative_prompts)
+        return self.prompt_syntax and any(map(alternatives.MARKS.search, texts))
 
     @property
     def names_files(self) -> bool:

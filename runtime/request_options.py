@@ -27,6 +27,8 @@ class RequestOptions(TypedDict, total=False):
     height: int | None
     width: int | None
     seed: int | Sequence[int] | None
+    variation_strength: float | None
+    variation_seed: int | Sequence[int] | None
     noise: str | None
     image: Image.Image | None
     mask: Image.Image | str | None

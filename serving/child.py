@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol, Self
 from engine.backends.settings import BackendSettings, ComputePrecision, processors
 from engine.errors import LatentrtError
 from engine.store.cache import Cache, cache_folder
+from runtime.conditioning.wildcards import Wildcards
 from runtime.images.files import program_version
 from runtime.pipeline import Pipeline
 from serving.errors import RefusalError
@@ -59,6 +60,7 @@ class EngineSettings:
     build_missing: bool = False
     graphs: str | None = None
     files: Mapping[str, Files] = field(default_factory=dict)
+    wildcard_dir: str | None = None
     rows: int | Aim = ROWS
     model_bytes: int | None = None
     limits: Limits = field(default_factory=Limits)
@@ -102,6 +104,7 @@ class EngineSettings:
             models=self.models,
             loras={name: Path(path) for name, path in self.loras.items()},
             load=load,
+            wildcards=None if self.wildcard_dir is None else Wildcards(Path(self.wildcard_dir)),
             limits=self.limits,
             files=self.files,
             budget=self.model_bytes,

@@ -10,7 +10,7 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -22,11 +22,13 @@ from engine.backends.settings import DEFAULT
 from engine.errors import BackendError, ModelError, RequestError
 from runtime.conditioning.syntax import schedule
 from runtime.conditioning.tokenizer import make_chunks
+from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.rows import Row, rows_of, step_rows
 from runtime.images.files import encode_image, program_version
 from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+from runtime.templates import expand_request, with_templates
 from serving.errors import UnavailableError
 from serving.limits import Limits
 from serving.model_files import Files, is_same, is_written_over
@@ -206,6 +208,7 @@ class Models:
 
     models, loras: files and folders by the names that requests know them by
     load: makes a pipeline of a model's name or path
+    wildcards: what prompts choose from
     files: of models and adapters as the server began, by their paths
     budget: bytes of weights that stay loaded, None for any number; the model last asked for stays
         whatever it takes, and pictures on their way keep theirs
@@ -215,6 +218,7 @@ class Models:
     loras: Mapping[str, Path]
     load: Callable[[str | Path], Pipeline]
     limits: Limits
+    wildcards: Wildcards | None = None
     files: Mapping[str, Files] = field(default_factory=dict)
     budget: int | None = None
     _open: "OrderedDict[Hashable, tuple[Pipeline, Preview]]" = field(default_factory=OrderedDict)
@@ -229,11 +233,16 @@ class Models:
             raise _unavailable(picture_request.model, "cannot be loaded") from error
 
     def _begin(self, picture_request: PictureRequest) -> list[RowPicture]:
-        request = picture_request.request()
+        request, notes = picture_request.request(), list[str]()
+        template = request
+        if request.is_template:
+            request, notes = expand_request(request, self.wildcards)
         loras = [*picture_request.loras, *self._named(picture_request, request)]
         pipeline, preview_map = self._pipeline(picture_request.model, loras)
         check_chunks(pipeline, request, self.limits.chunks)
         plan = pipeline.plan(request)
+        plan = plan if template is request else with_templates(plan, template)
+        plan = replace(plan, notes=[*notes, *plan.notes])
         exact = pipeline.engines.is_exact
         return [
             RowPicture(row, pipeline, preview_map, picture_request, exact) for row in rows_of(plan)

@@ -60,6 +60,12 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         help=f"whose {ADAPTERS} files requests may name, without that ending",
     )
     group.add_argument(
+        "--wildcard-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="of text files, whose lines prompts may choose from as __NAME__",
+    )
+    group.add_argument(
         "--model-memory",
         metavar="SIZE",
         help="weights that stay loaded, such as 20GB, or none for any number; a model with other "
@@ -156,11 +162,19 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         precision=options.precision,
         threads=options.threads,
         build_missing=options.build_missing,
+        wildcard_dir=find_folder("--wildcard-dir", options.wildcard_dir),
         graphs=None if options.graphs is None else str(options.graphs.resolve()),
         rows=parse_rows(options.rows),
         model_bytes=read_model_memory(options.model_memory),
         limits=Limits(jobs=options.max_queue, queue_seconds=options.max_queue_seconds),
     )
+
+
+def find_folder(option: str, folder: Path | None) -> str | None:
+    """Return a folder's whole path, None for none. Raises RequestError where it is no folder."""
+    if folder is not None and not folder.is_dir():
+        raise RequestError(f"{option} {folder} is no folder")
+    return None if folder is None else str(folder.resolve())
 
 
 def read_model_memory(text: str | None) -> int | None:

@@ -73,7 +73,10 @@ class PictureRequest:
         }
         stand_in = Image.new("1", (8, 8)) if self.image is not None else None
         request = _request(self.fields, stand_in, stand_in if self.mask else None)
-        drawn = replace(self, fields={**self.fields, "seed": request.draw_seeds()})
+        seeds: dict[str, Any] = {"seed": request.draw_seeds()}
+        if request.variation_strength:
+            seeds["variation_seed"] = request.draw_variation_seeds()
+        drawn = replace(self, fields={**self.fields, **seeds})
         _check(request, sizes, limits, self)
         if drawn.work > limits.work:
             raise TooLargeError(

@@ -30,11 +30,10 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("request_options", "plan", "denoising", "adapted_model", "diffusers_arguments"),
-        *("result", "pipeline"),
-        *("calibration", "expansion"),
+        *("request_options", "plan", "templates", "denoising", "adapted_model"),
+        *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "__main__"),
+        *("terminal", "grid", "__main__"),
     ),
     "serving": (
         *(

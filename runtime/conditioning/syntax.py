@@ -33,7 +33,7 @@ _BREAK = re.compile(r"\bBREAK\b")
 _SCHEDULE = re.compile(r"(?:\\.?|[^\\()\[\]:|])++|.", re.DOTALL)
 _WHEN = re.compile(rf"{_NUMBER}(?:[eE][+-]?[0-9]+)?")
 _AND = re.compile(r"\\.|\bAND\b", re.DOTALL)
-_SYNTAX = re.compile(rf"[\\()\[\]<]|{_BREAK.pattern}|\bAND\b|(?i:\bembedding:)")
+_SYNTAX = re.compile(rf"[\\()\[\]<{{}}]|__|{_BREAK.pattern}|\bAND\b|(?i:\bembedding:)")
 _OPENING = {")": "(", "]": "["}
 
 

@@ -21,7 +21,7 @@ from engine.model import Model
 from runtime.images import tiles
 from runtime.images.canvas import GRAY, masked_pixels
 from runtime.images.upscaling import PIXELS, upscale_latents, upscale_pixels
-from runtime.noise import Noise, draw, make_noise
+from runtime.noise import Noise, draw, make_noise, vary
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
@@ -137,6 +137,9 @@ class LatentSpace:
         if plan.image is not None and (plan.blends or not plan.from_noise):
             latents = self._encode(np.asarray(plan.image), rngs)
         noise = draw(rngs, shape) if plan.latents is None else plan.latents
+        if plan.variation_seeds:
+            others = [make_noise(plan.noise, seed) for seed in plan.variation_seeds]
+            noise = vary(noise, draw(others, shape), plan.variation_strength)
         if plan.from_noise:
             x = np.float32(program.initial_noise) * noise
         else:

@@ -253,6 +253,9 @@ def part_of(plan: Plan, pictures: Sequence[int]) -> Plan:
             {name: take(name, array) for name, array in call.items()} for call in plan.conditioning
         ],
         seeds=[plan.seeds[index] for index in chosen],
+        variation_seeds=[plan.variation_seeds[index] for index in chosen]
+        if plan.variation_seeds
+        else (),
         settings=[plan.settings[index] for index in pictures if index < count]
         if plan.settings
         else (),

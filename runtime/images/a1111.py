@@ -44,6 +44,8 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
     "Steps": ("num_inference_steps", int),
     "CFG scale": ("guidance_scale", float),
     "Seed": ("seed", int),
+    "Variation seed": ("variation_seed", int),
+    "Variation seed strength": ("variation_strength", float),
     "Denoising strength": ("strength", float),
     "Clip skip": ("clip_skip", int),
     "Mask blur": ("mask_blur", float),
@@ -202,6 +204,8 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, str | float]:
         "Schedule type": SCHEDULE_LABELS.get(schedule, schedule),
         "CFG scale": scale if isinstance(scale, int | float) else None,  # it knows no curves
         "Seed": settings.get("seed"),
+        "Variation seed": settings.get("variation_seed"),
+        "Variation seed strength": settings.get("variation_strength") or None,
         "Size": None if None in size else f"{size[0]}x{size[1]}",
         "Model": None if model is None else _model_name(str(model)),
         "Denoising strength": settings.get("strength"),

@@ -107,27 +107,37 @@ def parse_steps(text: str, total: int) -> tuple[int, ...]:
 
 
 def side_by_side(
-    rows: Sequence[Sequence[Image.Image]], captions: Sequence[str] = ()
+    rows: Sequence[Sequence[Image.Image]],
+    captions: Sequence[str] = (),
+    labels: Sequence[str] = (),
 ) -> Image.Image:
     """Put pictures of one size beside each other with white between them, RGB.
 
     rows: one for each picture of a batch, with its state at every step that is shown
     captions: one above each column, or none; of Latin letters and digits
+    labels: one to the left of each row, or none
     """
-    width, height = rows[0][0].size
+    width, height = (
+        max(getattr(image, side) for row in rows for image in row) for side in ("width", "height")
+    )
     font_size = max(12, width // 24)
+    font = _font(font_size)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = max((int(measure.textlength(label, font)) + font_size for label in labels), default=0)
     top = 2 * font_size if captions else 0
     across, down = width + GAP, height + GAP
     columns = len(rows[0])
-    sheet = Image.new("RGB", (columns * across - GAP, top + len(rows) * down - GAP), "white")
+    size = left + columns * across - GAP, top + len(rows) * down - GAP
+    sheet = Image.new("RGB", size, "white")
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            sheet.paste(picture, (j * across, top + i * down))
-    if captions:
-        draw, font = ImageDraw.Draw(sheet), _font(font_size)
-        for j, caption in enumerate(captions):
-            middle = j * across + (width - draw.textlength(caption, font)) / 2
-            draw.text((middle, font_size // 2), caption, "black", font)
+            sheet.paste(picture, (left + j * across, top + i * down))
+    draw = ImageDraw.Draw(sheet)
+    for j, caption in enumerate(captions):
+        middle = left + j * across + (width - draw.textlength(caption, font)) / 2
+        draw.text((middle, font_size // 2), caption, "black", font)
+    for i, label in enumerate(labels):
+        draw.text((font_size // 2, top + i * down + height // 2), label, "black", font)
     return sheet
 
 

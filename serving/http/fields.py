@@ -40,6 +40,8 @@ class DrawingFields(BaseModel):
     height: int | None = None
     width: int | None = None
     seed: int | list[int] | None = None
+    variation_strength: float | None = None
+    variation_seed: int | list[int] | None = None
     noise: str | None = None
     inpaint_area: str | None = None
     mask_padding: int | None = None

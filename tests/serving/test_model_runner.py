@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline
+from runtime.conditioning.wildcards import Wildcards
 from serving.errors import BadRequestError
 from serving.limits import Limits
 from serving.model_memory import weight_bytes
@@ -115,3 +116,20 @@ def test_former_prompts_take_little_beside_the_weights(models):
         cache, weights = unfinished.pipeline.encoder.cache, weight_bytes(unfinished.pipeline)
         assert 0 < cache._bytes <= cache.limit <= 0.02 * weights
         assert len(cache._arrays) < 60
+
+
+def test_variation_seeds_are_drawn_once():
+    fields = {"prompt": "a", "variation_strength": 0.2, "num_images_per_prompt": 2}
+    drawn = PictureRequest(fields=fields, model="pictogram").checked(Limits()).fields
+    assert drawn["seed"][0] == drawn["seed"][1]
+    assert drawn["variation_seed"][1] == drawn["variation_seed"][0] + 1
+    assert "variation_seed" not in asked().checked(Limits()).fields
+
+
+def test_a_template_is_chosen_from_what_the_operator_gave(models, tmp_path):
+    (tmp_path / "colour.txt").write_text("red\n")
+    models.wildcards = Wildcards(tmp_path)
+    _, settings = drawn(models, asked(prompt="a __colour__ apple __none__"))
+    assert settings["prompt"] == "a red apple "
+    assert settings["template"] == "a __colour__ apple __none__"
+    assert "__none__ is left out" in settings["notes"][0]

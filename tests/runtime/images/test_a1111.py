@@ -38,6 +38,8 @@ SETTINGS = st.fixed_dictionaries(
         "noise": st.sampled_from(sorted(NOISES)),
     },
     optional={
+        "variation_seed": st.integers(0, MAX_SEED),
+        "variation_strength": st.floats(0.01, 1),
         "hires": st.fixed_dictionaries(
             {
                 "scale": st.floats(1, 8),
@@ -45,7 +47,7 @@ SETTINGS = st.fixed_dictionaries(
                 "upscaler": st.sampled_from(UPSCALERS),
             },
             optional={"num_inference_steps": st.integers(1, 1000)},
-        )
+        ),
     },
 )
 PLAIN = {

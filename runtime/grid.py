@@ -1,0 +1,156 @@
+"""`latentrt grid PROMPT --x NAME=VALUE,VALUE …`: pictures over two or three options, on a sheet.
+
+The cells are rows that share calls of the UNet, even where their samplers and steps differ. Every
+option of `latentrt draw` that belongs to one picture may be an axis.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from engine.backends.settings import DEFAULT, BackendSettings
+from engine.errors import RequestError, exit_status
+from runtime.denoising.rows import Row, rows_of, step_rows
+from runtime.images.files import SOURCE_KEY, check_output, write_image
+from runtime.images.previews import side_by_side
+from runtime.images.upscaling import Hires
+from runtime.options import FIELDS, HIRES, make_parser
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+
+MAX_CELLS = 256
+MOST = 4  # rows of a call, where a row is what it is alone
+NOT_HERE = (
+    *("again", "expand", "preview_steps", "preview_decoder", "animation"),
+    *("watermark", "c2pa_cert", "c2pa_key"),
+)
+FILES = ("image", "mask")  # fields that the command line gives as files
+
+
+class Axis(NamedTuple):
+    """An option as the command line names it, and the values that it takes."""
+
+    name: str
+    values: tuple[str, ...]
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "latentrt grid") -> int:
+    """Run the command; return its exit status: 0, or 2 for a user's mistake."""
+    return exit_status(lambda: _draw(arguments, prog))
+
+
+def read_axis(text: str) -> Axis:
+    """Read NAME=VALUE,VALUE; a value with a comma stands in quotes. Raises RequestError."""
+    name, _, values = text.partition("=")
+    found = tuple(value.strip() for value in next(csv.reader([values], skipinitialspace=True), []))
+    if not name.strip() or not found or not all(found):
+        raise RequestError(f"{text!r} is no axis; write NAME=VALUE,VALUE, such as steps=10,20")
+    return Axis(name.strip().lstrip("-"), found)
+
+
+def _draw(arguments: Sequence[str] | None, prog: str) -> None:
+    parser = make_parser(prog)
+    for name in "xyz":
+        parser.add_argument(f"--{name}", metavar="NAME=V,V", help=f"the sheet's {name} axis")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    base = parser.parse_args(given)
+    if base.prompt is None or base.x is None:
+        parser.error("give a PROMPT and --x NAME=VALUE,VALUE")
+    for name in NOT_HERE:
+        if getattr(base, name):
+            raise RequestError(f"--{name.replace('_', '-')} is for `latentrt draw`; leave it out")
+    axes = [read_axis(text) if text else Axis("", ("",)) for text in (base.x, base.y, base.z)]
+    out = base.out or Path("grid.png")
+    check_output(out)
+    cells = list(product(*(axis.values for axis in axes)))
+    if len(cells) > MAX_CELLS:
+        raise RequestError(f"the sheet has {len(cells)} cells; up to {MAX_CELLS} are drawn")
+    if base.seed is None:
+        given = ["--seed", "0", *given]  # cells differ by their axes alone
+    requests = [_cell(parser, given, axes, values) for values in cells]
+    pipeline = Pipeline.load(
+        base.model,
+        vae=base.vae,
+        loras=base.loras,
+        lora_dir=base.lora_dir,
+        wildcard_dir=base.wildcard_dir,
+        embeddings=base.embeddings,
+        prediction_type=base.prediction_type,
+        graphs=base.graphs,
+        precision=base.precision,
+        settings=BackendSettings(
+            backend=base.backend, threads=base.threads, build_missing=base.build_missing
+        ),
+    )
+    drawn = dict(zip(cells, draw_requests(pipeline, requests), strict=True))
+    for page, z in enumerate(axes[2].values, start=1):
+        rows = [[drawn[x, y, z] for x in axes[0].values] for y in axes[1].values]
+        captions = [f"{axes[0].name} {x} {axes[2].name} {z}".strip() for x in axes[0].values]
+        labels = [f"{axes[1].name} {y}".strip() for y in axes[1].values]
+        sheet = side_by_side(rows, captions, labels if any(labels) else ())
+        sheet.info[SOURCE_KEY] = rows[0][0].info[SOURCE_KEY]
+        path = out if len(axes[2].values) == 1 else out.with_stem(f"{out.stem}-{page}")
+        write_image(sheet, path, {}, mark=base.mark)
+        print(path)
+
+
+def _cell(
+    parser: argparse.ArgumentParser, given: list[str], axes: Sequence[Axis], values: Sequence[str]
+) -> Request:
+    """Make a cell's request, of the command line with the axes' options behind it."""
+    actions = {option: a for a in parser._actions for option in a.option_strings}
+    extra: list[str] = []
+    for axis, value in zip(axes, values, strict=True):
+        if not axis.name:
+            continue
+        action = actions.get(f"--{axis.name}")
+        belongs = action is not None and action.dest in {*FIELDS, *HIRES} - {*FILES}
+        if not belongs or action is None or action.nargs == 0 or axis.name == "num-images":
+            raise RequestError(
+                f"{axis.name} is no axis; take an option of one picture that has a value, such as "
+                "sampler, steps, guidance-scale or seed"
+            )
+        extra.append(f"--{axis.name}={value}")
+    options = parser.parse_args([*given, *extra])
+    if options.image or options.mask or options.num_images_per_prompt != 1:
+        raise RequestError("a sheet has one picture a cell, drawn from a text alone")
+    fields = {name: getattr(options, name) for name in FIELDS}
+    hires = {field: getattr(options, name) for name, field in HIRES.items()}
+    if options.hires_scale is not None:
+        fields["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
+    return Request(**fields)
+
+
+def draw_requests(pipeline: Pipeline, requests: Sequence[Request]) -> Iterator[Image.Image]:
+    """Draw requests of one picture each in shared calls; yields their images in order."""
+    chosen = pipeline.engines
+    exact = (chosen.settings.backend or DEFAULT, chosen.precision) == ("cpu", "float32")
+    rows = [row for request in requests for row in rows_of(pipeline.plan(request))]
+    adapters = {Request(prompt=row.plan.settings[0]["prompt"]).adapters for row in rows}
+    if len(adapters) > 1:
+        raise RequestError(
+            "the cells' prompts name different adapters, which all cells share; draw them apart"
+        )
+    left = list(rows)
+    while left:
+        begun = left[: MOST if exact else 1]
+        for row in begun:
+            if row.run_is_over:
+                row.enter(pipeline.start)
+        together = [row for row in begun if row.bucket == begun[0].bucket]
+        if begun[0].is_sensitive:  # its last bits would be others beside other rows
+            together = begun[:1]
+        step_rows(together, pipeline.engine)
+        left = [row for row in left if not row.is_done]
+    yield from (_finished(pipeline, row) for row in rows)
+
+
+def _finished(pipeline: Pipeline, row: Row) -> Image.Image:
+    (image,) = pipeline.finish(row.plan, pipeline.decode(row.latents))
+    return image

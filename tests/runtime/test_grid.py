@@ -1,0 +1,91 @@
+"""Sheets over options: what a cell shows, which calls cells share, and what is refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.backends.settings import BackendSettings
+from engine.errors import RequestError
+from runtime import Pipeline, Request, grid
+from runtime.images.previews import side_by_side
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    settings = BackendSettings(backend="cpu", threads=1)
+    with Pipeline.load("pictogram", settings=settings) as pipeline:
+        yield pipeline
+
+
+def test_cells_share_calls_across_samplers_and_are_what_they_are_alone(pipeline, monkeypatch):
+    fields = {"prompt": "a cat", "seed": 1}
+    wishes = [
+        {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": scale}
+        for sampler in ("ddim", "euler_a")
+        for steps, scale in ((2, 3.0), (3, 5.0))
+    ] + [{"num_inference_steps": 2, "guidance_scale": 1.0}]
+    step_rows, sizes = grid.step_rows, []
+
+    def count(rows, engine):
+        sizes.append(len(rows))
+        step_rows(rows, engine)
+
+    monkeypatch.setattr(grid, "step_rows", count)
+    requests = [Request(**fields, **wish) for wish in wishes]
+    images = list(grid.draw_requests(pipeline, requests))
+    assert sizes == [4, 4, 2, 1, 1]
+    for image, wish in zip(images, wishes, strict=True):
+        (alone,) = pipeline(**fields, **wish).images
+        np.testing.assert_array_equal(image, alone)
+
+
+def test_cells_of_different_adapters_are_refused(pipeline):
+    requests = [Request(prompt=f"a<lora:{name}:1>", seed=1) for name in "ab"]
+    with pytest.raises(RequestError, match="different adapters"):
+        list(grid.draw_requests(pipeline, requests))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    axes = ("--x", "steps=1,2", "--y", "seed=3,4,5", "--z", 'negative-prompt="a, b",c')
+    assert grid.main(["a cat", *axes, "--threads", "1", "--backend", "cpu", "-o", "g.png"]) == 0
+    assert capsys.readouterr().out.split() == ["g-1.png", "g-2.png"]
+    with Image.open("g-1.png") as sheet:
+        assert sheet.width > 2 * 128
+        assert sheet.height > 3 * 128
+
+
+def test_labels_stand_beside_the_pictures():
+    pictures = [[Image.new("RGB", (64, 64), "red")] * 2] * 2
+    plain, labelled = side_by_side(pictures), side_by_side(pictures, ("x 1", "x 2"), ("y 1", "y 2"))
+    left, top = labelled.width - plain.width, labelled.height - plain.height
+    assert left > 0
+    assert top > 0
+    np.testing.assert_array_equal(labelled.crop((left, top, *labelled.size)), plain)
+    beside = np.asarray(labelled.crop((0, top, left, labelled.height)))
+    assert (beside < 128).any(), "there is text"
+
+
+def test_an_option_that_a_sheet_cannot_heed_is_refused(capsys):
+    assert grid.main(["a cat", "--x", "steps=1,2", "--watermark", "abc"]) == 2
+    assert "--watermark is for `latentrt draw`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("axis", "said"),
+    [
+        ("model=a,b", "model is no axis"),
+        ("backend=cpu", "backend is no axis"),
+        ("num-images=1,2", "num-images is no axis"),
+        ("plain-prompt=1", "plain-prompt is no axis"),
+        ("nosuch=1", "nosuch is no axis"),
+        ("steps", "is no axis"),
+        ("steps=", "is no axis"),
+        ("sampler=ddim,nosuch", "nosuch"),
+        ("seed=" + ",".join(map(str, range(257))), "257 cells"),
+    ],
+)
+def test_what_is_refused(axis, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert grid.main(["a cat", "--x", axis]) == 2
+    assert said in capsys.readouterr().err
