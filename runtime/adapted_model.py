@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn, Self
 
 from engine.adapters.adapter import Adapter, AdapterChoice, read_adapters
 from engine.adapters.few_steps import with_few_steps
@@ -99,6 +100,27 @@ class AdaptedModel:
     def engine(self, part: Part) -> Engine:
         """Return a part's engine, opening it at the first call."""
         return self.engines.engine(part)
+
+    def close(self) -> None:
+        """Let go of the engines and of the memory on a device; then nothing can be drawn."""
+        self._device_loop.reset()
+        self.engines.close()
+        self.encoder = self.encoder.without_cache()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied, with what to do instead."""
+        raise TypeError(
+            "a pipeline's engines cannot be pickled or copied; load one in each process by "
+            f"Pipeline.load({str(self.model_path)!r}), or share one between threads"
+        )
+
+    def __enter__(self) -> Self:
+        """Return the pipeline, which is closed at the end of the `with`."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the pipeline."""
+        self.close()
 
     def _put_on(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
         bundled = [embedding for adapter, _ in adapters for embedding in adapter.embeddings]

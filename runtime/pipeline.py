@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn, Self, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 from PIL import Image
@@ -291,27 +291,6 @@ class Pipeline(AdaptedModel):
         """
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
-
-    def close(self) -> None:
-        """Let go of the engines and of the memory on a device; then nothing can be drawn."""
-        self._device_loop.reset()
-        self.engines.close()
-        self.encoder = self.encoder.without_cache()
-
-    def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled or copied, with what to do instead."""
-        raise TypeError(
-            "a pipeline's engines cannot be pickled or copied; load one in each process by "
-            f"Pipeline.load({str(self.model_path)!r}), or share one between threads"
-        )
-
-    def __enter__(self) -> Self:
-        """Return the pipeline, which is closed at the end of the `with`."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close the pipeline."""
-        self.close()
 
     def _draw(self, plan: Plan, on_step_end: OnStepEnd | None = None) -> HostOrDeviceArray:
         """Make all calls of a plan; returns the latents."""

@@ -5,7 +5,7 @@ recommend, then from the defaults here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -21,8 +21,9 @@ from runtime.conditioning.guidance import Guidance
 from runtime.images.canvas import BLUR, MAX_SIDE, extend, latent_mask
 from runtime.images.files import SourceType
 from runtime.images.frame import Frame
+from runtime.picture_settings import picture_settings
 from runtime.presets import preset, variant_sampler
-from runtime.request import MASKED, OF_AN_IMAGE, Request
+from runtime.request import MASKED, Request
 from runtime.samplers import DEFAULT_SAMPLER, Program, program, resolve
 from runtime.samplers.noise_schedule import NoiseSchedule
 
@@ -208,7 +209,9 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             paste_back=wanted.paste_back,
         )
     unused = encoder.unused_words([*wanted.prompts, *wanted.negative_prompts])
-    first = replace(first, settings=_settings(wanted, first), notes=unused)
+    size = first.height, first.width
+    settings = picture_settings(wanted, first.seeds, first.variation_seeds, size)
+    first = replace(first, settings=settings, notes=unused)
     if wanted.hires is None:
         return first
     hires = wanted.hires
@@ -331,27 +334,6 @@ def _run(
         height=size[0],
         width=size[1],
     )
-
-
-def _settings(request: Request, plan: Plan) -> list[dict[str, Any]]:
-    """Return for every picture the fields of the request that make it again, ready for JSON."""
-    own = ("prompt", "negative_prompt", "num_images_per_prompt", "preset", "image", "mask")
-    own += ("seed", "variation_seed", *(() if plan.variation_seeds else ("variation_strength",)))
-    shared = {
-        f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
-    }
-    if request.hires is not None:
-        shared["hires"] = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
-    if request.image is None:  # with one, its own size is drawn where none is given
-        shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
-        shared |= {"height": plan.height, "width": plan.width}
-    texts = zip(request.prompts, request.negative_prompts, strict=True)
-    each = [pair for pair in texts for _ in range(request.num_images_per_prompt)]
-    varied = [{"variation_seed": seed} for seed in plan.variation_seeds] or [{}] * len(each)
-    return [
-        {"prompt": prompt, "negative_prompt": negative, "seed": seed, **variation, **shared}
-        for (prompt, negative), seed, variation in zip(each, plan.seeds, varied, strict=True)
-    ]
 
 
 def _rows(table: NDArray[Any], batch: int) -> Array:

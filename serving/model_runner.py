@@ -7,7 +7,6 @@ the file is mapped, whatever number of pipelines read them.
 
 import io
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +19,6 @@ import numpy as np
 from engine.adapters.choice import AdapterChoice
 from engine.backends.settings import DEFAULT
 from engine.errors import BackendError, ModelError, RequestError
-from runtime.conditioning.syntax import schedule
-from runtime.conditioning.tokenizer import make_chunks
 from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.rows import Row, rows_of, step_rows
 from runtime.images.files import encode_image, program_version
@@ -29,15 +26,15 @@ from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.templates import expand_request, with_templates
+from serving.checks import check_chunks
 from serving.errors import UnavailableError
 from serving.limits import Limits
 from serving.model_files import Files, is_same, is_written_over
 from serving.model_memory import fitting_rows, weight_bytes
-from serving.picture_request import DEFAULT_STEPS, PictureRequest
+from serving.picture_request import PictureRequest
 
 log = logging.getLogger("latentrt.serving")
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 PREVIEW_QUALITY = 80
 Lora = tuple[str, float] | tuple[str, float, float]
 """An adapter's name with its weight, or with those of the UNet and of the text encoders."""
@@ -332,34 +329,3 @@ def _unavailable(name: str, why: str) -> UnavailableError:
     return UnavailableError(
         f"{name} {why}; the operator must look after it", code="model_unavailable"
     )
-
-
-def check_chunks(pipeline: Pipeline, request: Request, most: int) -> None:
-    """Refuse texts that would keep the text encoder long: every version of each, in chunks.
-
-    Raises RequestError.
-    """
-    prompts, _ = request.composed()
-    texts = [text for group in prompts for text in group]
-    texts += request.written(request.negative_prompts)
-    steps = request.num_inference_steps or DEFAULT_STEPS
-    versions = {version for text in texts for _, version in schedule(text, steps)}
-    if len(versions) > most:
-        raise RequestError(f"the prompt has {len(versions)} versions; up to {most} are taken")
-    tokenizer = next(iter(pipeline.encoder.tokenizers.values()))
-    longest = max(len(make_chunks(version, tokenizer)) for version in versions)
-    if len(versions) * longest > most:
-        raise RequestError(
-            f"the prompts are {len(versions) * longest} chunks of 75 tokens, every version as long "
-            f"as the longest; up to {most} are taken"
-        )
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuse names that a request or a metric could not bear. Raises RequestError."""
-    for name in names:
-        if not NAME.fullmatch(name):
-            raise RequestError(
-                f"{name!r} is no name for a model or an adapter; take letters, digits, '.', '-' "
-                "and '_', up to 100"
-            )

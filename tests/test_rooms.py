@@ -30,7 +30,7 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("request_options", "plan", "templates", "denoising", "adapted_model"),
+        *("picture_settings", "request_options", "plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
         *("terminal", "grid", "__main__"),
@@ -48,6 +48,7 @@ ROOMS = {
             "row_limits",
             "model_files",
             "model_memory",
+            "checks",
             "model_runner",
             "order",
             "loop",

@@ -200,14 +200,13 @@ class UNetConfig(Config):
     def up_depths(self) -> tuple[tuple[int, ...], ...]:
         """Blocks of the transformers on the way up, in its order; 0 where there is none."""
         depths = self.reverse_transformer_layers_per_block or self._depths()[::-1]
-        layers = [count + 1 for count in reversed(self.layers())]
-        return where_attended(by_layer(depths, layers), self.up_block_types)
+        layers = by_layer(depths, [count + 1 for count in reversed(self.layers())])
+        return where_attended(layers, self.up_block_types)
 
     def middle_depth(self) -> int:
         """Blocks of the middle's transformer; 0 if there is none."""
-        lowest = self._depths()[-1]
-        depth = lowest if isinstance(lowest, int) else lowest[0]
-        return depth if self.mid_block_type == ATTENDING_MIDDLE else 0
+        lowest, attends = self._depths()[-1], self.mid_block_type == ATTENDING_MIDDLE
+        return (lowest if isinstance(lowest, int) else lowest[0]) if attends else 0
 
     def _depths(self) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
         depths = self.transformer_layers_per_block

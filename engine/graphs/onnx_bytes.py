@@ -250,9 +250,7 @@ class Nodes:
 
 def _renamed(entry: Field, names: Mapping[bytes, bytes]) -> Field:
     field, value = entry
-    return (
-        (field, names.get(value, value)) if field == INPUT and isinstance(value, bytes) else entry
-    )
+    return (field, names.get(value, value)) if field == INPUT else entry  # type: ignore[arg-type]
 
 
 def with_own_operators(data: bytes, change: Callable[[Nodes], bytes]) -> bytes:
@@ -340,17 +338,13 @@ def attributes_of(node: Node) -> dict[bytes, bytes]:
 
 def int_of(attribute: bytes) -> int:
     """Return the number that an attribute holds."""
-    return next(
-        value
-        for field, value in fields(attribute)
-        if field == ATTRIBUTE_INT and isinstance(value, int)
-    )
+    return _numbers(attribute, ATTRIBUTE_INT)[0]
 
 
 def ints_of(attribute: bytes) -> tuple[int, ...]:
     """Return the numbers that an attribute holds, which are written one by one."""
-    return tuple(
-        value
-        for field, value in fields(attribute)
-        if field == ATTRIBUTE_INTS and isinstance(value, int)
-    )
+    return _numbers(attribute, ATTRIBUTE_INTS)
+
+
+def _numbers(message: bytes, kind: int) -> tuple[int, ...]:
+    return tuple(v for f, v in fields(message) if f == kind and isinstance(v, int))

@@ -98,8 +98,7 @@ class Encoder:
     """The text encoders of a model with their tokenizers.
 
     extra: (e, D) for each, the rows of the words that textual inversion taught them
-    taught: the words of each textual inversion that are known
-    notes: what was concluded of the words, a sentence each
+    taught: the known words of each textual inversion; notes: what was concluded of them
     cache: of what the engines gave lately; new weights need another
     """
 

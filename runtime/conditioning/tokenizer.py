@@ -7,9 +7,6 @@ transformers' `CLIPTokenizer` for the same folder.
 
 A row is [start, tokens of the prompt, end, padding]. The padding is the model's own: Stable
 Diffusion 1.x pads with the end token, 2.x with "!".
-
-A prompt of any length is a list of chunks, rows with what each token counts: a text encoder sees
-one at a time, and the UNet attends to their states one after the other.
 """
 
 from __future__ import annotations
@@ -151,10 +148,8 @@ class Tokenizer:
                 f"The prompts came as {type(prompts).__name__}; give a list of strings."
             )
         room = self.max_length - 2
-        rows = []
-        for prompt in prompts:
-            ids = [index for meant in self.words_of(prompt) for index in meant]
-            rows.append(self.row(ids[:room]))
+        ids = ([i for meant in self.words_of(prompt) for i in meant] for prompt in prompts)
+        rows = [self.row(each[:room]) for each in ids]
         return Tokens(input_ids=np.array(rows, np.int64).reshape(len(rows), self.max_length))
 
     def words_of(self, prompt: str) -> list[Sequence[int]]:

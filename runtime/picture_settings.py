@@ -1,0 +1,36 @@
+"""What makes each picture of a request again: the fields that files, answers and results keep."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from runtime.request import OF_AN_IMAGE, Request
+
+__all__ = ["picture_settings"]
+
+
+def picture_settings(
+    request: Request, seeds: Sequence[int], variation_seeds: Sequence[int], size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Return for every picture the fields of the request that make it again, ready for JSON.
+
+    request: that leaves nothing open but its size; size: height and width
+    seeds, variation_seeds: of each picture, the latter empty where none varies
+    """
+    own = ("prompt", "negative_prompt", "num_images_per_prompt", "preset", "image", "mask")
+    own += ("seed", "variation_seed", *(() if variation_seeds else ("variation_strength",)))
+    shared = {
+        f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
+    }
+    if request.hires is not None:
+        shared["hires"] = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
+    if request.image is None:  # with one, its own size is drawn where none is given
+        shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
+        shared |= {"height": size[0], "width": size[1]}
+    texts = zip(request.prompts, request.negative_prompts, strict=True)
+    each = [pair for pair in texts for _ in range(request.num_images_per_prompt)]
+    varied = [{"variation_seed": seed} for seed in variation_seeds] or [{}] * len(each)
+    return [
+        {"prompt": prompt, "negative_prompt": negative, "seed": seed, **variation, **shared}
+        for (prompt, negative), seed, variation in zip(each, seeds, varied, strict=True)
+    ]
