@@ -29,6 +29,7 @@ def parse_options(
     parser: with an option --config, which names a file of TOML; it is not to be used again
     Raises RequestError for what a file or a variable says wrongly.
     """
+    parser.parse_args(arguments)  # what it prints, such as its help, has the defaults
     defaults = parser.parse_args([])
     actions = {_name(action): action for action in parser._actions if _name(action) != "help"}
     for action in actions.values():
