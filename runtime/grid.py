@@ -128,7 +128,10 @@ def _cell(
 
 
 def draw_requests(pipeline: Pipeline, requests: Sequence[Request]) -> Iterator[Image.Image]:
-    """Draw requests of one picture each in shared calls; yields their images in order."""
+    """Draw requests of one picture each in shared calls; yields their images in order.
+
+    Raises RequestError where they name different adapters.
+    """
     chosen = pipeline.engines
     exact = (chosen.settings.backend or DEFAULT, chosen.precision) == ("cpu", "float32")
     rows = [row for request in requests for row in rows_of(pipeline.plan(request))]

@@ -39,7 +39,7 @@ class ArrayResult:
 
     @classmethod
     def of(cls, images: NDArray[np.float32], plan: Plan) -> Self:
-        """Return a plan's result."""
+        """Return a plan's result of images (B, H, W, 3), or of latents (B, C, h, w)."""
         return cls(images=images, seeds=plan.seeds, settings=plan.settings)
 
 

@@ -12,7 +12,10 @@ __all__ = ["TEXT_OPTIONS", "read_numbers"]
 
 
 def read_numbers(kind: Callable[[str], Any], separator: str, count: int | None, text: str) -> Any:
-    """Read numbers with something between them; a single one stays alone, if count is None."""
+    """Read numbers with something between them; a single one stays alone, if count is None.
+
+    Raises ArgumentTypeError for others.
+    """
     try:
         values = tuple(kind(part) for part in text.split(separator))
     except ValueError:

@@ -84,6 +84,7 @@ def copied(data: Pictograms, pairs: np.ndarray) -> dict[str, dict[str, float]]:
     """Match the originals of the same subjects in another style: the best other, for each style.
 
     That is what can be known of a held-out picture: its subject in the styles that were trained.
+    pairs: (n, 2) int64, subject and style
     """
     originals = data.images[pairs[:, 0], pairs[:, 1]]
     places = np.stack(

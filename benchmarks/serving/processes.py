@@ -41,7 +41,10 @@ class Server:
 
 @contextmanager
 def served(module: str, options: Sequence[str] = ()) -> Iterator[Server]:
-    """Run a server until the end of the `with`; module: `REAL` or `FAKE`."""
+    """Run a server until the end of the `with`; module: `REAL` or `FAKE`.
+
+    Raises BackendError where it does not begin.
+    """
     words = [sys.executable, "-m", module, *(["serve"] if module == REAL else [])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
@@ -86,7 +89,7 @@ class Client:
         return answer.status
 
     def draw(self, **fields: Any) -> None:
-        """Have a picture drawn."""
+        """Have a picture drawn; raises BackendError where the server draws none."""
         status = self.ask("/v1/images/generations", {"prompt": "a red apple", **fields})
         if status != 200:
             raise BackendError(f"the server answered {status}")

@@ -222,7 +222,7 @@ class Channels:
         return self.shape[0], math.prod(self.shape[1:])
 
     def matrix(self, scale: float = 1.0) -> Matrix:
-        """Compute the change, and pad or cut it."""
+        """Compute the change, and pad or cut it to (out, in · k · k)."""
         kernel = math.prod(self.shape[2:])
         given = self.change.matrix(scale).reshape(self.shape[0], -1, kernel)
         whole = np.zeros((self.shape[0], self.shape[1], kernel), np.float32)

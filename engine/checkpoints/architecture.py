@@ -87,7 +87,7 @@ class Stored:
         return name in self.shapes or name in self.modules
 
     def size(self, name: str, axis: int = 0) -> int:
-        """Return one dimension of a tensor; raises ModelError when it is not there."""
+        """Return one dimension of a tensor; raises MissingTensorError without it, ModelError without that axis."""
         shape = self.shapes.get(self.prefix + name)
         if shape is None:
             raise MissingTensorError(
@@ -123,6 +123,7 @@ def unet_config(stored: Stored, *, linear: bool, pooled: int, refiner: bool) -> 
 
     linear: the projections around transformers are linear layers and heads have 64 values, as in
     Stable Diffusion 2 and XL; else convolutions and 8 heads. pooled: width of XL's pooled text.
+    Raises ModelError where the tensors make none.
     """
     levels = _levels(stored)
     widths = tuple(level.width for level in levels)

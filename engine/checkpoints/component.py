@@ -162,7 +162,9 @@ class Component(Mapping[str, NDArray[Any]]):
 def assemble(
     path: Path, weights: Weights, config: Config, sources: Mapping[str, Source]
 ) -> Component:
-    """Find every tensor of a part; raises ModelError naming one that is missing or does not fit.
+    """Find every tensor of a part.
+
+    Raises MissingTensorError naming one that is missing, ModelError for one that does not fit.
 
     sources: of all its tensors, or of the half of an autoencoder that there is
     """

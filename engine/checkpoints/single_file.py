@@ -67,7 +67,7 @@ def read_file(path: Path, prediction_type: str | None = None) -> FileFields:
 
     prediction_type: "epsilon", "v_prediction" or "sample", where it is not to be guessed
     Raises ModelError when the file is damaged or of another architecture, and when a tensor is
-    missing, left over or of a wrong shape.
+    left over or of a wrong shape; MissingTensorError when one is missing.
     """
     weights = open_weights(path)
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}

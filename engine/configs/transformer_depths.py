@@ -24,7 +24,8 @@ def transformer_fields(
     """Return the fields that say how deep transformers are: one or a list where they are even.
 
     down, up: blocks by level and layer, in the order in which they are run, 0 where there is no
-    transformer; middle: of the middle's, which must be that of the lowest level if this has any
+    transformer; middle: of the middle's
+    Raises ModelError where the middle's is not that of the lowest level, if this has any.
     """
     lowest = down[-1][0]
     if lowest and middle and lowest != middle:

@@ -98,7 +98,7 @@ class WebGpuDevice:
         return self._scratch
 
     def upload(self, array: NDArray[Any], to: DeviceArray) -> None:
-        """Queue a copy into the device's memory; see `engine.devices.device.Device`."""
+        """Queue a copy of the same shape and dtype; see `engine.devices.device.Device`."""
         assert (array.shape, array.dtype) == (to.shape, to.dtype)
         if to.nbytes:
             with self._errors():
@@ -113,7 +113,7 @@ class WebGpuDevice:
                 self.library.copy_tensors([source.memory], [to.memory])
 
     def download(self, array: DeviceArray) -> NDArray[Any]:
-        """Wait for all work, and return what the array holds then."""
+        """Wait for all work, and return what the array holds then, of its shape and dtype."""
         # The library's value does not keep the array that it stands for: so it is kept here.
         there = np.empty(array.shape, array.dtype)
         if array.nbytes:

@@ -70,7 +70,7 @@ class TinyEncoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the latents, as they are in the sampler."""
+        """Return the latents (B, C, h, w) of pixels (B, 3, H, W), as they are in the sampler."""
         return self.layers(pixels)
 
 
@@ -93,7 +93,7 @@ class TinyEncode(nn.Module):
         self.model = autoencoder
 
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """Encode; the latents are no distribution's."""
+        """Encode (B, H, W, 3) uint8; there is no distribution to draw from with the noise."""
         dtype = next(self.model.parameters()).dtype
         scaled = pixels.float().permute(0, 3, 1, 2) / 255.0
         return self.model.encoder(scaled.to(dtype)).float()

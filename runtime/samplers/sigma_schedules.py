@@ -57,28 +57,28 @@ def kl_optimal(_: NoiseSchedule, n: int, high: float, low: float) -> Array:
 
 
 def a1111_kl_optimal(_: NoiseSchedule, n: int, high: float, low: float) -> Array:
-    """As `kl_optimal` in n steps down to the lowest level, where Automatic1111 ends: N + 1."""
+    """As `kl_optimal` in n steps down to the lowest level, where Automatic1111 ends: (n + 1,)."""
     return np.tan(np.linspace(np.arctan(high), np.arctan(low), n + 1))
 
 
 def simple(noise: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
-    """Every T / N-th sigma of the model's table, from the last one down (ComfyUI's `simple`)."""
+    """Every T / n-th sigma (n,) of the model's table, from the last down (ComfyUI's `simple`)."""
     total = noise.num_train_timesteps
     return noise.sigmas(total - 1 - np.floor(np.arange(n) * (total / n)))
 
 
 def normal(noise: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
-    """N even timesteps from the last to the first (`normal` of ComfyUI and A1111)."""
+    """Sigmas (n,) of even timesteps from the last to the first (ComfyUI's and A1111's `normal`)."""
     return _sigmas_at(noise, np.linspace(noise.num_train_timesteps - 1, 0, n))
 
 
 def sgm_uniform(noise: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
-    """N + 1 even timesteps without the last one (`sgm_uniform` of ComfyUI and A1111)."""
+    """Sigmas (n,) of n + 1 even timesteps but the last (ComfyUI's and A1111's `sgm_uniform`)."""
     return _sigmas_at(noise, np.linspace(noise.num_train_timesteps - 1, 0, n + 1)[:-1])
 
 
 def align_your_steps(name: str, _: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
-    """Published levels, log-linear between them: N + 1, of which the last is left off for 0.
+    """Published levels, log-linear between them: (n + 1,), of which the last is left off for 0.
 
     Automatic1111 spreads N over them, and steps from the lowest to 0.
     """
@@ -127,12 +127,12 @@ def levels(run: Run, *, whole: bool = False, round_karras: bool = False) -> tupl
 
 
 def steps(timesteps: Array, sigmas: Array) -> Iterator[tuple[float, float, float]]:
-    """Walk through a run: each step's timestep, its sigma and the sigma that it reaches."""
+    """Walk through timesteps (n,) and sigmas (n + 1,): a timestep, its sigma, the one reached."""
     return zip(timesteps, sigmas[:-1], sigmas[1:], strict=True)
 
 
 def timestep_of(noise: NoiseSchedule, sigma: Array) -> Array:
-    """Interpolate the timestep of a sigma, linearly in log sigma, 0 to T - 1."""
+    """Interpolate the timesteps, 0 to T - 1, of sigmas of any shape, linearly in log sigma."""
     table = np.arange(noise.num_train_timesteps, dtype=np.float64)
     return np.interp(np.log(np.maximum(sigma, 1e-10)), np.log(noise.sigmas(table)), table)
 

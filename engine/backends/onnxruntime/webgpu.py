@@ -81,7 +81,7 @@ class OnnxRuntimeWebGpuEngine:
         return self._device
 
     def run(self, inputs: Mapping[str, HostOrDeviceArray]) -> dict[str, NDArray[Any]]:
-        """Run once; see `engine.backends.base.DeviceEngine`."""
+        """Run once, with arrays of the signature; see `engine.backends.base.DeviceEngine`."""
         return run_from_host(self, inputs)
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
@@ -96,7 +96,7 @@ class OnnxRuntimeWebGpuEngine:
     def enqueue(
         self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
     ) -> None:
-        """Queue a run; see `engine.backends.base.DeviceEngine`."""
+        """Queue a run; see `engine.backends.base.DeviceEngine`. Raises BackendError."""
         with self._device.lock:
             form = self._forms.get({name: array.shape for name, array in inputs.items()})
             for name, array in inputs.items():

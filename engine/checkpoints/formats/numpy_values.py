@@ -51,7 +51,7 @@ class NumpyType:
     order: str = field(default="<")
 
     def set_state(self, state: Any) -> None:
-        """Take the order of the bytes out of the state (version, order, …)."""
+        """Take the order of the bytes out of (version, order, …); raises UnfitError for others."""
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|"):
             raise UnfitError("a numpy dtype of an unknown state")
         self.order = state[1]
@@ -64,7 +64,7 @@ class NumpyArray:
     tensor: StoredTensor | None = None
 
     def set_state(self, state: Any) -> None:
-        """Take the numbers out of the state (version, shape, dtype, by columns, bytes)."""
+        """Take the numbers out of (version, shape, dtype, by columns, bytes), or UnfitError."""
         if not isinstance(state, tuple) or len(state) != 5 or not is_shape(state[1]):
             raise UnfitError("an array of numpy without its shape and bytes")
         _, shape, dtype, by_columns, data = state

@@ -91,8 +91,8 @@ def read_pickle(
         UnfitError when they are wrong. None stands for a name that may be there but not be called.
     load: makes a value of a persistent id, which is where torch puts its storages; the same errors
     Sets become lists; keys of dictionaries become texts. Values may share others, and hold
-    themselves. Objects of unknown names are `Opaque`. Raises ModelError, with the byte, for
-    anything else.
+    themselves. Objects of unknown names are `Opaque`. Raises ModelError, RefusalError as
+    well, with the byte, for anything else.
     """
     machine = _Machine(calls=calls, load=load)
     position = 0

@@ -160,7 +160,7 @@ def map_file(path: Path) -> mmap.mmap:
 
 
 def is_mapped(array: NDArray[Any]) -> bool:
-    """Tell whether an array is a view of a mapped file, whose memory the system can drop."""
+    """Tell whether an array, of any shape, is a view of a mapped file, whose pages may go."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
