@@ -87,7 +87,7 @@ class Stored:
         return name in self.shapes or name in self.modules
 
     def size(self, name: str, axis: int = 0) -> int:
-        """Return one dimension of a tensor; raises MissingTensorError without it, ModelError without that axis."""
+        """Return one dimension of a tensor; or raise MissingTensorError or ModelError."""
         shape = self.shapes.get(self.prefix + name)
         if shape is None:
             raise MissingTensorError(
@@ -143,8 +143,8 @@ def unet_config(stored: Stored, *, linear: bool, pooled: int, refiner: bool) -> 
         inputs = stored.size("label_emb.0.0.weight", 1)
     condition = next((name for name in CONDITIONS if name in stored), None)
     context = stored.size(f"{first_transformer(stored)}.{CONTEXT}", 1)
-    # Those that were distilled to no attention at the first level have heads of one size, too.
-    counted = not linear and any(downs[0])
+    # Those that were distilled to attention at lower levels alone have heads of one size, too.
+    counted = not linear and (any(downs[0]) or not any(map(any, downs)))
     return UNetConfig(
         in_channels=stored.size("input_blocks.0.0.weight", 1),
         out_channels=stored.size("out.2.weight"),
