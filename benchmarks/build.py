@@ -17,7 +17,7 @@ from benchmarks.machine import memory, summary
 from benchmarks.resumable import begin, fill, keep
 from benchmarks.scenarios import ENGINES, SCENARIOS
 from benchmarks.worker import once
-from engine.backends.settings import ON_GPU, PRECISIONS, BackendSettings, processors
+from engine.backends.settings import ON_GPU, PRECISIONS, BackendSettings, cpu_count
 from engine.errors import RequestError
 from engine.graphs.graph import Part, Precision
 from engine.model import Model
@@ -36,7 +36,7 @@ def measure(
 
     only: texts of which a task's name holds one; the names are those of the report
     """
-    threads = threads or processors()
+    threads = threads or cpu_count()
     found = tasks()
     names = [name for name in found if not only or any(text in name for text in only)]
     if not names:

@@ -81,7 +81,7 @@ def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, options: Mapping[st
         pipeline.encoder = pipeline.encoder.without_cache()  # the text is encoded each time
         given = {**scenario.options(), **options}
         drawn = pipeline(scenario.prompt, sampler="ddim", seed=SEED, **given)
-        return np.stack([np.asarray(picture) for picture in drawn.images])
+        return np.stack([np.asarray(image) for image in drawn.images])
 
     def text() -> NDArray[Any]:
         states = [

@@ -35,7 +35,7 @@ from benchmarks.race import WARM_UPS, ContenderError, Race, available_bytes
 from benchmarks.resumable import begin, fill, keep
 from benchmarks.scenarios import LONGER_STEPS, PARTS, WHOLE, Scenario
 from benchmarks.worker import Worker
-from engine.backends.settings import processors
+from engine.backends.settings import cpu_count
 from engine.errors import RequestError
 
 SIZES = (
@@ -164,7 +164,7 @@ class _Stage:
         with tempfile.TemporaryDirectory() as outputs:
             race = Race(
                 scenario,
-                processors(),
+                cpu_count(),
                 _parts,
                 Path(outputs),
                 contenders=GPU_MEASURED,
@@ -217,7 +217,7 @@ class _Stage:
 
     def _run_reference(self, folder: Path) -> None:
         bound = min(self.scenario.ready_s, self.choice.left())
-        worker = Worker(GPU_REFERENCE, self.scenario.key, processors())
+        worker = Worker(GPU_REFERENCE, self.scenario.key, cpu_count())
         try:
             worker.ready(bound)
             for part in (*PARTS, WHOLE):

@@ -21,7 +21,7 @@ from benchmarks.race import WARM_UPS, ContenderError, Race
 from benchmarks.resumable import begin, fill, keep
 from benchmarks.rounds import PEAKS, summarised
 from benchmarks.scenarios import PARTS, WHOLE, Scenario
-from engine.backends.settings import processors
+from engine.backends.settings import cpu_count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ class Choice:
         """Fill in the defaults of a model; raises RequestError for a model that is not known."""
         scenario = Scenario.of(model)
         runs_whole = whole or scenario.name == "pictogram"
-        return cls(scenario=scenario, whole=runs_whole, threads=threads or processors(), **options)
+        return cls(scenario=scenario, whole=runs_whole, threads=threads or cpu_count(), **options)
 
     def parts(self, contender: str) -> tuple[str, ...]:
         """Return what is measured of a contender that can do it."""

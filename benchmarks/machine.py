@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.backends.settings import processors
+from engine.backends.settings import cpu_count
 
 SIDE = 3000  # of the square matrices whose product is timed
 REPEATS = 5
@@ -18,8 +18,8 @@ REPEATS = 5
 def describe() -> dict[str, Any]:
     """Name the processor, its cores, Python, and the peak of a float32 matrix product."""
     return {
-        "processor": _processor(),
-        "cores": processors(),
+        "processor": _cpu_name(),
+        "cores": cpu_count(),
         "python": platform.python_version(),
         "peak_gflops": round(peak_gflops(), 1),
     }
@@ -42,8 +42,8 @@ def peak_bytes() -> int:
     Where the system tells of this program alone: getrusage also counts the process that started
     it, before it became this program.
     """
-    if told := _status("VmHWM"):
-        return told
+    if value := _status("VmHWM"):
+        return value
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -74,7 +74,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():

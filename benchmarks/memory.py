@@ -16,7 +16,7 @@ from benchmarks.contenders import CONTENDERS, contenders
 from benchmarks.resumable import begin, fill, keep
 from benchmarks.scenarios import ENGINES, WHOLE, Scenario
 from benchmarks.worker import Worker
-from engine.backends.settings import processors
+from engine.backends.settings import cpu_count
 from engine.model import Model
 
 PARTS = tuple(stage for part in ENGINES for stage in (f"open {part}", part))
@@ -31,7 +31,7 @@ def measure(
     out: Path | None = None,
 ) -> dict[str, Any]:
     """Measure until every contender has its rounds; raises OutputError, RequestError."""
-    scenario, threads = Scenario.of(model), threads or processors()
+    scenario, threads = Scenario.of(model), threads or cpu_count()
     names = [name for name in contenders(scenario, only) if not CONTENDERS[name].saves]
     if scenario.name == "pictogram":
         names = [name for name in names if not CONTENDERS[name].whole_only]
@@ -77,11 +77,11 @@ def _stages(name: str, scenario: Scenario, threads: int) -> dict[str, dict[str, 
     start = time.monotonic()
     worker = Worker(name, scenario.name, threads)
     try:
-        told = worker.ready(scenario.ready_s)
-        stages = {"import": told["imported"], "load": told["opened"]}
+        ready = worker.ready(scenario.ready_s)
+        stages = {"import": ready["imported"], "load": ready["opened"]}
         whole_only = CONTENDERS[name].whole_only
         for part in (WHOLE,) if whole_only else PARTS:
-            if part in told["parts"]:
+            if part in ready["parts"]:
                 left = scenario.ready_s + scenario.whole_s - (time.monotonic() - start)
                 bound = left if whole_only else min(left, scenario.ready_s)
                 stages[part] = worker.run(part, bound)["memory"]

@@ -98,7 +98,7 @@ def _of_a_large_model(plan: Plan, engine: Idle) -> float:
         plan,
         height=8 * SIDE,
         width=8 * SIDE,
-        conditioning=[{**told, "context": context} for told in plan.conditioning],
+        conditioning=[{**inputs, "context": context} for inputs in plan.conditioning],
     )
     engines = Engines(model, BackendSettings(backend="cpu"), "float32")
     engines.opened.update({"step": engine, "vae_decoder": engine})  # type: ignore[dict-item]

@@ -185,10 +185,10 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
     def groups(name: str) -> Any:
         return given[name].to(dtype).repeat_interleave(scenario.batch, 0)
 
-    x, context, told = given["latents"].to(dtype), groups("context"), {}
+    x, context, conditions = given["latents"].to(dtype), groups("context"), {}
     if model.unet.extra_inputs:
         added = {name: groups(name) for name in model.unet.extra_inputs}
-        told = {"added_cond_kwargs": added}
+        conditions = {"added_cond_kwargs": added}
     timestep, scale = torch.tensor(TIMESTEP, device=device), scenario.guidance_scale
 
     def text() -> NDArray[Any]:
@@ -198,7 +198,11 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
 
     def guided() -> Any:
         out = pipe.unet(
-            torch.cat([x, x]), timestep, encoder_hidden_states=context, return_dict=False, **told
+            torch.cat([x, x]),
+            timestep,
+            encoder_hidden_states=context,
+            return_dict=False,
+            **conditions,
         )[0]
         uncond, cond = out.chunk(2)
         return uncond + scale * (cond - uncond)
@@ -210,14 +214,14 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
 
     def decode() -> NDArray[Any]:
         image = pipe.vae.decode(x / pipe.vae.config.scaling_factor, return_dict=False)[0]
-        pictures = pipe.image_processor.postprocess(image, output_type="pil")
-        return np.stack([np.asarray(picture) for picture in pictures])
+        images = pipe.image_processor.postprocess(image, output_type="pil")
+        return np.stack([np.asarray(image) for image in images])
 
     def whole(**options: Any) -> NDArray[Any]:
         noise = [torch.Generator().manual_seed(SEED + i) for i in range(scenario.batch)]
         options = {**scenario.options(), **options}
         drawn = pipe(scenario.prompt, generator=noise if noise[1:] else noise[0], **options)
-        return np.stack([np.asarray(picture) for picture in drawn.images])
+        return np.stack([np.asarray(image) for image in drawn.images])
 
     parts = {
         "text": text,

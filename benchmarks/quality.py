@@ -69,7 +69,7 @@ class Setting:
 class Drawn:
     """A setting's pictures, (H, W, 3) of 8 bits, and the seconds that each took."""
 
-    pictures: Sequence[NDArray[np.uint8]]
+    images: Sequence[NDArray[np.uint8]]
     seconds: Sequence[float]
 
 
@@ -123,7 +123,7 @@ SETTINGS: Mapping[str, Setting] = {
 
 
 def measure(
-    pictures: int = len(PROMPTS),
+    images: int = len(PROMPTS),
     steps: int = STEPS,
     threads: int | None = None,
     match: Path | None = None,
@@ -134,12 +134,12 @@ def measure(
     A setting that this installation cannot open is left out with its reason. `exceeded` of the
     report names those beyond their bounds.
     """
-    if not 1 <= pictures <= len(PROMPTS):
-        raise RequestError(f"{pictures} pictures are asked for; give 1 to {len(PROMPTS)}")
+    if not 1 <= images <= len(PROMPTS):
+        raise RequestError(f"{images} pictures are asked for; give 1 to {len(PROMPTS)}")
     data = read_pictograms(match) if match else None
     settings = {REFERENCE_NAME: REFERENCE, **SETTINGS}
     pipelines, skipped = opened(settings, threads)
-    drawn = draw(pipelines, settings, pictures, steps)
+    drawn = draw(pipelines, settings, images, steps)
     distance = feature_distance()
     found: dict[str, dict[str, Any]] = {}
     for name, setting in settings.items():
@@ -148,7 +148,7 @@ def measure(
             continue
         base = plain(setting, settings, drawn)
         found[name] = {
-            **compared(drawn[name].pictures, drawn[REFERENCE_NAME].pictures, setting, distance),
+            **compared(drawn[name].images, drawn[REFERENCE_NAME].images, setting, distance),
             "seconds": summary(drawn[name].seconds),
             "beside": base,
             "times_faster": faster(drawn[name].seconds, drawn[base].seconds),
@@ -162,7 +162,7 @@ def measure(
         "machine": describe(),
         "request": {
             "model": "the model that ships",
-            "pictures": pictures,
+            "pictures": images,
             "steps": steps,
             "guidance_scale": GUIDANCE_SCALE,
             "first_seed": SEED,
@@ -202,21 +202,21 @@ def opened(
 def draw(
     pipelines: Mapping[tuple[str, str], Pipeline],
     settings: Mapping[str, Setting],
-    pictures: int,
+    images: int,
     steps: int,
 ) -> dict[str, Drawn]:
     """Draw each prompt with every setting in turn; those without a pipeline are left out."""
     able = {name: each for name, each in settings.items() if each.engines() in pipelines}
     options = {"num_inference_steps": steps, "guidance_scale": GUIDANCE_SCALE, "sampler": "ddim"}
     drawn: dict[str, Drawn] = {name: Drawn([], []) for name in able}
-    for number, prompt in enumerate(PROMPTS[:pictures]):
+    for number, prompt in enumerate(PROMPTS[:images]):
         for name, setting in able.items():
             start = time.perf_counter()
             result = pipelines[setting.engines()](
                 prompt, seed=SEED + number, **{**options, **setting.options}
             )
             drawn[name] = Drawn(
-                [*drawn[name].pictures, np.asarray(result.images[0])],
+                [*drawn[name].images, np.asarray(result.images[0])],
                 [*drawn[name].seconds, time.perf_counter() - start],
             )
     return drawn

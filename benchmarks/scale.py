@@ -18,7 +18,7 @@ from benchmarks.machine import memory, summary
 from benchmarks.resumable import begin, fill, keep
 from benchmarks.scenarios import SEED, Scenario, engine_inputs
 from benchmarks.worker import once, timed
-from engine.backends.settings import BackendSettings, graph_precision, processors
+from engine.backends.settings import BackendSettings, cpu_count, graph_precision
 from engine.graphs.graph import signature
 
 BATCHES, STEPS = (1, 2, 4), (5, 10, 20, 40)
@@ -60,7 +60,7 @@ def measure(
 
     threads: the most that are tried; None takes one for each processor core
     """
-    scenario, most = Scenario.of(model), threads or processors()
+    scenario, most = Scenario.of(model), threads or cpu_count()
     graph_precision(BackendSettings(backend=backend, threads=most), precision)  # type: ignore[arg-type]
     points = chosen_points(scenario, most)
     request = {

@@ -158,8 +158,8 @@ def arrays(scenario: Scenario, model: Model) -> dict[str, NDArray[Any]]:
     if "time_ids" in model.unet.extra_inputs:
         width = model.text_encoders["text_encoder_2"].projection_dim
         given["text_embeds"] = rng.standard_normal((len(texts), width), np.float32)
-        told = [scenario.size, scenario.size, 0, 0, scenario.size, scenario.size]
-        given["time_ids"] = np.array([told] * len(texts), np.float32)
+        time_ids = [scenario.size, scenario.size, 0, 0, scenario.size, scenario.size]
+        given["time_ids"] = np.array([time_ids] * len(texts), np.float32)
     return given
 
 

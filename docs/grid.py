@@ -22,8 +22,8 @@ def main(out: Path) -> None:
     rows = []
     for style in STYLES:
         prompts = [f"a {subject}, {style} style" for subject in SUBJECTS]
-        pictures = pipeline(prompts, seed=SEED).images
-        rows.append(np.concatenate([np.asarray(picture) for picture in pictures], axis=1))
+        images = pipeline(prompts, seed=SEED).images
+        rows.append(np.concatenate([np.asarray(image) for image in images], axis=1))
     Image.fromarray(np.concatenate(rows)).save(out)
     print(out)
 

@@ -127,15 +127,15 @@ def _files(folder: Path, verify: bool) -> Iterator[Item]:
         if path in known or path.name.startswith("facts-") or not path.is_file():
             continue
         try:
-            told = path.stat()
+            status = path.stat()
         except OSError:  # gone meanwhile
             continue
         is_graph = path.name.removesuffix(COMPRESSED).endswith(".onnx")
         yield Item(
             file=str(path.relative_to(folder)),
             what="graph" if is_graph else "file",
-            bytes=told.st_size,
-            last_use=told.st_mtime,
+            bytes=status.st_size,
+            last_use=status.st_mtime,
             state=_graph_state(path) if is_graph and verify else UNCHECKED,
         )
 

@@ -81,8 +81,8 @@ def example_inputs(
     for name, tensor in described.items():
         shape = [symbol if isinstance(symbol, int) else sizes[symbol] for symbol in tensor.shape]
         if name == "input_ids":
-            taught = sizes["e"] if "extra_embeddings" in described else 0
-            ids = torch.randint(sizes["V"] + taught, shape, generator=generator)
+            embeddings = sizes["e"] if "extra_embeddings" in described else 0
+            ids = torch.randint(sizes["V"] + embeddings, shape, generator=generator)
             if isinstance(config, TextEncoderConfig):  # the pooled text is taken where a text ends
                 ids[:, -1] = 0 if config.eos_token_id == LARGEST_ID else config.eos_token_id
             inputs[name] = ids

@@ -99,15 +99,15 @@ def calibrate(
         asked = Request(prompt=prompt, num_inference_steps=steps, seed=SEED + number)
         *_, last = pipeline.denoise(pipeline.plan(asked))
         latents.append(last.latents)
-    pictures = [pipeline.decode(each)[0] for each in latents]
+    images = [pipeline.decode(each)[0] for each in latents]
     seen = {part: observing.ranges_seen(part) for part in QUANTIZED}
     ranges = {name: ends for found in seen.values() for name, ends in found.items()}
     rounded = Pipeline(
         Engines(opened, settings, "int8", ranges=ranges, folders=folders), tokenizers
     )
     near = min(
-        psnr(*map(np.asarray, (rounded.decode(each)[0], picture)))
-        for each, picture in zip(latents, pictures, strict=True)
+        psnr(*map(np.asarray, (rounded.decode(each)[0], image)))
+        for each, image in zip(latents, images, strict=True)
     )
     files = []
     for part, name in ranges_of(opened).items():

@@ -38,7 +38,7 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def check_picture(name: str, image: object) -> None:
+def check_image(name: str, image: object) -> None:
     """Refuse what is no image of PIL's, and one whose file cannot be read. Raises RequestError."""
     if not isinstance(image, Image.Image):
         raise RequestError(

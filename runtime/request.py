@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import check_choice, check_names, check_number, check_picture, texts
+from runtime.checks import check_choice, check_image, check_names, check_number, texts
 from runtime.conditioning import alternatives
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
@@ -220,10 +220,10 @@ class Request:
                 if getattr(self, name) != default:
                     raise RequestError(f"{name} came without image; give the picture to change")
         for name in ("image", "mask"):
-            picture = getattr(self, name)
-            if picture is not None and not (name == "mask" and picture == ALPHA):
-                check_picture(name, picture)
-                object.__setattr__(self, name, upright(picture))
+            image = getattr(self, name)
+            if image is not None and not (name == "mask" and image == ALPHA):
+                check_image(name, image)
+                object.__setattr__(self, name, upright(image))
         if self.mask == ALPHA:
             assert self.image is not None
             object.__setattr__(self, "mask", transparency(self.image))

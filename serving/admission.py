@@ -76,8 +76,8 @@ class Admission:
     @property
     def retry_after(self) -> int:
         """Seconds after which there should be room: those of half of what waits."""
-        least, most = RETRY_AFTER
-        return min(max(math.ceil(self.seconds / 2), least), most)
+        shortest, longest = RETRY_AFTER
+        return min(max(math.ceil(self.seconds / 2), shortest), longest)
 
     def turned(self, work: float, seconds: float) -> None:
         """Note work that was done; seconds: since the turn before, or of the step alone."""

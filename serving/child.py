@@ -14,7 +14,7 @@ from queue import Queue
 from threading import Thread
 from typing import Any, BinaryIO, Protocol, Self
 
-from engine.backends.settings import BackendSettings, ComputePrecision, processors
+from engine.backends.settings import BackendSettings, ComputePrecision, cpu_count
 from engine.errors import LatentrtError
 from engine.store.cache import Cache, cache_folder
 from runtime.conditioning.wildcards import Wildcards
@@ -79,7 +79,7 @@ class EngineSettings:
         facts = {
             name: getattr(self, name) for name in ("models", "backend", "precision", "threads")
         }
-        key = Cache.key(**facts, version=program_version(), processors=processors())
+        key = Cache.key(**facts, version=program_version(), cpu_count=cpu_count())
         return RowLimits(self.rows, cache_folder() / f"step-times-{key[:16]}.json")
 
     def runner(self) -> Models:

@@ -41,7 +41,7 @@ FAILURES: Mapping[str, type[RefusalError]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
+class JobEvent:
     """An event as a client reads it; number: counts up within a job."""
 
     number: int
@@ -81,7 +81,7 @@ class Job:
     undone: float = 0.0
     ended: float | None = None
     first_step: float | None = None
-    events: deque[Told] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
+    events: deque[JobEvent] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     deadline: asyncio.TimerHandle | None = None
     _numbers: int = 0
@@ -90,10 +90,10 @@ class Job:
         """Keep an event and wake whoever listens; a newer preview takes an older one's place."""
         self._numbers += 1
         if name == "preview":
-            for old in [told for told in self.events if told.name == "preview" and told.blob]:
+            for old in [event for event in self.events if event.name == "preview" and event.blob]:
                 if old.data["index"] == data["index"]:
                     self.events.remove(old)
-        self.events.append(Told(number=self._numbers, name=name, data=data, blob=blob))
+        self.events.append(JobEvent(number=self._numbers, name=name, data=data, blob=blob))
         self.changed.set()
         self.changed = asyncio.Event()
 
@@ -107,16 +107,16 @@ class Job:
         """Of its pictures."""
         return sum(len(picture.data) for picture in self.pictures)
 
-    async def told(self, after: int = 0) -> AsyncIterator[Told]:
+    async def follow(self, after: int = 0) -> AsyncIterator[JobEvent]:
         """Yield its events from one on, until it is over; one that reads slowly misses some."""
         while True:
             changed = self.changed
-            for told in [told for told in self.events if told.number > after]:
-                after = told.number
-                yield told
-            if self.is_over and not any(told.number > after for told in self.events):
+            for event in [event for event in self.events if event.number > after]:
+                after = event.number
+                yield event
+            if self.is_over and not any(event.number > after for event in self.events):
                 return
-            if not any(told.number > after for told in self.events):
+            if not any(event.number > after for event in self.events):
                 await changed.wait()
 
     async def over(self) -> None:

@@ -144,10 +144,10 @@ def read_keys(options: argparse.Namespace) -> Keys | None:
 
 def engine_settings(options: argparse.Namespace) -> EngineSettings:
     """Return what the engine draws with. Raises RequestError or ModelError."""
-    for name, least in (("max_queue", 1), ("port", 0)):
-        if getattr(options, name) < least:
+    for name, minimum in (("max_queue", 1), ("port", 0)):
+        if getattr(options, name) < minimum:
             option = name.replace("_", "-")
-            raise RequestError(f"--{option} is {getattr(options, name)}; give {least} or more")
+            raise RequestError(f"--{option} is {getattr(options, name)}; give {minimum} or more")
     if not options.max_queue_seconds > 0:
         raise RequestError(f"--max-queue-seconds is {options.max_queue_seconds}; give more than 0")
     models = find_models(options.models or ["pictogram"])

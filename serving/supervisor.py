@@ -263,8 +263,8 @@ class ProcessEngine:
         log.error("the engine has died (status %s); starting another", status)
         self._died()
         for job, index in culprits:
-            told = {"code": "engine_failed", "message": FAILED_SENTENCE}
-            self._tell(Event(kind="failed", job=job, index=index, data=told))
+            error = {"code": "engine_failed", "message": FAILED_SENTENCE}
+            self._tell(Event(kind="failed", job=job, index=index, data=error))
 
 
 def _write(stream: IO[bytes], outbox: "SimpleQueue[Frame | None]") -> None:

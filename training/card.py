@@ -112,8 +112,8 @@ def _training(work: Path, data: Data | None) -> str:
 def _account(record: dict[str, Any]) -> str:
     """Tell the seed, and what the command does not: a record may hold a `note` in words."""
     seed = record.get("options", {}).get("seed")
-    told = f"seed {seed}" if seed is not None else "its options were not recorded"
-    return f"{told}. {record['note']}" if "note" in record else f"{told}."
+    origin = f"seed {seed}" if seed is not None else "its options were not recorded"
+    return f"{origin}. {record['note']}" if "note" in record else f"{origin}."
 
 
 def _spent(checkpoint: Path) -> str:

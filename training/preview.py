@@ -34,10 +34,10 @@ CONFIG = TinyDecoderConfig(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """latents: (n, C, h, w) float32, scaled; pictures: (n, 3, H, W) uint8, what they decode to."""
+    """latents: (n, C, h, w) float32, scaled; images: (n, 3, H, W) uint8, what they decode to."""
 
     latents: Tensor
-    pictures: Tensor
+    images: Tensor
 
 
 @torch.no_grad()
@@ -46,21 +46,21 @@ def examples(
 ) -> Decoded:
     """Take latents of pictures, and for every other one what the denoiser makes of them."""
     torch.manual_seed(seed)
-    rng, latents, pictures = np.random.default_rng(seed), [], []
+    rng, latents, images = np.random.default_rng(seed), [], []
     scale, shift = autoencoder.config.scaling_factor, autoencoder.config.shift_factor
     chosen = np.arange(0, len(data.images), max(len(data.images) // PICTURES, 1))
     for some in np.split(chosen, range(BATCH, len(chosen), BATCH)):
         with autocast("cpu"):
             x0 = (encode(autoencoder, data.images[some]).float() - shift) * scale
             ids = torch.from_numpy(tokenizer([data.caption(i, rng) for i in some]).input_ids)
-            x0[::2] = _believed(denoiser, x0[::2], ids[::2])
+            x0[::2] = _predicted_x0(denoiser, x0[::2], ids[::2])
             pixels = autoencoder.decode((x0 / scale + shift).contiguous(memory_format=LAST))
         latents.append(x0)
-        pictures.append(pixels.float().clamp(-1, 1).add(1).mul(127.5).round().byte())
-    return Decoded(latents=torch.cat(latents), pictures=torch.cat(pictures))
+        images.append(pixels.float().clamp(-1, 1).add(1).mul(127.5).round().byte())
+    return Decoded(latents=torch.cat(latents), images=torch.cat(images))
 
 
-def _believed(denoiser: Denoiser, x0: Tensor, input_ids: Tensor) -> Tensor:
+def _predicted_x0(denoiser: Denoiser, x0: Tensor, input_ids: Tensor) -> Tensor:
     """Noise latents at random timesteps; return the x0 that the denoiser then believes in."""
     alphas = torch.tensor(NoiseSchedule.from_config(SCHEDULER).alphas_cumprod).float()
     timesteps = torch.randint(len(alphas), (len(x0),))
@@ -83,16 +83,14 @@ def train(
     def losses(step: int) -> Losses:
         chosen = torch.randint(len(decoded.latents), (settings.batch_size,), generator=generator)
         latents = decoded.latents[chosen].to(settings.device, memory_format=LAST)
-        wanted = decoded.pictures[chosen].to(settings.device).float() / 255
+        wanted = decoded.images[chosen].to(settings.device).float() / 255
         return {"loss": difference(module.decoder(latents), wanted)}
 
     def sample(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, TinyAutoencoder)
         some = slice(None, None, max(len(decoded.latents) // 24, 1))
         drawn = draw(ema, decoded.latents[some])
-        rows = [
-            pictures.permute(0, 2, 3, 1).numpy() for pictures in (decoded.pictures[some], drawn)
-        ]
+        rows = [images.permute(0, 2, 3, 1).numpy() for images in (decoded.images[some], drawn)]
         save_grid(rows, folder / f"preview-{step:06d}.png")
 
     ema = loop.run(losses, sample=sample, name="preview")

@@ -140,7 +140,7 @@ def _reconstruction(model: str, images: np.ndarray) -> float:
 
 
 def _shares(drawn: Sequence[np.ndarray], originals: np.ndarray) -> dict[str, Any]:
-    places = np.stack([ranks(pictures, originals) for pictures in drawn])
+    places = np.stack([ranks(images, originals) for images in drawn])
     shares = {f"top_{k}": float((places <= k).mean()) for k in TOPS}
     return {"pictures": len(originals), **shares}
 

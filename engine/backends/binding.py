@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays
-from engine.backends.settings import processors
+from engine.backends.settings import cpu_count
 from engine.checkpoints.formats.files import require_finite
 from engine.checkpoints.formats.tensors import widen
 from engine.errors import BackendError
@@ -32,7 +32,7 @@ def bind(
     another kind, and ModelError when it holds infinities or what is no number.
     """
     chosen = [name for name in graph.weights if names is None or name in names]
-    with ThreadPoolExecutor(processors()) as pool:  # numpy converts without the interpreter's lock
+    with ThreadPoolExecutor(cpu_count()) as pool:  # numpy converts without the interpreter's lock
         taken = pool.map(lambda name: _take(graph, weights, name, keep_float16), chosen)
         yield from zip(chosen, taken, strict=True)
 

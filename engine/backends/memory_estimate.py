@@ -37,18 +37,18 @@ class MemoryEstimate:
     """Bytes by kind.
 
     weights: of all parts; activations: of the part that needs most, which all parts share
-    tables: registers, noise and texts; pictures: bytes of pixels
+    tables: registers, noise and texts; images: bytes of pixels
     """
 
     weights: int
     activations: int
     tables: int
-    pictures: int
+    images: int
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.activations + self.tables + self.pictures
+        return self.weights + self.activations + self.tables + self.images
 
     def require(self, free: int, doing: str = "this request") -> None:
         """Raise BackendError when so many free bytes are too few, saying how many are missing."""
@@ -56,7 +56,7 @@ class MemoryEstimate:
             raise BackendError(
                 f"{doing} takes about {_gib(self.total)} of the device's memory (weights "
                 f"{_gib(self.weights)}, activations {_gib(self.activations)}, the rest "
-                f"{_gib(self.tables + self.pictures)}) and {_gib(free)} are free, so "
+                f"{_gib(self.tables + self.images)}) and {_gib(free)} are free, so "
                 f"{_gib(self.total - free)} are missing; close what else uses the device, or ask "
                 "for fewer or smaller pictures"
             )
@@ -82,7 +82,7 @@ def estimate(
         weights=sum(weight_bytes(graph) for graph in graphs.values()),
         activations=max(activations, default=0),
         tables=FLOAT32 * (configs["step"].tables(sizes) if "step" in configs else 0),
-        pictures=3 * sizes.batch * sizes.height * sizes.width,
+        images=3 * sizes.batch * sizes.height * sizes.width,
     )
 
 
@@ -98,7 +98,7 @@ def estimate_build(
         weights=2 * weight_bytes(graph),
         activations=activation_bytes(graph, config, sizes) + workspace_bytes,
         tables=0,
-        pictures=0,
+        images=0,
     )
 
 

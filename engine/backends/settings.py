@@ -95,7 +95,7 @@ def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> P
     return offered[precision]
 
 
-def processors() -> int:
+def cpu_count() -> int:
     """Count the processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

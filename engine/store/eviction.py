@@ -69,9 +69,9 @@ def entries(folder: Path) -> list[Entry]:
     for path in folder.glob("[0-9a-f]*"):
         if match := _ENTRY.fullmatch(path.name):
             with suppress(OSError):  # gone meanwhile
-                told = path.stat()
+                status = path.stat()
                 found.append(
-                    Entry(key=match[1], path=path, size=told.st_size, last_use=told.st_mtime_ns)
+                    Entry(key=match[1], path=path, size=status.st_size, last_use=status.st_mtime_ns)
                 )
     return sorted(found, key=lambda entry: (entry.last_use, entry.path))
 

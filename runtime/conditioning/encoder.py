@@ -57,7 +57,7 @@ class Texts:
     repeats: int = 1
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """B."""
         return len(self.prompts[0]) * self.repeats
 
@@ -181,18 +181,18 @@ class Encoder:
         shown = _shown(texts, guided)
         distinct = dict.fromkeys(text for groups in shown for group in groups for text in group)
         encoded = self._encode(list(distinct), clip_skip, clean_prompt)
-        told = {
+        contexts = {
             groups: self._lay_out(groups, len(groups) - len(texts.prompts), texts.repeats, encoded)
             for groups in dict.fromkeys(shown)
         }
         if "time_ids" in self.model.unet.extra_inputs:
-            for groups, inputs in told.items():
+            for groups, inputs in contexts.items():
                 inputs["time_ids"] = self._time_ids(texts, len(groups), height, width)
         counts = {
             scale: self._counts(scale, texts, guidance) for scale in dict.fromkeys(guidance.scales)
         }
         return [
-            {**told[groups], **counts[scale]}
+            {**contexts[groups], **counts[scale]}
             for groups, scale in zip(shown, guidance.scales, strict=True)
         ]
 
@@ -204,7 +204,7 @@ class Encoder:
         counts = {"guidance": np.repeat(weights, texts.repeats, axis=1)}
         if channels:
             row = embedded_guidance(scale, channels)
-            counts["timestep_cond"] = np.repeat(row[None], texts.pictures, 0)
+            counts["timestep_cond"] = np.repeat(row[None], texts.images, 0)
         return counts
 
     def _lay_out(
@@ -224,9 +224,9 @@ class Encoder:
             for group, negative in enumerate(rows[:negatives]):
                 empty = [not text for text in negative]
                 context[group, empty], pooled[group, empty] = 0, 0
-        told: dict[str, Array] = {"context": context}
+        inputs: dict[str, Array] = {"context": context}
         takes_pooled = "text_embeds" in self.model.unet.extra_inputs
-        return told | {"text_embeds": pooled} if takes_pooled else told
+        return inputs | {"text_embeds": pooled} if takes_pooled else inputs
 
     def _encode(
         self, texts: Sequence[str], clip_skip: int, clean_prompt: bool
@@ -308,14 +308,14 @@ class Encoder:
 
         The refiner is told a score in place of the last (arXiv:2307.01952, section 2.2).
         """
-        told = [height, width, 0, 0]
-        if self.model.unet.addition_time_ids == len(told) + 1:
+        origin = [height, width, 0, 0]
+        if self.model.unet.addition_time_ids == len(origin) + 1:
             negatives, prompts = groups - len(texts.prompts), len(texts.prompts)
             scores = [NEGATIVE_AESTHETIC_SCORE] * negatives + [AESTHETIC_SCORE] * prompts
-            rows = [[*told, score] for score in scores]
+            rows = [[*origin, score] for score in scores]
         else:
-            rows = [[*told, height, width]] * groups
-        return np.repeat(np.array(rows, np.float32)[:, None], texts.pictures, 1)
+            rows = [[*origin, height, width]] * groups
+        return np.repeat(np.array(rows, np.float32)[:, None], texts.images, 1)
 
 
 def _shown(texts: Texts, guided: Sequence[bool]) -> list[Groups]:

@@ -209,14 +209,14 @@ class DeviceLoop:
             outputs = chosen.prepare({name: array.shape for name, array in given.items()})
             chosen.enqueue(given, outputs)
             noise = buffers.arrays[buffers.views[call]["noise"][0]]
-            told = {
+            host_inputs = {
                 **inputs.conditioning,
                 **state.constant,
                 **inputs.per_step,
                 "noise": noise,
                 "registers": state.registers,
             }
-            state = state.after(outputs, told)
+            state = state.after(outputs, host_inputs)
             yield inputs, state
 
     def finish(

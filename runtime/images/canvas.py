@@ -95,7 +95,7 @@ def masked_pixels(image: Image.Image, mask: Image.Image) -> NDArray[np.uint8]:
 
 
 def paste_back(
-    picture: Image.Image, original: Image.Image, mask: Image.Image, blur: float = BLUR
+    image: Image.Image, original: Image.Image, mask: Image.Image, blur: float = BLUR
 ) -> Image.Image:
     """Give a painted picture the original's own pixels outside of the mask.
 
@@ -105,23 +105,23 @@ def paste_back(
     than 3 · blur pixels outside the mask every pixel is the original's, bit for bit.
 
     Args:
-        picture: as it was decoded; an original of another size is resized to it.
+        image: as it was decoded; an original of another size is resized to it.
         blur: standard deviation of the feather in pixels, 0 to 1000.
 
     Returns:
-        An RGB picture of the size of `picture`.
+        An RGB picture of the size of `image`.
     """
     kept = as_rgb(original)
-    if kept.size != picture.size:
-        kept = kept.resize(picture.size, Image.Resampling.LANCZOS)
-    white = white_of(mask, picture.height, picture.width)
+    if kept.size != image.size:
+        kept = kept.resize(image.size, Image.Resampling.LANCZOS)
+    white = white_of(mask, image.height, image.width)
     inside = np.asarray(white)
     blurred = np.asarray(white.filter(ImageFilter.GaussianBlur(float(blur))))
     if blur < 1:  # Pillow's three passes reach a pixel each; a square within the circle is kept
         near = white.filter(ImageFilter.MaxFilter(2 * int(3 * blur / math.sqrt(2)) + 1))
         blurred = np.minimum(blurred, np.asarray(near))
     painted = np.maximum(inside, np.minimum(blurred, 127) * 2 + (blurred > 127))
-    return Image.composite(as_rgb(picture), kept, Image.fromarray(painted))
+    return Image.composite(as_rgb(image), kept, Image.fromarray(painted))
 
 
 def extend(

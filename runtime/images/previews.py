@@ -42,14 +42,14 @@ class Preview:
     bias: Array
 
     @classmethod
-    def fit(cls, latents: Array, pictures: Sequence[Image.Image]) -> Self:
+    def fit(cls, latents: Array, images: Sequence[Image.Image]) -> Self:
         """Fit one map for each picture, by least squares; h w should be well above C.
 
-        latents: (B, C, h, w); pictures: B, decoded from them, of any size
+        latents: (B, C, h, w); images: B, decoded from them, of any size
         """
         size = latents.shape[-1], latents.shape[-2]
-        small = [picture.resize(size, Image.Resampling.BOX) for picture in pictures]
-        colours = np.stack([np.asarray(picture, np.float32).reshape(-1, 3) for picture in small])
+        small = [image.resize(size, Image.Resampling.BOX) for image in images]
+        colours = np.stack([np.asarray(image, np.float32).reshape(-1, 3) for image in small])
         points = _points(latents)
         ones = np.ones_like(points[..., :1])
         solution = np.linalg.pinv(np.concatenate([points, ones], axis=-1)) @ colours
@@ -130,8 +130,8 @@ def side_by_side(
     size = left + columns * across - GAP, top + len(rows) * down - GAP
     sheet = Image.new("RGB", size, "white")
     for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            sheet.paste(picture, (left + j * across, top + i * down))
+        for j, image in enumerate(row):
+            sheet.paste(image, (left + j * across, top + i * down))
     draw = ImageDraw.Draw(sheet)
     for j, caption in enumerate(captions):
         middle = left + j * across + (width - draw.textlength(caption, font)) / 2

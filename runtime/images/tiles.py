@@ -56,15 +56,15 @@ def decode(
         whole: Array = run({"latents": latents})["pixels"]
         return whole
 
-    def decode_tile(picture: Array) -> Array:
-        decoded: Array = run({"latents": _channels_first(picture)})["pixels"][0]
+    def decode_tile(image: Array) -> Array:
+        decoded: Array = run({"latents": _channels_first(image)})["pixels"][0]
         return decoded
 
-    pictures = (
-        _tiled(decode_tile, [np.moveaxis(picture, 0, -1)], side, compression)
-        for picture in on_host(latents)
+    images = (
+        _tiled(decode_tile, [np.moveaxis(image, 0, -1)], side, compression)
+        for image in on_host(latents)
     )
-    return np.stack([_as_bytes(picture) for picture in pictures])
+    return np.stack([_as_bytes(image) for image in images])
 
 
 def encode(
@@ -85,13 +85,13 @@ def encode(
         whole: Array = run({"pixels": pixels, "noise": noise})["latents"]
         return whole
 
-    def encode_tile(picture: Array, drawn: Array) -> Array:
-        inputs = {"pixels": np.ascontiguousarray(picture[None]), "noise": _channels_first(drawn)}
+    def encode_tile(image: Array, drawn: Array) -> Array:
+        inputs = {"pixels": np.ascontiguousarray(image[None]), "noise": _channels_first(drawn)}
         return np.moveaxis(run(inputs)["latents"][0], 0, -1)
 
     latents = [
-        _tiled(encode_tile, [picture, np.moveaxis(drawn, 0, -1)], side, 1)
-        for picture, drawn in zip(pixels, noise, strict=True)
+        _tiled(encode_tile, [image, np.moveaxis(drawn, 0, -1)], side, 1)
+        for image, drawn in zip(pixels, noise, strict=True)
     ]
     return np.ascontiguousarray(np.moveaxis(np.stack(latents), -1, 1))
 
@@ -108,9 +108,9 @@ def _side(size: tuple[int, ...], tile: int | None) -> int | None:
     return tile if max(size) > tile else None
 
 
-def _as_bytes(picture: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _as_bytes(image: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Round in place: copies of a large picture would count."""
-    return np.rint(picture, out=picture).clip(0, 255, out=picture).astype(np.uint8)
+    return np.rint(image, out=image).clip(0, 255, out=image).astype(np.uint8)
 
 
 def _channels_first(array: Array) -> Array:

@@ -135,9 +135,9 @@ def _text(votes: Array) -> str | None:
 
 def _unsure(votes: Array) -> Iterator[tuple[int, ...]]:
     """Yield which bits to take for wrong ones: none, one, then two of the least sure."""
-    least = np.argsort(np.abs(votes))[:UNSURE].tolist()
+    weakest = np.argsort(np.abs(votes))[:UNSURE].tolist()
     for count in range(3):
-        yield from combinations(least, count)
+        yield from combinations(weakest, count)
 
 
 def _votes(luma: Array) -> Iterator[Array]:

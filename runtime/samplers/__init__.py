@@ -158,6 +158,6 @@ def _first_step(num_inference_steps: int, strength: float) -> int:
         raise RequestError(f"strength is {strength}; it must be above 0 and at most 1")
     steps = int(num_inference_steps * strength)
     if steps < 1 <= num_inference_steps:
-        least = math.ceil(1000 / num_inference_steps) / 1000
-        raise RequestError(f"strength {strength} runs no step; {least} is the least that runs one")
+        lowest = math.ceil(1000 / num_inference_steps) / 1000
+        raise RequestError(f"strength {strength} runs no step; {lowest} is the least that runs one")
     return num_inference_steps - steps

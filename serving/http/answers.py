@@ -16,13 +16,13 @@ SAFE = {
 
 def error_body(error: RefusalError) -> dict[str, Any]:
     """Return `{"error": {message, type, param, code}}`."""
-    told = {
+    body = {
         "message": error.message,
         "type": error.kind,
         "param": error.param,
         "code": error.code,
     }
-    return {"error": told}
+    return {"error": body}
 
 
 def refuse(error: Exception) -> JSONResponse:

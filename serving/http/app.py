@@ -56,7 +56,7 @@ def make_service(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        engine.start(lambda told: loop.call_soon_threadsafe(jobs.receive, told))  # type: ignore[arg-type]
+        engine.start(lambda received: loop.call_soon_threadsafe(jobs.receive, received))  # type: ignore[arg-type]
         try:
             yield
         finally:

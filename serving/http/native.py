@@ -118,7 +118,7 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
 
 def describe(job: Job) -> dict[str, Any]:
     """Return what the API says of a job."""
-    told: dict[str, Any] = {
+    described: dict[str, Any] = {
         "id": job.id,
         "state": job.state,
         "model": job.picture_request.model,
@@ -137,13 +137,13 @@ def describe(job: Job) -> dict[str, Any]:
         ],
     }
     if job.error is not None:
-        told["error"] = {"code": job.error.code, "message": job.error.message}
-    return told
+        described["error"] = {"code": job.error.code, "message": job.error.message}
+    return described
 
 
 async def _watched(job: Job, seen: int) -> AsyncIterator[bytes]:
-    async for told in job.told(seen):
-        data = dict(told.data)
-        if told.blob:
-            data["jpeg"] = base64.b64encode(told.blob).decode()
-        yield event(told.name, data, told.number)
+    async for step in job.follow(seen):
+        data = dict(step.data)
+        if step.blob:
+            data["jpeg"] = base64.b64encode(step.blob).decode()
+        yield event(step.name, data, step.number)

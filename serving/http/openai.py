@@ -172,10 +172,10 @@ def _result(job: Job) -> dict[str, Any]:
         }
         for picture in job.pictures
     ]
-    return {"created": int(time.time()), "data": pictures, **_told(job), "usage": NO_TOKENS}
+    return {"created": int(time.time()), "data": pictures, **_output(job), "usage": NO_TOKENS}
 
 
-def _told(job: Job) -> dict[str, Any]:
+def _output(job: Job) -> dict[str, Any]:
     settings = job.pictures[0].settings
     size = f"{settings.get('width', 0)}x{settings.get('height', 0)}"
     return {
@@ -189,14 +189,14 @@ def _told(job: Job) -> dict[str, Any]:
 async def _events(job: Job, kind: str, body: OpenAIFields) -> AsyncIterator[bytes]:
     """Yield a job's previews and pictures as OpenAI's streams have them."""
     partials, most = 0, body.partial_images or 0
-    async for told in job.told():
-        if told.name == "preview" and partials < most:
+    async for step in job.follow():
+        if step.name == "preview" and partials < most:
             data = {
                 "type": f"{kind}.partial_image",
-                "b64_json": base64.b64encode(told.blob).decode(),
+                "b64_json": base64.b64encode(step.blob).decode(),
                 "partial_image_index": partials,
                 "created_at": int(time.time()),
-                **_told(job),
+                **_output(job),
                 "output_format": "jpeg",
             }
             partials += 1
@@ -209,7 +209,7 @@ async def _events(job: Job, kind: str, body: OpenAIFields) -> AsyncIterator[byte
             "type": f"{kind}.completed",
             "b64_json": base64.b64encode(picture.data).decode(),
             "created_at": int(time.time()),
-            **_told(job),
+            **_output(job),
             "usage": NO_TOKENS,
         }
         yield event(f"{kind}.completed", data)

@@ -49,13 +49,13 @@ def decoded(model):
 def test_examples_are_latents_with_what_they_decode_to(decoded, model):
     _, trained, _ = model
     assert decoded.latents.shape == (6, 8, 8, 8)
-    assert (decoded.pictures.shape, decoded.pictures.dtype) == ((6, 3, 64, 64), torch.uint8)
+    assert (decoded.images.shape, decoded.images.dtype) == ((6, 3, 64, 64), torch.uint8)
     latents = autoencoder.encode(trained, np.ascontiguousarray(Data.images))
     error = (decoded.latents - latents).square().mean((1, 2, 3))
     assert error[1::2].max() < 1e-3 < error[::2].min(), "every other one is the denoiser's"
     with torch.no_grad():
         expected = trained.decode(decoded.latents).clamp(-1, 1).add(1).mul(127.5)
-    assert (decoded.pictures - expected).abs().mean() < 1, "of 255: bfloat16"
+    assert (decoded.images - expected).abs().mean() < 1, "of 255: bfloat16"
 
 
 def test_examples_are_those_of_the_seed(decoded, model):
@@ -81,7 +81,7 @@ def test_training_learns_and_writes_what_diffusers_takes(decoded, tmp_path):
     before = preview.draw(TinyAutoencoder(SMALL), decoded.latents)
     trained = preview.train(decoded, settings, tmp_path / "work", SMALL)
     after = preview.draw(trained, decoded.latents)
-    errors = [(drawn.float() - decoded.pictures).square().mean() for drawn in (before, after)]
+    errors = [(drawn.float() - decoded.images).square().mean() for drawn in (before, after)]
     assert errors[1] < errors[0] / 3
     names = sorted(path.name for path in (tmp_path / "work").iterdir())
     assert names == ["preview-000200.png", "preview.pt"]

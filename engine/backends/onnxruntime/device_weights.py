@@ -17,7 +17,7 @@ from engine.backends.base import Arrays
 from engine.backends.binding import bind, weight_chunks
 from engine.backends.onnxruntime.device_values import DeviceValue
 from engine.backends.onnxruntime.group_norm import CHANNELS_LAST, FLOAT
-from engine.backends.settings import processors
+from engine.backends.settings import cpu_count
 from engine.checkpoints.formats.files import release
 from engine.devices.device import Device, DeviceArray, Shape
 from engine.graphs.graph import Graph
@@ -120,7 +120,7 @@ class DeviceWeights:
         """
         for chunk in weight_chunks(self._graph, names):
             bound = list(bind(self._graph, weights, chunk))
-            with ThreadPoolExecutor(processors()) as pool:  # as `bind` does
+            with ThreadPoolExecutor(cpu_count()) as pool:  # as `bind` does
                 laid_out = pool.map(self._laid_out, *zip(*bound, strict=True)) if bound else ()
                 for (name, _), array in zip(bound, laid_out, strict=False):
                     if name in self._shared:

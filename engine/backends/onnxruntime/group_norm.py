@@ -85,14 +85,14 @@ def _terms(found: Nodes, makers: Mapping[bytes, int], add: int) -> tuple[bytes, 
     given = named(found.nodes[add], INPUT)
     if found.kinds[add] != b"Add":
         return None
-    for picture, other in (given, given[::-1]):
-        if kind(picture) != b"Conv":
+    for image, other in (given, given[::-1]):
+        if kind(image) != b"Conv":
             continue
         if kind(other) in PICTURES:
-            return picture, other, False
+            return image, other, False
         if kind(other) == b"Unsqueeze":
             (vector,) = named(found.nodes[makers[other]], INPUT)[:1]
-            return (picture, vector, True) if kind(vector) == b"Gemm" else None
+            return (image, vector, True) if kind(vector) == b"Gemm" else None
     return None
 
 
@@ -100,7 +100,7 @@ def _group_norm(
     node: Node,
     out: bytes,
     silu: bool,
-    picture: bytes = b"",
+    image: bytes = b"",
     skip: bytes = b"",
     vector: bool = False,
 ) -> Iterator[bytes]:
@@ -108,7 +108,7 @@ def _group_norm(
     given, scale, bias = named(node, INPUT)
     attributes = attributes_of(node)
     last, normed = out + b".last", out + b".normed"
-    yield _transposed(picture or given, last, CHANNELS_LAST)
+    yield _transposed(image or given, last, CHANNELS_LAST)
     wide = [out + b".scale", out + b".bias"]  # the kernel takes both in float32 only
     for narrow, name in zip((scale, bias), wide, strict=True):
         yield written_node(b"Cast", [narrow], name, [int_attribute(b"to", FLOAT)])
@@ -137,7 +137,7 @@ def _transposed(name: bytes, out: bytes, axes: Sequence[int]) -> bytes:
 
 def _instance_norm(node: Node) -> Iterator[bytes]:
     """Write a norm as one of each group, all of whose channels are then scaled."""
-    picture, scale, bias = named(node, INPUT)
+    image, scale, bias = named(node, INPUT)
     (out,) = named(node, OUTPUT)
 
     def part(name: bytes) -> bytes:
@@ -152,11 +152,11 @@ def _instance_norm(node: Node) -> Iterator[bytes]:
     yield written_node(b"CastLike", [part(b"zero"), scale], zeros, [])
     yield written_node(b"Exp", [zeros], ones, [])
     yield constant(b"grouped", 0, _groups(node), -1)
-    yield written_node(b"Reshape", [picture, part(b"grouped")], part(b"split"), [])
+    yield written_node(b"Reshape", [image, part(b"grouped")], part(b"split"), [])
     epsilon = [a for name, a in attributes_of(node).items() if name == b"epsilon"]
     even = part(b"even")
     yield written_node(b"InstanceNormalization", [part(b"split"), ones, zeros], even, epsilon)
-    yield written_node(b"Shape", [picture], part(b"shape"), [])
+    yield written_node(b"Shape", [image], part(b"shape"), [])
     yield written_node(b"Reshape", [even, part(b"shape")], part(b"joined"), [])
     yield constant(b"axes", 1, 2)
     yield written_node(b"Unsqueeze", [scale, part(b"axes")], part(b"scale"), [])

@@ -21,7 +21,7 @@ from engine.backends.openvino.gates import part_gates
 from engine.backends.openvino.int8 import QuantizedWeight, is_quantized, quantize
 from engine.backends.openvino.layers import put_weight, round_inputs
 from engine.backends.openvino.winograd import transform_convolutions
-from engine.backends.settings import ComputePrecision, processors
+from engine.backends.settings import ComputePrecision, cpu_count
 from engine.checkpoints.formats.files import release
 from engine.checkpoints.formats.tensors import is_mapped
 from engine.errors import BackendError, GraphError, LatentrtError, install, memory_hint
@@ -116,7 +116,7 @@ class OpenVinoEngine:
             )
         return {
             "INFERENCE_PRECISION_HINT": "bf16" if able and precision != "float32" else "f32",
-            "INFERENCE_NUM_THREADS": threads or processors(),
+            "INFERENCE_NUM_THREADS": threads or cpu_count(),
             "PERFORMANCE_HINT": "LATENCY",
             "ENABLE_CPU_PINNING": False,  # threads of two processes would share one core
         }
@@ -216,7 +216,7 @@ class OpenVinoEngine:
             name, array = named
             return name, quantize(array) if name in self._ranges else array
 
-        with ThreadPoolExecutor(processors()) as pool:
+        with ThreadPoolExecutor(cpu_count()) as pool:
             for names in weight_chunks(self._graph):
                 bound = bind(self._graph, self._weights, names, keep_float16=True)
                 for name, weight in self._put_into_file(dict(pool.map(taken, bound))).items():
@@ -324,5 +324,5 @@ def _import() -> Any:
 def _reason(error: Exception) -> str:
     """Make one line of the library's account, less where in its source it was."""
     lines = (line.strip() for line in str(error).splitlines())
-    told = [line for line in lines if not line.startswith(("Exception from", "Check "))]
-    return " ".join(filter(None, told))[:200] or type(error).__name__
+    reasons = [line for line in lines if not line.startswith(("Exception from", "Check "))]
+    return " ".join(filter(None, reasons))[:200] or type(error).__name__

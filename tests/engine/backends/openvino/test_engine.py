@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.backends.openvino import layers as openvino_layers
-from engine.backends.settings import BackendSettings, processors
+from engine.backends.settings import BackendSettings, cpu_count
 from engine.engines import open_engine
 from engine.errors import BackendError, GraphError, ModelError
 from engine.graphs.graph import find_graph, graph_folders, signature
@@ -301,7 +301,7 @@ def test_a_graph_that_wants_other_shapes_than_it_says(graph, weights):
         open_engine(lying, weights, SETTINGS)
 
 
-@pytest.mark.parametrize("threads", [1, processors()])
+@pytest.mark.parametrize("threads", [1, cpu_count()])
 def test_threads(graph, weights, threads):
     engine = open_engine(graph, weights, replace(SETTINGS, threads=threads))
     draw(engine)
