@@ -116,6 +116,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(options).items() if name != "benchmark"}
     if options.benchmark == "quality":
         del given["out"]  # is written when all is measured
+        given["images"] = given.pop("pictures")
     return measure(**given)
 
 
