@@ -130,7 +130,7 @@ def relevant(part: Part, profile: Profile) -> Profile:
 
 
 # The same for every model, so that one engine serves every sampler and every prompt.
-REGISTERS = Range(1, 2, 6)  # UniPC and PLMS keep four, and inpainting two more
+REGISTERS = Range(1, 2, 7)  # ComfyUI's UniPC keeps five, and inpainting two more
 TAUGHT_ROWS = Range(1, 1, 256)  # of textual inversion, 32 words of 8 vectors; zeros are none
 
 

@@ -9,13 +9,19 @@ from onnx.reference.op_run import OpRun
 
 from engine.backends.onnxruntime.device_weights import widened
 from engine.backends.onnxruntime.group_norm import fuse_group_norms
+from engine.configs.tiny_autoencoder import TinyAutoencoderConfig
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.shipped import GRAPHS
 from tests.support.tolerances import GROUP_NORM_FLOAT16
 
 PATHS = sorted(GRAPHS.glob("*-float16.onnx.gz"))
-WITH_NORMS = [path for path in PATHS if path.name.split("-")[0] in ("step", "vae_decoder")]
+TAESD = TinyAutoencoderConfig().key()
+WITH_NORMS = [
+    path
+    for path in PATHS
+    if path.name.split("-")[0] in ("step", "vae_decoder") and TAESD not in path.name
+]
 CHANNELS, GROUPS = 8, 4
 SHAPES = dict.fromkeys(("scale", "scale2"), (CHANNELS,))
 
@@ -213,7 +219,7 @@ def test_all_norms_of_the_shipped_graphs_are_fused(path):
         if node.op_type in ("GroupNorm", "SkipGroupNorm")
     ]
     assert len(activations) == norms > 0
-    assert sum(activations) == swishes - kinds(made).count("Sigmoid") >= 29
+    assert sum(activations) == swishes - kinds(made).count("Sigmoid") >= 19
     assert "GroupNormalization" not in kinds(made)
     assert [i.name for i in made.graph.initializer] == [i.name for i in before.graph.initializer]
     assert made.graph.output == before.graph.output

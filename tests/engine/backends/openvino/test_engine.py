@@ -268,10 +268,14 @@ def test_what_the_library_refuses_while_it_runs(graph, weights, monkeypatch):
 
     class Full:
         def create_infer_request(self):
-            raise RuntimeError("Exception from src/x.cpp:1:\nCheck 'p' failed at y:\nout of memory\n")
+            raise RuntimeError(
+                "Exception from src/x.cpp:1:\nCheck 'p' failed at y:\nout of memory\n"
+            )
 
     monkeypatch.setattr(engine, "_compiled", Full())
-    with pytest.raises(BackendError, match=r"OpenVINO failed \(out of memory\); is the picture too"):
+    with pytest.raises(
+        BackendError, match=r"OpenVINO failed \(out of memory\); is the picture too"
+    ):
         draw(engine)
 
 

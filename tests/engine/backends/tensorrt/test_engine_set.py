@@ -124,7 +124,7 @@ def test_pictures_are_those_of_the_same_graphs_on_the_processor(host, library, d
         expected = pixels(host(**options))
         for _ in range(3):
             np.testing.assert_array_equal(pixels(drawn(**options)), expected)
-    assert device.counts["replay"] == 4
+    assert device.counts["replay"] == 2, "of each form the first run records, the last is proven"
 
 
 def test_each_size_takes_the_engine_that_fits_it_most_closely(library, device):
