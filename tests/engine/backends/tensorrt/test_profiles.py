@@ -81,8 +81,8 @@ def test_sizes_that_the_autoencoder_cannot_make_are_refused():
 
 def test_the_shapes_of_a_step():
     shapes = input_shapes("step", MODEL.unet, PROFILE)
-    assert shapes["registers"] == ((1, 1, 8, 8, 16), (1, 2, 8, 16, 16), (4, 6, 8, 32, 16))
-    assert shapes["matrices"] == ((1, 1, 3), (1, 2, 4), (4, 6, 8))
+    assert shapes["registers"] == ((1, 1, 8, 8, 16), (1, 2, 8, 16, 16), (4, 7, 8, 32, 16))
+    assert shapes["matrices"] == ((1, 1, 3), (1, 2, 4), (4, 7, 9))
     assert shapes["context"] == ((1, 1, 32, 192), (2, 1, 32, 192), (2, 4, 64, 192))
     assert shapes["mask"] == ((1, 1, 8, 16), (1, 1, 16, 16), (4, 1, 32, 16))
 
