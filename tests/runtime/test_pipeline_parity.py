@@ -157,7 +157,7 @@ def test_a_picture_that_is_not_square(pipeline, text_to_image):
 
 
 def test_an_image_that_is_not_square(pipeline, image_to_image):
-    image = drawing(100, 150)  # of 96 by 144 pixels for both: multiples of 8 below
+    image = drawing(96, 144)  # of other sides diffusers changes the size
     expected = reference(image_to_image, "euler", 6, prompt=PROMPTS[:1], image=image, strength=0.8)
     result = pipeline(
         PROMPTS[:1],
