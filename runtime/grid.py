@@ -7,25 +7,22 @@ option of `latentrt draw` that belongs to one picture may be an axis.
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from engine.backends.settings import DEFAULT, BackendSettings
+from engine.backends.settings import BackendSettings
 from engine.errors import RequestError, exit_status
-from runtime.denoising.rows import Row, rows_of, step_rows
 from runtime.images.files import SOURCE_KEY, check_output, write_image
 from runtime.images.previews import side_by_side
 from runtime.images.upscaling import Hires
 from runtime.options import FIELDS, HIRES, make_parser
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+from runtime.terminal import say
 
 MAX_CELLS = 256
-MOST = 4  # rows of a call, where a row is what it is alone
 NOT_HERE = (
     *("again", "expand", "preview_steps", "preview_decoder", "animation"),
     *("watermark", "c2pa_cert", "c2pa_key"),
@@ -88,7 +85,11 @@ def _draw(arguments: Sequence[str] | None, prog: str) -> None:
             backend=base.backend, threads=base.threads, build_missing=base.build_missing
         ),
     )
-    drawn = dict(zip(cells, draw_requests(pipeline, requests), strict=True))
+    found = {image.request: image for image in pipeline.draw(requests)}
+    notes = dict.fromkeys([*pipeline.notes, *(note for i in found for note in found[i].notes)])
+    for note in notes:
+        say(f"note: {note}", sys.stderr)
+    drawn = {cell: found[index].image for index, cell in enumerate(cells)}
     for page, z in enumerate(axes[2].values, start=1):
         rows = [[drawn[x, y, z] for x in axes[0].values] for y in axes[1].values]
         captions = [f"{axes[0].name} {x} {axes[2].name} {z}".strip() for x in axes[0].values]
@@ -125,35 +126,3 @@ def _cell(
     if options.hires_scale is not None:
         fields["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
     return Request(**fields)
-
-
-def draw_requests(pipeline: Pipeline, requests: Sequence[Request]) -> Iterator[Image.Image]:
-    """Draw requests of one picture each in shared calls; yields their images in order.
-
-    Raises RequestError where they name different adapters.
-    """
-    chosen = pipeline.engines
-    exact = (chosen.settings.backend or DEFAULT, chosen.precision) == ("cpu", "float32")
-    rows = [row for request in requests for row in rows_of(pipeline.plan(request))]
-    adapters = {Request(prompt=row.plan.settings[0]["prompt"]).adapters for row in rows}
-    if len(adapters) > 1:
-        raise RequestError(
-            "the cells' prompts name different adapters, which all cells share; draw them apart"
-        )
-    left = list(rows)
-    while left:
-        begun = left[: MOST if exact else 1]
-        for row in begun:
-            if row.run_is_over:
-                row.enter(pipeline.start)
-        together = [row for row in begun if row.bucket == begun[0].bucket]
-        if begun[0].is_sensitive:  # its last bits would be others beside other rows
-            together = begun[:1]
-        step_rows(together, pipeline.engine)
-        left = [row for row in left if not row.is_done]
-    yield from (_finished(pipeline, row) for row in rows)
-
-
-def _finished(pipeline: Pipeline, row: Row) -> Image.Image:
-    (image,) = pipeline.finish(row.plan, pipeline.decode(row.latents))
-    return image

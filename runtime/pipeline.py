@@ -18,6 +18,7 @@ from engine.adapters.adapter import AdapterChoice
 from engine.backends.settings import BackendSettings, ComputePrecision
 from engine.devices.device import HostOrDeviceArray, on_host
 from engine.engines import Engines
+from engine.errors import RequestError
 from engine.graphs.graph import TextPart
 from engine.model import Model, find_model
 from runtime.adapted_model import AdaptedModel
@@ -172,10 +173,18 @@ class Pipeline(AdaptedModel):
         Those that fit together share a call: of one size, with prompts of one length. On ONNX
         Runtime in float32 every image is what it is alone, bit for bit.
         batch_size: images of a call, as `groups` takes it; None takes up to 4, on OpenVINO one
-        Raises what a call of the pipeline does.
+        Raises what a call of the pipeline does: RequestError first of all.
         """
         for _, alike in groupby(enumerate(requests), lambda each: each[1].adapters):
-            plans = {index: self.plan(request) for index, request in alike}
+            plans, named = dict[int, Plan](), set[tuple[AdapterChoice, ...]]()
+            for index, request in alike:
+                plans[index] = self.plan(request)
+                named.add(tuple(self._named))
+            if len(named) > 1:
+                raise RequestError(
+                    "alternatives in the prompts choose different adapters, which the pictures of "
+                    "a call share; draw them one after the other"
+                )
             limits = (self._batch_limit(plan, batch_size) for plan in plans.values())
             rows = {row: index for index, plan in plans.items() for row in rows_of(plan)}
             for row in finished_rows(

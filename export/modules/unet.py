@@ -243,11 +243,9 @@ class UNet(nn.Module):
         has_attention = config.down_block_types[0] == "CrossAttnDownBlock2D"
         self._begins_alike = has_attention and config.addition_embed_type is None
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor, context: Tensor, **conditioning: Any
-    ) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, **added: Any) -> Tensor:
         """Return (B, out_channels, h, w); the arguments are those of `with_deep`."""
-        return self.with_deep(sample, timestep, context, **conditioning)[0]
+        return self.with_deep(sample, timestep, context, **added)[0]
 
     def with_deep(
         self,

@@ -1,5 +1,7 @@
 """Sheets over options: what a cell shows, which calls cells share, and what is refused."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,7 +9,9 @@ from PIL import Image
 from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline, Request, grid
+from runtime.denoising import rows as denoising
 from runtime.images.previews import side_by_side
+from tests.support.named_requests import write_lora
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +28,45 @@ def test_cells_share_calls_across_samplers_and_are_what_they_are_alone(pipeline,
         for sampler in ("ddim", "euler_a")
         for steps, scale in ((2, 3.0), (3, 5.0))
     ] + [{"num_inference_steps": 2, "guidance_scale": 1.0}]
-    step_rows, sizes = grid.step_rows, []
+    step_rows, sizes = denoising.step_rows, []
 
-    def count(rows, engine):
+    def count(rows, engine, **options):
         sizes.append(len(rows))
-        step_rows(rows, engine)
+        step_rows(rows, engine, **options)
 
-    monkeypatch.setattr(grid, "step_rows", count)
+    monkeypatch.setattr(denoising, "step_rows", count)
     requests = [Request(**fields, **wish) for wish in wishes]
-    images = list(grid.draw_requests(pipeline, requests))
+    drawn = sorted(pipeline.draw(requests), key=lambda image: image.request)
+    images = [each.image for each in drawn]
     assert sizes == [4, 4, 2, 1, 1]
     for image, wish in zip(images, wishes, strict=True):
         (alone,) = pipeline(**fields, **wish).images
         np.testing.assert_array_equal(image, alone)
 
 
-def test_cells_of_different_adapters_are_refused(pipeline):
-    requests = [Request(prompt=f"a<lora:{name}:1>", seed=1) for name in "ab"]
-    with pytest.raises(RequestError, match="different adapters"):
-        list(grid.draw_requests(pipeline, requests))
+@pytest.fixture
+def with_adapters(tmp_path):
+    path = write_lora(tmp_path)
+    path.rename(tmp_path / "a.safetensors")
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    settings = BackendSettings(backend="cpu", threads=1)
+    return Pipeline.load("pictogram", lora_dir=tmp_path, settings=settings)
+
+
+def test_requests_of_different_adapters_are_drawn_apart(with_adapters):
+    prompts = ["a cat<lora:a:1>", "a cat<lora:b:0.3>", "a cat"]
+    fields = {"seed": 1, "num_inference_steps": 2}
+    requests = [Request(prompt=prompt, **fields) for prompt in prompts]
+    for drawn in list(with_adapters.draw(requests)):
+        (alone,) = with_adapters(prompts[drawn.request], **fields).images
+        np.testing.assert_array_equal(drawn.image, alone)
+
+
+def test_alternatives_of_different_adapters_are_refused(with_adapters):
+    prompt = "a cat{<lora:a:1>|<lora:b:1>}"
+    requests = [Request(prompt=prompt, seed=seed, num_inference_steps=1) for seed in range(8)]
+    with pytest.raises(RequestError, match="choose different adapters"):
+        list(with_adapters.draw(requests))
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
