@@ -313,7 +313,7 @@ def test_threads(graph, weights, threads):
 
 
 def test_threads_are_as_many_as_processors(graph, weights, monkeypatch):
-    monkeypatch.setattr("engine.backends.openvino.engine.processors", lambda: 1)
+    monkeypatch.setattr("engine.backends.openvino.engine.cpu_count", lambda: 1)
     engine = open_engine(graph, weights, replace(SETTINGS, threads=None))
     draw(engine)
     assert engine._compiled.get_property("INFERENCE_NUM_THREADS") == 1
