@@ -82,7 +82,7 @@ def test_a_request_holds_all_weights_and_the_largest_activations():
     )
     decoding = activation_bytes(graphs["vae_decoder"], VAE, sizes)
     assert found.activations == decoding, "more than the step's"
-    assert found.pictures == 2 * 512 * 512 * 3
+    assert found.images == 2 * 512 * 512 * 3
     latent = 2 * 4 * 64 * 64
     deep, texts = 2 * 2 * 320 * 64 * 64, 2 * 2 * 77 * 768
     assert found.tables == 4 * (latent * (2 * 3 + 20) + deep + texts)
@@ -102,7 +102,7 @@ def test_a_build_needs_its_weights_twice():
 
 
 def test_too_little_memory_is_said_with_how_much_is_missing():
-    needed = MemoryEstimate(weights=2 * GIB, activations=GIB, tables=GIB // 4, pictures=GIB // 4)
+    needed = MemoryEstimate(weights=2 * GIB, activations=GIB, tables=GIB // 4, images=GIB // 4)
     needed.require(needed.total)
     with pytest.raises(
         BackendError,
