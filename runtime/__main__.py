@@ -9,11 +9,10 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.adapters.choice import parse_adapter
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from engine.store.cache import fingerprint
-from runtime.again import FILES, settings_of
+from runtime.again import FILES, parted, settings_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, program_version, write_image
 from runtime.images.previews import check_animation, parse_steps
@@ -298,14 +297,10 @@ def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any
         if isinstance(value, list)
     }
     model = pipeline.model_path.resolve()
-    paths = [model, *(Path(each) for value in files.values() for each in _files(value))]
+    each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
+    paths = [model, *(Path(parted(name, str(one))[0]) for name, one in each)]
     hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
     return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
-
-
-def _files(value: Path | list[str]) -> list[str | Path]:
-    """Return the files of an option, without the weights of adapters."""
-    return [parse_adapter(text).path for text in value] if isinstance(value, list) else [value]
 
 
 if __name__ == "__main__":

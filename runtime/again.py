@@ -6,10 +6,12 @@ working folder, beside the picture and where adapters are kept.
 
 import argparse
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from engine.adapters.choice import parse_adapter
+from engine.adapters.textual_inversion import parse_embedding
 from engine.errors import ModelError, RequestError
 from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
@@ -17,11 +19,14 @@ from runtime.images.canvas import ALPHA
 from runtime.images.files import read_settings
 from runtime.images.upscaling import PIXELS, UPSCALERS
 
-__all__ = ["FILES", "settings_of"]
+__all__ = ["FILES", "parted", "settings_of"]
 
 # The options that name files, and what a sentence calls them.
 FILES = {
     "model": ("--model", "model"),
+    "unet": ("--unet", "UNet"),
+    "text_encoder": ("--text-encoder", "text encoder"),
+    "text_encoder_2": ("--text-encoder-2", "second text encoder"),
     "vae": ("--vae", "autoencoder"),
     "loras": ("--lora", "adapter"),
     "lora_dir": ("--lora-dir", "folder of adapters"),
@@ -89,7 +94,7 @@ def _find_files(
         several = isinstance(value, list)
         paths = []
         for each in value if several else [value]:
-            file, weight = _parted(each) if name == "loras" else (each, "")
+            file, weight = parted(name, each)
             ships = name == "model" and file in shipped_models()
             endings = CHECKPOINTS if name in ("model", "loras") else [""]  # a server's have none
             place = find_model(file) if ships else _find(file, places, endings)
@@ -159,12 +164,14 @@ def _base(name: str) -> str:
     return PureWindowsPath(PurePosixPath(name).name).name
 
 
-def _parted(text: str) -> tuple[str, str]:
-    """Part an adapter's file from its weight, ":0.8" or empty."""
-    try:
-        file = str(parse_adapter(text).path)
-    except ModelError:
-        return text, ""
+def parted(name: str, text: str) -> tuple[str, str]:
+    """Part a file from what an option says behind it: an adapter's ":0.8", a word's "=WORD"."""
+    file = text
+    if name == "loras":
+        with suppress(ModelError):
+            file = str(parse_adapter(text).path)
+    elif name == "embeddings":
+        file = str(parse_embedding(text)[0])
     return file, text[len(file) :]
 
 

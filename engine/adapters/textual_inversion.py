@@ -20,7 +20,7 @@ from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
 
-__all__ = ["Embedding", "embedding_of", "join_halves", "read_embedding"]
+__all__ = ["Embedding", "embedding_of", "join_halves", "parse_embedding", "read_embedding"]
 
 Name = TypeVar("Name", bound=str)
 
@@ -84,7 +84,7 @@ def read_embedding(file: str | Path) -> Embedding:
         has two halves; after it, "=WORD" says by which word it is meant, and by no other
     Raises ModelError when it is none, holds several words, or numbers that are not finite.
     """
-    path, word = _parse(str(file))
+    path, word = parse_embedding(str(file))
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
@@ -98,7 +98,7 @@ def read_embedding(file: str | Path) -> Embedding:
     return replace(embedding, name=word, inner_name="", is_numbered=False) if word else embedding
 
 
-def _parse(text: str) -> tuple[Path, str]:
+def parse_embedding(text: str) -> tuple[Path, str]:
     """Read `FILE` or `FILE=WORD`; a file whose own name has such an end is one."""
     head, equals, word = text.rpartition("=")
     with suppress(OSError):  # a name longer than the system allows

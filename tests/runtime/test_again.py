@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 import runtime.__main__ as command
 from engine.model import find_model
 from engine.store.cache import fingerprint
+from runtime import again, options
 from runtime.images.files import read_settings
 from tests.support.named_requests import write_lora
 from tests.support.pictures import drawing
@@ -183,3 +184,22 @@ def test_a_fingerprint_tells_files_and_folders_apart(here):
     assert fingerprint(folder) == before
     written(9, 2, "model/a.safetensors")
     assert fingerprint(folder) != before
+
+
+def test_every_option_that_names_a_file_is_kept_by_its_name():
+    parser = options.make_parser("x")
+    named = {a.dest for a in parser._actions if a.type is Path and a.dest in options.AGAIN}
+    assert named <= set(again.FILES)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "parts"),
+    [
+        ("loras", "a.safetensors:0.5", ("a.safetensors", ":0.5")),
+        ("embeddings", "a.pt=word", ("a.pt", "=word")),
+        ("embeddings", "a.pt", ("a.pt", "")),
+        ("vae", "a=b:1", ("a=b:1", "")),
+    ],
+)
+def test_what_stands_behind_a_file_is_parted_from_it(name, text, parts):
+    assert again.parted(name, text) == parts
