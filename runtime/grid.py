@@ -1,7 +1,8 @@
 """`latentrt grid PROMPT --x NAME=VALUE,VALUE …`: pictures over two or three options, on a sheet.
 
 The cells are rows that share calls of the UNet, even where their samplers and steps differ. Every
-option of `latentrt draw` that belongs to one picture may be an axis.
+option of `latentrt draw` that belongs to one picture may be an axis, and `prompt`, whose first
+value is replaced in the texts by each of its values (Automatic1111's "Prompt S/R").
 """
 
 import argparse
@@ -28,6 +29,7 @@ NOT_HERE = (
     *("watermark", "c2pa_cert", "c2pa_key"),
 )
 FILES = ("image", "mask")  # fields that the command line gives as files
+PROMPT = "prompt"  # the axis whose first value is replaced in the texts by each of its values
 
 
 class Axis(NamedTuple):
@@ -107,20 +109,32 @@ def _cell(
     """Make a cell's request, of the command line with the axes' options behind it."""
     actions = {option: a for a in parser._actions for option in a.option_strings}
     extra: list[str] = []
+    replaced: dict[str, str] = {}
     for axis, value in zip(axes, values, strict=True):
         if not axis.name:
+            continue
+        if axis.name == PROMPT:
+            replaced[axis.values[0]] = value
             continue
         action = actions.get(f"--{axis.name}")
         belongs = action is not None and action.dest in {*FIELDS, *HIRES} - {*FILES}
         if not belongs or action is None or action.nargs == 0 or axis.name == "num-images":
             raise RequestError(
-                f"{axis.name} is no axis; take an option of one picture that has a value, such as "
-                "sampler, steps, guidance-scale or seed"
+                f"{axis.name} is no axis; take prompt or an option of one picture that has a "
+                "value, such as sampler, steps, guidance-scale or seed"
             )
         extra.append(f"--{axis.name}={value}")
     options = parser.parse_args([*given, *extra])
     if options.image or options.mask or options.num_images_per_prompt != 1:
         raise RequestError("a sheet has one picture a cell, drawn from a text alone")
+    for searched, value in replaced.items():
+        if searched not in options.prompt + options.negative_prompt:
+            raise RequestError(
+                f"{searched!r} is in neither the prompt nor the negative prompt; an axis of the "
+                "prompt begins with words of theirs, whose place its other values take"
+            )
+        options.prompt = options.prompt.replace(searched, value)
+        options.negative_prompt = options.negative_prompt.replace(searched, value)
     fields = {name: getattr(options, name) for name in FIELDS}
     hires = {field: getattr(options, name) for name, field in HIRES.items()}
     if options.hires_scale is not None:

@@ -79,6 +79,27 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert sheet.height > 3 * 128
 
 
+def test_words_of_the_prompt_are_an_axis(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+
+    def draw(self, requests):
+        drawn.extend((request.prompt, request.negative_prompt) for request in requests)
+        return draw_requests(self, requests)
+
+    draw_requests = Pipeline.draw
+    monkeypatch.setattr(Pipeline, "draw", draw)
+    told = ["a red cat", "--negative-prompt", "red hat, dog", "--steps", "1", "--backend", "cpu"]
+    axes = ["--x", 'prompt=red,"dark, blue"', "--y", "prompt=dog,cup"]
+    assert grid.main([*told, *axes, "-o", "g.png"]) == 0
+    assert drawn == [
+        ("a red cat", "red hat, dog"),
+        ("a red cat", "red hat, cup"),
+        ("a dark, blue cat", "dark, blue hat, dog"),
+        ("a dark, blue cat", "dark, blue hat, cup"),
+    ]
+
+
 def test_labels_stand_beside_the_pictures():
     pictures = [[Image.new("RGB", (64, 64), "red")] * 2] * 2
     plain, labelled = side_by_side(pictures), side_by_side(pictures, ("x 1", "x 2"), ("y 1", "y 2"))
@@ -106,6 +127,7 @@ def test_an_option_that_a_sheet_cannot_heed_is_refused(capsys):
         ("steps", "is no axis"),
         ("steps=", "is no axis"),
         ("sampler=ddim,nosuch", "nosuch"),
+        ("prompt=dog,bird", "'dog' is in neither the prompt nor"),
         ("seed=" + ",".join(map(str, range(257))), "257 cells"),
     ],
 )
