@@ -13,7 +13,12 @@ from typing import Any
 
 from runtime.images.a1111 import PARAMETERS_KEY, parse_parameters
 from runtime.images.comfyui import parse_prompt_graph
-from runtime.images.json_settings import parse_fooocus, parse_invokeai, parse_old_invokeai
+from runtime.images.json_settings import (
+    parse_dream,
+    parse_fooocus,
+    parse_invokeai,
+    parse_old_invokeai,
+)
 
 __all__ = ["parse_foreign"]
 
@@ -22,6 +27,7 @@ __all__ = ["parse_foreign"]
 READERS = (
     ("invokeai_metadata", parse_invokeai),
     ("sd-metadata", parse_old_invokeai),
+    ("Dream", parse_dream),
     (PARAMETERS_KEY, parse_fooocus),
     (PARAMETERS_KEY, parse_parameters),
     ("prompt", parse_prompt_graph),

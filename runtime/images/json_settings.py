@@ -1,15 +1,31 @@
-"""Settings that InvokeAI and Fooocus leave in a picture, which are JSON by names of their own."""
+"""Settings that InvokeAI and Fooocus leave in a picture: JSON by names of their own.
+
+The first form of InvokeAI, `Dream`, is the command that drew the picture.
+"""
 
 import ast
 import json
-from collections.abc import Mapping
+import re
+import shlex
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from engine.errors import RequestError
 from runtime.samplers import resolve
 
-__all__ = ["parse_fooocus", "parse_invokeai", "parse_old_invokeai"]
+__all__ = ["parse_dream", "parse_fooocus", "parse_invokeai", "parse_old_invokeai"]
+
+# The options of a Dream command that a request has, by their letter
+_DREAM: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "s": ("num_inference_steps", int),
+    "S": ("seed", int),
+    "W": ("width", int),
+    "H": ("height", int),
+    "C": ("guidance_scale", float),
+    "f": ("strength", float),
+    "A": ("sampler", str),
+}
 
 # Names of what they draw, which change no picture.
 _SILENT = {
@@ -53,7 +69,7 @@ def parse_old_invokeai(text: str) -> dict[str, Any]:
     prompt = image["prompt"]
     if isinstance(prompt, list):
         prompt = " ".join(str(part["prompt"]) for part in prompt)
-    settings: dict[str, Any] = {"prompt": str(prompt), "noise": "cpu", "clip_skip": 1}
+    settings = _old_texts(str(prompt))
     for name, ours in (("steps", "num_inference_steps"), ("cfg_scale", "guidance_scale")):
         if name in image:
             settings[ours] = image[name]
@@ -63,6 +79,35 @@ def parse_old_invokeai(text: str) -> dict[str, Any]:
     _add_sampler(settings, str(image.get("sampler", "")).removeprefix("k_"), None)
     used = {*("prompt", "steps", "cfg_scale", "seed", "width", "height", "sampler", "type")}
     return _with_left_out(settings, image, used)
+
+
+def parse_dream(text: str) -> dict[str, Any]:
+    """Read InvokeAI's oldest text, `"PROMPT" -s 50 -S 7 -W 512 …`, {} for another."""
+    prompt, *words = shlex.split(text[:20_000])
+    if not words:
+        return {}
+    settings, left = _old_texts(prompt), {}
+    while words:
+        option = words.pop(0)
+        if not re.match(r"--?[A-Za-z]", option):
+            return {}
+        name, value = (option, "") if option.startswith("--") else (option[1], option[2:])
+        if not value and words and not re.match(r"--?[A-Za-z]", words[0]):
+            value = words.pop(0)
+        if name in _DREAM:
+            ours, read = _DREAM[name]
+            settings[ours] = read(value)
+        else:
+            left[name if option.startswith("--") else f"-{name}"] = value
+    _add_sampler(settings, str(settings.pop("sampler", "")).removeprefix("k_"), None)
+    return _with_left_out(settings, left, set())
+
+
+def _old_texts(prompt: str) -> dict[str, Any]:
+    """Return the texts of InvokeAI 1 and 2, where words in square brackets are the negative one."""
+    negative = ", ".join(part.strip() for part in re.findall(r"\[([^\[\]]*)\]", prompt))
+    positive = re.sub(r"\s*\[[^\[\]]*\]", "", prompt).strip()
+    return {"prompt": positive, "negative_prompt": negative, "noise": "cpu", "clip_skip": 1}
 
 
 def parse_fooocus(text: str) -> dict[str, Any]:

@@ -218,7 +218,29 @@ def test_invokeai(tmp_path):
     }
     settings = read_settings(with_texts(tmp_path / "b.png", **{"sd-metadata": json.dumps(old)}))
     assert (settings["prompt"], settings["sampler"]) == ("a cat", "euler_a")
+    assert settings["negative_prompt"] == ""
     assert settings["left_out"] == {"threshold": 1}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"a cat [dog, blurry] on a mat" -s 9 -S 4 -W 64 -H 32 -C 6.5 -A k_euler_a -I in.png -f 0.4',
+        '"a cat [dog, blurry] on a mat" -s9 -S4 -W64 -H32 -C6.5 -Ak_euler_a -Iin.png -f0.4',
+    ],
+)
+def test_the_command_of_the_first_invokeai(tmp_path, text):
+    assert read_settings(with_texts(tmp_path / "a.png", Dream=text)) == {
+        **{"prompt": "a cat on a mat", "negative_prompt": "dog, blurry", "width": 64, "height": 32},
+        **{"seed": 4, "noise": "cpu", "guidance_scale": 6.5, "num_inference_steps": 9},
+        **{"sampler": "euler_a", "schedule": None, "clip_skip": 1, "strength": 0.4},
+        "left_out": {"-I": "in.png"},
+    }
+
+
+@pytest.mark.parametrize("text", ["a cat", '"a cat', '"a" b', '"a" -s', '"a" -s x', "-" * 9, "'"])
+def test_other_texts_by_the_name_dream_are_passed_over(tmp_path, text):
+    assert read_settings(with_texts(tmp_path / "a.png", Dream=text)) is None
 
 
 @pytest.mark.parametrize("name", ["parameters", "prompt", "invokeai_metadata", "sd-metadata"])
