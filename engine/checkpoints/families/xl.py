@@ -90,20 +90,20 @@ REFINER = UNetConfig(
 )
 
 
-def _is_told_sizes(file: Stored) -> bool:
+def _has_size_conditioning(file: Stored) -> bool:
     return f"{UNET}label_emb" in file
 
 
 def _is_refiner(file: Stored) -> bool:
     """Tell it by OpenCLIP alone; without a text encoder by the width of the text."""
-    if not _is_told_sizes(file) or has(file, CLIP_PLACE + OPEN_CLIP_PLACE):
+    if not _has_size_conditioning(file) or has(file, CLIP_PLACE + OPEN_CLIP_PLACE):
         return False
     attends = f"{first_transformer(file, UNET)}.{CONTEXT}"
     return has(file, REFINER_PLACE) or file.size(attends, 1) == REFINER_CONTEXT
 
 
 def _is_xl(file: Stored) -> bool:
-    return _is_told_sizes(file) and not _is_refiner(file)
+    return _has_size_conditioning(file) and not _is_refiner(file)
 
 
 XL_FAMILY = Family(
