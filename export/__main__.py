@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from engine.checkpoints.pieces import PIECES
 from engine.command_line import CommandParser
-from engine.errors import OutputError, exit_status, libraries_of
+from engine.errors import OutputError, RequestError, exit_status, libraries_of
 from engine.graphs.graph import Precision
 from engine.model import COMPONENTS, Model, find_model
 from engine.shipped import GRAPHS
@@ -64,8 +65,12 @@ def _cache(options: argparse.Namespace) -> None:
 def _model(options: argparse.Namespace) -> None:
     from export.writing import export_part
 
+    if options.model is None and options.unet is None:
+        raise RequestError("give a MODEL, or --unet FILE with the parts that belong to it")
+    pieces = {name: getattr(options, name) for name in PIECES}
     model = Model.open(
-        find_model(options.model),
+        options.unet if options.model is None else find_model(options.model),
+        **pieces,
         vae=options.vae,
         preview_decoder=options.preview_decoder,
         prediction_type=options.prediction_type,
@@ -118,8 +123,15 @@ def _model_parser(prog: str) -> argparse.ArgumentParser:
         epilog="also: python -m export info FILE (what a file is), python -m export cache, "
         "python -m export language-model FOLDER, python -m export graphs",
     )
-    parser.add_argument("model", metavar="MODEL", help="a model that ships, a folder or a file")
-    parser.add_argument("--vae", type=Path, metavar="FILE", help="another autoencoder")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a model that ships, a folder or a file; or give --unet and its other parts",
+    )
+    for name in ("vae", *PIECES):
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=Path, metavar="FILE", help="another, or a folder")
     parser.add_argument("--preview-decoder", type=Path, metavar="FILE", help="such as TAESD's")
     parser.add_argument("--prediction-type", help="where the model does not tell")
     _add_choices(parser)

@@ -2,7 +2,7 @@ import pytest
 
 from engine.configs.diffusion import AutoencoderConfig
 from engine.graphs.graph import Graph, find_graph, graph_name
-from engine.model import find_model
+from engine.model import Model, find_model
 from engine.shipped import GRAPHS
 from export.__main__ import main
 from tests.support.small_parts import TEXT
@@ -27,11 +27,28 @@ def test_the_graphs_that_ship_are_those_of_the_model_that_ships():
     }
 
 
+def test_a_model_in_pieces_is_exported_as_it_is_drawn(tmp_path, monkeypatch):
+    shipped, opened = find_model("pictogram"), []
+    monkeypatch.setattr("export.writing.export_part", lambda model, *_: opened.append(model))
+    pieces = {name: shipped / name for name in ("unet", "text_encoder", "vae")}
+    options = [f"--{name.replace('_', '-')}={path}" for name, path in pieces.items()]
+    assert main([*options, "--out", str(tmp_path), "--parts", "step"]) == 0
+    assert main(["pictogram", options[0], "--out", str(tmp_path), "--parts", "step"]) == 0
+    alone, replaced = opened
+    assert alone.path == pieces["unet"]
+    assert replaced.path == shipped
+    for model in opened:
+        assert model.given["unet"] == pieces["unet"]
+        assert model.configs["unet"] == Model.open(shipped).configs["unet"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["no-such-model"], "'no-such-model' is neither a folder or file nor one that ships"),
         (["pictogram", "--out", "{file}/graphs"], "cannot be made"),
+        ([], "give a MODEL, or --unet FILE"),
+        (["--vae", "{file}"], "give a MODEL, or --unet FILE"),
     ],
 )
 def test_mistakes_get_one_sentence_and_status_2(arguments, message, tmp_path, capsys):
