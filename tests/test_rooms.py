@@ -29,7 +29,17 @@ ROOMS = {
         *("gpt2", "single_file", "diffusers_unet", "pieces"),
     ),
     "runtime": (
-        *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
+        *(
+            "checks",
+            "philox",
+            "noise",
+            "samplers",
+            "presets",
+            "conditioning",
+            "images",
+            "preprocessors",
+        ),
+        "request",
         *("picture_settings", "request_options", "plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
