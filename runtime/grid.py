@@ -19,6 +19,7 @@ from runtime.images.previews import side_by_side
 from runtime.images.upscaling import Hires
 from runtime.options import FIELDS, HIRES, make_parser
 from runtime.pipeline import Pipeline
+from runtime.regions import parse_region
 from runtime.request import Request
 from runtime.terminal import say
 
@@ -123,6 +124,7 @@ def _cell(
         raise RequestError("a sheet has one picture a cell, drawn from a text alone")
     fields = {name: getattr(options, name) for name in FIELDS}
     hires = {field: getattr(options, name) for name, field in HIRES.items()}
+    fields["regions"] = [parse_region(*pair) for pair in options.regions]
     if options.hires_scale is not None:
         fields["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
     return Request(**fields)
