@@ -184,7 +184,7 @@ def engine_inputs(scenario: Scenario, model: Model) -> dict[Part, dict[str, NDAr
         "timestep": each(TIMESTEP)[:, 0],
         "input_scale": each(1)[:, 0],
         "context": groups("context"),
-        "guidance": np.ascontiguousarray(each(1 - scale, scale).T),
+        "guidance": np.ascontiguousarray(each(1 - scale, scale).T)[..., None, None, None],
         "guidance_rescale": each(0)[:, 0],
         "noise": np.zeros_like(latents),
         "mask": np.ones_like(latents[:, :1]),

@@ -31,7 +31,8 @@ class Step(nn.Module):
     """One step of any sampler: scale, denoise all groups at once, guide, apply the matrices.
 
     registers: (B, r, C, h, w), the first is the latent; matrices: (B, r, r + 2) act on
-    [registers; guided output; noise]; guidance: (g, B) weighs the groups of the conditioning
+    [registers; guided output; noise]; guidance: (g, B, 1, h or 1, w or 1) weighs the groups of the
+    conditioning, for a whole picture or cell by cell
     ([1 - s, s] is classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598, equation 6);
     guidance_rescale: (B,), how far the guided output is brought back to the spread of the last
     group's (Lin et al. 2023, arXiv:2305.08891, equations 15 and 16); mask: (B, 1, h, w), where it
@@ -79,7 +80,7 @@ class Step(nn.Module):
             timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),
         )
         out = out.float().unflatten(0, (groups, -1))
-        guided = (guidance[:, :, None, None, None] * out).sum(dim=0)
+        guided = (guidance * out).sum(dim=0)
         spread = out[-1].std(dim=(1, 2, 3)) / guided.std(dim=(1, 2, 3)).clamp_min(TINY)
         guided = guided * (1.0 + guidance_rescale * (spread - 1.0))[:, None, None, None]
         known = torch.cat([registers, guided[:, None], noise[:, None]], dim=1)

@@ -26,7 +26,7 @@ from engine.configs.diffusion import (
     UNetConfig,
 )
 from engine.configs.gpt2 import GPT2Config
-from engine.graphs.graph import METADATA_KEY, Part, Precision, signature
+from engine.graphs.graph import METADATA_KEY, Part, Precision, Symbol, signature
 from export.islands import computed_in, keep_float32
 from export.modules.autoencoder import Autoencoder
 from export.modules.clip import TextEncoder
@@ -36,6 +36,7 @@ from export.modules.unet import UNet
 from export.parts import Step, TextEncode, VaeDecode, VaeEncode
 
 OPSET = 23  # the first with an Attention operator; GroupNormalization came with 21
+OR_ONE = " or 1"  # ends the symbol of a size that may also be 1; it is traced as 1
 WEIGHTS = "model."  # where the parts keep the reference module, whose names are the checkpoint's
 
 
@@ -79,7 +80,7 @@ def example_inputs(
     inputs: dict[str, Tensor] = {}
     described = signature(part, config).inputs
     for name, tensor in described.items():
-        shape = [symbol if isinstance(symbol, int) else sizes[symbol] for symbol in tensor.shape]
+        shape = [_size(symbol, sizes) for symbol in tensor.shape]
         if name == "input_ids":
             embeddings = sizes["e"] if "extra_embeddings" in described else 0
             ids = torch.randint(sizes["V"] + embeddings, shape, generator=generator)
@@ -186,7 +187,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _is_free(symbol: str | int, config: Config) -> bool:
-    return isinstance(symbol, str) and symbol not in config.symbols()
+    # What may be 1 is broadcast by ONNX, whatever it was traced as; torch would fix it to a side.
+    free = isinstance(symbol, str) and not symbol.endswith(OR_ONE)
+    return free and symbol not in config.symbols()
+
+
+def _size(symbol: Symbol, sizes: Mapping[str, int]) -> int:
+    if isinstance(symbol, int):
+        return symbol
+    return 1 if symbol.endswith(OR_ONE) else sizes[symbol]
 
 
 def _simplify(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -222,7 +231,7 @@ def _name_symbols(model: onnx.ModelProto, part: Part, config: Config) -> None:
             assert value.name == name
             dims = value.type.tensor_type.shape.dim
             for dim, symbol in zip(dims, tensor.shape, strict=True):
-                if not dim.HasField("dim_value"):
+                if not dim.HasField("dim_value") or str(symbol).endswith(OR_ONE):
                     dim.dim_param = str(symbol)
 
 

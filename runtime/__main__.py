@@ -22,6 +22,7 @@ from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, PIECES, make_parser
 from runtime.output_options import OWN
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
+from runtime.regions import parse_region
 from runtime.request import Request
 from runtime.terminal import Loading, say, show_progress
 
@@ -242,6 +243,7 @@ def _request(options: argparse.Namespace) -> Request:
         path = given[name]
         by_alpha = name == "mask" and path == Path(ALPHA)
         given[name] = ALPHA if by_alpha else path and open_image(path)
+    given["regions"] = [parse_region(*pair) for pair in options.regions]
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}
         given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})

@@ -88,6 +88,8 @@ class CallArguments:
             prompt = [""] * len(embeds["prompt_embeds"])
         elif embeds:
             raise RequestError(f"{next(iter(embeds))} came without prompt_embeds; give both")
+        if embeds and given.get("regions"):
+            raise RequestError("prompt_embeds and regions came together; give texts")
         if latents is not None and given.get("image") is not None:
             raise RequestError("latents and image came together; a run starts from one of them")
         _add_generator(given)

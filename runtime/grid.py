@@ -20,6 +20,7 @@ from runtime.images.previews import side_by_side
 from runtime.images.upscaling import Hires
 from runtime.options import FIELDS, HIRES, make_parser
 from runtime.pipeline import Pipeline
+from runtime.regions import parse_region
 from runtime.request import Request
 from runtime.terminal import say
 
@@ -137,6 +138,7 @@ def _cell(
         options.negative_prompt = options.negative_prompt.replace(searched, value)
     fields = {name: getattr(options, name) for name in FIELDS}
     hires = {field: getattr(options, name) for name, field in HIRES.items()}
+    fields["regions"] = [parse_region(*pair) for pair in options.regions]
     if options.hires_scale is not None:
         fields["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
     return Request(**fields)

@@ -13,11 +13,11 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, ComputePrecision
 from engine.command_line import CommandParser
+from runtime.defaults import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
-from runtime.plan import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
 from runtime.request import AREAS, PADDING, WHOLE, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
@@ -67,6 +67,15 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     _add_model(parser.add_argument_group("the model"))
     _add_drawing(parser.add_argument_group("how it is drawn"))
     text = parser.add_argument_group("the text and its guidance")
+    text.add_argument(
+        "--region",
+        dest="regions",
+        action="append",
+        nargs=2,
+        default=[],
+        metavar=("MASK[:WEIGHT]", "TEXT"),
+        help="an area that has a text of its own, where MASK is white; may be given several times",
+    )
     for name, option in TEXT_OPTIONS.items():
         text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))

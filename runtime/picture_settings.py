@@ -17,8 +17,9 @@ def picture_settings(
     request: that leaves nothing open but its size; size: height and width
     seeds, variation_seeds: of each picture, the latter empty where none varies
     """
-    own = ("prompt", "negative_prompt", "num_images_per_prompt", "preset", "image", "mask")
-    own += ("seed", "variation_seed", *(() if variation_seeds else ("variation_strength",)))
+    own = {"prompt", "negative_prompt", "num_images_per_prompt", "preset", "image", "mask"}
+    own |= {"regions", "seed", "variation_seed"}
+    own |= set() if variation_seeds else {"variation_strength"}
     shared = {
         f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
     }

@@ -40,6 +40,7 @@ from runtime.images import tiles
 from runtime.images.files import SOURCE_KEY, as_floats
 from runtime.images.previews import finite
 from runtime.plan import Array, Plan, StepInputs, make_plan
+from runtime.regions import check_backend
 from runtime.request import Request
 from runtime.request_options import CallOptions
 from runtime.result import ArrayResult, DrawnImage, Result
@@ -210,6 +211,7 @@ class Pipeline(AdaptedModel):
         Raises RequestError, ModelError where an adapter does not fit, and BackendError where one
         picture of it would not fit into a GPU's memory.
         """
+        check_backend(request.regions, self.engines.settings.backend)
         chosen, notes = request, list[str]()
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)

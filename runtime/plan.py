@@ -1,11 +1,7 @@
-"""A request becomes a plan: everything that is known before the first step.
-
-What the request leaves open is filled in from its preset, then from what the model's authors
-recommend, then from the defaults here.
-"""
+"""A request becomes a plan: everything that is known before the first step."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Literal
 
@@ -18,22 +14,21 @@ from engine.model import Model
 from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
+from runtime.defaults import filled_in
 from runtime.images.canvas import BLUR, MAX_SIDE, extend, latent_mask
 from runtime.images.files import SourceType
 from runtime.images.frame import Frame
 from runtime.picture_settings import picture_settings
-from runtime.presets import preset, variant_sampler
+from runtime.regions import shares_of, with_regions
 from runtime.request import MASKED, Request
-from runtime.samplers import DEFAULT_SAMPLER, Program, program, resolve
+from runtime.samplers import Program, program, resolve
 from runtime.samplers.noise_schedule import NoiseSchedule
 
 __all__ = ["Plan", "StepInputs", "make_plan"]
 
 Array = NDArray[np.float32]
 
-STEPS, GUIDANCE_SCALE = 20, 5.0
 A1111_STEPS = "a1111_align_your_steps"
-STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
 
 
 @dataclass(slots=True, kw_only=True, eq=False)  # frozen, one a call would take twice as long
@@ -42,8 +37,8 @@ class StepInputs:
 
     Every row is a picture's own, so pictures of other samplers and at other steps may share a call.
 
-    conditioning: the texts and how much they count, context (g, B, n, D), guidance (g, B) and, by
-        the model, others, as `Encoder.condition` returns them
+    conditioning: the texts and how much they count, context (g, B, n, D), guidance
+        (g, B, 1, h or 1, w or 1) and, by the model, others, as `Encoder.condition` returns them
     per_step: matrices (B, r, r + 2), outside (B, r + 2), timestep (B,), input_scale (B,), float32
     is_full: whether the UNet runs whole, or around the deep features of a call before
     signal_scale, noise_scale: alpha and sigma of the latents that go in
@@ -182,14 +177,14 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
 
     Raises RequestError for what the model cannot do.
     """
-    wanted, multiple = _filled_in(request, model), model.vae.compression
+    wanted, multiple = filled_in(request, model), model.vae.compression
     frame = _frame(wanted, model.sample_size * multiple, multiple)
     height, width = wanted.size((model.sample_size * multiple,) * 2, multiple)
     if frame is not None:
         height, width = frame.height, frame.width
 
     def run(steps: int, strength: float | None, height: int, width: int) -> Plan:
-        return _run(wanted, steps, strength, (height, width), schedule, encoder)
+        return _run(wanted, steps, strength, (height, width), schedule, encoder, frame)
 
     steps, strength = wanted.num_inference_steps, wanted.strength
     assert steps is not None
@@ -208,7 +203,8 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             from_noise=mask is not None and strength == 1,
             paste_back=wanted.paste_back,
         )
-    unused = encoder.unused_words([*wanted.prompts, *wanted.negative_prompts])
+    areas = (region.prompt for region in wanted.regions)
+    unused = encoder.unused_words([*wanted.prompts, *wanted.negative_prompts, *areas])
     size = first.height, first.width
     settings = picture_settings(wanted, first.seeds, first.variation_seeds, size)
     first = replace(first, settings=settings, notes=unused)
@@ -219,38 +215,6 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     second = run(hires.num_inference_steps or steps, hires.strength, *larger)
     second = replace(second, from_noise=False, upscaler=hires.upscaler)
     return replace(first, hires=second)
-
-
-def _filled_in(request: Request, model: Model) -> Request:
-    """Return a request that leaves nothing open but its size."""
-    chosen = asdict(preset(request.preset, model)) if request.preset else {}
-    painted = request.mask is not None or request.extend is not None
-    if request.image is not None:
-        chosen["size"] = None
-    if request.sampler is not None:
-        chosen["schedule"] = None  # it was meant for another
-
-    def choose(name: str, *others: Any) -> Any:
-        choices = (getattr(request, name), chosen.get(name), *others)
-        return next((choice for choice in choices if choice is not None), None)
-
-    return replace(
-        request,
-        num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
-        guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
-        guidance_rescale=choose("guidance_rescale", 0.0),
-        sampler=choose(
-            "sampler", variant_sampler(model) if model.variant else None, DEFAULT_SAMPLER
-        ),
-        schedule=choose("schedule"),
-        height=choose("height", chosen.get("size")),
-        width=choose("width", chosen.get("size")),
-        strength=None
-        if request.image is None
-        else choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
-        seed=request.draw_seeds(),  # once for all runs
-        variation_seed=request.draw_variation_seeds() or None,
-    )
 
 
 def _frame(request: Request, side: int, multiple: int) -> Frame | None:
@@ -286,6 +250,7 @@ def _run(
     size: tuple[int, int],
     schedule: NoiseSchedule,
     encoder: Encoder,
+    frame: Frame | None,
 ) -> Plan:
     """Plan one run of the loop; strength is None where it starts from noise."""
     assert request.sampler is not None
@@ -310,11 +275,20 @@ def _run(
         request.negative_scale,
     )
     prompts, parts = request.composed(encoder.words)
+    maps = None
+    if request.regions:
+        areas = request.written([region.prompt for region in request.regions], encoder.words)
+        shares = shares_of(request.regions, frame, *size, encoder.model.vae.compression)
+        prompts, parts, maps = with_regions((prompts, parts), areas, shares)
     negatives = [request.written(request.negative_prompts, encoder.words)]
     if request.negative_scale is not None:
         negatives.insert(0, [""] * len(negatives[0]))
     texts = Texts(
-        negatives=negatives, prompts=prompts, parts=parts, repeats=request.num_images_per_prompt
+        negatives=negatives,
+        prompts=prompts,
+        parts=parts,
+        maps=maps,
+        repeats=request.num_images_per_prompt,
     )
     return Plan(
         program=matrices,

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import check_choice, check_image, check_names, check_number, texts
+from runtime.checks import (
+    check_choice,
+    check_image,
+    check_interval,
+    check_names,
+    check_number,
+    texts,
+)
 from runtime.conditioning import alternatives
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
@@ -21,6 +28,7 @@ from runtime.images.files import upright
 from runtime.images.upscaling import MAX_STEPS, Hires
 from runtime.noise import MAX_SEED, NOISES
 from runtime.presets import PRESETS
+from runtime.regions import Region, check_regions
 from runtime.samplers import DEFAULT_SAMPLER, resolve
 
 MAX_IMAGES = 256
@@ -85,6 +93,7 @@ class Request:
     strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
         something is painted anew
     hires: a second, larger run
+    regions: areas that have texts of their own; elsewhere the prompt counts
     cache_interval: the UNet runs whole at every so many calls and around the deep features of the
         last of these in between (DeepCache): from 3 on twice as fast or more, and less exact; 1
         always runs it whole
@@ -126,6 +135,7 @@ class Request:
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
     hires: Hires | None = None
+    regions: Sequence[Region] = ()
     cache_interval: int = 1
     eta: float = 0.0
     prompt_syntax: bool = True
@@ -154,6 +164,7 @@ class Request:
         self._check_guidance()
         self._check_image()
         self._check_size()
+        check_regions(self.regions, prompt_syntax=self.prompt_syntax)
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
         check_number("variation_strength", self.variation_strength, Real, 0, 1)
@@ -199,17 +210,7 @@ class Request:
             check_number("guidance_rescale", self.guidance_rescale, Real, 0, 1)
         if self.negative_scale is not None:
             check_number("negative_scale", self.negative_scale, Real, 0, MAX_SCALE)
-        interval = self.guidance_interval
-        if not isinstance(interval, Sequence) or len(interval) != 2:
-            raise RequestError(
-                f"guidance_interval is {interval!r}; give two parts of the run, such as (0.0, 0.8)"
-            )
-        for end in interval:
-            check_number("guidance_interval", end, Real, 0, 1)
-        if interval[0] > interval[1]:
-            raise RequestError(
-                f"guidance_interval is {interval!r}; it must not end before it begins"
-            )
+        check_interval("guidance_interval", self.guidance_interval)
 
     def _check_image(self) -> None:
         check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict
 from PIL import Image
 
 from runtime.images.upscaling import Hires
+from runtime.regions import Region
 
 OutputType = Literal["pil", "np", "latent"]
 """What the images of a call are: PIL's, arrays of 0 to 1, or the last latents."""
@@ -39,6 +40,7 @@ class RequestOptions(TypedDict, total=False):
     extend: tuple[int, int, int, int] | None
     strength: float | None
     hires: Hires | None
+    regions: Sequence[Region] | None
     cache_interval: int | None
     eta: float | None
     prompt_syntax: bool | None

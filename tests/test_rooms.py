@@ -29,8 +29,9 @@ ROOMS = {
         *("gpt2", "single_file", "diffusers_unet", "pieces"),
     ),
     "runtime": (
-        *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("picture_settings", "request_options", "plan", "templates", "denoising", "adapted_model"),
+        *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images"),
+        *("preprocessors", "regions", "request", "picture_settings", "request_options", "defaults"),
+        *("plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
         *("terminal", "grid", "__main__"),

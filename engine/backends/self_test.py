@@ -131,7 +131,7 @@ def _inputs(model: Model) -> Arrays:
         "matrices": [[[0.9, -0.3, 0.1]]],
         "timestep": [500],
         "input_scale": [1],
-        "guidance": [[-2], [3]],
+        "guidance": [[[[[-2]]]], [[[[3]]]]],
         "guidance_rescale": [0],
         "outside": [[0, 0, 0]],
     }

@@ -23,7 +23,7 @@ from typing import Literal, Self, get_args
 
 from engine.configs.base import Config
 from engine.errors import GraphError, OutputError
-from engine.graphs.onnx_bytes import metadata, outputs
+from engine.graphs.onnx_bytes import input_shapes, metadata, outputs
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
 
@@ -81,7 +81,8 @@ _STEP_INPUTS = {
     "timestep": _tensor("float32", "B"),
     "input_scale": _tensor("float32", "B"),
     "context": _tensor("float32", "g", "B", "n", "D"),
-    "guidance": _tensor("float32", "g", "B"),
+    # One number for a picture, or a map over the cells of its latents.
+    "guidance": _tensor("float32", "g", "B", 1, "h or 1", "w or 1"),
     "guidance_rescale": _tensor("float32", "B"),
     "noise": _tensor("float32", "B", "C", "h", "w"),
     "mask": _tensor("float32", "B", 1, "h", "w"),
@@ -163,6 +164,7 @@ class Graph:
 
     inputs, outputs: their names, in the order of `engine.graphs.graph`; graphs of other
         versions have others
+    shapes: of the inputs that the file states; a size that is not fixed is a symbol
     weights: the checkpoint's tensors that it wants, by name, with their shapes
     """
 
@@ -172,6 +174,7 @@ class Graph:
     precision: Precision
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    shapes: Mapping[str, tuple[Symbol, ...]]
     weights: Mapping[str, tuple[int, ...]]
 
     @classmethod
@@ -187,6 +190,7 @@ class Graph:
                 precision=described["precision"],
                 inputs=tuple(described.get("inputs", ())),
                 outputs=outputs(data),
+                shapes=input_shapes(data),
                 weights={name: tuple(shape) for name, shape in described["weights"].items()},
             )
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -194,6 +198,15 @@ class Graph:
                 f"{path} is not a graph of this project ({type(error).__name__}: {error}); "
                 "make it anew with `python -m export MODEL`"
             ) from error
+
+    def has(self, wanted: Signature) -> bool:
+        """Whether its inputs and outputs are these, those inputs that the file states by rank."""
+        names = (tuple(wanted.inputs), tuple(wanted.outputs))
+        return (self.inputs, self.outputs) == names and all(
+            len(shape) == len(wanted.inputs[name].shape)
+            for name, shape in self.shapes.items()
+            if name in wanted.inputs
+        )
 
     def data(self) -> bytes:
         """Read the serialised ModelProto; raises GraphError."""
@@ -247,7 +260,7 @@ def find_graph(
                 graph.architecture != config.key()
             ):
                 raise GraphError(f"{path} holds another graph than its name says; delete it")
-            if (graph.inputs, graph.outputs) == (tuple(wanted.inputs), tuple(wanted.outputs)):
+            if graph.has(wanted):
                 return graph
             stale = f" ({path.name} there is of another version)"
     command = "export language-model" if part == "language_model" else "export"

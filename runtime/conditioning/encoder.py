@@ -5,9 +5,7 @@ are read as `runtime.conditioning.syntax` says, by which they may change from ca
 """
 
 import math
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +15,7 @@ from engine.adapters.textual_inversion import Embedding, join_halves
 from engine.backends.base import Engine
 from engine.graphs.graph import Part, TextPart
 from engine.model import Model
+from runtime.conditioning.embedding_cache import EmbeddingCache
 from runtime.conditioning.guidance import Guidance
 from runtime.conditioning.syntax import schedule
 from runtime.conditioning.tokenizer import (
@@ -38,7 +37,6 @@ Groups = tuple[tuple[str, ...], ...]  # of texts, at one call
 # (Podell et al. 2023, arXiv:2307.01952; the numbers are those of the published pipeline.)
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 MAX_ROWS = 256  # of one call of a text encoder, which bounds its memory
-CACHE_BYTES = 2**26  # some fifty pairs of prompts in XL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,49 +46,21 @@ class Texts:
     negatives: the groups that guidance moves away from, each with one text for every prompt
     prompts: the groups that it moves to, one for each part of the prompts
     parts: (groups of prompts, prompts), how much each part counts; None for one part that counts 1
+    maps: (groups of prompts, h, w) float32, the share of each at every cell of the latents; None
+        where each counts everywhere
     repeats: pictures of each prompt
     """
 
     negatives: Sequence[Sequence[str]] = ()
     prompts: Sequence[Sequence[str]]
     parts: NDArray[np.float64] | None = None
+    maps: Array | None = None
     repeats: int = 1
 
     @property
     def images(self) -> int:
         """B."""
         return len(self.prompts[0]) * self.repeats
-
-
-@dataclass(slots=True, eq=False)
-class EmbeddingCache:
-    """What text encoders gave for the latest keys, as much as fits; safe for several threads."""
-
-    limit: int = CACHE_BYTES
-    _arrays: OrderedDict[Hashable, tuple[Array, ...]] = field(default_factory=OrderedDict)
-    _bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def get(self, key: Hashable) -> tuple[NDArray[np.float32], ...] | None:
-        """Return the arrays that were put there, of any shape, or None."""
-        with self._lock:
-            found = self._arrays.get(key)
-            if found is not None:
-                self._arrays.move_to_end(key)
-            return found
-
-    def put(self, key: Hashable, arrays: tuple[NDArray[np.float32], ...]) -> None:
-        """Keep arrays, of any shape, in place of those that were not asked for the longest."""
-        with self._lock:
-            self._bytes += _size(arrays) - _size(self._arrays.pop(key, ()))
-            self._arrays[key] = arrays
-            while self._bytes > self.limit:
-                _, gone = self._arrays.popitem(last=False)
-                self._bytes -= _size(gone)
-
-
-def _size(arrays: tuple[NDArray[np.float32], ...]) -> int:
-    return sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -171,9 +141,9 @@ class Encoder:
         clip_skip: 1, or 2 for the text encoder's states before its last layer
         clean_prompt: whether HTML entities and curly quotes are resolved
         Returns for each call of the UNet its inputs that are not the latent's: context
-        (g, B, n, D), guidance (g, B); where the model takes them text_embeds (g, B, P), time_ids
-        (g, B, T), timestep_cond (B, E). n is that of the longest prompt; what is the same in
-        several calls is the same array.
+        (g, B, n, D), guidance (g, B, 1, 1, 1), or with maps (g, B, 1, h, w); where the model takes
+        them text_embeds (g, B, P), time_ids (g, B, T), timestep_cond (B, E). n is that of the
+        longest prompt; what is the same in several calls is the same array.
         Raises RequestError for a text that is none.
         """
         embeds_scale = bool(self.model.unet.time_cond_proj_dim)  # such a model guides itself
@@ -199,6 +169,9 @@ class Encoder:
     def _counts(self, scale: float, texts: Texts, guidance: Guidance) -> dict[str, Array]:
         """Say how much the groups count, or tell the model the scale where it guides itself."""
         parts = np.ones((1, len(texts.prompts[0]))) if texts.parts is None else texts.parts
+        parts = parts[..., None, None, None]
+        if texts.maps is not None:
+            parts = parts * texts.maps[:, None, None]
         channels = self.model.unet.time_cond_proj_dim
         weights = guidance.weights(1.0 if channels else scale, parts)
         counts = {"guidance": np.repeat(weights, texts.repeats, axis=1)}

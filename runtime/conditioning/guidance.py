@@ -50,10 +50,11 @@ class Guidance:
         return cls(scales=tuple(scales.tolist()), negative_scale=negative_scale)
 
     def weights(self, scale: float, parts: NDArray[np.float64]) -> Array:
-        """Return what each group counts at a call with this scale: (g, P) float32.
+        """Return what each group counts at a call with this scale: (g, P, ...) float32.
 
-        parts: w of every prompt, (m, P). The order is [uncond, cond]: uncond, the negative prompt
-        where it is another, the parts; at a scale of 1 or less the parts alone.
+        parts: w of every prompt, (m, P, ...), cell by cell where it has a map. The order is
+        [uncond, cond]: uncond, the negative prompt where it is another, the parts; at a scale of 1
+        or less the parts alone.
         """
         if scale <= 1:
             whole = parts.sum(0)

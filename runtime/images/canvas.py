@@ -24,6 +24,7 @@ __all__ = [
     "MAX_BLUR",
     "MAX_SIDE",
     "extend",
+    "gray_of",
     "latent_mask",
     "masked_pixels",
     "paste_back",
@@ -179,6 +180,14 @@ def white_of(mask: Image.Image, height: int, width: int) -> Image.Image:
 
 def _white(mask: Image.Image, height: int, width: int) -> NDArray[np.bool_]:
     """Stretch a mask over (height, width) pixels; True is painted anew."""
+    return gray_of(mask, height, width) >= _WHITE
+
+
+def gray_of(mask: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+    """Stretch a mask of any mode over (height, width) pixels, uint8; what is transparent is black.
+
+    Raises RequestError for colours that Pillow cannot read.
+    """
     if mask.mode.startswith("I"):
         mask = as_rgb(mask)
     elif mask.has_transparency_data:
@@ -191,7 +200,7 @@ def _white(mask: Image.Image, height: int, width: int) -> NDArray[np.bool_]:
         raise RequestError(
             f"the mask cannot be read as gray ({error}); give a picture of mode L or RGB"
         ) from error
-    return np.asarray(gray) >= _WHITE
+    return np.asarray(gray)
 
 
 def _new(near: int, side: int, far: int) -> NDArray[np.uint8]:

@@ -17,8 +17,8 @@ MODEL = Model.open(find_model("pictogram"))
 STEPS = 6
 NODES = {
     "text_encoder": 90,
-    "step": 564,
-    "step_shallow": 170,
+    "step": 561,
+    "step_shallow": 168,
     "vae_decoder": 111,
     "vae_encoder": 81,
 }

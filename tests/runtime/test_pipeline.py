@@ -212,7 +212,7 @@ def test_engine_inputs_of_a_guided_batch(recorded):
     assert call["matrices"].shape == (4, 2, 4)
     assert call["noise"].shape == (4, 8, 8, 12)
     assert not call["noise"].any(), "this sampler draws none"
-    assert call["guidance"].tolist() == [[-2.0] * 4, [3.0] * 4]
+    assert call["guidance"][..., 0, 0, 0].tolist() == [[-2.0] * 4, [3.0] * 4]
     assert call["mask"].tolist() == np.ones((4, 1, 8, 12)).tolist(), "nothing is kept"
     assert call["outside"].tolist() == np.zeros((4, 4)).tolist()
     assert call["guidance_rescale"].tolist() == [0] * 4
@@ -229,7 +229,9 @@ def test_engine_inputs_of_a_guided_batch(recorded):
 def test_without_guidance_the_unet_sees_each_picture_once(recorded, guidance_scale):
     recorded.draw(["a", "b"], guidance_scale=guidance_scale, num_inference_steps=1)
     calls = recorded.engines["step"].calls
-    assert [call["guidance"].tolist() for call in calls] == [[[1.0]]] * 2, "one by one"
+    assert [call["guidance"][..., 0, 0, 0].tolist() for call in calls] == [[[1.0]]] * 2, (
+        "one by one"
+    )
     assert {call["context"].shape[:2] for call in calls} == {(1, 1)}
 
 
@@ -280,7 +282,7 @@ def test_a_prompt_that_changes_is_one_call_a_step(recorded):
     empty, a, b = (tokenizer([text]).input_ids[0] for text in ("", "a", "b"))
     for call, now in zip(calls, [a, a, b, b], strict=True):
         np.testing.assert_array_equal(call["context"][:, 0, :, 0], [empty, now])
-        assert call["guidance"].tolist() == [[-2.0], [3.0]]
+        assert call["guidance"][..., 0, 0, 0].tolist() == [[-2.0], [3.0]]
     assert len(recorded.engines["text_encoder"].calls) == 1
     plan = recorded.draw.plan(Request(prompt="[a|b]", num_inference_steps=4))
     for _ in range(2):
@@ -293,7 +295,7 @@ def test_outside_the_interval_the_batch_is_halved(recorded):
     recorded.draw("a", num_inference_steps=5, guidance_scale=[5, 3], guidance_interval=(0.2, 0.8))
     calls = recorded.engines["step"].calls
     assert [len(call["context"]) for call in calls] == [1, 2, 2, 2, 1]
-    assert [call["guidance"][:, 0].tolist() for call in calls[1:4]] == [
+    assert [call["guidance"][:, 0, 0, 0, 0].tolist() for call in calls[1:4]] == [
         [-3.5, 4.5],
         [-3, 4],
         [-2.5, 3.5],
@@ -313,7 +315,7 @@ def test_prompts_that_are_drawn_together(recorded):
     encode = recorded.draw.encoder.tokenizers["text_encoder"]
     empty, no, a, b, c = (encode([text]).input_ids[0] for text in ("", "no", "a", "b", "c"))
     np.testing.assert_array_equal(call["context"][..., 0], [[empty] * 2, [no] * 2, [a, c], [b, c]])
-    assert call["guidance"].tolist() == [[-3, -1], [-2, -2], [4, 4], [2, 0]]
+    assert call["guidance"][..., 0, 0, 0].tolist() == [[-3, -1], [-2, -2], [4, 4], [2, 0]]
     assert call["guidance_rescale"].tolist() == np.float32([0.7, 0.7]).tolist()
 
 

@@ -41,7 +41,7 @@ def step_inputs(height, width):
         "input_scale": np.ones(1, np.float32),
         # as large as a text's: the layers that read larger ones round coarsely
         "context": rng.standard_normal((2, 1, 8, MODEL.unet.cross_attention_dim), np.float32) / 4,
-        "guidance": np.array([[-4], [5]], np.float32),
+        "guidance": np.float32([-4, 5]).reshape(2, 1, 1, 1, 1),
         "guidance_rescale": np.zeros(1, np.float32),
         "noise": np.zeros((1, MODEL.vae.latent_channels, height, width), np.float32),
         "mask": np.ones((1, 1, height, width), np.float32),

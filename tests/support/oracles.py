@@ -12,6 +12,7 @@ ORACLES = frozenset(
     [
         "accelerate",
         "c2pa",
+        "cv2",
         "cryptography",
         "cuda",
         "diffusers",

@@ -82,6 +82,7 @@ BFLOAT16_PSNR_DB = 35  # a picture of 20 steps: 46 to 49 dB measured
 # benchmarks/features.py
 FEATURES_RTOL = 1e-4  # of float32 activations, against diffusers' encoder and cosines
 # step_shallow: deep features kept between steps
+REGIONS_ATOL = 2e-3  # of a step's output, up to some ten: texts one by one, and in one call
 SHALLOW_RTOL = 1e-5  # of the registers: around its own deep features it does the same sums
 CACHED_LATENTS_RTOL = 1e-4  # of a whole loop: against diffusers' UNet with the features kept
 # engine/checkpoints/tiny_autoencoder.py, export/modules/tiny_autoencoder.py: against diffusers

@@ -160,7 +160,12 @@ def _shapes(sizes: list[Range]) -> tuple[Shape, Shape, Shape]:
 
 
 def _size(symbol: Symbol, sizes: Mapping[str, Range | int]) -> Range:
-    """Evaluate a symbol of `engine.graphs.graph`: a number, a name, or "r + 2"."""
+    """Evaluate a symbol of `engine.graphs.graph`: a number, a name, "r + 2", or "h or 1".
+
+    What may be 1 is 1 here: an engine whose shapes are broadcast as they come is untried.
+    """
+    if str(symbol).endswith(" or 1"):
+        return ONE
     name, _, more = str(symbol).partition(" + ")
     if not name.isdecimal() and name not in sizes:
         raise BackendError(f"no profile has the size {name} of this part; run it on the processor")

@@ -68,6 +68,7 @@ def test_read(tmp_path):
         precision="float32",
         inputs=tuple(signature("step", MODEL.unet).inputs),
         outputs=("next_registers", "deep"),
+        shapes={"x": (1,)},
         weights={"conv_in.weight": (8, 4, 3, 3)},
     )
 

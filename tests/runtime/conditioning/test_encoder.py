@@ -12,8 +12,8 @@ from engine.adapters.textual_inversion import Embedding
 from engine.configs.diffusion import TextEncoderConfig, UNetConfig
 from engine.errors import ModelError, RequestError
 from engine.model import Model, family_of, find_model
+from runtime.conditioning.embedding_cache import EmbeddingCache
 from runtime.conditioning.encoder import (
-    EmbeddingCache,
     Encoder,
     Texts,
     embedded_guidance,
@@ -89,7 +89,7 @@ def test_one_encoder():
     assert context.dtype == np.float32
     expected = [[mark(""), mark("")], [mark("a"), mark("b")]]
     np.testing.assert_array_equal(context[..., 0, 0], expected)
-    assert given["guidance"].tolist() == [[-4.0, -4.0], [5.0, 5.0]]
+    assert given["guidance"][..., 0, 0, 0].tolist() == [[-4.0, -4.0], [5.0, 5.0]]
 
 
 def test_two_encoders_are_put_side_by_side():
@@ -151,7 +151,7 @@ def test_a_model_that_is_told_its_guidance():
     first, last = condition(ours, ["no", "no"], ["a", "b"], scale=(8.0, 2.0), steps=2)
     np.testing.assert_array_equal(first["timestep_cond"], [embedded_guidance(8.0, 256)] * 2)
     np.testing.assert_array_equal(last["timestep_cond"], [embedded_guidance(2.0, 256)] * 2)
-    assert first["guidance"].tolist() == [[1, 1]], "it guides itself, in one group"
+    assert first["guidance"][..., 0, 0, 0].tolist() == [[1, 1]], "it guides itself, in one group"
     assert first["context"] is last["context"]
 
 
@@ -217,7 +217,7 @@ def test_calls_that_are_not_guided_see_the_prompts_alone():
         HEIGHT,
         WIDTH,
     )
-    assert [now["guidance"][:, 0].tolist() for now in given] == [
+    assert [now["guidance"][:, 0, 0, 0, 0].tolist() for now in given] == [
         [1],
         [-3.5, 4.5],
         [-3, 4],
@@ -249,7 +249,7 @@ def test_composed_prompts_and_two_sided_guidance():
     )
     (given,) = ours.condition(texts, Guidance.over(4.0, 1, negative_scale=2.0), HEIGHT, WIDTH)
     uncond = [1 - 4 * 1.5 + 2] * 2 + [1 - 4 + 2] * 2
-    assert given["guidance"].tolist() == [uncond, [-2] * 4, [4] * 4, [2, 2, 0, 0]]
+    assert given["guidance"][..., 0, 0, 0].tolist() == [uncond, [-2] * 4, [4] * 4, [2, 2, 0, 0]]
     assert given["context"].shape[:2] == (4, 4)
     assert given["time_ids"][:, 0, -1].tolist() == [2.5, 2.5, 6.0, 6.0]
     assert np.allclose(given["guidance"].sum(0), 1)

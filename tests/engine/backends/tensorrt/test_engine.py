@@ -32,7 +32,7 @@ def step_profile(most_registers=4):
         "timestep": ((1,), (1,)),
         "input_scale": ((1,), (1,)),
         "context": ((1, 1, tokens, context), (2, 1, tokens, context)),
-        "guidance": ((1, 1), (2, 1)),
+        "guidance": ((1, 1, 1, 1, 1), (2, 1, 1, 1, 1)),
         "guidance_rescale": ((1,), (1,)),
         "noise": ((1, 8, 8, 8), (1, 8, 16, 16)),
         "mask": ((1, 1, 8, 8), (1, 1, 16, 16)),

@@ -1,0 +1,1 @@
+"""Hints of pictures, for controls: edges, gray, blurred pixels, a user's ONNX file."""
