@@ -42,6 +42,8 @@ COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
         "text_encoder_2": "text_encoder_2",
         "step": "unet",
         "step_shallow": "unet",
+        "step_controlled": "unet",
+        "step_shallow_controlled": "unet",
         "vae_decoder": "vae",
         "vae_encoder": "vae",
         "preview_decoder": "preview_decoder",

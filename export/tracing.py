@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine.configs.control_net import ControlNetConfig
 from engine.configs.diffusion import (
     LARGEST_ID,
     AutoencoderConfig,
@@ -27,9 +29,11 @@ from engine.configs.diffusion import (
 )
 from engine.configs.gpt2 import GPT2Config
 from engine.graphs.graph import METADATA_KEY, Part, Precision, Symbol, signature
+from export.control import Control, ControlHint
 from export.islands import computed_in, keep_float32
 from export.modules.autoencoder import Autoencoder
 from export.modules.clip import TextEncoder
+from export.modules.control_net import ControlNet
 from export.modules.gpt2 import GPT2, LanguageModelPart
 from export.modules.tiny_autoencoder import PreviewDecode, TinyAutoencoder, TinyEncode
 from export.modules.unet import UNet
@@ -54,6 +58,9 @@ class TracedPart:
 MODULES: Mapping[type[Config], Callable[[Part, Any], nn.Module]] = {
     TextEncoderConfig: lambda part, config: TextEncode(TextEncoder(config)),
     UNetConfig: lambda part, config: Step(UNet(config)),
+    ControlNetConfig: lambda part, config: (ControlHint if part == "control_hint" else Control)(
+        ControlNet(config)
+    ),
     AutoencoderConfig: lambda part, config: (VaeDecode if part == "vae_decoder" else VaeEncode)(
         Autoencoder(config)
     ),
@@ -77,6 +84,7 @@ def example_inputs(
     sizes = {**config.symbols(), **sizes, "r + 2": sizes["r"] + 2}
     for pixels, latents in (("H", "h"), ("W", "w")):
         sizes[pixels] = config.compression * sizes.get(latents, 0)
+    sizes["R"] = sum(map(math.prod, config.residual_shapes(sizes.get("h", 0), sizes.get("w", 0))))
     inputs: dict[str, Tensor] = {}
     described = signature(part, config).inputs
     for name, tensor in described.items():

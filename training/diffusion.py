@@ -12,7 +12,8 @@ from engine.configs.diffusion import TextEncoderConfig, UNetConfig
 from export.modules.autoencoder import Autoencoder
 from export.modules.clip import TextEncoder
 from export.modules.layers import ResnetBlock
-from export.modules.unet import SpatialTransformer, UNet
+from export.modules.unet import UNet
+from export.modules.unet_blocks import SpatialTransformer
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.samplers import program
 from runtime.samplers.noise_schedule import NoiseSchedule

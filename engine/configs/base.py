@@ -67,6 +67,10 @@ class Config:
         """Count the numbers of a run that lie on a device beside activations."""
         return 0
 
+    def residual_shapes(self, height: int, width: int) -> list[Shape]:
+        """Return (C, h, w) of every map that a ControlNet adds to one of latents of these sides."""
+        return []
+
     @property
     def extra_inputs(self) -> tuple[str, ...]:
         """Names of the inputs that only graphs of some architectures take."""

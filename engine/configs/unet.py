@@ -24,10 +24,11 @@ from engine.configs.transformer_depths import (
     read_depths,
     where_attended,
 )
+from engine.configs.unet_fields import UNET_FIXED
 from engine.configs.unet_memory import alive, block_activations
 from engine.errors import ModelError
 
-__all__ = ["UNetConfig"]
+__all__ = ["UNetConfig", "middle_tensors", "time_tensors", "way_down_tensors"]
 
 DOWN_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D")
 UP_BLOCKS = ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -113,7 +114,7 @@ class UNetConfig(Config):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read a UNet2DConditionModel's configuration; refuse variants that change the maths."""
-        require_fixed(values, _UNET_FIXED)
+        require_fixed(values, UNET_FIXED)
         return super(UNetConfig, cls).from_dict({**values, **read_depths(values, DOWN, UP)})
 
     @property
@@ -159,10 +160,20 @@ class UNetConfig(Config):
             "X": self.in_channels - self.out_channels,
         }
 
+    def residual_shapes(self, height: int, width: int) -> list[Shape]:
+        """Return (C, h, w) of what a ControlNet adds: to every skip, and behind the middle."""
+        widths, shapes = self.block_out_channels, [(self.block_out_channels[0], height, width)]
+        for level, channels in enumerate(widths):
+            shapes += [(channels, height, width)] * self.layers()[level]
+            if level < len(widths) - 1:
+                height, width = (height + 1) // 2, (width + 1) // 2
+                shapes.append((channels, height, width))
+        return [*shapes, (widths[-1], height, width)]
+
     def activations(self, part: str, sizes: Sizes) -> int:
         """Estimate the most numbers alive at once; a shallow step runs the first level alone."""
         rows, latents = sizes.groups * sizes.batch, sizes.height * sizes.width // 64
-        if part == "step_shallow":
+        if part.startswith("step_shallow"):
             width, attends = self.block_out_channels[0], 0 in self.attention_levels()
             return rows * latents * (block_activations(2 * width, width, attends) + width)
         levels = self.attention_levels()
@@ -233,32 +244,6 @@ _BY_LEVEL = (
     "only_cross_attention",
 )
 
-# Fields of diffusers' UNet configuration with the only values that are implemented.
-_UNET_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "attention_type": ("default",),
-    "center_input_sample": (False,),
-    "class_embeddings_concat": (False,),
-    "class_embed_type": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "cross_attention_norm": (None,),
-    "downsample_padding": (1,),
-    "dual_cross_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "encoder_hid_dim_type": (None,),
-    "mid_block_scale_factor": (1,),
-    "mid_block_only_cross_attention": (None, False),
-    "num_class_embeds": (None,),
-    "resnet_skip_time_act": (False,),
-    "resnet_time_scale_shift": ("default",),
-    "time_embedding_dim": (None,),
-    "time_embedding_type": ("positional",),
-    "timestep_post_act": (None,),
-    "time_embedding_act_fn": (None,),
-}
-
-
 def _transformer(
     name: str, width: int, layers: int, config: UNetConfig, level: int | None
 ) -> Tensors:
@@ -281,20 +266,15 @@ def _transformer(
 def _tensors(config: UNetConfig) -> Tensors:
     widths = config.block_out_channels
     yield from weight("conv_in", widths[0], config.in_channels, 3, 3)
-    yield from _time(config)
-    skips = yield from _way_down(config)
-    middle, time = widths[-1], 4 * widths[0]
-    if config.mid_block_type:
-        yield from resnet("mid_block.resnets.0", middle, middle, time)
-    if layers := config.middle_depth():
-        yield from _transformer("mid_block.attentions.0", middle, layers, config, None)
-        yield from resnet("mid_block.resnets.1", middle, middle, time)
+    yield from time_tensors(config)
+    skips = yield from way_down_tensors(config)
+    yield from middle_tensors(config)
     yield from _way_up(config, skips)
     yield from weight("conv_norm_out", widths[0])
     yield from weight("conv_out", config.out_channels, widths[0], 3, 3)
 
 
-def _time(config: UNetConfig) -> Tensors:
+def time_tensors(config: UNetConfig) -> Tensors:
     """What turns the timestep, and what else is told with it, into one vector."""
     width, time = config.block_out_channels[0], 4 * config.block_out_channels[0]
     yield from weight("time_embedding.linear_1", time, width)
@@ -316,7 +296,17 @@ def _time(config: UNetConfig) -> Tensors:
         yield from weight("add_embedding.norm2", time)
 
 
-def _way_down(config: UNetConfig) -> Generator[tuple[str, Shape], None, list[int]]:
+def middle_tensors(config: UNetConfig) -> Tensors:
+    """The lowest level: residual block, transformer, residual block, or less of these."""
+    middle, time = config.block_out_channels[-1], 4 * config.block_out_channels[0]
+    if config.mid_block_type:
+        yield from resnet("mid_block.resnets.0", middle, middle, time)
+    if layers := config.middle_depth():
+        yield from _transformer("mid_block.attentions.0", middle, layers, config, None)
+        yield from resnet("mid_block.resnets.1", middle, middle, time)
+
+
+def way_down_tensors(config: UNetConfig) -> Generator[tuple[str, Shape], None, list[int]]:
     """The levels from wide to narrow; returns the widths of the skips in the order they arise."""
     widths, time = config.block_out_channels, 4 * config.block_out_channels[0]
     skips, inputs = [widths[0]], widths[0]

@@ -8,8 +8,9 @@ The inputs and outputs of every graph, their names, dtypes and symbolic shapes, 
 here. Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
 C latent channels, h and w the latent's size, n tokens, D the width of the context, P that of the
 pooled text, T the sizes that XL is told, e tokens of textual inversion, X channels that an
-inpainting UNet sees beside the latent, F channels of the UNet's first level, H = 8 h and W = 8 w
-pixels (or whatever the autoencoder's compression is).
+inpainting UNet sees beside the latent, F channels of the UNet's first level, N residuals of a
+ControlNet and R their numbers in one row, map behind map, H = 8 h and W = 8 w pixels (or whatever
+the autoencoder's compression is).
 """
 
 import gzip
@@ -32,6 +33,10 @@ Part = Literal[
     "text_encoder_2",
     "step",
     "step_shallow",
+    "step_controlled",
+    "step_shallow_controlled",
+    "control_hint",
+    "control",
     "vae_decoder",
     "vae_encoder",
     "preview_decoder",
@@ -92,6 +97,11 @@ _NEXT_REGISTERS = _tensor("float32", "B", "r", "C", "h", "w")
 # What enters the last residual block of the UNet: a step gives it, a shallow step begins there.
 _DEEP = _tensor("float32", "g", "B", "F", "h", "w")
 
+# What a ControlNet sees of a step.
+_CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")
+# What ControlNets add to the UNet's skips and behind its middle.
+_RESIDUALS = _tensor("float32", "g", "B", "R")
+
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
         "text_encoder": _TEXT_ENCODER,
@@ -101,6 +111,28 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
         ),
         "step_shallow": Signature(
             inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
+        ),
+        "step_controlled": Signature(
+            inputs={**_STEP_INPUTS, "residuals": _RESIDUALS},
+            outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP},
+        ),
+        "step_shallow_controlled": Signature(
+            inputs={**_STEP_INPUTS, "deep": _DEEP, "residuals": _RESIDUALS},
+            outputs={"next_registers": _NEXT_REGISTERS},
+        ),
+        "control_hint": Signature(
+            inputs={"picture": _tensor("float32", "B", 3, "H", "W")},
+            outputs={"hint": _tensor("float32", "B", "F", "h", "w")},
+        ),
+        # One of several: the residuals that it is given, and its own, weighed.
+        "control": Signature(
+            inputs={
+                **{name: _STEP_INPUTS[name] for name in _CONTROL_INPUTS},
+                "hint": _tensor("float32", "B", "F", "h", "w"),
+                "weights": _tensor("float32", "N", "g", "B"),
+                "residuals": _RESIDUALS,
+            },
+            outputs={"next_residuals": _RESIDUALS},
         ),
         "vae_decoder": Signature(
             inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
@@ -149,7 +181,8 @@ EXTRA_INPUTS: Mapping[str, Tensor] = MappingProxyType(
 def signature(part: Part, config: Config) -> Signature:
     """Return what a part of this architecture takes and gives."""
     described = SIGNATURES[part]
-    extra = {name: EXTRA_INPUTS[name] for name in config.extra_inputs}
+    told = config.extra_inputs if "context" in described.inputs else ()
+    extra = {name: EXTRA_INPUTS[name] for name in told}
     return Signature(inputs={**described.inputs, **extra}, outputs=described.outputs)
 
 

@@ -3,7 +3,6 @@
 Attribute names are those of diffusers' UNet2DConditionModel, so its state dict loads strictly.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,207 +11,16 @@ from torch import Tensor, nn
 
 from engine.configs.diffusion import UNetConfig
 from export.modules.embeddings import TextEmbedding, TimestepEmbedding, sinusoids
-from export.modules.layers import GEGLU, Attention, Downsample, ResnetBlock, Upsample, for_groups
-
-TRANSFORMER_EPS = 1e-6  # the group norm before a transformer; the residual blocks' is configured
-
-
-class FeedForward(nn.Module):
-    """GEGLU and a linear layer; `net.1` is the dropout of training, here nothing."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
-        )
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, n, channels) -> (B, n, channels)."""
-        return self.net(hidden_states)
+from export.modules.layers import for_groups
+from export.modules.unet_blocks import MidBlock, UpBlock, make_down_blocks, make_up_blocks
 
 
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward, each with a norm before it.
+class UNetEncoder(nn.Module):
+    """A UNet's way down and its middle, which a ControlNet has too.
 
-    text_alone: the first attends to the text too
+    begins_alike: whether nothing is told of the text before the first transformer
+    widths: of the maps that the way down leaves for the way up, in the order in which they arise
     """
-
-    def __init__(self, channels: int, heads: int, context: int, *, text_alone: bool) -> None:
-        super().__init__()
-        self.text_alone = text_alone
-        self.norm1 = nn.LayerNorm(channels)
-        first = context if text_alone else None
-        self.attn1 = Attention(channels, heads, context_channels=first)
-        self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, heads, context_channels=context)
-        self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
-
-    def forward(self, hidden_states: Tensor, context: Tensor, groups: int | None = None) -> Tensor:
-        """(B, n, channels), context (B, m, context_channels) -> (B, n, channels).
-
-        With `groups`, what comes is the same for all g groups of the context, (g · B, m, …), and
-        becomes theirs where it first meets them: -> (g · B, n, channels).
-        """
-        if self.text_alone:
-            hidden_states = for_groups(hidden_states, groups)
-            hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), context)
-        else:
-            hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
-            hidden_states = for_groups(hidden_states, groups)
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), context)
-        return hidden_states + self.ff(self.norm3(hidden_states))
-
-
-class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map, with a residual around them.
-
-    The projections in and out are 1x1 convolutions, or linear layers (Stable Diffusion 2 and XL).
-    """
-
-    def __init__(
-        self, channels: int, heads: int, layers: int, config: UNetConfig, *, text_alone: bool
-    ) -> None:
-        super().__init__()
-        self.linear = config.use_linear_projection
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=TRANSFORMER_EPS)
-        self.proj_in: nn.Module
-        self.proj_out: nn.Module
-        if self.linear:
-            self.proj_in, self.proj_out = (nn.Linear(channels, channels) for _ in range(2))
-        else:
-            self.proj_in, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(2))
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, heads, config.cross_attention_dim, text_alone=text_alone)
-            for _ in range(layers)
-        )
-
-    def forward(self, hidden_states: Tensor, context: Tensor, groups: int | None = None) -> Tensor:
-        """(B, C, h, w), context (B, m, D) -> (B, C, h, w); for groups see TransformerBlock."""
-        size = hidden_states.shape[2:]
-        x = self.norm(hidden_states)
-        x = x if self.linear else self.proj_in(x)
-        x = x.permute(0, 2, 3, 1).flatten(1, 2)
-        x = self.proj_in(x) if self.linear else x
-        for i, block in enumerate(self.transformer_blocks):
-            x = block(x, context, groups if i == 0 else None)
-        x = self.proj_out(x) if self.linear else x
-        x = x.unflatten(1, size).permute(0, 3, 1, 2)
-        x = x if self.linear else self.proj_out(x)
-        return for_groups(hidden_states, groups) + x
-
-
-class Block(nn.Module):
-    """One level of the UNet, or the middle (None); depths: of the transformers, 0 for none."""
-
-    def __init__(
-        self,
-        channels: Sequence[tuple[int, int]],
-        config: UNetConfig,
-        *,
-        level: int | None,
-        depths: Sequence[int],
-        down: bool = False,
-        up: bool = False,
-    ) -> None:
-        super().__init__()
-        width = channels[-1][1]
-        self.resnets = nn.ModuleList(
-            ResnetBlock(
-                inputs,
-                outputs,
-                groups=config.norm_num_groups,
-                eps=config.norm_eps,
-                time_channels=4 * config.block_out_channels[0],
-            )
-            for inputs, outputs in channels
-        )
-        attention = any(depths)
-        if attention:
-            heads = config.heads()[-1 if level is None else level]
-            alone = config.attends_to_text_alone(level)
-            self.attentions = nn.ModuleList(
-                SpatialTransformer(width, heads, depth, config, text_alone=alone)
-                for depth in depths
-            )
-        if down:
-            self.downsamplers = nn.ModuleList([Downsample(width)])
-        if up:
-            self.upsamplers = nn.ModuleList([Upsample(width)])
-        self.has_attention = attention
-
-
-class DownBlock(Block):
-    """A level on the way down; also returns what the way up will want."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        time_embedding: Tensor,
-        context: Tensor,
-        groups: int | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return (B, C, h // 2, w // 2), or (B, C, h, w) at the lowest level, and the skips.
-
-        With `groups`, which needs attention, all that comes but the context is theirs in common.
-        """
-        skips = []
-        for i, resnet in enumerate(self.resnets):
-            hidden_states = resnet(hidden_states, time_embedding)
-            if self.has_attention:
-                hidden_states = self.attentions[i](hidden_states, context, groups)
-                time_embedding, groups = for_groups(time_embedding, groups), None
-            skips.append(hidden_states)
-        if hasattr(self, "downsamplers"):
-            hidden_states = self.downsamplers[0](hidden_states)
-            skips.append(hidden_states)
-        return hidden_states, skips
-
-
-class MidBlock(Block):
-    """The lowest level: residual block, transformer, residual block, or one residual block."""
-
-    def forward(self, hidden_states: Tensor, time_embedding: Tensor, context: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        hidden_states = self.resnets[0](hidden_states, time_embedding)
-        if self.has_attention:
-            hidden_states = self.attentions[0](hidden_states, context)
-            hidden_states = self.resnets[1](hidden_states, time_embedding)
-        return hidden_states
-
-
-class UpBlock(Block):
-    """A level on the way up; every residual block also sees one skip."""
-
-    def forward(
-        self, hidden_states: Tensor, skips: list[Tensor], time_embedding: Tensor, context: Tensor
-    ) -> Tensor:
-        """Consume the last skips; return (B, C, h, w) at the size of the next level.
-
-        Runs no more residual blocks than there are skips.
-        """
-        for i in range(min(len(self.resnets), len(skips))):
-            hidden_states = self.layer(i, hidden_states, skips.pop(), time_embedding, context)
-        if hasattr(self, "upsamplers"):
-            hidden_states = self.upsamplers[0](hidden_states, tuple(skips[-1].shape[2:]))
-        return hidden_states
-
-    def layer(
-        self,
-        i: int,
-        hidden_states: Tensor,
-        skip: Tensor,
-        time_embedding: Tensor,
-        context: Tensor,
-    ) -> Tensor:
-        """Run one residual block, and its transformer where it has one; maps are (B, C, h, w)."""
-        hidden_states = torch.cat([hidden_states, skip], dim=1)
-        hidden_states = self.resnets[i](hidden_states, time_embedding)
-        return self.attentions[i](hidden_states, context) if self.has_attention else hidden_states
-
-
-class UNet(nn.Module):
-    """Predict noise, velocity or picture, as it was trained, from a noisy latent and a text."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -231,63 +39,22 @@ class UNet(nn.Module):
             self.add_embedding = TextEmbedding(
                 config.cross_attention_dim, embedding, config.addition_embed_type_num_heads
             )
-        self.down_blocks, skips = _down_blocks(config)
+        self.down_blocks, self.widths = make_down_blocks(config)
         if config.mid_block_type:
             depth = config.middle_depth()
             channels = [(widths[-1], widths[-1])] * (2 if depth else 1)
             self.mid_block = MidBlock(channels, config, level=None, depths=(depth,))
-        self.up_blocks = _up_blocks(config, skips)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        # Whether nothing is told of the text before the first transformer.
         has_attention = config.down_block_types[0] == "CrossAttnDownBlock2D"
-        self._begins_alike = has_attention and config.addition_embed_type is None
+        self.begins_alike = has_attention and config.addition_embed_type is None
 
-    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, **added: Any) -> Tensor:
-        """Return (B, out_channels, h, w); the arguments are those of `with_deep`."""
-        return self.with_deep(sample, timestep, context, **added)[0]
-
-    def with_deep(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        context: Tensor,
-        *,
-        groups: int | None = None,
-        deep: Tensor | None = None,
-        text_embeds: Tensor | None = None,
-        time_ids: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return (B, out_channels, h, w), and the deep features that it was made from.
-
-        sample: (B, in_channels, h, w); timestep: (B,); context: (B, m, cross_attention_dim).
-        text_embeds (B, p) and time_ids (B, 6) are XL's pooled text and sizes in pixels;
-        timestep_cond: (B, time_cond_proj_dim) is the embedded guidance scale of LCM.
-        groups: g, with the texts of each, g · B in context, text_embeds and time_ids; what comes
-        before the first of these is computed once, and all that is returned is g · B as well.
-        deep: (B, block_out_channels[0], h, w), what the last residual block takes beside the first
-        skip. Given those of an earlier call, only what lies around them is computed (Ma et al.
-        2024, DeepCache, arXiv:2312.00858, section 3.3, with the uppermost skip).
-        """
-        time_embedding = self._embed_time(timestep, sample.dtype, timestep_cond)
-        first = self.conv_in(sample)
-        if deep is None and self._begins_alike:
-            deep = self._deep(first, time_embedding, context, groups)
-        first, time_embedding = for_groups(first, groups), for_groups(time_embedding, groups)
-        if self.config.addition_embed_type is not None:
-            time_embedding = time_embedding + self._embed_text(context, text_embeds, time_ids)
-        if deep is None:
-            deep = self._deep(first, time_embedding, context)
-        top = self.up_blocks[-1]
-        assert isinstance(top, UpBlock)
-        hidden_states = top.layer(-1, deep, first, time_embedding, context)
-        return self.conv_out(F.silu(self.conv_norm_out(hidden_states))), deep
-
-    def _deep(
+    def encode(
         self, first: Tensor, time_embedding: Tensor, context: Tensor, groups: int | None = None
-    ) -> Tensor:
-        """Run all but the last residual block, which alone sees the first skip."""
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Go down from the first convolution's (B, C, h, w) and through the middle.
+
+        Returns (B, C', h', w'), the maps on the way after the first convolution's, and the time
+        embedding; for groups see `UNet.with_deep`.
+        """
         hidden_states, skips = first, []
         for block in self.down_blocks:
             hidden_states, more = block(hidden_states, time_embedding, context, groups)
@@ -295,17 +62,16 @@ class UNet(nn.Module):
             skips += more
         if self.config.mid_block_type:
             hidden_states = self.mid_block(hidden_states, time_embedding, context)
-        for block in self.up_blocks:
-            hidden_states = block(hidden_states, skips, time_embedding, context)
-        return hidden_states
+        return hidden_states, skips, time_embedding
 
-    def _embed_time(
-        self, timestep: Tensor, dtype: torch.dtype, timestep_cond: Tensor | None
+    def embed_time(
+        self, timestep: Tensor, dtype: torch.dtype, timestep_cond: Tensor | None = None
     ) -> Tensor:
+        """Embed (B,) timesteps, and (B, time_cond_proj_dim) of LCM, as (B, 4 C)."""
         waves = self._sinusoids(timestep, self.config.block_out_channels[0])
         return self.time_embedding(waves.to(dtype), timestep_cond)
 
-    def _embed_text(
+    def embed_text(
         self, context: Tensor, text_embeds: Tensor | None, time_ids: Tensor | None
     ) -> Tensor:
         """Embed what is added to the time embedding: the pooled text, in XL also the sizes."""
@@ -323,28 +89,87 @@ class UNet(nn.Module):
         return sinusoids(values, channels, flip=flip, shift=shift)
 
 
-def _down_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
-    """Build the way down; also return the widths of the skips in the order they are made."""
-    widths, blocks = config.block_out_channels, nn.ModuleList()
-    skips, previous = [widths[0]], widths[0]
-    for level, (width, depths) in enumerate(zip(widths, config.down_depths(), strict=True)):
-        layers, last = config.layers()[level], level == len(widths) - 1
-        channels = [(previous if i == 0 else width, width) for i in range(layers)]
-        blocks.append(DownBlock(channels, config, level=level, depths=depths, down=not last))
-        skips += [width] * (layers if last else layers + 1)
-        previous = width
-    return blocks, skips
+class UNet(UNetEncoder):
+    """Predict noise, velocity or picture, as it was trained, from a noisy latent and a text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        widths = config.block_out_channels
+        self.up_blocks = make_up_blocks(config, self.widths)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, **added: Any) -> Tensor:
+        """Return (B, out_channels, h, w); the arguments are those of `with_deep`."""
+        return self.with_deep(sample, timestep, context, **added)[0]
+
+    def with_deep(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        *,
+        groups: int | None = None,
+        deep: Tensor | None = None,
+        residuals: Tensor | None = None,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return (B, out_channels, h, w), and the deep features that it was made from.
+
+        sample: (B, in_channels, h, w); timestep: (B,); context: (B, m, cross_attention_dim).
+        text_embeds (B, p) and time_ids (B, 6) are XL's pooled text and sizes in pixels;
+        timestep_cond: (B, time_cond_proj_dim) is the embedded guidance scale of LCM.
+        groups: g, with the texts of each, g · B in context, text_embeds and time_ids; what comes
+        before the first of these is computed once, and all that is returned is g · B as well.
+        deep: (B, block_out_channels[0], h, w), what the last residual block takes beside the first
+        skip. Given those of an earlier call, only what lies around them is computed (Ma et al.
+        2024, DeepCache, arXiv:2312.00858, section 3.3, with the uppermost skip).
+        residuals: (B, R), what is added to the skips and behind the middle, as `flat_residuals` of
+        `export.modules.control_net` lays it out (Zhang et al. 2023, arXiv:2302.05543, section 3.2).
+        """
+        time_embedding = self.embed_time(timestep, sample.dtype, timestep_cond)
+        first = self.conv_in(sample)
+        if deep is None and self.begins_alike:
+            deep = self._deep(first, time_embedding, context, groups, residuals)
+        first, time_embedding = for_groups(first, groups), for_groups(time_embedding, groups)
+        if self.config.addition_embed_type is not None:
+            time_embedding = time_embedding + self.embed_text(context, text_embeds, time_ids)
+        if deep is None:
+            deep = self._deep(first, time_embedding, context, None, residuals)
+        if residuals is not None:
+            (first,), _ = add_residuals([first], residuals)
+        top = self.up_blocks[-1]
+        assert isinstance(top, UpBlock)
+        hidden_states = top.layer(-1, deep, first, time_embedding, context)
+        return self.conv_out(F.silu(self.conv_norm_out(hidden_states))), deep
+
+    def _deep(
+        self,
+        first: Tensor,
+        time_embedding: Tensor,
+        context: Tensor,
+        groups: int | None,
+        residuals: Tensor | None,
+    ) -> Tensor:
+        """Run all but the last residual block, which alone sees the first skip."""
+        size = first[0].numel()
+        hidden_states, skips, time_embedding = self.encode(first, time_embedding, context, groups)
+        if residuals is not None:
+            skips, left = add_residuals(skips, residuals[:, size:])
+            if self.config.mid_block_type:
+                (hidden_states,), _ = add_residuals([hidden_states], left)
+        for block in self.up_blocks:
+            hidden_states = block(hidden_states, skips, time_embedding, context)
+        return hidden_states
 
 
-def _up_blocks(config: UNetConfig, skips: list[int]) -> nn.ModuleList:
-    """Build the way up: one residual block more a level than on the way down."""
-    widths, blocks, skips = config.block_out_channels, nn.ModuleList(), list(skips)
-    previous = widths[-1]
-    for i, depths in enumerate(config.up_depths()):
-        level = len(widths) - 1 - i
-        width, channels = widths[level], []
-        for _ in range(config.layers()[level] + 1):
-            channels.append((previous + skips.pop(), width))
-            previous = width
-        blocks.append(UpBlock(channels, config, level=level, depths=depths, up=level > 0))
-    return blocks
+def add_residuals(maps: list[Tensor], residuals: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Add to each of the maps (B, C, h, w) its part of (B, R); also return what is left of that."""
+    added = []
+    for features in maps:
+        count = features.shape[1] * features.shape[2] * features.shape[3]
+        added.append(features + residuals[:, :count].view_as(features))
+        residuals = residuals[:, count:]
+    return added, residuals

@@ -1,0 +1,59 @@
+"""The graphs of a ControlNet as modules: its hint, once a picture, and its part of a step."""
+
+import torch
+from torch import Tensor, nn
+
+from export.modules.control_net import ControlNet, flat_residuals
+
+
+class ControlHint(nn.Module):
+    """picture (B, 3, H, W), 0 to 1, -1 where an inpainting net is to fill -> hint (B, F, h, w)."""
+
+    def __init__(self, control_net: ControlNet) -> None:
+        super().__init__()
+        self.model = control_net
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """Encode the picture (B, 3, H, W) as features (B, F, h, w) of the first level, float32."""
+        encoder = self.model.controlnet_cond_embedding
+        return encoder(picture.to(encoder.conv_in.weight.dtype)).float()
+
+
+class Control(nn.Module):
+    """Add a ControlNet's residuals to those of others: residuals + weights · own, (g, B, R).
+
+    registers, timestep, input_scale, context: a step's; hint: (B, F, h, w) of `ControlHint`;
+    weights: (N, g, B), how much each of the N residuals counts in each group of each picture.
+    """
+
+    def __init__(self, control_net: ControlNet) -> None:
+        super().__init__()
+        self.model = control_net
+
+    def forward(
+        self,
+        registers: Tensor,
+        timestep: Tensor,
+        input_scale: Tensor,
+        context: Tensor,
+        hint: Tensor,
+        weights: Tensor,
+        residuals: Tensor,
+        text_embeds: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the next residuals, (g, B, R) float32."""
+        dtype: torch.dtype = self.model.conv_in.weight.dtype
+        groups = context.shape[0]
+        x = registers[:, 0] * input_scale[:, None, None, None]
+        maps = self.model(
+            x.to(dtype),
+            timestep,
+            context.flatten(0, 1).to(dtype),
+            hint.to(dtype),
+            groups=groups,
+            text_embeds=None if text_embeds is None else text_embeds.flatten(0, 1).to(dtype),
+            time_ids=None if time_ids is None else time_ids.flatten(0, 1),
+        )
+        own = flat_residuals([features.float() for features in maps], weights.flatten(1))
+        return residuals + own.unflatten(0, (groups, -1))
