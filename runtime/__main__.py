@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
-from engine.store.cache import fingerprint
-from runtime.again import FILES, parted, settings_of
+from runtime.again import made_with, settings_of
 from runtime.images.canvas import ALPHA
-from runtime.images.files import Sign, check_output, open_image, program_version, write_image
+from runtime.images.files import Sign, check_output, open_image, write_image
 from runtime.images.previews import check_animation, parse_steps
 from runtime.images.upscaling import Hires
 from runtime.images.watermark import check_watermark, embed_watermark
@@ -286,23 +285,11 @@ def _numbered(path: Path, count: int) -> list[Path]:
 
 
 def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
-    """Collect what makes a picture again beside the request: files by their names and hashes."""
+    """Return what makes a picture again beside the request, by the options' names."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
     names += ("watermark",) if options.watermark else ()
     names += tuple(name for name in PIECES if getattr(options, name))
-    given = {name: getattr(options, name) for name in names}
-    files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
-    given |= {name: Path(value).name for name, value in files.items() if isinstance(value, Path)}
-    given |= {
-        name: [Path(text).name for text in value]
-        for name, value in files.items()
-        if isinstance(value, list)
-    }
-    model = pipeline.model_path.resolve()
-    each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
-    paths = [model, *(Path(parted(name, str(one))[0]) for name, one in each)]
-    hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
-    return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
+    return made_with(options, names, pipeline.model_path)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 from runtime.text_options import TEXT_OPTIONS, read_numbers
 
-__all__ = ["AGAIN", "FIELDS", "HIRES", "MADE_WITH", "add_engine_options", "make_parser"]
+__all__ = [
+    *("AGAIN", "FIELDS", "HIRES", "MADE_WITH"),
+    *("add_engine_options", "add_request_options", "make_parser"),
+]
 
 # What makes a picture again beside the request, by the options' names.
 _FILES = ("model", "vae", "loras", "lora_dir", "embeddings")
@@ -64,6 +67,15 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="a GPT-2 that makes the prompt longer; see docs/expansion.md",
     )
+    add_request_options(parser)
+    written = parser.add_argument_group("what is written")
+    for flags, settings in OUTPUT_OPTIONS:
+        written.add_argument(*flags, **settings)
+    return parser
+
+
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says with what and how pictures are drawn, all but the prompt."""
     _add_model(parser.add_argument_group("the model"))
     _add_drawing(parser.add_argument_group("how it is drawn"))
     text = parser.add_argument_group("the text and its guidance")
@@ -79,10 +91,6 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     for name, option in TEXT_OPTIONS.items():
         text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))
-    written = parser.add_argument_group("what is written")
-    for flags, settings in OUTPUT_OPTIONS:
-        written.add_argument(*flags, **settings)
-    return parser
 
 
 def _add_model(group: Any) -> None:

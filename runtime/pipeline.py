@@ -192,7 +192,7 @@ class Pipeline(AdaptedModel):
                 list(rows),
                 self.engine,
                 self.start,
-                min(limits, default=1),
+                dict.fromkeys(rows, min(limits, default=1)).__getitem__,
                 is_exact=self.engines.is_exact,
             ):
                 (image,) = self.finish(row.plan, self.decode(row.latents))

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Loading", "say", "show_progress"]
+__all__ = ["Loading", "say", "show_bar", "show_progress"]
 
 BAR_WIDTH, BAR_COLUMNS = 30, 80
 SIGNS = (0.5, 8.0)  # seconds between signs of life on a terminal, and before one in a pipe
@@ -76,19 +76,24 @@ class Loading:
 
 def show_progress(step: int, total: int) -> None:
     """Draw a bar on a terminal, within one line of it; elsewhere stay quiet."""
+    show_bar(f" step {step}/{total}", step, total)
+
+
+def show_bar(text: str, done: int, total: int) -> bool:
+    """Draw a bar with a text behind it on a terminal; tells whether there is one."""
     terminal = sys.stderr
     if terminal is None or terminal.closed or not terminal.isatty():
-        return
+        return False
     columns = BAR_COLUMNS
     with suppress(OSError, ValueError):  # it may not say, or say 0
         columns = os.get_terminal_size(terminal.fileno()).columns or columns
-    text = f" step {step}/{total}"
     width = max(0, min(BAR_WIDTH, columns - 1 - len(text)))
-    done = width * step // total
-    bar = "█" * done + "░" * (width - done)
+    full = width * done // total
+    bar = "█" * full + "░" * (width - full)
     try:
         bar.encode(terminal.encoding or "ascii")
     except UnicodeEncodeError:
-        bar = "#" * done + "." * (width - done)
+        bar = "#" * full + "." * (width - full)
     line = f"\r{bar}{text}"[:columns]
-    say(line, terminal, end="\n" if step == total else "")
+    say(line, terminal, end="\n" if done == total else "")
+    return True
