@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias, TypeVar
@@ -80,6 +80,16 @@ def check_number(name: str, value: object, kind: type, low: float, high: float) 
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
         what = "whole number" if kind is Integral else "number"
         raise RequestError(f"{name} is {value!r}; give a {what} from {low} to {high}")
+
+
+def check_interval(name: str, value: object) -> None:
+    """Refuse what is no two parts of a run, 0 to 1, the first before the second: RequestError."""
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise RequestError(f"{name} is {value!r}; give two parts of the run, such as (0.0, 0.8)")
+    for end in value:
+        check_number(name, end, Real, 0, 1)
+    if value[0] > value[1]:
+        raise RequestError(f"{name} is {value!r}; it must not end before it begins")
 
 
 def check_names(names: Iterable[str], known: Sequence[str]) -> None:

@@ -12,12 +12,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import check_choice, check_image, check_names, check_number, texts
+from runtime.checks import (
+    check_choice,
+    check_image,
+    check_interval,
+    check_names,
+    check_number,
+    texts,
+)
 from runtime.conditioning import alternatives
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
 from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
+from runtime.images.image_noise import check_image_noise
 from runtime.images.upscaling import MAX_STEPS, Hires
 from runtime.noise import MAX_SEED, NOISES
 from runtime.presets import PRESETS
@@ -37,6 +45,7 @@ OF_AN_IMAGE: Mapping[str, object] = MappingProxyType(
         "mask_blur": BLUR,
         "paste_back": True,
         "extend": None,
+        "image_noise": None,
     }
 )  # fields that cannot act without one, with what they are then
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
@@ -84,6 +93,7 @@ class Request:
         are painted anew
     strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
         something is painted anew
+    image_noise: that the image gets first, "gaussian:VARIANCE" or "salt-pepper:SHARE", 0 to 1
     hires: a second, larger run
     cache_interval: the UNet runs whole at every so many calls and around the deep features of the
         last of these in between (DeepCache): from 3 on twice as fast or more, and less exact; 1
@@ -125,6 +135,7 @@ class Request:
     paste_back: bool = True
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
+    image_noise: str | None = None
     hires: Hires | None = None
     cache_interval: int = 1
     eta: float = 0.0
@@ -199,22 +210,14 @@ class Request:
             check_number("guidance_rescale", self.guidance_rescale, Real, 0, 1)
         if self.negative_scale is not None:
             check_number("negative_scale", self.negative_scale, Real, 0, MAX_SCALE)
-        interval = self.guidance_interval
-        if not isinstance(interval, Sequence) or len(interval) != 2:
-            raise RequestError(
-                f"guidance_interval is {interval!r}; give two parts of the run, such as (0.0, 0.8)"
-            )
-        for end in interval:
-            check_number("guidance_interval", end, Real, 0, 1)
-        if interval[0] > interval[1]:
-            raise RequestError(
-                f"guidance_interval is {interval!r}; it must not end before it begins"
-            )
+        check_interval("guidance_interval", self.guidance_interval)
 
     def _check_image(self) -> None:
         check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
         if self.strength is not None:
             check_number("strength", self.strength, Real, 0, 1)
+        if self.image_noise is not None:
+            check_image_noise(self.image_noise, self.strength, bool(self.mask or self.extend))
         if self.image is None:
             for name, default in OF_AN_IMAGE.items():
                 if getattr(self, name) != default:
