@@ -14,6 +14,7 @@ from benchmarks import (
     card,
     gpu,
     gpu_summary,
+    image_noise,
     latency,
     load,
     memory,
@@ -50,6 +51,7 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "scale": scale.measure,
     "quality": quality.measure,
     "gpu": gpu.measure,
+    "image-noise": image_noise.measure,
 }
 
 
@@ -114,8 +116,9 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if measure is None:
         return _MEASURES[options.benchmark](options.repeats)
     given = {name: value for name, value in vars(options).items() if name != "benchmark"}
-    if options.benchmark == "quality":
+    if options.benchmark in ("quality", "image-noise"):
         del given["out"]  # is written when all is measured
+    if options.benchmark == "quality":
         given["images"] = given.pop("pictures")
     return measure(**given)
 
@@ -142,6 +145,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ("build", _add_build, "tracing graphs and opening engines"),
         ("scale", _add_scale, "time against batch, size, steps and threads"),
         ("quality", _add_quality, "pictures beside those of float32"),
+        ("image-noise", _add_image_noise, "noise that image-to-image removes, by its strength"),
     ):
         add(commands.add_parser(name, help=text))
     _add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
@@ -321,6 +325,18 @@ def _add_quality(added: argparse.ArgumentParser) -> None:
     added.add_argument(
         "--threads", type=int, help="of a setting (default: one for each processor core)"
     )
+    added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
+
+
+def _add_image_noise(added: argparse.ArgumentParser) -> None:
+    added.add_argument(
+        "--data",
+        type=Path,
+        default=Path("work/data.npz"),
+        help="what `python -m training data` makes (default: %(default)s)",
+    )
+    added.add_argument("--pictures", type=int, default=48, help="(default: %(default)s)")
+    added.add_argument("--threads", type=int, help="(default: one for each processor core)")
     added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
 
 

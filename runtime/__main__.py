@@ -231,9 +231,10 @@ def _sign(options: argparse.Namespace) -> Sign | None:
 def _request(options: argparse.Namespace) -> Request:
     """Make the request; reads the pictures. Raises RequestError."""
     given = {name: getattr(options, name) for name in FIELDS}
-    for name in ("strength", "mask", "extend"):
+    for name in ("strength", "mask", "extend", "image_noise"):
         if getattr(options, name) is not None and not options.image:
-            raise RequestError(f"--{name} came without --image; give the picture to start from")
+            option = name.replace("_", "-")
+            raise RequestError(f"--{option} came without --image; give the picture to start from")
     for name in HIRES:
         if getattr(options, name) is not None and options.hires_scale is None:
             option = "--hires-" + name.removeprefix("hires_num_inference_").removeprefix("hires_")

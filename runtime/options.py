@@ -259,6 +259,11 @@ def _add_images(group: Any) -> None:
         f"{PAINTED_STRENGTH:.0f} where something is painted anew)",
     )
     add(
+        "--image-noise",
+        metavar="KIND:AMOUNT",
+        help="noise that --image gets first: gaussian:VARIANCE or salt-pepper:SHARE, 0 to 1",
+    )
+    add(
         "--mask",
         type=Path,
         metavar="FILE",

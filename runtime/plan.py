@@ -18,6 +18,7 @@ from runtime.defaults import filled_in
 from runtime.images.canvas import BLUR, MAX_SIDE, extend, latent_mask
 from runtime.images.files import SourceType
 from runtime.images.frame import Frame
+from runtime.images.image_noise import ImageNoise
 from runtime.picture_settings import picture_settings
 from runtime.regions import shares_of, with_regions
 from runtime.request import MASKED, Request
@@ -68,6 +69,7 @@ class Plan:
     image: RGB of that size, what the run starts from or is shown
     mask: white where it is painted anew; cells: (1, height // 8, width // 8), the mask of latents
     blends: whether every call puts the image's own latents back outside the mask
+    image_noise: what the image gets first, each picture its own
     from_noise: whether the image leaves no trace in the start
     paste_back: whether the image's own pixels come back outside the mask
     settings: of each picture, what makes it again
@@ -92,6 +94,7 @@ class Plan:
     cells: Array | None = None
     mask_blur: float = BLUR
     blends: bool = False
+    image_noise: ImageNoise | None = None
     from_noise: bool = True
     paste_back: bool = True
     variation_seeds: Sequence[int] = ()
@@ -200,6 +203,7 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             cells=None if mask is None else latent_mask(mask, height, width, multiple),
             mask_blur=wanted.mask_blur,
             blends=mask is not None and not model.is_inpainting,
+            image_noise=ImageNoise.read(wanted.image_noise) if wanted.image_noise else None,
             from_noise=mask is not None and strength == 1,
             paste_back=wanted.paste_back,
         )

@@ -25,6 +25,7 @@ from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
 from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
+from runtime.images.image_noise import check_image_noise
 from runtime.images.upscaling import MAX_STEPS, Hires
 from runtime.noise import MAX_SEED, NOISES
 from runtime.presets import PRESETS
@@ -45,6 +46,7 @@ OF_AN_IMAGE: Mapping[str, object] = MappingProxyType(
         "mask_blur": BLUR,
         "paste_back": True,
         "extend": None,
+        "image_noise": None,
     }
 )  # fields that cannot act without one, with what they are then
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
@@ -92,6 +94,7 @@ class Request:
         are painted anew
     strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
         something is painted anew
+    image_noise: that the image gets first, "gaussian:VARIANCE" or "salt-pepper:SHARE", 0 to 1
     hires: a second, larger run
     regions: areas that have texts of their own; elsewhere the prompt counts
     cache_interval: the UNet runs whole at every so many calls and around the deep features of the
@@ -134,6 +137,7 @@ class Request:
     paste_back: bool = True
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
+    image_noise: str | None = None
     hires: Hires | None = None
     regions: Sequence[Region] = ()
     cache_interval: int = 1
@@ -216,6 +220,8 @@ class Request:
         check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
         if self.strength is not None:
             check_number("strength", self.strength, Real, 0, 1)
+        if self.image_noise is not None:
+            check_image_noise(self.image_noise, self.strength, bool(self.mask or self.extend))
         if self.image is None:
             for name, default in OF_AN_IMAGE.items():
                 if getattr(self, name) != default:

@@ -39,6 +39,7 @@ class RequestOptions(TypedDict, total=False):
     paste_back: bool | None
     extend: tuple[int, int, int, int] | None
     strength: float | None
+    image_noise: str | None
     hires: Hires | None
     regions: Sequence[Region] | None
     cache_interval: int | None

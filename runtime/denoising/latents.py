@@ -20,6 +20,7 @@ from engine.graphs.graph import Part
 from engine.model import Model
 from runtime.images import tiles
 from runtime.images.canvas import GRAY, masked_pixels
+from runtime.images.image_noise import noise_seed
 from runtime.images.upscaling import PIXELS, upscale_latents, upscale_pixels
 from runtime.noise import Noise, draw, make_noise, vary
 from runtime.plan import Array, Plan, StepInputs
@@ -135,7 +136,7 @@ class LatentSpace:
             latents = self._enlarged(_on_host(latents), plan, rngs)
         program, shape, batch = plan.program, self.shape(plan), len(rngs)
         if plan.image is not None and (plan.blends or not plan.from_noise):
-            latents = self._encode(np.asarray(plan.image), rngs)
+            latents = self._encode(_start_pixels(plan), rngs)
         noise = draw(rngs, shape) if plan.latents is None else plan.latents
         if plan.variation_seeds:
             others = [make_noise(plan.noise, seed) for seed in plan.variation_seeds]
@@ -237,6 +238,21 @@ def fresh_noise(
             left = int(needs_noise[call:].sum())
             waiting = [draw(rngs, shape) for _ in range(min(ahead, left))]
         yield waiting.pop(0) if draws else silence
+
+
+def _start_pixels(plan: Plan) -> NDArray[np.uint8]:
+    """Return the image that a run starts from, (H, W, 3), or noisy ones, (B, H, W, 3).
+
+    What a mask keeps gets no noise.
+    """
+    pixels = np.asarray(plan.image)
+    if plan.image_noise is None:
+        return pixels
+    streams = [make_noise(plan.noise, noise_seed(seed)) for seed in plan.seeds]
+    noisy = np.stack([plan.image_noise.added(pixels, stream.normal) for stream in streams])
+    if plan.mask is not None:
+        noisy = np.where(np.asarray(plan.mask)[..., None] < 128, pixels, noisy)
+    return noisy
 
 
 def predicted_x0(schedule: NoiseSchedule, inputs: StepInputs, state: State) -> Array:

@@ -49,6 +49,7 @@ class DrawingFields(BaseModel):
     paste_back: bool | None = None
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
+    image_noise: str | None = None
     hires: HiresFields | None = None
     cache_interval: int | None = None
     eta: float | None = None

@@ -111,6 +111,7 @@ def test_every_mode_is_what_the_pipeline_draws(http):
     """A mask, a second run, guidance that ends, deep features: all by their names."""
     picture_requests = {
         "mask": {"image": IMAGE, "mask": MASK, "strength": 0.9, "sampler": "dpm2"},
+        "noise": {"image": IMAGE, "strength": 0.5, "image_noise": "gaussian:0.05"},
         "hires": {"hires": {"scale": 1.25}, "sampler": "lms"},
         "curve": {"guidance_scale": [7.0, 3.0], "guidance_interval": [0.0, 0.5]},
         "deep": {"cache_interval": 2, "negative_prompt": "blue", "noise": "cuda"},
