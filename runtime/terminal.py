@@ -74,15 +74,18 @@ class Loading:
             self._shown = False
 
 
-def show_progress(step: int, total: int) -> None:
-    """Draw a bar on a terminal, within one line of it; elsewhere stay quiet."""
+def show_progress(step: int, total: int, noun: str = "step") -> None:
+    """Draw a bar on a terminal, within one line of it; elsewhere stay quiet.
+
+    noun: what is counted
+    """
     terminal = sys.stderr
     if terminal is None or terminal.closed or not terminal.isatty():
         return
     columns = BAR_COLUMNS
     with suppress(OSError, ValueError):  # it may not say, or say 0
         columns = os.get_terminal_size(terminal.fileno()).columns or columns
-    text = f" step {step}/{total}"
+    text = f" {noun} {step}/{total}"
     width = max(0, min(BAR_WIDTH, columns - 1 - len(text)))
     done = width * step // total
     bar = "█" * done + "░" * (width - done)
