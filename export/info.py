@@ -16,6 +16,7 @@ from engine.checkpoints.few_steps import find_variant_of_adapter
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.pieces import open_piece
 from engine.checkpoints.single_file import open_vae
+from engine.checkpoints.upscaler import is_upscaler, open_upscaler
 from engine.model import Model, find_model
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
@@ -65,6 +66,8 @@ def _kind(weights: Weights) -> str:
         return "autoencoder"
     if any(name.removeprefix("text_model.") in PIECE_MARKS for name in names):
         return "piece"
+    if is_upscaler(names):
+        return "upscaler"
     # An embedding is a few tensors of one or two axes whose names no module has.
     if len(names) <= 4 and all(not n.endswith((".weight", ".bias", ".alpha")) for n in names):
         return "embedding"
@@ -143,6 +146,23 @@ def _autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
     return facts | _numbers(weights, {"vae": component.shapes})
 
 
+def _upscaler(path: Path, weights: Weights) -> dict[str, Any]:
+    file = open_upscaler(path)
+    facts = {
+        "kind": "upscaler",
+        "file": str(path),
+        "network": file.kind,
+        "scale": file.config.scale,
+        "use": "give it as --upscale, or to `latentrt upscale`",
+        "architecture": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(file.config).items()
+        },
+    }
+    used = {"upscaler": file.weights.shapes}
+    return facts | _numbers(weights, used) | {"notes": list(file.notes)}
+
+
 def _adapter(path: Path, weights: Weights) -> dict[str, Any]:
     facts = {"kind": "adapter", "file": str(path), **read_adapter(path).describe()}
     variant = find_variant_of_adapter(path, SD1_FAMILY.variants)
@@ -172,6 +192,7 @@ _KINDS = {
     "adapter": _adapter,
     "embedding": _embedding,
     "piece": _piece,
+    "upscaler": _upscaler,
 }
 
 

@@ -18,6 +18,7 @@ from runtime.expansion import PromptExpander
 from runtime.images.credentials import Credentials
 from runtime.images.files import read_image, read_settings, write_image
 from runtime.images.previews import Preview, probe
+from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UPSCALERS, Hires
 from runtime.images.watermark import embed_watermark, read_watermark
 from runtime.noise import NOISES
@@ -62,6 +63,7 @@ __all__ = [
     "Result",
     "State",
     "StepInputs",
+    "Upscaler",
     "calibrate",
     "embed_watermark",
     "find_model",

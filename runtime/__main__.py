@@ -5,9 +5,12 @@ import re
 import secrets
 import sys
 from collections.abc import Sequence
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
@@ -15,7 +18,7 @@ from runtime.again import made_with, settings_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, write_image
 from runtime.images.previews import check_animation, parse_steps
-from runtime.images.upscaling import Hires
+from runtime.images.upscaling import Hires, parse_upscaler
 from runtime.images.watermark import check_watermark, embed_watermark
 from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, PIECES, make_parser
 from runtime.output_options import OWN
@@ -26,6 +29,7 @@ from runtime.request import Request
 from runtime.terminal import Loading, say, show_progress
 
 if TYPE_CHECKING:
+    from runtime.images.upscaler import Upscaler
     from runtime.watched_steps import WatchedSteps
 
 RANDOM_SEED = -1
@@ -111,10 +115,14 @@ def _draw(options: argparse.Namespace) -> None:
     if options.expand:
         options.prompt = _expanded(options, backend)
     request = _request(options)
+    upscaler = _upscaler(options, backend) if options.upscale else None
     loading = Loading(options.model)
     with loading:
         pipeline, plan = _load(options, backend, request, loading)
-    _write(options, pipeline, plan, _paths(options, plan.seeds), sign)
+    if upscaler:
+        *_, last = plan.runs()
+        upscaler.check_size(last.width, last.height, parse_upscaler(options.upscale).factor)
+    _write(options, pipeline, plan, _paths(options, plan.seeds), sign, upscaler)
 
 
 def _write(
@@ -123,6 +131,7 @@ def _write(
     plan: Plan,
     paths: Sequence[Path],
     sign: Sign | None,
+    upscaler: "Upscaler | None" = None,
 ) -> None:
     """Draw a plan group by group, and write each picture when its group is done."""
     watched = _watched(options, pipeline, plan, sign)
@@ -139,6 +148,8 @@ def _write(
             if watched:
                 watched.see(progress)
         images = pipeline.finish(group, pipeline.decode(progress.latents))
+        if upscaler:
+            images = _enlarged(images, upscaler, options.upscale)
         if options.watermark:
             images = [embed_watermark(image, options.watermark) for image in images]
         for image, settings in zip(images, group.settings, strict=True):
@@ -158,6 +169,26 @@ def _write(
         strip = written[0].with_name(f"{written[0].stem}-steps.png")
         replaces = options.out is not None
         say(str(watched.write_strip(plan, strip, replaces=replaces)), sys.stdout)
+
+
+def _upscaler(options: argparse.Namespace, backend: BackendSettings) -> "Upscaler":
+    """Open the upscaler: what is wrong with it is found before a step."""
+    from runtime.images.upscaler import Upscaler
+
+    upscaler = Upscaler.load(parse_upscaler(options.upscale).path, settings=backend)
+    for note in upscaler.file.notes:
+        say(f"note: {note}", sys.stderr)
+    return upscaler
+
+
+def _enlarged(images: list[Image.Image], upscaler: "Upscaler", chosen: str) -> list[Image.Image]:
+    """Enlarge pictures; where that fails, they are kept as they were drawn."""
+    factor, counted = parse_upscaler(chosen).factor, partial(show_progress, noun="tile")
+    try:
+        return [upscaler(image, factor, on_tile=counted) for image in images]
+    except LatentrtError as error:
+        say(f"note: not enlarged: {error}", sys.stderr)
+        return images
 
 
 def _watched(
@@ -288,7 +319,7 @@ def _numbered(path: Path, count: int) -> list[Path]:
 def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """Return what makes a picture again beside the request, by the options' names."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += ("watermark",) if options.watermark else ()
+    names += tuple(name for name in ("upscale", "watermark") if getattr(options, name))
     names += tuple(name for name in PIECES if getattr(options, name))
     return made_with(options, names, pipeline.model_path)
 

@@ -17,7 +17,7 @@ from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
 from runtime.images.canvas import ALPHA
 from runtime.images.files import program_version, read_settings
-from runtime.images.upscaling import PIXELS, UPSCALERS
+from runtime.images.upscaling import PIXELS, UPSCALERS, parse_upscaler
 
 __all__ = ["made_with", "settings_of"]
 
@@ -33,6 +33,7 @@ FILES = {
     "embeddings": ("--embedding", "textual inversion"),
     "image": ("--image", "picture"),
     "mask": ("--mask", "mask"),
+    "upscale": ("--upscale", "upscaler"),
 }
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
 
@@ -171,7 +172,9 @@ def made_with(options: argparse.Namespace, names: Iterable[str], model: Path) ->
     """
     given = {name: getattr(options, name) for name in names}
     files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
-    given |= {name: Path(value).name for name, value in files.items() if isinstance(value, Path)}
+    given |= {
+        name: Path(value).name for name, value in files.items() if isinstance(value, Path | str)
+    }
     given |= {
         name: [Path(text).name for text in value]
         for name, value in files.items()
@@ -185,13 +188,15 @@ def made_with(options: argparse.Namespace, names: Iterable[str], model: Path) ->
 
 
 def parted(name: str, text: str) -> tuple[str, str]:
-    """Part a file from what an option says behind it: an adapter's ":0.8", a word's "=WORD"."""
+    """Part a file from what an option says behind it: ":0.8" of an adapter, "=WORD", ":2"."""
     file = text
     if name == "loras":
         with suppress(ModelError):
             file = str(parse_adapter(text).path)
     elif name == "embeddings":
         file = str(parse_embedding(text)[0])
+    elif name == "upscale":
+        file = str(parse_upscaler(text).path)
     return file, text[len(file) :]
 
 

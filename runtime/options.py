@@ -35,7 +35,8 @@ MADE_WITH = (*_FILES, "prediction_type", "backend", "device", "precision")
 PIECES = ("unet", "text_encoder", "text_encoder_2")  # and these where they were given
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
-AGAIN = {*MADE_WITH, *PIECES, "watermark", "batch_size", *HIRES, *FIELDS}  # and nothing else
+OF_RESULTS = ("upscale", "watermark", "batch_size")
+AGAIN = {*MADE_WITH, *PIECES, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
 
 
 class _Parser(CommandParser):

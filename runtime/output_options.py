@@ -57,6 +57,14 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
         },
     ),
     (
+        ("--upscale",),
+        {
+            "metavar": "FILE[:FACTOR]",
+            "help": "enlarge the finished picture with an upscaler (ESRGAN, Real-ESRGAN, SwinIR), "
+            "as many times as it does or FACTOR says",
+        },
+    ),
+    (
         ("--watermark",),
         {
             "metavar": "TEXT",

@@ -74,9 +74,12 @@ class Loading:
             self._shown = False
 
 
-def show_progress(step: int, total: int) -> None:
-    """Draw a bar on a terminal, within one line of it; elsewhere stay quiet."""
-    show_bar(f" step {step}/{total}", step, total)
+def show_progress(step: int, total: int, noun: str = "step") -> None:
+    """Draw a bar on a terminal, within one line of it; elsewhere stay quiet.
+
+    noun: what is counted
+    """
+    show_bar(f" {noun} {step}/{total}", step, total)
 
 
 def show_bar(text: str, done: int, total: int) -> bool:

@@ -26,7 +26,7 @@ ROOMS = {
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
         *("families", "few_steps", "likeness", "pipeline_index", "unsupported", "prediction"),
-        *("gpt2", "single_file", "diffusers_unet", "pieces"),
+        *("gpt2", "single_file", "diffusers_unet", "pieces", "upscaler"),
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images"),
@@ -34,7 +34,7 @@ ROOMS = {
         *("plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "grid", "__main__"),
+        *("terminal", "upscale", "grid", "__main__"),
     ),
     "serving": (
         *(

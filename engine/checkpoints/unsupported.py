@@ -23,6 +23,10 @@ SIGNATURES: Mapping[str, tuple[str, str]] = MappingProxyType(
             "a textual-inversion embedding",
             AS_ADAPTER,
         ),
+        r"\brdb1\.conv1\.|\bRDB1\.conv1\.|\bresidual_group\.blocks\.|^body\.1\.weight$": (
+            "an upscaler",
+            "give it as --upscale, or to `latentrt upscale`",
+        ),
         r"^control_model\.|^controlnet_|\binput_hint_block\.|^control_all_|^lora_controlnet": (
             "a ControlNet",
             ADVICE,

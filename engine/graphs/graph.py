@@ -2,7 +2,8 @@
 
 A graph's file name says the part, the architecture's key and the precision, so one graph serves
 every checkpoint of its architecture. Graphs of known architectures ship with the package,
-compressed; `python -m export` traces the others.
+compressed; `python -m export` traces the others. Those of upscalers are written when one is opened
+(`engine/graphs/writer.py`).
 
 The inputs and outputs of every graph, their names, dtypes and symbolic shapes, are written once,
 here. Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
@@ -41,6 +42,7 @@ Part = Literal[
     "vae_encoder",
     "preview_decoder",
     "language_model",
+    "upscaler",
 ]
 TextPart = Literal["text_encoder", "text_encoder_2"]
 Symbol = str | int
@@ -161,6 +163,11 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
                 "present": _tensor("float32", "l", 2, "B", "a", "p + n", "d"),
             },
         ),
+        # Of a picture or a tile of one: RGB of 0 to 1 goes in, and comes out larger, not clamped.
+        "upscaler": Signature(
+            inputs={"pixels": _tensor("float32", 1, 3, "h", "w")},
+            outputs={"upscaled": _tensor("float32", 1, 3, "H", "W")},
+        ),
     }
 )
 
@@ -199,6 +206,7 @@ class Graph:
         versions have others
     shapes: of the inputs that the file states; a size that is not fixed is a symbol
     weights: the checkpoint's tensors that it wants, by name, with their shapes
+    content: the serialised ModelProto of a graph that was written in memory, which no file holds
     """
 
     path: Path
@@ -209,6 +217,7 @@ class Graph:
     outputs: tuple[str, ...]
     shapes: Mapping[str, tuple[Symbol, ...]]
     weights: Mapping[str, tuple[int, ...]]
+    content: bytes | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -243,7 +252,7 @@ class Graph:
 
     def data(self) -> bytes:
         """Read the serialised ModelProto; raises GraphError."""
-        return _read(self.path)
+        return _read(self.path) if self.content is None else self.content
 
 
 def _read(path: Path) -> bytes:

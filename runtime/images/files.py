@@ -28,8 +28,11 @@ from runtime.images.foreign import parse_foreign
 SETTINGS_KEY = "latentrt"  # the PNG text chunk that holds the settings as JSON
 WHITE = 255
 ORIENTATION, UPRIGHT = 0x0112, 1  # EXIF's tag and its value
-SourceType = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
-"""Of a whole picture, and of one that keeps a part of another: inpainting and outpainting."""
+SourceType = Literal[
+    "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia", "algorithmicallyEnhanced"
+]
+"""Of a whole picture, of one that keeps a part of another (inpainting and outpainting), and of a
+photograph or drawing that was enlarged."""
 Sign = Callable[[bytes, str, SourceType], bytes]
 """Takes a picture's file, its format and its source; returns the file with a signature in it."""
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,16 @@ from PIL import Image
 from engine.errors import RequestError
 from runtime.checks import check_choice, check_number
 
-__all__ = ["MODES", "PIXELS", "UPSCALERS", "Hires", "upscale_latents", "upscale_pixels"]
+__all__ = [
+    "MODES",
+    "PIXELS",
+    "UPSCALERS",
+    "Hires",
+    "UpscalerChoice",
+    "parse_upscaler",
+    "upscale_latents",
+    "upscale_pixels",
+]
 
 Kernel = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
@@ -32,7 +42,37 @@ MODES = {  # by Automatic1111's names
 PIXELS = "lanczos"
 UPSCALERS = (PIXELS, *MODES.values())  # of hires fix; the first enlarges pixels, the rest latents
 HIRES_STRENGTH = 0.6
+MAX_FACTOR = 16  # of a trained upscaler, used several times
 MAX_STEPS = 10**6  # the model's schedule knows how many there may be
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpscalerChoice:
+    """An upscaler's file, and how many times larger the sides become; None is its own scale."""
+
+    path: Path
+    factor: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse factors that make a picture smaller, or larger than any."""
+        if self.factor is not None:
+            check_number("the factor of an upscaler", self.factor, Real, 1, MAX_FACTOR)
+
+
+def parse_upscaler(text: str) -> UpscalerChoice:
+    """Read `FILE` or `FILE:FACTOR`; a colon in FILE is its own unless a number follows.
+
+    Raises RequestError.
+    """
+    head, colon, last = text.rpartition(":")
+    try:
+        factor = float(last) if colon else None
+    except ValueError:
+        head, factor = text, None
+    path = head if colon else text
+    if not path.strip() or "\0" in path:
+        raise RequestError(f"{text!r} names no upscaler; give FILE or FILE:FACTOR")
+    return UpscalerChoice(path=Path(path), factor=factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

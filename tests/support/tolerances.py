@@ -107,3 +107,6 @@ WATERMARK_BIT_ERROR = 0.05  # after JPEG 75, or halving: 0 measured in the mean 
 
 # runtime/denoising/groups.py: the memory of 64 pictures over that of 4, measured as 1.02.
 GROUPED_MEMORY = 1.5
+# engine/graphs/upscalers.py: against the published architectures in torch, of the largest number
+UPSCALER_RTOL = 1e-5
+UPSCALER_SEAM = 2  # of 255: a gradient in tiles of 64, against the same in one

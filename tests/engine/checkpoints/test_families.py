@@ -130,6 +130,12 @@ FOREIGN = {  # names of published files: what the error says
         "control_model.input_hint_block.0.weight",
         "controlnet_cond_embedding.conv_in.weight",
     ],
+    "an upscaler": [
+        "params_ema.body.0.rdb1.conv1.weight",
+        "model.1.sub.0.RDB1.conv1.0.weight",
+        "layers.0.residual_group.blocks.0.norm1.weight",
+        "body.1.weight",
+    ],
     "an IP-Adapter": ["image_proj.proj.weight"],
     "an AnimateDiff motion module": [
         "down_blocks.0.motion_modules.0.temporal_transformer.norm.bias"

@@ -1,0 +1,229 @@
+"""Pictures enlarged by a trained upscaler, in tiles that overlap.
+
+A network sees some pixels around each that it makes, so what lies near a tile's cut edge is not
+what it would be within. Those pixels are thrown away, and where two tiles are left, one fades into
+the other. Memory follows from the tile's size, which the architecture's widest layers decide.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.backends.base import Engine
+from engine.backends.settings import (
+    ON_GPU,
+    BackendSettings,
+    ComputePrecision,
+    graph_precision,
+)
+from engine.checkpoints.upscaler import UpscalerFile, open_upscaler
+from engine.configs.base import Sizes
+from engine.configs.upscalers import UpscalerConfig
+from engine.engines import open_engine
+from engine.errors import RequestError
+from engine.graphs.upscalers import upscaler_graph
+from runtime.checks import check_image, check_number
+from runtime.images.files import SOURCE_KEY, WHITE, as_rgb
+from runtime.images.upscaling import MAX_FACTOR
+
+__all__ = ["Upscaler"]
+
+MAX_PIXELS = 2**26  # of a result: more would not be read again
+NUMBERS = 2**27  # that are alive at once in a tile, by the architecture's own estimate
+LARGEST_TILE, SMALLEST_TILE = 512, 64
+LANCZOS = Image.Resampling.LANCZOS
+OVERLAP, EDGE = 32, 8  # of tiles, and what of it is thrown away, in pixels that go in
+
+Array = NDArray[np.float32]
+OnTile = Callable[[int, int], object]
+"""Called after every tile, with how many are done, and how many there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Upscaler:
+    """An upscaler with its engine; `load` makes one, a call enlarges a picture.
+
+    tile: the side of the tiles that are computed at once, in pixels that go in
+    """
+
+    file: UpscalerFile
+    engine: Engine
+    tile: int
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        precision: ComputePrecision | None = None,
+        settings: BackendSettings | None = None,
+    ) -> Self:
+        """Open a file of ESRGAN, Real-ESRGAN or SwinIR.
+
+        precision: what to compute in, which the backend must offer; None is float32
+        settings: how it runs; on a GPU's backends the processor does, by ONNX Runtime
+        Raises ModelError or BackendError.
+        """
+        chosen = settings or BackendSettings()
+        if chosen.backend is None or chosen.backend in ON_GPU:
+            chosen = BackendSettings(backend="cpu", threads=chosen.threads)
+        computed: ComputePrecision = precision or "float32"
+        file = open_upscaler(Path(path))
+        graph = upscaler_graph(file.config, graph_precision(chosen, computed))
+        engine = open_engine(graph, file.weights, chosen, computed)
+        return cls(file=file, engine=engine, tile=tile_side(file.config))
+
+    @property
+    def scale(self) -> int:
+        """How many times larger its network makes both sides."""
+        return self.file.config.scale
+
+    def __call__(
+        self, image: Image.Image, factor: float | None = None, *, on_tile: OnTile | None = None
+    ) -> Image.Image:
+        """Return an RGB picture enlarged, with transparency where it had some.
+
+        factor: 1 to 16, None for the upscaler's own scale; it is used as often as that takes, and
+            Lanczos' kernel brings what it makes to the size that is wanted
+        Raises RequestError for what is no picture or would be too large, BackendError.
+        """
+        check_image("image", image)
+        factor = float(self.scale) if factor is None else factor
+        check_number("factor", factor, Real, 1, MAX_FACTOR)
+        size = round(image.width * factor), round(image.height * factor)
+        self.check_size(*image.size, factor)
+        pixels = np.asarray(as_opaque(image))
+        for i in range(self._passes(factor)):
+            if i:  # no larger between two passes than the second needs
+                needed = [math.ceil(side / self.scale) for side in size]
+                pixels = np.asarray(Image.fromarray(pixels).resize(needed, LANCZOS))
+            pixels = self.enlarged(pixels, on_tile)
+        larger = Image.fromarray(pixels)
+        if larger.size != size:
+            larger = larger.resize(size, LANCZOS)
+        if image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+            larger.putalpha(alpha.resize(size, LANCZOS))
+        keeps_profile = image.mode in ("RGB", "RGBA")  # others' would be of other colours
+        kept = (SOURCE_KEY, *(("icc_profile",) if keeps_profile else ()))
+        larger.info = {key: image.info[key] for key in kept if key in image.info}
+        return larger
+
+    def check_size(self, width: int, height: int, factor: float | None) -> None:
+        """Raise RequestError where a picture of this size would become too large."""
+        for times in (self.scale, factor or self.scale):
+            wide, high = round(width * times), round(height * times)
+            if wide * high > MAX_PIXELS:
+                raise RequestError(
+                    f"the enlarged picture would have {wide} x {high} pixels, and {MAX_PIXELS} in "
+                    "all may be made; give a smaller factor or picture"
+                )
+
+    def _passes(self, factor: float) -> int:
+        """Return how often the network is used; a scale of 1 restores and enlarges nothing."""
+        if self.scale == 1:
+            return 1
+        return max(math.ceil(math.log(factor, self.scale) - 1e-9), 1)
+
+    def enlarged(
+        self, pixels: NDArray[np.uint8], on_tile: OnTile | None = None
+    ) -> NDArray[np.uint8]:
+        """Enlarge (H, W, 3) once, by the scale; returns (scale · H, scale · W, 3).
+
+        Raises BackendError.
+        """
+        height, width = pixels.shape[:2]
+        multiple, scale = self.file.config.multiple, self.scale
+        padding = [(0, -side % multiple) for side in (height, width)]
+        padded = np.pad(pixels, [*padding, (0, 0)], mode="reflect")
+        result = np.empty((scale * height, scale * width, 3), np.uint8)
+        rows, columns = (_cuts(side, self.tile, multiple) for side in padded.shape[:2])
+        windows = [_windows(cuts, scale) for cuts in (rows, columns)]
+        strip = np.zeros((scale * rows[0].stop, scale * padded.shape[1], 3), np.float32)
+        total, done = len(rows) * len(columns), 0
+        ends = [*(cut.start for cut in rows[1:]), rows[-1].stop]
+        for row, down, end in zip(rows, windows[0], ends, strict=True):
+            for column, across in zip(columns, windows[1], strict=True):
+                tile = self._run(padded[row, column])
+                place = slice(scale * column.start, scale * column.stop)
+                strip[:, place] += tile * np.multiply.outer(down, across)[:, :, None]
+                done += 1
+                if on_tile is not None:
+                    on_tile(done, total)
+            ready = scale * (end - row.start)  # rows that no further tile reaches
+            place = slice(scale * row.start, min(scale * end, len(result)))
+            result[place] = _as_bytes(strip[: place.stop - place.start, : result.shape[1]])
+            strip[: len(strip) - ready] = strip[ready:].copy()
+            strip[len(strip) - ready :] = 0
+        return result
+
+    def _run(self, pixels: NDArray[np.uint8]) -> Array:
+        """Enlarge a tile (h, w, 3); returns floats of about 0 to 1."""
+        floats = np.moveaxis(pixels.astype(np.float32) / np.float32(WHITE), -1, 0)[None]
+        found: NDArray[Any] = self.engine.run({"pixels": np.ascontiguousarray(floats)})["upscaled"]
+        return np.moveaxis(found[0], 0, -1)
+
+
+def as_opaque(image: Image.Image) -> Image.Image:
+    """Return a picture's own colours, also where it is transparent."""
+    return image.convert("RGBA").convert("RGB") if image.has_transparency_data else as_rgb(image)
+
+
+def tile_side(config: UpscalerConfig) -> int:
+    """Return the side of tiles whose largest layers fit into the memory that is meant for them."""
+    numbers = config.activations("upscaler", Sizes(height=256, width=256)) / 256**2
+    side = min(max(math.isqrt(int(NUMBERS / numbers)), SMALLEST_TILE), LARGEST_TILE)
+    return side - side % config.multiple
+
+
+def _cuts(size: int, side: int, multiple: int) -> list[slice]:
+    """Cut an axis into evenly spread tiles of one size that overlap."""
+    side = min(side, size)
+    overlap = OVERLAP + multiple  # starts are rounded to the multiple
+    count = math.ceil((size - overlap) / (side - overlap)) if size > side else 1
+    step = (size - side) / max(count - 1, 1) / multiple
+    starts = [math.floor(i * step + 1e-9) * multiple for i in range(count)]
+    return [slice(start, start + side) for start in starts]
+
+
+def _windows(cuts: Sequence[slice], scale: int) -> list[Array]:
+    """Weigh the tiles along an axis, (scale · side,) each; weights sum to 1 everywhere.
+
+    Towards an edge that was cut they fall over the overlap, to nothing before its last pixels.
+    """
+    length = scale * (cuts[0].stop - cuts[0].start)
+    total = np.zeros(scale * cuts[-1].stop)
+    windows = []
+    for i, cut in enumerate(cuts):
+        window = np.ones(length)
+        ramp = _ramp(length, scale)
+        if i:
+            window *= ramp
+        if i < len(cuts) - 1:
+            window *= ramp[::-1]
+        windows.append(window)
+        total[scale * cut.start : scale * cut.stop] += window
+    return [
+        (window / total[scale * cut.start : scale * cut.stop]).astype(np.float32)
+        for window, cut in zip(windows, cuts, strict=True)
+    ]
+
+
+def _ramp(length: int, scale: int) -> NDArray[np.float64]:
+    """Rise from 0 to 1 over what of the overlap is kept, as the square of a sine does."""
+    places = (np.arange(length) + 0.5) / scale
+    kept = (places - EDGE) / (OVERLAP - 2 * EDGE)
+    ramp: NDArray[np.float64] = np.sin(np.pi / 2 * kept.clip(0, 1)) ** 2
+    return ramp
+
+
+def _as_bytes(image: Array) -> NDArray[np.uint8]:
+    rounded: NDArray[np.uint8] = np.rint(image * np.float32(WHITE)).clip(0, WHITE).astype(np.uint8)
+    return rounded

@@ -1,0 +1,93 @@
+"""`latentrt upscale PICTURE --upscaler FILE[:FACTOR]`: enlarge a picture that is there."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine.backends.settings import PRECISIONS, BackendSettings
+from engine.command_line import CommandParser
+from engine.errors import exit_status
+from engine.store.cache import fingerprint
+from runtime.images.files import (
+    SOURCE_KEY,
+    check_output,
+    open_image,
+    program_version,
+    read_settings,
+    read_source_type,
+    write_image,
+)
+from runtime.images.upscaler import Upscaler
+from runtime.images.upscaling import UpscalerChoice, parse_upscaler
+from runtime.terminal import Loading, say, show_progress
+
+ENHANCED = "algorithmicallyEnhanced"  # what a picture becomes that does not say what it is
+PROCESSOR = ("cpu", "openvino")  # what an upscaler runs on
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "latentrt upscale") -> int:
+    """Run the command; return its exit status: 0, or 2 for a user's mistake."""
+    return exit_status(lambda: _upscale(make_parser(prog).parse_args(arguments)))
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the command's parser; prog: what the usage calls it."""
+    parser = CommandParser(prog=prog, description="Enlarge a picture with a trained upscaler.")
+    add = parser.add_argument
+    add("picture", metavar="PICTURE", type=Path, help="a PNG, JPEG or WebP")
+    add(
+        "--upscaler",
+        required=True,
+        metavar="FILE[:FACTOR]",
+        help="of ESRGAN, Real-ESRGAN or SwinIR, and how many times larger the sides become "
+        "(default: as many as the upscaler makes them)",
+    )
+    add("-o", "--out", type=Path, metavar="FILE", help="(default: PICTURE-upscaled.png here)")
+    add("--backend", choices=PROCESSOR, default="cpu", help="(default: %(default)s, ONNX Runtime)")
+    offered = dict.fromkeys(p for name in PROCESSOR for p in PRECISIONS[name] if p != "int8")
+    add("--precision", choices=tuple(offered), help="what it computes in (default: float32)")
+    add("--threads", type=int, metavar="N", help="processor threads (default: one for each core)")
+    add(
+        "--no-mark",
+        dest="mark",
+        action="store_false",
+        help="leave out of the file that a trained model made or changed the picture",
+    )
+    return parser
+
+
+def _upscale(options: argparse.Namespace) -> None:
+    choice = parse_upscaler(options.upscaler)
+    out = options.out or Path(f"{options.picture.stem}-upscaled.png")
+    check_output(out)
+    image = open_image(options.picture)
+    image.info[SOURCE_KEY] = read_source_type(options.picture) or ENHANCED
+    with Loading(str(choice.path)):
+        settings = BackendSettings(backend=options.backend, threads=options.threads)
+        upscaler = Upscaler.load(choice.path, precision=options.precision, settings=settings)
+    for note in upscaler.file.notes:
+        say(f"note: {note}", sys.stderr)
+    larger = upscaler(image, choice.factor, on_tile=partial(show_progress, noun="tile"))
+    made_with = _made_with(options.picture, options.upscaler, choice)
+    kept = options.out is not None
+    say(str(write_image(larger, out, made_with, mark=options.mark, replaces=kept)), sys.stdout)
+
+
+def _made_with(picture: Path, text: str, choice: UpscalerChoice) -> dict[str, Any]:
+    """Return what the picture says that it was made with, and the upscaler, by name and hash."""
+    made_with = read_settings(picture) or {}
+    hashes = made_with.get("hashes")
+    known = hashes if isinstance(hashes, dict) else {}
+    return {
+        **made_with,
+        "upscale": Path(text).name,
+        "hashes": {**known, choice.path.name: fingerprint(choice.path)},
+        "latentrt": program_version(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

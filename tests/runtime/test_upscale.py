@@ -1,0 +1,209 @@
+"""`--upscale` of a drawn picture, and `latentrt upscale` of one that is there."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import runtime.__main__ as draw
+from engine.errors import BackendError
+from engine.store.cache import fingerprint
+from latentrt.__main__ import main
+from latentrt.info import find_facts
+from runtime import upscale
+from runtime.images.files import read_settings, read_source_type
+from runtime.images.upscaler import Upscaler
+from tests.support.pictures import drawing
+from tests.support.upscaler_files import COMPACT, ESRGAN, write_upscaler
+
+SMALL = ("--height", "32", "--width", "32", "--steps", "1", "--threads", "1", "--backend", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_upscaler(tmp_path / "up.safetensors")
+    return tmp_path
+
+
+def size(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def drawn(*arguments):
+    assert draw.main(["a red apple", *SMALL, "--seed", "7", *arguments]) == 0
+
+
+def test_a_drawn_picture_is_the_enlarged_one(here, capsys):
+    drawn("-o", "small.png")
+    drawn("-o", "large.png", "--upscale", "up.safetensors")
+    drawn("-o", "larger.png", "--upscale", "up.safetensors:3")
+    assert capsys.readouterr().err == ""
+    assert (size("small.png"), size("large.png"), size("larger.png")) == (
+        (32, 32),
+        (64, 64),
+        (96, 96),
+    )
+    expected = Upscaler.load("up.safetensors")(Image.open("small.png"))
+    assert np.array_equal(np.asarray(expected), np.asarray(Image.open("large.png")))
+
+
+def test_all_pictures_of_a_run_are(here):
+    drawn("-o", "a.png", "--upscale", "up.safetensors", "-n", "2")
+    assert size("a-1.png") == size("a-2.png") == (64, 64)
+
+
+def test_settings_make_it_again(here):
+    drawn("-o", "a.png", "--upscale", str(here / "up.safetensors:1.5"))
+    settings = read_settings("a.png")
+    assert settings["upscale"] == "up.safetensors:1.5"
+    assert settings["hashes"]["up.safetensors"] == fingerprint(here / "up.safetensors")
+    assert (settings["height"], settings["width"]) == (32, 32)
+    assert draw.main(["--again", "a.png", "-o", "b.png", "--threads", "1"]) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_again_without_the_upscaler_names_the_option(here, capsys):
+    drawn("-o", "a.png", "--upscale", "up.safetensors")
+    Path("up.safetensors").unlink()
+    assert draw.main(["--again", "a.png"]) == 2
+    said = capsys.readouterr().err
+    assert "the upscaler up.safetensors" in said
+    assert "--upscale" in said
+
+
+def test_again_notes_another_upscaler(here, capsys):
+    drawn("-o", "a.png", "--upscale", "up.safetensors")
+    write_upscaler(here / "up.safetensors", seed=1)
+    assert draw.main(["--again", "a.png", "-o", "b.png", "--threads", "1"]) == 0
+    assert "up.safetensors is another upscaler than a.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ("missing.pth", "missing.pth"),
+        ("up.safetensors:99", "the factor of an upscaler is 99.0; give a number from 1 to 16"),
+        ("photo.png", "photo.png"),
+        (":2", "names no upscaler"),
+    ],
+)
+def test_what_cannot_be_used_is_said_before_a_step(here, chosen, said, capsys, monkeypatch):
+    drawing(32, 32).save("photo.png")
+    monkeypatch.setattr(draw.Pipeline, "load", lambda *_, **__: pytest.fail("it loaded"))
+    assert draw.main(["a red apple", *SMALL, "--upscale", chosen]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_too_large_is_said_before_a_step(here, capsys, monkeypatch):
+    monkeypatch.setattr(draw.Pipeline, "denoise", lambda *_: pytest.fail("it drew"))
+    asked = ("--height", "1024", "--width", "1024", "--upscale", "up.safetensors:16")
+    assert draw.main(["a red apple", *SMALL, *asked]) == 2
+    assert "16384 x 16384 pixels" in capsys.readouterr().err
+
+
+def test_a_picture_is_not_lost_where_enlarging_fails(here, capsys, monkeypatch):
+    def fail(*_):
+        raise BackendError("no memory")
+
+    monkeypatch.setattr(Upscaler, "enlarged", fail)
+    drawn("-o", "a.png", "--upscale", "up.safetensors")
+    assert "note: not enlarged: no memory" in capsys.readouterr().err
+    assert size("a.png") == (32, 32)
+
+
+def test_a_sheet_is_not_enlarged(here, capsys):
+    asked = ["grid", "a red apple", *SMALL, "--x", "steps=1,2", "--upscale", "up.safetensors"]
+    assert main(asked) == 2
+    assert "--upscale is for `latentrt draw`" in capsys.readouterr().err
+
+
+def enlarged(*arguments):
+    return main(["upscale", *map(str, arguments), "--threads", "1"])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_photograph_is_enlarged_and_marked(here, suffix, capsys):
+    drawing(30, 40).save("photo.png")
+    out = here / f"out{suffix}"
+    assert enlarged("photo.png", "--upscaler", "up.safetensors:1.5", "-o", out) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert size(out) == (60, 45)
+    assert read_source_type(out) == "algorithmicallyEnhanced"
+    assert read_settings(out)["upscale"] == "up.safetensors:1.5"
+    assert enlarged("photo.png", "--upscaler", "up.safetensors", "-o", out, "--no-mark") == 0
+    assert read_source_type(out) is None
+
+
+def test_a_drawn_picture_keeps_what_it_was_made_with(here):
+    drawn("-o", "a.png")
+    drawn("-o", "b.png", "--upscale", "up.safetensors")
+    assert enlarged("a.png", "--upscaler", "up.safetensors", "-o", "c.png") == 0
+    assert read_source_type("c.png") == "trainedAlgorithmicMedia"
+    assert read_settings("b.png") == read_settings("c.png")
+    assert np.array_equal(np.asarray(Image.open("b.png")), np.asarray(Image.open("c.png")))
+
+
+def test_files_that_are_there_stay(here, capsys):
+    drawing(32, 32).save("photo.png")
+    for _ in range(2):
+        assert enlarged("photo.png", "--upscaler", "up.safetensors") == 0
+    names = capsys.readouterr().out.split()
+    assert names == ["photo-upscaled.png", "photo-upscaled-2.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("none.png", "--upscaler", "up.safetensors"), "none.png cannot be read"),
+        (("photo.png", "--upscaler", "none.pth"), "none.pth"),
+        (("photo.png", "--upscaler", "text.pth"), "text.pth is no checkpoint"),
+        (("photo.png",), "--upscaler"),
+        (("photo.png", "--upscaler", "up.safetensors", "-o", "a.gif"), "a.gif ends in '.gif'"),
+        (
+            ("photo.png", "--upscaler", "up.safetensors", "--precision", "bfloat16"),
+            "does not compute in bfloat16",
+        ),
+    ],
+)
+def test_mistakes_get_a_sentence(here, arguments, said, capsys):
+    drawing(32, 32).save("photo.png")
+    Path("text.pth").write_text("hello")
+    try:
+        status = enlarged(*arguments)
+    except SystemExit as ended:  # argparse's
+        status = ended.code
+    assert status == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_info_tells_an_upscaler(here):
+    facts = find_facts("up.safetensors")
+    assert (facts["kind"], facts["scale"]) == ("upscaler", 2)
+    write_upscaler(here / "esrgan.safetensors", ESRGAN)
+    facts = find_facts("esrgan.safetensors")
+    assert facts["architecture"]["num_block"] == ESRGAN.num_block
+    assert facts["parameters"]["upscaler"] > 1000
+
+
+def test_a_model_is_said_to_be_an_upscaler(here, capsys):
+    shutil.copy("up.safetensors", "model.safetensors")
+    assert draw.main(["a red apple", "-m", "model.safetensors"]) == 2
+    assert "--upscale" in capsys.readouterr().err
+
+
+def test_openvino_and_bfloat16(here):
+    drawing(20, 20).save("photo.png")
+    write_upscaler(here / "esrgan.safetensors", ESRGAN)
+    for backend in upscale.PROCESSOR:
+        out = f"{backend}.png"
+        given = ("--upscaler", "esrgan.safetensors", "--backend", backend, "-o", out)
+        assert enlarged("photo.png", *given) == 0
+    found = [np.asarray(Image.open(f"{name}.png"), np.int16) for name in upscale.PROCESSOR]
+    assert abs(found[0] - found[1]).max() <= 1
+    assert COMPACT.scale == ESRGAN.scale
