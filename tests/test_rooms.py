@@ -16,7 +16,16 @@ PACKAGES = ("engine", "runtime", "serving", "export", "training", "benchmarks", 
 ROOMS = {
     "": ("engine", "runtime", "serving", "export", "training", "benchmarks", "latentrt"),
     "engine": (
-        *("errors", "command_line", "store", "shipped", "configs", "graphs", "checkpoints"),
+        *(
+            "errors",
+            "deferred",
+            "command_line",
+            "store",
+            "shipped",
+            "configs",
+            "graphs",
+            "checkpoints",
+        ),
         *("model", "adapters", "devices", "backends", "engines"),
     ),
     "engine.backends": (
@@ -33,7 +42,7 @@ ROOMS = {
         *("picture_settings", "request_options", "plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "grid", "__main__"),
+        *("terminal", "grid", "public", "__main__"),
     ),
     "serving": (
         *(
@@ -47,14 +56,24 @@ ROOMS = {
             "bucket_scheduler",
             "row_limits",
             "model_files",
+            "engine_settings",
             "model_memory",
             "checks",
             "model_runner",
             "order",
             "loop",
         ),
-        *("client", "admission", "metrics", "jobs", "addresses", "keys", "http"),
-        *("frames", "child", "supervisor", "configuration", "options", "server", "__main__"),
+        *("client", "admission", "metrics", "jobs", "addresses", "keys", "names", "http"),
+        *(
+            "frames",
+            "engine_process",
+            "child",
+            "supervisor",
+            "configuration",
+            "options",
+            "server",
+            "__main__",
+        ),
     ),
 }
 SEPARATE = {("export", "runtime"), ("runtime", "export")}  # only files cross between them
