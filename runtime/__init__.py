@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import engine
 
@@ -16,21 +17,9 @@ if Path(engine.__file__ or "").resolve().parent.parent != Path(__file__).resolve
         sys.exit(2)
     raise ImportError(_message)
 
-from runtime.denoising.latents import Progress, State
-from runtime.images.upscaling import Hires
-from runtime.pipeline import Pipeline
-from runtime.plan import Plan, StepInputs
-from runtime.request import Request
-from runtime.result import DrawnImage, Result
+from engine.deferred import deferred
 
-__all__ = [
-    "DrawnImage",
-    "Hires",
-    "Pipeline",
-    "Plan",
-    "Progress",
-    "Request",
-    "Result",
-    "State",
-    "StepInputs",
-]
+if TYPE_CHECKING:
+    from runtime.public import *  # noqa: F403
+else:
+    __getattr__ = deferred(__name__)

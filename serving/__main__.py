@@ -1,14 +1,11 @@
 """`latentrt serve`: serve pictures until somebody ends it."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from engine.errors import exit_status, libraries_of
-from serving.configuration import parse_options
-from serving.options import engine_settings, make_parser, read_keys
-from serving.supervisor import ProcessEngine
+from serving.engine_process import started_process
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m serving") -> int:
@@ -16,22 +13,32 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m serving"
 
     prog: what the usage calls it
     """
-    parser = make_parser(prog)
-    return exit_status(lambda: _serve(parser, arguments), cancelled="ended")
+    return exit_status(lambda: _serve(arguments, prog), cancelled="ended")
 
 
-def _serve(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
-    """Start the engine, and the server while its model is loaded."""
-    options = parse_options(parser, arguments, os.environ)
-    keys, engine = read_keys(options), ProcessEngine(engine_settings(options))
-    engine.launch()
-    try:
-        with libraries_of("serving"):
-            from serving.server import serve
+def _serve(arguments: Sequence[str] | None, prog: str) -> None:
+    """Start the engine, and the server while its model is loaded.
 
-        serve(options, keys, engine)
-    finally:
-        engine.stop()
+    The engine's process imports its libraries while this one imports others, so it is the first
+    thing that is started.
+    """
+    with started_process() as process:
+        from serving.configuration import parse_options
+        from serving.options import engine_settings, make_parser, read_keys
+
+        options = parse_options(make_parser(prog), arguments, os.environ)
+        keys, settings = read_keys(options), engine_settings(options)
+        from serving.supervisor import ProcessEngine
+
+        engine = ProcessEngine(settings, process=process)
+        engine.launch()
+        try:
+            with libraries_of("serving"):
+                from serving.server import serve
+
+            serve(options, keys, engine)
+        finally:
+            engine.stop()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""What a server checks of names and texts before a model is asked for anything."""
-
-import re
-from collections.abc import Sequence
+"""What a server checks of texts before a model is asked for anything."""
 
 from engine.errors import RequestError
 from runtime.conditioning.syntax import schedule
@@ -9,10 +6,6 @@ from runtime.conditioning.tokenizer import make_chunks
 from runtime.pipeline import Pipeline
 from runtime.request import Request
 from serving.picture_request import DEFAULT_STEPS
-
-__all__ = ["NAME", "check_chunks", "check_names"]
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def check_chunks(pipeline: Pipeline, request: Request, most: int) -> None:
@@ -34,13 +27,3 @@ def check_chunks(pipeline: Pipeline, request: Request, most: int) -> None:
             f"the prompts are {len(versions) * longest} chunks of 75 tokens, every version as long "
             f"as the longest; up to {most} are taken"
         )
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuse names that a request or a metric could not bear. Raises RequestError."""
-    for name in names:
-        if not NAME.fullmatch(name):
-            raise RequestError(
-                f"{name!r} is no name for a model or an adapter; take letters, digits, '.', '-' "
-                "and '_', up to 100"
-            )

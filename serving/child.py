@@ -7,30 +7,27 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from typing import Any, BinaryIO, Protocol, Self
+from typing import BinaryIO, Protocol
 
-from engine.backends.settings import BackendSettings, ComputePrecision, cpu_count
+from engine.backends.settings import BackendSettings, cpu_count
 from engine.errors import LatentrtError
 from engine.store.cache import Cache, cache_folder
 from runtime.conditioning.wildcards import Wildcards
 from runtime.images.files import program_version
 from runtime.pipeline import Pipeline
+from serving.engine_settings import FAILED, FIRST, EngineSettings
 from serving.errors import RefusalError
 from serving.events import Event
 from serving.frames import of_event, read_frame, to_order, write_frame
-from serving.limits import Limits
 from serving.loop import Loop
-from serving.model_files import Files
 from serving.model_runner import ModelRunner, Models
-from serving.row_limits import ROWS, Aim, RowLimits
+from serving.row_limits import RowLimits
 
-FIRST = "is_first"  # in the frame of the settings: whether no engine was ready before
-FAILED = 3  # exit status: a model cannot be loaded, which another try would not change
+BY_BUS = "PCI_BUS_ID"  # as nvidia-smi numbers GPUs
 
 
 class WarmModelRunner(ModelRunner, Protocol):
@@ -41,77 +38,47 @@ class WarmModelRunner(ModelRunner, Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSettings:
-    """What an engine's process draws with; all of it can be written as JSON.
+def row_limits(settings: EngineSettings) -> RowLimits:
+    """Return the limits of rows, with the times that were kept of these models here."""
+    facts = {
+        name: getattr(settings, name)
+        for name in ("models", "backend", "card", "precision", "threads")
+    }
+    key = Cache.key(**facts, version=program_version(), cpu_count=cpu_count())
+    return RowLimits(settings.rows, cache_folder() / f"step-times-{key[:16]}.json")
 
-    models, loras: paths, or names of models that ship, by the names that requests use
-    files: what tells models' and adapters' files from others, by their paths
-    rows: in a step, as `serving.row_limits.RowLimits` takes them
-    model_bytes: of weights that stay loaded, None for any number
-    """
 
-    models: Mapping[str, str]
-    loras: Mapping[str, str] = field(default_factory=dict)
-    backend: str | None = None
-    device: str | None = None
-    precision: ComputePrecision | None = None
-    threads: int | None = None
-    build_missing: bool = False
-    graphs: str | None = None
-    files: Mapping[str, Files] = field(default_factory=dict)
-    wildcard_dir: str | None = None
-    rows: int | Aim = ROWS
-    model_bytes: int | None = None
-    limits: Limits = field(default_factory=Limits)
+def runner(settings: EngineSettings) -> Models:
+    """Return what draws; nothing is loaded yet."""
+    chosen = BackendSettings(
+        backend=settings.backend,
+        device=settings.device,
+        threads=settings.threads,
+        build_missing=settings.build_missing,
+    )
 
-    def as_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, given: Mapping[str, Any]) -> Self:
-        """Return the settings that were written."""
-        return cls(**{**given, "limits": Limits(**given["limits"])})
-
-    def row_limits(self) -> RowLimits:
-        """Return the limits of rows, with the times that were kept of these models here."""
-        facts = {
-            name: getattr(self, name) for name in ("models", "backend", "precision", "threads")
-        }
-        key = Cache.key(**facts, version=program_version(), cpu_count=cpu_count())
-        return RowLimits(self.rows, cache_folder() / f"step-times-{key[:16]}.json")
-
-    def runner(self) -> Models:
-        """Return what draws; nothing is loaded yet."""
-        settings = BackendSettings(
-            backend=self.backend,
-            device=self.device,
-            threads=self.threads,
-            build_missing=self.build_missing,
+    def load(model: str | Path) -> Pipeline:
+        return Pipeline.load(
+            model,
+            graphs=settings.graphs,
+            precision=settings.precision,
+            settings=chosen,
+            fast_start=True,
         )
 
-        def load(model: str | Path) -> Pipeline:
-            return Pipeline.load(
-                model,
-                graphs=Path(self.graphs) if self.graphs else None,
-                precision=self.precision,
-                settings=settings,
-                fast_start=True,
-            )
-
-        return Models(
-            models=self.models,
-            loras={name: Path(path) for name, path in self.loras.items()},
-            load=load,
-            wildcards=None if self.wildcard_dir is None else Wildcards(Path(self.wildcard_dir)),
-            limits=self.limits,
-            files=self.files,
-            budget=self.model_bytes,
-        )
+    folder = settings.wildcard_dir
+    return Models(
+        models=settings.models,
+        loras={name: Path(path) for name, path in settings.loras.items()},
+        load=load,
+        wildcards=None if folder is None else Wildcards(Path(folder)),
+        limits=settings.limits,
+        files=settings.files,
+        budget=settings.model_bytes,
+    )
 
 
-def main(runner_of: Callable[[EngineSettings], WarmModelRunner] = EngineSettings.runner) -> int:
+def main(runner_of: Callable[[EngineSettings], WarmModelRunner] = runner) -> int:
     """Draw until the input ends; return the exit status. runner_of: makes what draws."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the process that speaks HTTP is asked to end
         signal.signal(number, signal.SIG_IGN)
@@ -122,9 +89,11 @@ def main(runner_of: Callable[[EngineSettings], WarmModelRunner] = EngineSettings
         return 0
     is_first = first[0].pop(FIRST)
     settings = EngineSettings.from_json(first[0])
-    runner = runner_of(settings)
+    if settings.card is not None:  # of which the libraries see nothing else
+        os.environ.update(CUDA_DEVICE_ORDER=BY_BUS, CUDA_VISIBLE_DEVICES=str(settings.card))
+    drawing = runner_of(settings)
     try:
-        runner.warm(next(iter(settings.models)))
+        drawing.warm(next(iter(settings.models)))
     except (LatentrtError, RefusalError) as error:
         print(f"error: {error}", file=sys.stderr)
         if is_first:
@@ -137,7 +106,7 @@ def main(runner_of: Callable[[EngineSettings], WarmModelRunner] = EngineSettings
         if event.kind == "taken":  # it may kill this process: who is on board is known outside
             waiting.join()
 
-    loop = Loop(runner, tell, limits=settings.row_limits())
+    loop = Loop(drawing, tell, limits=row_limits(settings))
     waiting.put(Event(kind="ready"))
     loop.start()
     while (frame := read_frame(orders)) is not None:

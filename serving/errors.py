@@ -19,6 +19,7 @@ Every message is a sentence of ours. What a library said stands in the log, unde
 from dataclasses import dataclass
 from typing import ClassVar
 
+DRAWING_FAILED = "drawing this picture failed; the server's log has more under this request's id"
 MOST_OF_A_MESSAGE = 500  # characters: messages quote what came
 
 

@@ -18,7 +18,7 @@ from threading import Condition, Thread
 
 from engine.errors import RequestError
 from serving.bucket_scheduler import BucketScheduler, Scheduler
-from serving.errors import RefusalError
+from serving.errors import DRAWING_FAILED, RefusalError
 from serving.events import Event
 from serving.fair_queue import FairQueue
 from serving.model_runner import ModelRunner
@@ -26,8 +26,6 @@ from serving.order import Order, Picture
 from serving.row_limits import RowLimits
 
 log = logging.getLogger("latentrt.serving")
-
-FAILED = "drawing this picture failed; the server's log has more under this request's id"
 
 
 class Loop:
@@ -292,7 +290,7 @@ class Loop:
             code, message = error.code, error.message
         else:
             log.error("picture %d of job %s failed", picture.index, job, exc_info=error)
-            code, message = "engine_failed", FAILED
+            code, message = "engine_failed", DRAWING_FAILED
         if not picture.order.cancelled:
             self._tell(picture.event("failed", code=code, message=message))
         self.cancel(job)

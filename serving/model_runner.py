@@ -10,6 +10,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -38,6 +39,8 @@ log = logging.getLogger("latentrt.serving")
 PREVIEW_QUALITY = 80
 Lora = tuple[str, float] | tuple[str, float, float]
 """An adapter's name with its weight, or with those of the UNet and of the text encoders."""
+PreviewMap = Callable[[], Preview]
+"""Fits how previews are drawn, at the first call: that decodes, and a start needs none."""
 TEXTS_SHARE = 0.02  # of the weights that embeddings of former prompts may take
 
 
@@ -117,7 +120,7 @@ class RowPicture:
 
     row: Row
     pipeline: Pipeline
-    preview_map: Preview
+    preview_map: PreviewMap
     picture_request: PictureRequest
     exact: bool
 
@@ -165,11 +168,11 @@ class RowPicture:
         self.row.enter(self.pipeline.start)
 
     def preview(self) -> Callable[[], bytes]:
-        """As `UnfinishedPicture` says; by the linear map fitted when the model was loaded."""
+        """As `UnfinishedPicture` says; by a linear map, fitted when it is first asked for."""
         denoised = self.row.denoised(self.pipeline.schedule)
 
         def draw() -> bytes:
-            (image,) = self.preview_map.draw(denoised(), self.pipeline.model.vae.compression)
+            (image,) = self.preview_map().draw(denoised(), self.pipeline.model.vae.compression)
             file = io.BytesIO()
             image.save(file, format="JPEG", quality=PREVIEW_QUALITY)
             return file.getvalue()
@@ -218,7 +221,7 @@ class Models:
     wildcards: Wildcards | None = None
     files: Mapping[str, Files] = field(default_factory=dict)
     budget: int | None = None
-    _open: "OrderedDict[Hashable, tuple[Pipeline, Preview]]" = field(default_factory=OrderedDict)
+    _open: "OrderedDict[Hashable, tuple[Pipeline, PreviewMap]]" = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
     def unfinished_pictures(self, picture_request: PictureRequest) -> list[RowPicture]:
@@ -253,7 +256,7 @@ class Models:
         )
 
     def warm(self, model: str) -> None:
-        """Load a model and run each of its parts once, so that the first request waits for none."""
+        """Load a model, open its parts and make a step, so that no request waits for that."""
         picture_request = PictureRequest(
             fields={"prompt": "", "num_inference_steps": 1, "seed": 0}, model=model
         )
@@ -261,7 +264,6 @@ class Models:
         unfinished.enter()
         while not unfinished.is_done:
             self.step([unfinished])
-        unfinished.finish()
 
     def _named(self, picture_request: PictureRequest, request: Request) -> list[Lora]:
         """Return those of the operator's adapters that the prompt names, `<lora:name:0.8>`."""
@@ -274,7 +276,7 @@ class Models:
             if name is not None and name.lower() not in given
         ]
 
-    def _pipeline(self, model: str, loras: Sequence[Lora]) -> tuple[Pipeline, Preview]:
+    def _pipeline(self, model: str, loras: Sequence[Lora]) -> tuple[Pipeline, PreviewMap]:
         """Return a model with its adapters, loading it if it is not."""
         key = (model, tuple(loras))
         with self._lock:
@@ -285,8 +287,7 @@ class Models:
                 self._put_on(pipeline, model, loras)
                 texts = pipeline.encoder.cache
                 texts.limit = min(texts.limit, int(TEXTS_SHARE * weight_bytes(pipeline)))
-                latents = probe(pipeline.model.vae.latent_channels)
-                self._open[key] = pipeline, Preview.fit(latents, pipeline.decode(latents))
+                self._open[key] = pipeline, _preview_map(pipeline)
             self._open.move_to_end(key)
             return self._open[key]
 
@@ -323,6 +324,15 @@ class Models:
                 f"loras: {names} does not fit the model {model}; leave it out, or "
                 "take a model that it was trained for"
             ) from error
+
+
+def _preview_map(pipeline: Pipeline) -> PreviewMap:
+    @cache
+    def fitted() -> Preview:
+        latents = probe(pipeline.model.vae.latent_channels)
+        return Preview.fit(latents, pipeline.decode(latents))
+
+    return fitted
 
 
 def _unavailable(name: str, why: str) -> UnavailableError:

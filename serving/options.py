@@ -11,13 +11,13 @@ from engine.model import find_model, shipped_models
 from engine.store.eviction import parse_size
 from runtime.options import add_engine_options
 from serving.addresses import is_loopback
-from serving.checks import NAME, check_names
-from serving.child import EngineSettings
 from serving.configuration import CONFIG, PREFIX
+from serving.engine_settings import EngineSettings
 from serving.keys import Keys
 from serving.limits import Limits
 from serving.memory import total_bytes
 from serving.model_files import list_files
+from serving.names import NAME, check_names
 from serving.row_limits import ROWS, parse_rows
 
 HOST, PORT = "127.0.0.1", 7860

@@ -2,11 +2,13 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serving.events import Event, Kind
-from serving.model_runner import UnfinishedPicture
 from serving.picture_request import PictureRequest
+
+if TYPE_CHECKING:  # the process that speaks HTTP draws nothing
+    from serving.model_runner import UnfinishedPicture
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -24,7 +26,7 @@ class Order:
     priority: int = 0
     indices: Sequence[int] = ()
     cancelled: bool = False
-    unfinished_pictures: Sequence[UnfinishedPicture] | None = field(default=None, repr=False)
+    unfinished_pictures: "Sequence[UnfinishedPicture] | None" = field(default=None, repr=False)
     left: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,11 +42,11 @@ class Picture:
     order: Order
     index: int
     number: int
-    unfinished: UnfinishedPicture | None = None
+    unfinished: "UnfinishedPicture | None" = None
     batched: bool = False
 
     @property
-    def begun(self) -> UnfinishedPicture:
+    def begun(self) -> "UnfinishedPicture":
         """What is drawn of it, once it was prepared."""
         assert self.unfinished is not None
         return self.unfinished

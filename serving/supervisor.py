@@ -7,22 +7,21 @@ alone in the engine at two deaths fails.
 """
 
 import logging
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from queue import SimpleQueue
+from subprocess import Popen, TimeoutExpired
 from threading import Lock, Thread
 from typing import IO, Any
 
-from serving.child import FAILED, FIRST, EngineSettings
+from serving.engine_process import COMMAND, start_process
+from serving.engine_settings import FAILED, FIRST, EngineSettings
+from serving.errors import DRAWING_FAILED
 from serving.events import Event
 from serving.frames import of_order, read_frame, to_event, write_frame
-from serving.loop import FAILED as FAILED_SENTENCE
 from serving.memory import resident_bytes
 from serving.order import Order
 
@@ -30,11 +29,6 @@ log = logging.getLogger("latentrt.serving")
 
 LONGEST_PAUSE = 60.0  # seconds between two starts
 DEATHS = 2  # on board so often, a picture is drawn alone; alone so often, it fails
-ROOT = Path(__file__).parents[1]
-# Not `-m`, which would look in the working folder first.
-START = "import sys; sys.path.insert(0, sys.argv[1]); from serving.child import main; "
-START += "sys.exit(main())"
-COMMAND = (sys.executable, "-P", "-c", START, str(ROOT))
 
 Key = tuple[str, int]
 """A picture: its job and its index."""
@@ -106,6 +100,7 @@ class ProcessEngine:
     """An `EngineClient` whose engine is a child of this process.
 
     settings: of the engine; command: what starts it
+    process: the first, where it was started before, so that it imports what it needs meanwhile
     pause: seconds before the second start, doubled until a picture is finished
     """
 
@@ -114,16 +109,18 @@ class ProcessEngine:
         settings: EngineSettings,
         *,
         command: tuple[str, ...] = COMMAND,
+        process: "Popen[bytes] | None" = None,
         pause: float = 1.0,
     ) -> None:
         self.settings = settings
         self._died: Callable[[], None] = lambda: None
         self._command = command
+        self._started = process
         self._first_pause = self._pause = pause
         self._lock = Lock()
         self._unfinished = Unfinished()
         self._alone: Key | None = None  # the suspect that is being drawn
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Popen[bytes] | None = None
         self._outbox: SimpleQueue[Frame | None] = SimpleQueue()
         self._ready = self._was_ready = False
         self._stopped = False
@@ -156,9 +153,8 @@ class ProcessEngine:
 
     def launch(self) -> None:
         """Start a child; done before `start`, its model is loaded while the server is."""
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        started, self._started = self._started, None
+        self._process = started or start_process(self._command)
         self._outbox = SimpleQueue()
         Thread(target=_write, args=(self._process.stdin, self._outbox), daemon=True).start()
         self._send({**self.settings.as_json(), FIRST: not self._was_ready})
@@ -194,7 +190,7 @@ class ProcessEngine:
         self._outbox.put(None)
         try:
             process.wait(5)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             process.kill()
             process.wait()
 
@@ -263,7 +259,7 @@ class ProcessEngine:
         log.error("the engine has died (status %s); starting another", status)
         self._died()
         for job, index in culprits:
-            error = {"code": "engine_failed", "message": FAILED_SENTENCE}
+            error = {"code": "engine_failed", "message": DRAWING_FAILED}
             self._tell(Event(kind="failed", job=job, index=index, data=error))
 
 

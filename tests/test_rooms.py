@@ -16,7 +16,16 @@ PACKAGES = ("engine", "runtime", "serving", "export", "training", "benchmarks", 
 ROOMS = {
     "": ("engine", "runtime", "serving", "export", "training", "benchmarks", "latentrt"),
     "engine": (
-        *("errors", "command_line", "store", "shipped", "configs", "graphs", "checkpoints"),
+        *(
+            "errors",
+            "deferred",
+            "command_line",
+            "store",
+            "shipped",
+            "configs",
+            "graphs",
+            "checkpoints",
+        ),
         *("model", "adapters", "devices", "backends", "engines"),
     ),
     "engine.backends": (
@@ -34,7 +43,7 @@ ROOMS = {
         *("plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "upscale", "grid", "__main__"),
+        *("terminal", "upscale", "grid", "public", "__main__"),
     ),
     "serving": (
         *(
@@ -48,14 +57,24 @@ ROOMS = {
             "bucket_scheduler",
             "row_limits",
             "model_files",
+            "engine_settings",
             "model_memory",
             "checks",
             "model_runner",
             "order",
             "loop",
         ),
-        *("client", "admission", "metrics", "jobs", "addresses", "keys", "http"),
-        *("frames", "child", "supervisor", "configuration", "options", "server", "__main__"),
+        *("client", "admission", "metrics", "jobs", "addresses", "keys", "names", "http"),
+        *(
+            "frames",
+            "engine_process",
+            "child",
+            "supervisor",
+            "configuration",
+            "options",
+            "server",
+            "__main__",
+        ),
     ),
 }
 SEPARATE = {("export", "runtime"), ("runtime", "export")}  # only files cross between them

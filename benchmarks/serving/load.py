@@ -13,7 +13,8 @@ from benchmarks.serving.contenders import ALONE, CONTENDERS
 from benchmarks.serving.driving import ProcessorClock, Seen, by_hand, in_threads, make_loop
 from benchmarks.serving.traffic import at_once, orders, poisson
 from engine.backends.settings import ComputePrecision
-from serving.child import EngineSettings
+from serving.child import runner as make_runner
+from serving.engine_settings import EngineSettings
 
 MODEL = "pictogram"
 MEASURED_MIXES = ("mixed", "equal")
@@ -97,7 +98,7 @@ def run() -> None:
     asked = json.load(sys.stdin)
     drawing = Drawing(**asked["drawing"])
     wanted = orders(asked["mix"], len(asked["arrivals"]))
-    runner = drawing.settings().runner()
+    runner = make_runner(drawing.settings())
     runner.warm(MODEL)
     clock = ProcessorClock() if drawing.clock == "processor" else time.perf_counter
     seen = Seen(clock=clock, arrivals=asked["arrivals"])

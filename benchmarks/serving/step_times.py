@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.machine import summary
 from benchmarks.serving.load import MODEL, Drawing
 from engine.backends.settings import ON_GPU
+from serving.child import runner as make_runner
 from serving.model_runner import Models, RowPicture
 from serving.picture_request import PictureRequest
 from serving.row_limits import LADDER, gaining_rows
@@ -21,7 +22,7 @@ def measure(drawing: Drawing, repeats: int = REPEATS) -> dict[str, Any]:
     clock = time.process_time if drawing.clock == "processor" else time.perf_counter
     if drawing.backend in ON_GPU:
         clock = time.perf_counter  # the processor waits
-    runner = drawing.settings().runner()
+    runner = make_runner(drawing.settings())
     steps = len(LADDER) * (repeats + 1)
     rows = [_begun(runner, number, steps) for number in range(max(LADDER))]
     latents, pipeline = rows[0].row.latents, rows[0].pipeline

@@ -160,6 +160,7 @@ class GraphWriter:
             precision=self._precision,
             inputs=tuple(self._signature.inputs),
             outputs=tuple(self._signature.outputs),
+            shapes={name: tensor.shape for name, tensor in self._signature.inputs.items()},
             weights=self._shapes,
             content=self._written(),
         )

@@ -171,7 +171,7 @@ def test_names_come_from_the_operator(tmp_path, capsys):
 
 
 def test_settings_reach_the_engine(tmp_path):
-    from serving.child import EngineSettings
+    from serving.child import EngineSettings, row_limits
 
     given = ["--rows", "4", "--max-queue", "9", "--backend", "cpu", "--precision", "float32"]
     given += ["--model-memory", "1.5GiB"]
@@ -179,11 +179,11 @@ def test_settings_reach_the_engine(tmp_path):
     assert (settings.rows, settings.limits.jobs, settings.precision) == (4, 9, "float32")
     assert settings.model_bytes == 3 << 29
     chosen = engine_settings(make_parser("serve").parse_args(["--rows", "capacity"]))
-    assert chosen.row_limits().largest == 1, "before anything is measured"
+    assert row_limits(chosen).largest == 1, "before anything is measured"
     assert chosen.model_bytes > 0
     again = EngineSettings.from_json(json.loads(json.dumps(settings.as_json())))
     assert again == settings
-    assert engine_settings(make_parser("serve").parse_args([])).row_limits().largest == 8
+    assert row_limits(engine_settings(make_parser("serve").parse_args([]))).largest == 8
 
 
 def test_who_may_come_in(tmp_path):

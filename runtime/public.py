@@ -1,0 +1,20 @@
+"""The names that `from runtime import …` finds."""
+
+from runtime.denoising.latents import Progress, State
+from runtime.images.upscaling import Hires
+from runtime.pipeline import Pipeline
+from runtime.plan import Plan, StepInputs
+from runtime.request import Request
+from runtime.result import DrawnImage, Result
+
+__all__ = [
+    "DrawnImage",
+    "Hires",
+    "Pipeline",
+    "Plan",
+    "Progress",
+    "Request",
+    "Result",
+    "State",
+    "StepInputs",
+]
