@@ -20,7 +20,16 @@ from runtime.images.files import Sign, check_output, open_image, write_image
 from runtime.images.previews import check_animation, parse_steps
 from runtime.images.upscaling import Hires, parse_upscaler
 from runtime.images.watermark import check_watermark, embed_watermark
-from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, PIECES, make_parser
+from runtime.options import (
+    AGAIN,
+    FIELDS,
+    HIRES,
+    MADE_WITH,
+    PIECES,
+    backend_settings,
+    load_arguments,
+    make_parser,
+)
 from runtime.output_options import OWN
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
@@ -106,19 +115,14 @@ def _draw(options: argparse.Namespace) -> None:
         if path:
             check(path)
     sign = _sign(options)
-    backend = BackendSettings(
-        backend=options.backend,
-        device=options.device,
-        threads=options.threads,
-        build_missing=options.build_missing,
-    )
+    backend = backend_settings(options)
     if options.expand:
         options.prompt = _expanded(options, backend)
     request = _request(options)
     upscaler = _upscaler(options, backend) if options.upscale else None
     loading = Loading(options.model)
     with loading:
-        pipeline, plan = _load(options, backend, request, loading)
+        pipeline, plan = _load(options, request, loading)
     if upscaler:
         *_, last = plan.runs()
         upscaler.check_size(last.width, last.height, parse_upscaler(options.upscale).factor)
@@ -208,27 +212,13 @@ def _watched(
     )
 
 
-def _load(
-    options: argparse.Namespace, backend: BackendSettings, request: Request, loading: Loading
-) -> tuple[Pipeline, Plan]:
+def _load(options: argparse.Namespace, request: Request, loading: Loading) -> tuple[Pipeline, Plan]:
     """Load the model and open its engines; says what was concluded about it."""
     tiny = options.preview_decoder
     pipeline = Pipeline.load(
         options.model,
-        vae=options.vae,
+        **load_arguments(options),
         preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
-        unet=options.unet,
-        text_encoder=options.text_encoder,
-        text_encoder_2=options.text_encoder_2,
-        loras=options.loras,
-        lora_dir=options.lora_dir,
-        wildcard_dir=options.wildcard_dir,
-        embeddings=options.embeddings,
-        strict=options.strict,
-        prediction_type=options.prediction_type,
-        graphs=options.graphs,
-        precision=options.precision,
-        settings=backend,
         fast_start=True,
     )
     chosen = pipeline.engines  # what was chosen makes the same picture again

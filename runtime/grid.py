@@ -13,12 +13,11 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.backends.settings import BackendSettings
 from engine.errors import RequestError, exit_status
 from runtime.images.files import SOURCE_KEY, check_output, write_image
 from runtime.images.previews import side_by_side
 from runtime.images.upscaling import Hires
-from runtime.options import FIELDS, HIRES, make_parser
+from runtime.options import FIELDS, HIRES, load_arguments, make_parser
 from runtime.pipeline import Pipeline
 from runtime.regions import parse_region
 from runtime.request import Request
@@ -74,20 +73,7 @@ def _draw(arguments: Sequence[str] | None, prog: str) -> None:
     if base.seed is None:
         given = ["--seed", "0", *given]  # cells differ by their axes alone
     requests = [_cell(parser, given, axes, values) for values in cells]
-    pipeline = Pipeline.load(
-        base.model,
-        vae=base.vae,
-        loras=base.loras,
-        lora_dir=base.lora_dir,
-        wildcard_dir=base.wildcard_dir,
-        embeddings=base.embeddings,
-        prediction_type=base.prediction_type,
-        graphs=base.graphs,
-        precision=base.precision,
-        settings=BackendSettings(
-            backend=base.backend, threads=base.threads, build_missing=base.build_missing
-        ),
-    )
+    pipeline = Pipeline.load(base.model, **load_arguments(base))
     found = {image.request: image for image in pipeline.draw(requests)}
     notes = dict.fromkeys([*pipeline.notes, *(note for i in found for note in found[i].notes)])
     for note in notes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
-from engine.backends.settings import DEVICES, ComputePrecision
+from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
 from runtime.defaults import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.images.canvas import ALPHA, BLUR
@@ -26,7 +26,8 @@ from runtime.text_options import TEXT_OPTIONS, read_numbers
 
 __all__ = [
     *("AGAIN", "FIELDS", "HIRES", "MADE_WITH"),
-    *("add_engine_options", "add_request_options", "make_parser"),
+    *("add_engine_options", "add_request_options", "backend_settings", "load_arguments"),
+    "make_parser",
 ]
 
 # What makes a picture again beside the request, by the options' names.
@@ -36,6 +37,8 @@ PIECES = ("unet", "text_encoder", "text_encoder_2")  # and these where they were
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
 OF_RESULTS = ("upscale", "watermark", "batch_size")
+_BACKEND = tuple(field.name for field in fields(BackendSettings))  # the options that settle it
+_LOADED = ("vae", *PIECES, *_FILES[2:], "wildcard_dir", "strict", "prediction_type", "graphs")
 AGAIN = {*MADE_WITH, *PIECES, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
 
 
@@ -324,3 +327,14 @@ def _add_images(group: Any) -> None:
         choices=UPSCALERS,
         help=f"of the pixels (lanczos) or of the latents (default: {PIXELS})",
     )
+
+
+def backend_settings(options: argparse.Namespace) -> BackendSettings:
+    """Return the settings of the backend that the options of the engines give."""
+    return BackendSettings(**{name: getattr(options, name) for name in _BACKEND})
+
+
+def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `Pipeline.load` takes beside the model, as all commands that draw are told."""
+    named = {name: getattr(options, name) for name in (*_LOADED, "precision")}
+    return {**named, "settings": backend_settings(options)}

@@ -11,7 +11,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from engine.backends.settings import BackendSettings
 from engine.command_line import CommandParser
 from engine.errors import OutputError, RequestError, exit_status
 from runtime.again import made_with
@@ -31,7 +30,14 @@ from runtime.batch.work import Work, works
 from runtime.checks import check_choice, check_number
 from runtime.images.files import FORMATS as PICTURES
 from runtime.noise import MAX_SEED
-from runtime.options import FIELDS, HIRES, MADE_WITH, PIECES, add_request_options
+from runtime.options import (
+    FIELDS,
+    HIRES,
+    MADE_WITH,
+    PIECES,
+    add_request_options,
+    load_arguments,
+)
 from runtime.pipeline import Pipeline
 from runtime.request import MAX_IMAGES
 from runtime.terminal import Loading, say
@@ -185,27 +191,7 @@ def _load(options: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     """Load the model; return it, and what makes its pictures again beside their requests."""
     loading = Loading(options.model)
     with loading:
-        pipeline = Pipeline.load(
-            options.model,
-            vae=options.vae,
-            unet=options.unet,
-            text_encoder=options.text_encoder,
-            text_encoder_2=options.text_encoder_2,
-            loras=options.loras,
-            lora_dir=options.lora_dir,
-            wildcard_dir=options.wildcard_dir,
-            embeddings=options.embeddings,
-            strict=options.strict,
-            prediction_type=options.prediction_type,
-            graphs=options.graphs,
-            precision=options.precision,
-            settings=BackendSettings(
-                backend=options.backend,
-                device=options.device,
-                threads=options.threads,
-                build_missing=options.build_missing,
-            ),
-        )
+        pipeline = Pipeline.load(options.model, **load_arguments(options))
         loading.note(*pipeline.notes)
     chosen = pipeline.engines
     options.backend, options.precision = chosen.settings.backend, chosen.precision
