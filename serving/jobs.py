@@ -37,6 +37,7 @@ ID_BYTES = 16
 FAILURES: Mapping[str, type[RefusalError]] = {
     "engine_failed": EngineFailedError,
     "model_unavailable": UnavailableError,
+    "not_finite": EngineFailedError,
 }
 
 

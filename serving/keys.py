@@ -52,14 +52,14 @@ class Keys:
         that does not depend on how much of one is right.
         """
         scheme, _, given = authorization.partition(" ")
-        key = given.strip()
+        key = given.encode("latin-1", "replace").strip()  # the header's own bytes, as HTTP has them
         if scheme.lower() == "basic":
             try:
-                key = base64.b64decode(key, validate=True).decode().partition(":")[2]
+                key = base64.b64decode(key, validate=True).partition(b":")[2]
             except (binascii.Error, ValueError):
                 return None
         elif scheme.lower() != "bearer":
             return None
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(key).digest()
         same = [name for name, kept in self.hashes.items() if hmac.compare_digest(kept, digest)]
         return same[0] if same else None

@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.adapters.choice import AdapterChoice
 from engine.backends.settings import DEFAULT
-from engine.errors import BackendError, ModelError, RequestError
+from engine.errors import ModelError, RequestError
 from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.rows import Row, rows_of, step_rows
 from runtime.images.files import encode_image, program_version
@@ -28,7 +28,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import Request
 from runtime.templates import expand_request, with_templates
 from serving.checks import check_chunks
-from serving.errors import UnavailableError
+from serving.errors import EngineFailedError, UnavailableError
 from serving.limits import Limits
 from serving.model_files import Files, is_same, is_written_over
 from serving.model_memory import fitting_rows, weight_bytes
@@ -180,10 +180,15 @@ class RowPicture:
         return draw
 
     def finish(self) -> FinishedPicture:
-        """As `UnfinishedPicture` says. Raises BackendError for latents that are no numbers."""
+        """As `UnfinishedPicture` says. Raises EngineFailedError for latents that are no numbers."""
         latents = self.row.latents
         if not np.isfinite(latents).all():
-            raise BackendError("the model gave latents that are no numbers")
+            raise EngineFailedError(
+                f"the model {self.picture_request.model} gave no numbers (NaN) for this request; "
+                "another prompt, sampler or guidance_scale may help, or --precision float32 where "
+                "the server is started",
+                code="not_finite",
+            )
         plan = self.row.plan
         (image,) = self.pipeline.finish(plan, self.pipeline.decode(latents))
         chosen = self.pipeline.engines

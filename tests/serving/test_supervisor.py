@@ -14,17 +14,16 @@ from serving.limits import Limits
 from serving.order import Order
 from serving.picture_request import PictureRequest
 from serving.supervisor import ProcessEngine, Unfinished
-from tests.support.dying import COMMAND
+from tests.support.dying import COMMAND, STAGES
 from tests.support.servers import load
 
 SETTINGS = EngineSettings(models={"pictogram": "pictogram"}, backend="cpu", threads=1)
 
 
-def order(job, **picture_requests):
+def order(job, *, preview_every=0, model="pictogram", **picture_requests):
     fields = {"prompt": job, "num_inference_steps": 6, "seed": 7, **picture_requests}
-    return Order(
-        job=job, picture_request=PictureRequest(fields=fields, model="pictogram").checked(Limits())
-    )
+    request = PictureRequest(fields=fields, model=model, preview_every=preview_every)
+    return Order(job=job, picture_request=request.checked(Limits()))
 
 
 class Watched:
@@ -126,11 +125,40 @@ def test_only_the_culprit_fails(fake, prompt):
     assert all(data == alone(job, steps=100) for (job, _), data in fake.files.items())
 
 
-def test_who_dies_once_is_drawn_again(fake, tmp_path):
-    job = f"once {tmp_path / 'died'}"
-    fake.engine.submit(order(job))
-    fake.wait(lambda: fake.files)
-    assert (fake.deaths, fake.failed) == (1, {})
+def test_whatever_it_dies_in_everything_is_drawn_again(fake, tmp_path):
+    """Beside one of its batch, others that wait, and one of which a picture is finished."""
+    wanted = {}
+    for deaths, stage in enumerate(STAGES, start=1):
+        prompt = f"{stage} once {tmp_path / stage}"
+        fake.wait_ready()
+        fake.engine.submit(order(f"{stage} three", num_images_per_prompt=3))
+        fake.wait(lambda stage=stage: (f"{stage} three", 0) in fake.files)
+        for number in range(20):
+            fake.engine.submit(order(f"{stage} {number}", num_inference_steps=9))
+        fake.engine.submit(order(stage, prompt=prompt, preview_every=2))
+        wanted |= {(f"{stage} three", index): alone(f"{stage} three", index) for index in range(3)}
+        wanted |= {(f"{stage} {n}", 0): alone(f"{stage} {n}", steps=9) for n in range(20)}
+        wanted[stage, 0] = alone(prompt)
+        fake.wait(lambda: len(fake.files) == len(wanted))
+        assert (fake.deaths, fake.failed) == (deaths, {}), stage
+    assert fake.files == wanted
+
+
+def test_deaths_while_it_starts_are_nobodys(tmp_path):
+    """Before it is ever ready, and when it is started again with pictures owed."""
+    deaths = tmp_path / "deaths"
+    deaths.write_text("1")
+    with Watched(command=(*COMMAND, str(deaths))) as watched:
+        assert watched.deaths == 1
+        for job in ("a", "b"):
+            watched.engine.submit(order(job, num_inference_steps=100))
+        watched.wait(lambda: watched.counts["turn"] > 5)
+        deaths.write_text("2")
+        os.kill(watched.engine.pid, signal.SIGKILL)
+        watched.engine.submit(order("while it is dead"))
+        watched.wait(lambda: len(watched.files) == 3)
+        assert (watched.deaths, watched.failed) == (4, {})
+        assert watched.files["a", 0] == alone("a", steps=100)
 
 
 def test_alone_from_the_beginning_two_deaths_are_enough(fake):
