@@ -57,14 +57,18 @@ class Metrics:
         self.engine_memory = Gauge(
             "latentrt_engine_memory_bytes", "Resident in the engine's process", registry=registry
         )
-        self.rows_capacity.set(rows)
+        self._last, self._limit = 0, rows
+        self._seconds: dict[int, Histogram] = {}
 
     def turn(self, rows: int, limit: int, seconds: float) -> None:
-        """Note a step."""
-        self.rows.set(rows)
-        self.rows_capacity.set(limit)
-        self.step_seconds.labels(str(rows)).observe(seconds)
+        """Note a step: one comes every few milliseconds, so gauges are set when they are read."""
+        self._last, self._limit = rows, limit
+        if rows not in self._seconds:
+            self._seconds[rows] = self.step_seconds.labels(str(rows))
+        self._seconds[rows].observe(seconds)
 
     def text(self) -> bytes:
         """Return everything in Prometheus' format."""
+        self.rows.set(self._last)
+        self.rows_capacity.set(self._limit)
         return generate_latest(self.registry)

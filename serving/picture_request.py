@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -109,7 +109,8 @@ class PictureRequest:
 
     def packed(self) -> tuple[bytes, list[bytes]]:
         """Return all but the pictures as JSON, and the pictures, empty for none."""
-        head = {**asdict(replace(self, image=None, mask=None)), "image": None, "mask": None}
+        head = {each.name: getattr(self, each.name) for each in fields(self)}
+        head |= {"image": None, "mask": None}
         return json.dumps(head).encode(), [self.image or b"", self.mask or b""]
 
     @classmethod

@@ -53,6 +53,7 @@ ROOMS = {
             "uploads",
             "picture_request",
             "events",
+            "event_inbox",
             "fair_queue",
             "bucket_scheduler",
             "row_limits",

@@ -17,6 +17,7 @@ from engine.errors import RequestError
 from runtime.images.files import program_version
 from serving.client import EngineClient
 from serving.errors import BadRequestError, NotFoundError, RefusalError
+from serving.event_inbox import EventInbox
 from serving.http.access import AccessMiddleware, AccessRules
 from serving.http.answers import refuse
 from serving.http.body import BodyReader
@@ -56,7 +57,7 @@ def make_service(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        engine.start(lambda received: loop.call_soon_threadsafe(jobs.receive, received))  # type: ignore[arg-type]
+        engine.start(EventInbox(loop.call_soon_threadsafe, jobs.receive).put)
         try:
             yield
         finally:
