@@ -16,6 +16,7 @@ if Path(engine.__file__ or "").resolve().parent.parent != Path(__file__).resolve
         sys.exit(2)
     raise ImportError(_message)
 
+from runtime.control import Control
 from runtime.denoising.latents import Progress, State
 from runtime.images.upscaling import Hires
 from runtime.pipeline import Pipeline
@@ -24,6 +25,7 @@ from runtime.request import Request
 from runtime.result import DrawnImage, Result
 
 __all__ = [
+    "Control",
     "DrawnImage",
     "Hires",
     "Pipeline",

@@ -16,6 +16,7 @@ from runtime.checks import check_choice, check_image, check_names, check_number,
 from runtime.conditioning import alternatives
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
+from runtime.control import Control, checked_controls
 from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
 from runtime.images.upscaling import MAX_STEPS, Hires
@@ -84,7 +85,7 @@ class Request:
         are painted anew
     strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
         something is painted anew
-    hires: a second, larger run
+    hires: a second, larger run; controls: pictures that steer, by ControlNets of the pipeline
     cache_interval: the UNet runs whole at every so many calls and around the deep features of the
         last of these in between (DeepCache): from 3 on twice as fast or more, and less exact; 1
         always runs it whole
@@ -126,6 +127,7 @@ class Request:
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
     hires: Hires | None = None
+    controls: Sequence[Control] = ()
     cache_interval: int = 1
     eta: float = 0.0
     prompt_syntax: bool = True
@@ -154,6 +156,7 @@ class Request:
         self._check_guidance()
         self._check_image()
         self._check_size()
+        object.__setattr__(self, "controls", checked_controls(self.controls))
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
         check_number("variation_strength", self.variation_strength, Real, 0, 1)

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypedDict
 
 from PIL import Image
 
+from runtime.control import Control
 from runtime.images.upscaling import Hires
 
 OutputType = Literal["pil", "np", "latent"]
@@ -39,6 +40,7 @@ class RequestOptions(TypedDict, total=False):
     extend: tuple[int, int, int, int] | None
     strength: float | None
     hires: Hires | None
+    controls: Sequence[Control] | None
     cache_interval: int | None
     eta: float | None
     prompt_syntax: bool | None

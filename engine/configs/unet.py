@@ -244,6 +244,7 @@ _BY_LEVEL = (
     "only_cross_attention",
 )
 
+
 def _transformer(
     name: str, width: int, layers: int, config: UNetConfig, level: int | None
 ) -> Tensors:

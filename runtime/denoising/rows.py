@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from engine.backends.base import Engine
 from engine.devices.device import HostOrDeviceArray
 from engine.graphs.graph import Part
+from runtime.denoising.controls import CallControl, Residuals, call_controls
 from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
@@ -30,7 +31,7 @@ __all__ = ["Row", "finished_rows", "part_of", "rows_of", "step_rows"]
 
 # Inputs and outputs that have groups of conditioning first and pictures second; others begin with
 # pictures.
-BY_GROUPS = frozenset(("context", "guidance", "text_embeds", "time_ids", "deep"))
+BY_GROUPS = frozenset(("context", "guidance", "text_embeds", "time_ids", "deep", "residuals"))
 BY_REGISTERS = frozenset(("registers", "matrices", "outside"))  # padded to the most of a call
 
 Start = Callable[[Plan, HostOrDeviceArray | None], State]
@@ -107,6 +108,18 @@ class Row:
         """The part whose engine the next call runs."""
         return self._steps[self._at].part
 
+    @property
+    def controls(self) -> list[CallControl]:
+        """What steers the next call."""
+        assert self._state is not None
+        return call_controls(self._steps[self._at], self._state.hints)
+
+    @property
+    def takes_residuals(self) -> bool:
+        """Whether the next call's residuals are to be computed: those of a shallow one are kept."""
+        step = self._steps[self._at]
+        return step.is_controlled and step.is_full
+
     def inputs(self) -> dict[str, Any]:
         """Return all inputs of the next call, each for one picture; its noise is drawn once."""
         assert self._state is not None
@@ -146,10 +159,12 @@ def finished_rows(
     limit: int,
     *,
     is_exact: bool,
+    residuals: Residuals | None = None,
 ) -> Iterator[Row]:
     """Make all calls of rows, the oldest's bucket first; yields each row as it is done.
 
     A row is begun when there is room for it beside the oldest.
+    residuals: as `step_rows` takes it
     limit: rows of a call at most; where they are not exact, repeats fill every call up to it
     Raises BackendError.
     """
@@ -161,7 +176,8 @@ def finished_rows(
         oldest = begun[0]
         alone = is_exact and oldest.is_sensitive
         together = [oldest] if alone else [r for r in begun if r.bucket == oldest.bucket]
-        step_rows(together[:limit], engine, filled_to=0 if is_exact else limit)
+        filled_to = 0 if is_exact else limit
+        step_rows(together[:limit], engine, filled_to=filled_to, residuals=residuals)
         for row in [row for row in begun if row.is_done]:
             begun.remove(row)
             yield row
@@ -170,16 +186,28 @@ def finished_rows(
                 row.enter(start)
 
 
-def step_rows(rows: Sequence[Row], engine: Callable[[Part], Engine], *, filled_to: int = 0) -> None:
+def step_rows(
+    rows: Sequence[Row],
+    engine: Callable[[Part], Engine],
+    *,
+    filled_to: int = 0,
+    residuals: Residuals | None = None,
+) -> None:
     """Make the next call of rows of one bucket together.
 
     engine: returns a part's engine; filled_to: rows that the call has at least, by repeats
+    residuals: computes those of rows that are controlled
     Raises BackendError, and then every row is where it was.
     """
     inputs = [row.inputs() for row in rows]
-    laid = _laid_out(inputs + inputs[-1:] * (filled_to - len(rows)))
+    filled = [*range(len(rows)), *[len(rows) - 1] * (filled_to - len(rows))]
+    laid = _laid_out([inputs[index] for index in filled])
+    if residuals is not None and rows[0].takes_residuals:
+        laid["residuals"] = residuals(laid, [rows[index].controls for index in filled])
     outputs = engine(rows[0].part).run(laid)
     for index, row in enumerate(rows):
+        if "residuals" in laid:
+            inputs[index]["residuals"] = _take("residuals", laid["residuals"], index)
         registers = row.inputs()["registers"].shape[1]
         given = {name: _take(name, array, index) for name, array in outputs.items()}
         row.advance({**given, "next_registers": given["next_registers"][:, :registers]})
