@@ -4,19 +4,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn, Self
 
+from PIL import Image
+
 from engine.adapters.adapter import Adapter, AdapterChoice, read_adapters
 from engine.adapters.few_steps import with_few_steps
 from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import Embedding, read_embedding
 from engine.backends.base import Engine
+from engine.control_nets import ControlNets
 from engine.engines import Engines
+from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
 from engine.model import Model
 from runtime.checks import OneOrMore, several
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer
+from runtime.denoising.controls import ControlledSteps
 from runtime.denoising.device_loop import DeviceLoop
+from runtime.images import tiles
+from runtime.images.previews import finite
+from runtime.plan import Array
 from runtime.request import Request
 from runtime.samplers.noise_schedule import NoiseSchedule
 
@@ -25,6 +33,7 @@ class AdaptedModel:
     """A model's engines and text encoders, with the adapters and the words that are on.
 
     engines: the engines, with the settings and the precision that were chosen for them
+    control_nets: the ControlNets that requests may name
     lora_dir: where adapters are that prompts name, as `<lora:name:0.8>`
     """
 
@@ -39,6 +48,8 @@ class AdaptedModel:
         self.lora_dir = None if lora_dir is None else check_folder(lora_dir)
         self.encoder = Encoder(model=engines.model, tokenizers=tokenizers, engine=engines.engine)
         self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
+        self.control_nets = ControlNets(engines)
+        self._controlled = ControlledSteps(unet=engines.model.unet, nets=self.control_nets)
         self._device_loop = DeviceLoop()
         self._distilled = engines.model  # as its adapters distil it, where they do
         self._few_steps = ""
@@ -81,6 +92,26 @@ class AdaptedModel:
             self.encoder = self.encoder.with_embeddings([*read, *self._bundled])
             self._embeddings = read
 
+    def set_controls(
+        self, controls: Mapping[str, str | Path] | OneOrMore[str | Path] | None
+    ) -> None:
+        """Make these ControlNets known to requests in place of others; none is drawn with by this.
+
+        controls: files or folders by the names that a `Control` gives, or files alone, whose names
+        without their endings these are. One that stays keeps its engines, and a request that turns
+        it on or off or weighs it otherwise opens none. Raises ModelError for what is no ControlNet
+        or one of another family, BackendError where the model runs on a GPU.
+        """
+        if not isinstance(controls, Mapping):
+            files = [Path(path) for path in several(controls)]
+            controls = {path.stem if path.is_file() else path.name: path for path in files}
+            if len(controls) < len(files):
+                raise ModelError(
+                    "two ControlNets have one name; give them others, as "
+                    '{"canny": "canny.safetensors"}'
+                )
+        self.control_nets.set({name: Path(path) for name, path in controls.items()})
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What was concluded of the files, and what of them is not used, a sentence each."""
@@ -101,10 +132,19 @@ class AdaptedModel:
         """Return a part's engine, opening it at the first call."""
         return self.engines.engine(part)
 
+    def previews(self, latents: Array) -> list[Image.Image]:
+        """Draw what latents (B, C, h, w) are about to become, by the tiny decoder.
+
+        They are best `Progress.denoised()`. Raises ModelError when there is no tiny decoder.
+        """
+        run, compression = self.engine("preview_decoder").run, self.model.vae.compression
+        return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
+
     def close(self) -> None:
         """Let go of the engines and of the memory on a device; then nothing can be drawn."""
         self._device_loop.reset()
         self.engines.close()
+        self.control_nets.close()
         self.encoder = self.encoder.without_cache()
 
     def __reduce__(self) -> NoReturn:

@@ -18,13 +18,16 @@ def picture_settings(
     seeds, variation_seeds: of each picture, the latter empty where none varies
     """
     own = {"prompt", "negative_prompt", "num_images_per_prompt", "preset", "image", "mask"}
-    own |= {"regions", "seed", "variation_seed"}
+    own |= {"regions", "controls", "seed", "variation_seed"}
     own |= set() if variation_seeds else {"variation_strength"}
     shared = {
         f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
     }
     if request.hires is not None:
         shared["hires"] = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
+    if request.controls:
+        shared["controls"] = [control.text for control in request.controls]
+        shared["control_modes"] = [control.mode for control in request.controls]
     if request.image is None:  # with one, its own size is drawn where none is given
         shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
         shared |= {"height": size[0], "width": size[1]}

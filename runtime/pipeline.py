@@ -25,6 +25,7 @@ from runtime.adapted_model import AdaptedModel
 from runtime.checks import OneOrMore, path_of
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
 from runtime.conditioning.wildcards import Wildcards
+from runtime.denoising.controls import call_controls
 from runtime.denoising.groups import batch_limit, groups_of
 from runtime.denoising.latents import (
     LatentSpace,
@@ -36,9 +37,7 @@ from runtime.denoising.latents import (
 )
 from runtime.denoising.rows import finished_rows, rows_of
 from runtime.diffusers_arguments import CallArguments, OnStepEnd
-from runtime.images import tiles
 from runtime.images.files import SOURCE_KEY, as_floats
-from runtime.images.previews import finite
 from runtime.plan import Array, Plan, StepInputs, make_plan
 from runtime.regions import check_backend
 from runtime.request import Request
@@ -87,6 +86,7 @@ class Pipeline(AdaptedModel):
         lora_dir: str | Path | None = None,
         wildcard_dir: str | Path | None = None,
         embeddings: OneOrMore[str | Path] | None = None,
+        controls: Mapping[str, str | Path] | OneOrMore[str | Path] | None = None,
         strict: bool = False,
         prediction_type: str | None = None,
         graphs: str | Path | None = None,
@@ -101,7 +101,8 @@ class Pipeline(AdaptedModel):
             and "own" take the model's own, if it has one
         unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
             where no model is named, of a UNet and its text encoders with a vae
-        loras, embeddings, strict: as `set_loras` and `set_embeddings` take them
+        loras, embeddings, controls, strict: as `set_loras`, `set_embeddings`, `set_controls` take
+            them
         lora_dir: a folder of adapters that prompts may name, as `<lora:name:0.8>`: they are on for
             that call, beside `loras`
         wildcard_dir: a folder of text files whose lines prompts may choose from, as `__name__`
@@ -137,6 +138,8 @@ class Pipeline(AdaptedModel):
             pipeline.set_loras(loras, strict=strict)
         if embeddings:
             pipeline.set_embeddings(embeddings)
+        if controls:
+            pipeline.set_controls(controls)
         return pipeline
 
     def __call__(
@@ -194,6 +197,7 @@ class Pipeline(AdaptedModel):
                 self.start,
                 dict.fromkeys(rows, min(limits, default=1)).__getitem__,
                 is_exact=self.engines.is_exact,
+                residuals=self._controlled.residuals,
             ):
                 (image,) = self.finish(row.plan, self.decode(row.latents))
                 (settings,) = row.plan.settings
@@ -213,6 +217,7 @@ class Pipeline(AdaptedModel):
         """
         check_backend(request.regions, self.engines.settings.backend)
         chosen, notes = request, list[str]()
+        self._controlled.check(request.controls)
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)
         if self._named or chosen.names_files:
@@ -248,12 +253,14 @@ class Pipeline(AdaptedModel):
         Raises GraphError, ModelError or BackendError.
         """
         self.open_engines(plan)
-        return self._latents.start(plan, latents)
+        state = self._latents.start(plan, latents)
+        return replace(state, hints=self._controlled.hints(plan)) if plan.controls else state
 
     def open_engines(self, plan: Plan) -> None:
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
         for part in parts_of(plan, self.model):
             self.engine(part)
+        self._controlled.open(plan)
 
     def step(self, state: State, inputs: StepInputs) -> State:
         """Call the UNet once; returns the state after it, and leaves the one before as it was.
@@ -261,6 +268,9 @@ class Pipeline(AdaptedModel):
         Each state draws fresh noise once, so step it once. Raises BackendError.
         """
         given = state.inputs(inputs)
+        if inputs.is_controlled and inputs.is_full:
+            steering = call_controls(inputs, state.hints)
+            given["residuals"] = self._controlled.residuals(given, [steering] * len(given["noise"]))
         outputs = self.engine(inputs.part).run(given)
         return state.after(outputs, given)
 
@@ -295,14 +305,6 @@ class Pipeline(AdaptedModel):
             image.info[SOURCE_KEY] = plan.source_type
         return images
 
-    def previews(self, latents: Array) -> list[Image.Image]:
-        """Draw what latents (B, C, h, w) are about to become, by the tiny decoder.
-
-        They are best `Progress.denoised()`. Raises ModelError when there is no tiny decoder.
-        """
-        run, compression = self.engine("preview_decoder").run, self.model.vae.compression
-        return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
-
     def _draw(self, plan: Plan, on_step_end: OnStepEnd | None = None) -> HostOrDeviceArray:
         """Make all calls of a plan; returns the latents."""
         latents: HostOrDeviceArray | None = None
@@ -331,7 +333,7 @@ class Pipeline(AdaptedModel):
 
     def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
         """Make all calls of a run that nobody watches; returns the latents, where they are."""
-        if hasattr(self.engine("step"), "device"):
+        if hasattr(self.engine(plan.step_parts[0]), "device"):
             return self._device_loop.finish(state, plan.steps(), self.engines.engine)
         for inputs in plan.steps():
             state = self.step(state, inputs)
@@ -339,7 +341,7 @@ class Pipeline(AdaptedModel):
 
     def _steps(self, plan: Plan, state: State) -> Iterator[tuple[StepInputs, State]]:
         """Make the calls of a run one by one; yields each with the state after it."""
-        if hasattr(self.engine("step"), "device"):
+        if hasattr(self.engine(plan.step_parts[0]), "device"):
             yield from self._device_loop.steps(state, plan.steps(), self.engines.engine)
             return
         for inputs in plan.steps():

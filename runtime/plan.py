@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from engine.model import Model
 from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
+from runtime.control import Control, StepControl, control_calls
 from runtime.defaults import filled_in
 from runtime.images.canvas import BLUR, MAX_SIDE, extend, latent_mask
 from runtime.images.files import SourceType
@@ -24,37 +25,13 @@ from runtime.regions import shares_of, with_regions
 from runtime.request import MASKED, Request
 from runtime.samplers import Program, program, resolve
 from runtime.samplers.noise_schedule import NoiseSchedule
+from runtime.step_inputs import STEP_PARTS, StepInputs, StepPart
 
 __all__ = ["Plan", "StepInputs", "make_plan"]
 
 Array = NDArray[np.float32]
 
 A1111_STEPS = "a1111_align_your_steps"
-
-
-@dataclass(slots=True, kw_only=True, eq=False)  # frozen, one a call would take twice as long
-class StepInputs:
-    """What one call of the UNet is given beside the latents, for B pictures.
-
-    Every row is a picture's own, so pictures of other samplers and at other steps may share a call.
-
-    conditioning: the texts and how much they count, context (g, B, n, D), guidance
-        (g, B, 1, h or 1, w or 1) and, by the model, others, as `Encoder.condition` returns them
-    per_step: matrices (B, r, r + 2), outside (B, r + 2), timestep (B,), input_scale (B,), float32
-    is_full: whether the UNet runs whole, or around the deep features of a call before
-    signal_scale, noise_scale: alpha and sigma of the latents that go in
-    """
-
-    conditioning: Mapping[str, Array]
-    per_step: Mapping[str, Array]
-    is_full: bool
-    signal_scale: float
-    noise_scale: float
-
-    @property
-    def part(self) -> Literal["step", "step_shallow"]:
-        """The part whose engine is called."""
-        return "step" if self.is_full else "step_shallow"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,6 +55,7 @@ class Plan:
     notes: what the prompts name in vain, and what files hold that they do not use, a sentence each
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
+    controls: what steers the run; control_calls: how much, at each of its calls
     """
 
     program: Program
@@ -105,6 +83,21 @@ class Plan:
     notes: Sequence[str] = ()
     hires: "Plan | None" = None
     upscaler: str = ""
+    controls: Sequence[Control] = ()
+    control_calls: Sequence[Sequence[StepControl]] = ()
+
+    @property
+    def step_parts(self) -> list[StepPart]:
+        """The parts that make the run's calls of the UNet: the whole, and around deep features."""
+        whole, shallow = STEP_PARTS[bool(self.controls)]
+        return [whole] if all(self.full_calls) else [whole, shallow]
+
+    def hint_image(self, image: Image.Image) -> Image.Image:
+        """Return a control's picture as it lies over what is drawn, of the run's sides."""
+        if self.frame is not None:
+            image = self.frame.drawn(image)
+        size = self.width, self.height
+        return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
     def runs(self) -> Iterator["Plan"]:
         """Yield this run and what follows it."""
@@ -141,7 +134,8 @@ class Plan:
             program.noise_scales.tolist(),
             strict=True,
         )
-        calls = zip(self.conditioning, numbers, self.full_calls, strict=False)
+        controls = self.control_calls or [()] * len(self.conditioning)
+        calls = zip(self.conditioning, numbers, self.full_calls, controls, strict=False)
         return [
             StepInputs(
                 conditioning=conditioning,
@@ -154,8 +148,17 @@ class Plan:
                 is_full=is_full,
                 signal_scale=signal,
                 noise_scale=noise,
+                controls=steering,
+                is_controlled=bool(self.controls),
             )
-            for conditioning, (matrix, kept, timestep, input_scale, signal, noise), is_full in calls
+            for conditioning, (
+                matrix,
+                kept,
+                timestep,
+                input_scale,
+                signal,
+                noise,
+            ), is_full, steering in calls
         ]
 
     @property
@@ -217,7 +220,7 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     hires = wanted.hires
     larger = (multiple * round(side * hires.scale / multiple) for side in (height, width))
     second = run(hires.num_inference_steps or steps, hires.strength, *larger)
-    second = replace(second, from_noise=False, upscaler=hires.upscaler)
+    second = replace(second, from_noise=False, upscaler=hires.upscaler, frame=first.frame)
     return replace(first, hires=second)
 
 
@@ -294,15 +297,21 @@ def _run(
         maps=maps,
         repeats=request.num_images_per_prompt,
     )
+    conditioning = encoder.condition(
+        texts,
+        guidance,
+        *size,
+        clip_skip=request.clip_skip,
+        clean_prompt=request.clean_prompt,
+    )
+    controls = [control for control in request.controls if control.over(len(conditioning)).any()]
+    groups = [len(call["guidance"]) for call in conditioning]
+    residuals = len(encoder.model.unet.residual_shapes(*size))
     return Plan(
         program=matrices,
-        conditioning=encoder.condition(
-            texts,
-            guidance,
-            *size,
-            clip_skip=request.clip_skip,
-            clean_prompt=request.clean_prompt,
-        ),
+        conditioning=conditioning,
+        controls=controls,
+        control_calls=control_calls(controls, groups, len(prompts), residuals),
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
         seeds=list(request.seeds),

@@ -1,5 +1,6 @@
 """The names that `from runtime import …` finds."""
 
+from runtime.control import Control
 from runtime.denoising.latents import Progress, State
 from runtime.images.upscaling import Hires
 from runtime.pipeline import Pipeline
@@ -8,6 +9,7 @@ from runtime.request import Request
 from runtime.result import DrawnImage, Result
 
 __all__ = [
+    "Control",
     "DrawnImage",
     "Hires",
     "Pipeline",

@@ -155,7 +155,7 @@ def shares_of(
         sides = (region.mask.height, region.mask.width)
         gray = Image.fromarray(gray_of(region.mask, *sides))
         if frame is not None:
-            gray = frame.laid_in(gray)
+            gray = frame.drawn(gray)
         cells = gray.convert("F").resize(size, Image.Resampling.BOX)
         masks.append(np.asarray(cells, np.float32) / WHITE * np.float32(region.weight))
     total = np.sum(masks, axis=0)

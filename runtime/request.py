@@ -23,6 +23,7 @@ from runtime.checks import (
 from runtime.conditioning import alternatives
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
+from runtime.control import Control, checked_controls
 from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
 from runtime.images.image_noise import check_image_noise
@@ -95,7 +96,7 @@ class Request:
     strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
         something is painted anew
     image_noise: that the image gets first, "gaussian:VARIANCE" or "salt-pepper:SHARE", 0 to 1
-    hires: a second, larger run
+    hires: a second, larger run; controls: pictures that steer, by ControlNets of the pipeline
     regions: areas that have texts of their own; elsewhere the prompt counts
     cache_interval: the UNet runs whole at every so many calls and around the deep features of the
         last of these in between (DeepCache): from 3 on twice as fast or more, and less exact; 1
@@ -140,6 +141,7 @@ class Request:
     image_noise: str | None = None
     hires: Hires | None = None
     regions: Sequence[Region] = ()
+    controls: Sequence[Control] = ()
     cache_interval: int = 1
     eta: float = 0.0
     prompt_syntax: bool = True
@@ -169,6 +171,7 @@ class Request:
         self._check_image()
         self._check_size()
         check_regions(self.regions, prompt_syntax=self.prompt_syntax)
+        object.__setattr__(self, "controls", checked_controls(self.controls))
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
         check_number("variation_strength", self.variation_strength, Real, 0, 1)

@@ -5,6 +5,7 @@ from typing import Any, Literal, TypedDict
 
 from PIL import Image
 
+from runtime.control import Control
 from runtime.images.upscaling import Hires
 from runtime.regions import Region
 
@@ -42,6 +43,7 @@ class RequestOptions(TypedDict, total=False):
     image_noise: str | None
     hires: Hires | None
     regions: Sequence[Region] | None
+    controls: Sequence[Control] | None
     cache_interval: int | None
     eta: float | None
     prompt_syntax: bool | None

@@ -9,10 +9,12 @@ generative-models (names of 2022 and 2023), and OpenCLIP's `transformer.py`.
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from engine.checkpoints.component import Source
+from engine.configs.control_net import ControlNetConfig
 from engine.configs.diffusion import AutoencoderConfig, TextEncoderConfig, UNetConfig
 
 __all__ = [
     "autoencoder_sources",
+    "control_net_sources",
     "open_clip_sources",
     "renamed_open_clip_sources",
     "text_encoder_sources",
@@ -90,6 +92,26 @@ def unet_sources(config: UNetConfig) -> Sources:
     convolution; each residual block with its transformer is one block, each downsampling another.
     An upsampling belongs to the last output block of its level, after the transformer if any.
     """
+    return _rename(config.tensor_shapes(), _unet_modules(config))
+
+
+def control_net_sources(config: ControlNetConfig) -> Sources:
+    """Say where each tensor of a ControlNet is, under `control_model.` in a whole model.
+
+    What it shares with a UNet is named likewise. The hint's convolutions are numbered with the
+    activations between them (cldm.ControlNet).
+    """
+    modules = _unet_modules(config)
+    hint, last = "controlnet_cond_embedding", len(config.conditioning_embedding_out_channels) - 1
+    names = ["conv_in", *(f"blocks.{i}" for i in range(2 * last)), "conv_out"]
+    modules |= {f"{hint}.{name}": f"input_hint_block.{2 * i}" for i, name in enumerate(names)}
+    count = len(config.residual_shapes(8, 8)) - 1
+    modules |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(count)}
+    modules["controlnet_mid_block"] = "middle_block_out.0"
+    return _rename(config.tensor_shapes(), modules)
+
+
+def _unet_modules(config: UNetConfig) -> dict[str, str]:
     modules = dict(UNET)
     number = 1
     for level, layers in enumerate(config.layers()):
@@ -109,7 +131,7 @@ def unet_sources(config: UNetConfig) -> Sources:
         place = 2 if "CrossAttn" in config.up_block_types[level] else 1
         upsampler = f"output_blocks.{number - 1}.{place}.conv"
         modules[f"up_blocks.{level}.upsamplers.0.conv"] = upsampler
-    return _rename(config.tensor_shapes(), modules)
+    return modules
 
 
 def autoencoder_sources(config: AutoencoderConfig) -> Sources:

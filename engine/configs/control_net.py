@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Self
 
 from engine.configs.base import (
@@ -98,7 +99,7 @@ def _tensors(config: ControlNetConfig) -> Tensors:
     yield from middle_tensors(config)
     name = "controlnet_cond_embedding"
     yield from weight(f"{name}.conv_in", hints[0], config.conditioning_channels, 3, 3)
-    for i, (width, following) in enumerate(zip(hints, hints[1:], strict=False)):
+    for i, (width, following) in enumerate(pairwise(hints)):
         yield from weight(f"{name}.blocks.{2 * i}", width, width, 3, 3)
         yield from weight(f"{name}.blocks.{2 * i + 1}", following, width, 3, 3)
     yield from weight(f"{name}.conv_out", widths[0], hints[-1], 3, 3)

@@ -1,4 +1,4 @@
-"""Fields of diffusers' UNet configuration that change the maths, and what is implemented of them."""
+"""Fields of diffusers' UNet configuration that change the maths, with what is implemented."""
 
 from typing import Any
 

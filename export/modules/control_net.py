@@ -5,6 +5,7 @@ ControlNetModel, so its state dict loads strictly.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class HintEncoder(nn.Module):
         widths = config.conditioning_embedding_out_channels
         self.conv_in = nn.Conv2d(config.conditioning_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList()
-        for width, following in zip(widths, widths[1:], strict=False):
+        for width, following in pairwise(widths):
             self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
             self.blocks.append(nn.Conv2d(width, following, 3, padding=1, stride=2))
         self.conv_out = nn.Conv2d(widths[-1], config.block_out_channels[0], 3, padding=1)

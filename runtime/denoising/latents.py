@@ -40,6 +40,8 @@ class State:
     noise: yields each call's fresh noise, (B, C, h, w)
     keeps_deep: whether a later call takes the deep features of a call before
     deep: those of the last call that ran the whole UNet, if they are kept
+    residuals: what was added to that call's maps, if they are kept and the run is controlled
+    hints: what the run's ControlNets see of their pictures, (1, F, h, w) each
     given: all inputs of the call that made this state, None at the start
     """
 
@@ -48,6 +50,8 @@ class State:
     noise: Iterator[Array]
     keeps_deep: bool
     deep: HostOrDeviceArray | None = None
+    residuals: Array | None = None
+    hints: Sequence[Array] = ()
     given: Mapping[str, Any] | None = None
 
     def inputs(self, step: StepInputs) -> dict[str, Any]:
@@ -61,6 +65,8 @@ class State:
         }
         if not step.is_full:
             given["deep"] = self.deep
+            if step.is_controlled:
+                given["residuals"] = self.residuals
         return given
 
     def after(self, outputs: Mapping[str, HostOrDeviceArray], given: Mapping[str, Any]) -> "State":
@@ -71,6 +77,8 @@ class State:
             noise=self.noise,
             keeps_deep=self.keeps_deep,
             deep=outputs.get("deep", self.deep) if self.keeps_deep else None,
+            residuals=given.get("residuals") if self.keeps_deep else None,
+            hints=self.hints,
             given=given,
         )
 
@@ -291,9 +299,9 @@ def _on_host(array: HostOrDeviceArray) -> NDArray[Any]:
 
 def parts_of(plan: Plan, model: Model) -> list[Part]:
     """Return the parts that a plan needs, its second run included."""
-    runs, parts = list(plan.runs()), list[Part](["step", "vae_decoder"])
-    if not all(is_full for run in runs for is_full in run.full_calls):
-        parts.append("step_shallow")
+    runs = list(plan.runs())
+    parts: list[Part] = list(dict.fromkeys(part for run in runs for part in run.step_parts))
+    parts.append("vae_decoder")
     enlarges = any(run.upscaler == PIXELS for run in runs)
     if plan.image is not None or enlarges or model.is_inpainting:
         parts.append("vae_encoder")

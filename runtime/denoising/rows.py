@@ -23,6 +23,7 @@ from engine.backends.base import Engine
 from engine.devices.device import HostOrDeviceArray
 from engine.errors import LatentrtError
 from engine.graphs.graph import Part
+from runtime.denoising.controls import CallControl, Residuals, call_controls
 from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
@@ -31,7 +32,7 @@ __all__ = ["Row", "finished_rows", "part_of", "rows_of", "step_rows"]
 
 # Inputs and outputs that have groups of conditioning first and pictures second; others begin with
 # pictures.
-BY_GROUPS = frozenset(("context", "guidance", "text_embeds", "time_ids", "deep"))
+BY_GROUPS = frozenset(("context", "guidance", "text_embeds", "time_ids", "deep", "residuals"))
 BY_REGISTERS = frozenset(("registers", "matrices", "outside"))  # padded to the most of a call
 
 Start = Callable[[Plan, HostOrDeviceArray | None], State]
@@ -111,6 +112,18 @@ class Row:
         """The part whose engine the next call runs."""
         return self._steps[self._at].part
 
+    @property
+    def controls(self) -> list[CallControl]:
+        """What steers the next call."""
+        assert self._state is not None
+        return call_controls(self._steps[self._at], self._state.hints)
+
+    @property
+    def takes_residuals(self) -> bool:
+        """Whether the next call's residuals are to be computed: those of a shallow one are kept."""
+        step = self._steps[self._at]
+        return step.is_controlled and step.is_full
+
     def inputs(self) -> dict[str, Any]:
         """Return all inputs of the next call, each for one picture; its noise is drawn once."""
         assert self._state is not None
@@ -152,6 +165,7 @@ def finished_rows(
     is_exact: bool,
     most_begun: int | None = None,
     failed: Failed | None = None,
+    residuals: Residuals | None = None,
 ) -> Iterator[Row]:
     """Make all calls of rows, the oldest's bucket first; yields each row as it is done.
 
@@ -161,6 +175,7 @@ def finished_rows(
     most_begun: rows that may be on their way at once, None for any number
     failed: is told of a row that cannot be begun, or whose call fails even without others, and the
         rest goes on; None raises what it raises, such as BackendError
+    residuals: as `step_rows` takes it
     """
     waiting, begun, has_more = iter(rows), list[Row](), True
     while has_more or begun:
@@ -175,7 +190,10 @@ def finished_rows(
         alone = is_exact and oldest.is_sensitive
         together = [oldest] if alone else [r for r in begun if r.bucket == oldest.bucket]
         most = limit(oldest)
-        lost = _step(together[:most], engine, 0 if is_exact else most, failed)
+        step = partial(
+            step_rows, engine=engine, filled_to=0 if is_exact else most, residuals=residuals
+        )
+        lost = _step(together[:most], step, failed)
         begun = [row for row in begun if row not in lost]
         for row in [row for row in begun if row.is_done]:
             begun.remove(row)
@@ -204,11 +222,11 @@ def _is_entered(row: Row, start: Start, failed: Failed | None) -> bool:
 
 
 def _step(
-    rows: Sequence[Row], engine: Callable[[Part], Engine], filled_to: int, failed: Failed | None
+    rows: Sequence[Row], step: Callable[[Sequence[Row]], None], failed: Failed | None
 ) -> list[Row]:
     """Make the next call of rows, of its halves where it fails; returns those that are lost."""
     try:
-        step_rows(rows, engine, filled_to=filled_to)
+        step(rows)
     except LatentrtError as error:
         if failed is None:
             raise
@@ -216,21 +234,32 @@ def _step(
             failed(rows[0], error)
             return list(rows)
         half = (len(rows) + 1) // 2
-        parts = (rows[:half], rows[half:])
-        return [row for part in parts for row in _step(part, engine, filled_to, failed)]
+        return [row for part in (rows[:half], rows[half:]) for row in _step(part, step, failed)]
     return []
 
 
-def step_rows(rows: Sequence[Row], engine: Callable[[Part], Engine], *, filled_to: int = 0) -> None:
+def step_rows(
+    rows: Sequence[Row],
+    engine: Callable[[Part], Engine],
+    *,
+    filled_to: int = 0,
+    residuals: Residuals | None = None,
+) -> None:
     """Make the next call of rows of one bucket together.
 
     engine: returns a part's engine; filled_to: rows that the call has at least, by repeats
+    residuals: computes those of rows that are controlled
     Raises BackendError, and then every row is where it was.
     """
     inputs = [row.inputs() for row in rows]
-    laid = _laid_out(inputs + inputs[-1:] * (filled_to - len(rows)))
+    filled = [*range(len(rows)), *[len(rows) - 1] * (filled_to - len(rows))]
+    laid = _laid_out([inputs[index] for index in filled])
+    if residuals is not None and rows[0].takes_residuals:
+        laid["residuals"] = residuals(laid, [rows[index].controls for index in filled])
     outputs = engine(rows[0].part).run(laid)
     for index, row in enumerate(rows):
+        if "residuals" in laid:
+            inputs[index]["residuals"] = _take("residuals", laid["residuals"], index)
         registers = row.inputs()["registers"].shape[1]
         given = {name: _take(name, array, index) for name, array in outputs.items()}
         row.advance({**given, "next_registers": given["next_registers"][:, :registers]})

@@ -87,9 +87,11 @@ class Frame:
         """Return the mask of what is drawn from, of mode L."""
         return None if self.mask is None else self._laid_in(self.mask.crop(self.box))
 
-    def laid_in(self, picture: Image.Image) -> Image.Image:
-        """Stretch another picture over the whole image; return what is drawn of it."""
-        return self._laid_in(picture.resize(self.image.size).crop(self.box))
+    def drawn(self, picture: Image.Image) -> Image.Image:
+        """Return the part of another picture that lies over what is drawn, of the frame's sides."""
+        if picture.size != self.image.size:
+            picture = picture.resize(self.image.size, Image.Resampling.LANCZOS)
+        return self._laid_in(picture.crop(self.box))
 
     def restore(self, picture: Image.Image, blur: float | None) -> Image.Image:
         """Bring a drawn picture back to the image's size, RGB; a larger one grows by as much.

@@ -1,0 +1,259 @@
+"""A ControlNet's file or folder, beside the UNet that it is to steer.
+
+Files have the names of the original training code, after `control_model.` or alone, or diffusers'.
+What no shape tells (heads, groups of norms) is as in the UNet.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from engine.checkpoints.architecture import Stored
+from engine.checkpoints.component import Component, Source, assemble, refuse_left_over, shown
+from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.ldm_names import control_net_sources
+from engine.configs.base import read_json
+from engine.configs.control_net import ControlNetConfig, control_net_of, mirrored
+from engine.configs.transformer_depths import ATTENDING_MIDDLE
+from engine.configs.unet import UNetConfig
+from engine.errors import ModelError
+
+__all__ = ["is_control_net", "open_control_net"]
+
+ADVICE = "give the file or folder of a ControlNet"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """What a layout calls the modules by which an architecture is told; {} are numbers.
+
+    hint, hints: the first convolution of the hint's encoder, and the others
+    level: what ends one, if its levels are not numbered
+    """
+
+    prefixes: tuple[str, ...]
+    hint: str
+    hints: str
+    middle: str
+    original: bool
+
+
+LAYOUTS = (
+    _Layout(
+        prefixes=("control_model.", "controlnet.", ""),
+        hint="input_hint_block.0.weight",
+        hints="input_hint_block.{}",
+        middle="middle_block.1",
+        original=True,
+    ),
+    _Layout(
+        prefixes=("controlnet.", "control_model.", ""),
+        hint="controlnet_cond_embedding.conv_in.weight",
+        hints="controlnet_cond_embedding.blocks.{}",
+        middle="mid_block.attentions.0",
+        original=False,
+    ),
+)
+# What a file of training holds beside the ControlNet: the model that it was trained for.
+MODEL = r"(model\.diffusion_model|cond_stage_model|first_stage_model|model_ema)\..+"
+# pattern found in a name: what the file is, of those that have a ControlNet's names and more
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        r"^lora_controlnet$": "a control-LoRA",
+        r"^task_embedding$|^control_add_embedding\.": "a union of ControlNets",
+        r"^difference$": "the difference of a ControlNet from the model that it was trained on",
+    }
+)
+# and of others that are given in a ControlNet's place
+OTHERS: Mapping[str, str] = MappingProxyType(
+    {
+        r"^lllite_": "a ControlNet-LLLite",
+        r"^(adapter\.)?body\.\d+\.(block1|in_conv|resnets)\b": "a T2I-Adapter",
+        r"^(image_proj|ip_adapter)\.": "an IP-Adapter",
+        r"^(transformer_blocks|joint_blocks|double_blocks|controlnet_x_embedder)\.": "a ControlNet "
+        "of a diffusion transformer, such as Flux",
+        r"^(model\.diffusion_model|unet|up_blocks|output_blocks)\.": "a model or a UNet",
+        r"lora_(unet|te\d?)_|\.lora_(up|down|[AB])\b": "a LoRA",
+    }
+)
+
+
+def is_control_net(names: Mapping[str, Any]) -> bool:
+    """Tell whether tensors of these names are a ControlNet's."""
+    return _layout(names) is not None
+
+
+def open_control_net(path: Path, unet: UNetConfig) -> tuple[ControlNetConfig, Component]:
+    """Open a ControlNet for a UNet; no weights are read.
+
+    Raises ModelError when it is none, is one for another family, or holds a tensor without a place.
+    """
+    weights = open_weights(path)
+    found = _layout(weights)
+    for pattern, what in (KINDS if found else {**KINDS, **OTHERS}).items():
+        if any(re.search(pattern, name[:200]) for name in weights):
+            raise ModelError(f"{path} is {what}, which cannot be used as one; {ADVICE}")
+    if found is None:
+        listed = ", ".join(shown(name, 60) for name in list(weights)[:3]) or "nothing"
+        raise ModelError(f"{path} holds no ControlNet but {listed}; {ADVICE}")
+    layout, prefix = found
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    stored = Stored.of(path, prefix, shapes)
+    config = _stated(path) or _config(stored, layout, unet)
+    _check_family(path, config, unet)
+    return config, _component(path, weights, config, layout, prefix)
+
+
+def _layout(names: Mapping[str, Any]) -> tuple[_Layout, str] | None:
+    held = ((layout, p) for layout in LAYOUTS for p in layout.prefixes if p + layout.hint in names)
+    return next(held, None)
+
+
+def _component(
+    path: Path, weights: Weights, config: ControlNetConfig, layout: _Layout, prefix: str
+) -> Component:
+    sources = {name: Source(name=name) for name in config.tensor_shapes()}
+    if layout.original:
+        sources = control_net_sources(config)
+    sources = {name: replace(s, name=prefix + s.name) for name, s in sources.items()}
+    component = assemble(path, weights, config, sources)
+    refuse_left_over(path, weights, component.used(), MODEL)
+    return component
+
+
+def _stated(path: Path) -> ControlNetConfig | None:
+    """Read the configuration in a folder; None for a file, whose shapes tell."""
+    file = path / "config.json"
+    if not path.is_dir() or not file.is_file():
+        return None
+    return ControlNetConfig.from_dict(read_json(file))
+
+
+def _config(stored: Stored, layout: _Layout, unet: UNetConfig) -> ControlNetConfig:
+    """Read off an architecture; raises ModelError naming a tensor that is missing."""
+    widths, depths = (_original_levels if layout.original else _levels)(stored)
+    middle = stored.count(layout.middle + ".transformer_blocks.{}")
+    context = f"{layout.middle}.transformer_blocks.0.attn2.to_k.weight"
+    label = "label_emb.0.0.weight" if layout.original else "add_embedding.linear_1.weight"
+    first = "input_blocks.0.0.weight" if layout.original else "conv_in.weight"
+    projection = stored.shapes.get(f"{stored.prefix}{layout.middle}.proj_in.weight", ())
+    downs = tuple("CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in depths)
+    layers = tuple(map(len, depths))
+    own = control_net_of(unet)
+    found = replace(
+        own,
+        in_channels=stored.size(first, 1),
+        block_out_channels=widths,
+        down_block_types=downs,
+        up_block_types=mirrored(downs),
+        mid_block_type=ATTENDING_MIDDLE if middle else "UNetMidBlock2D",
+        layers_per_block=layers[0] if len(set(layers)) == 1 else layers,
+        cross_attention_dim=stored.size(context, 1) if middle else own.cross_attention_dim,
+        use_linear_projection=len(projection) == 2 if middle else own.use_linear_projection,
+        attention_head_dim=_by_level(own.attention_head_dim, len(widths)),
+        num_attention_heads=_by_level(own.num_attention_heads, len(widths)),
+        only_cross_attention=_by_level(own.only_cross_attention, len(widths)),
+        transformer_layers_per_block=_depths(depths, middle),
+        addition_embed_type="text_time" if label.rpartition(".")[0] in stored else None,
+        projection_class_embeddings_input_dim=(
+            stored.size(label, 1) if label.rpartition(".")[0] in stored else 0
+        ),
+        conditioning_channels=stored.size(layout.hint, 1),
+        conditioning_embedding_out_channels=_hint_widths(stored, layout),
+    )
+    same = found.down_depths(), found.middle_depth()
+    if widths == own.block_out_channels and same == (own.down_depths(), own.middle_depth()):
+        depth = own.transformer_layers_per_block  # written as the UNet's, whose graphs there are
+        found = replace(found, transformer_layers_per_block=depth)
+    return found
+
+
+def _by_level(value: Any, levels: int) -> Any:
+    """Take a fact of the UNet's levels for as many as there are; the last stands for more."""
+    return (*value, *value[-1:] * levels)[:levels] if isinstance(value, tuple) else value
+
+
+def _depths(depths: Sequence[Sequence[int]], middle: int) -> tuple[int, ...]:
+    levels = [next(iter(level), 0) for level in depths]
+    levels[-1] = levels[-1] or middle
+    return tuple(depth or 1 for depth in levels)
+
+
+def _levels(stored: Stored) -> tuple[tuple[int, ...], list[list[int]]]:
+    """Return every level's width, and the blocks of its transformers by layer."""
+    widths, depths = list[int](), list[list[int]]()
+    for level in range(stored.count("down_blocks.{}")):
+        block = f"down_blocks.{level}"
+        widths.append(stored.size(f"{block}.resnets.0.conv1.weight"))
+        depths.append(
+            [
+                stored.count(f"{block}.attentions.{i}.transformer_blocks.{{}}")
+                for i in range(stored.count(block + ".resnets.{}"))
+            ]
+        )
+    return tuple(widths), depths
+
+
+def _original_levels(stored: Stored) -> tuple[tuple[int, ...], list[list[int]]]:
+    """Do the same for the original names, which number blocks through all levels."""
+    widths, depths = [0], [list[int]()]
+    for number in range(1, stored.count("input_blocks.{}")):
+        block = f"input_blocks.{number}"
+        if f"{block}.0.op" in stored:
+            widths.append(0)
+            depths.append([])
+        else:
+            widths[-1] = stored.size(f"{block}.0.in_layers.2.weight")
+            depths[-1].append(stored.count(f"{block}.1.transformer_blocks.{{}}"))
+    return tuple(widths), depths
+
+
+def _hint_widths(stored: Stored, layout: _Layout) -> tuple[int, ...]:
+    """Return the widths of the hint's encoder: after the first convolution every second is wider.
+
+    The original names count activations between them, and the last convolution.
+    """
+    step, last = (2, 1) if layout.original else (1, 0)
+    names, number = list[str](), step if layout.original else 0
+    while layout.hints.format(number) in stored:
+        names.append(layout.hints.format(number))
+        number += step
+    wider = names[1 : len(names) - last : 2]
+    return stored.size(layout.hint), *(stored.size(f"{name}.weight") for name in wider)
+
+
+def _check_family(path: Path, config: ControlNetConfig, unet: UNetConfig) -> None:
+    """Raise ModelError, with what differs, when a ControlNet is not for this UNet."""
+    own = control_net_of(unet)
+    facts = (
+        ("attends to texts of the width", "cross_attention_dim"),
+        ("takes latents of channels", "in_channels"),
+        ("has levels of the widths", "block_out_channels"),
+        ("is told beside the text", "addition_embed_type"),
+        ("is told in numbers", "projection_class_embeddings_input_dim"),
+    )
+    for what, name in facts:
+        theirs, ours = getattr(config, name), getattr(own, name)
+        if theirs != ours:
+            raise ModelError(
+                f"{path} is a ControlNet of another family: it {what} {theirs}, and this model's "
+                f"UNet has {ours}; give one that was trained for the model's family"
+            )
+    if config.residual_shapes(8, 8) != own.residual_shapes(8, 8):
+        raise ModelError(
+            f"{path} is a ControlNet of another family: it gives "
+            f"{len(config.residual_shapes(8, 8))} residuals, and this model's UNet takes "
+            f"{len(own.residual_shapes(8, 8))}; give one that was trained for the model's family"
+        )
+    if config.conditioning_channels != 3:
+        raise ModelError(
+            f"{path} takes pictures of {config.conditioning_channels} channels; "
+            "supported are those of 3"
+        )
+    if config.compression != 8:
+        raise ModelError(
+            f"{path} brings pictures to a {config.compression}th of their size; supported is an 8th"
+        )

@@ -1,0 +1,181 @@
+"""Controls: pictures that steer the drawing, each by a ControlNet, and how much at each call.
+
+Three modes, as in Automatic1111's sd-webui-controlnet: "balanced"; "prompt", where the residuals
+count less the farther they are from the middle; "control", which does the same and leaves what
+guidance moves away from without control, so that guidance strengthens it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.errors import RequestError
+from runtime.checks import check_choice, check_image, check_number
+from runtime.images.files import upright
+
+__all__ = [
+    "MODES",
+    "Control",
+    "StepControl",
+    "checked_controls",
+    "control_calls",
+    "parse_control",
+]
+
+BALANCED, PROMPT, CONTROL = MODES = ("balanced", "prompt", "control")
+MAX_WEIGHT = 10
+MAX_CONTROLS = 16
+DECAY = 0.825  # from each residual to the one before it, the middle's counting whole
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+_TEXT = re.compile(
+    rf"(?P<net>.+?)(?::(?P<weight>{_NUMBER}(?:,{_NUMBER})*)"
+    rf"(?:@(?P<start>{_NUMBER}):(?P<end>{_NUMBER}))?)?",
+    re.ASCII | re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Control:
+    """A picture, and the ControlNet that sees it. Raises RequestError when it is made wrongly.
+
+    net: the ControlNet's name in the pipeline
+    image: what the net was trained to see: edges, depth, a pose; it is brought to the size of what
+        is drawn. Where it is transparent the net sees -1, which an inpainting ControlNet fills.
+    weight: how much its residuals count, 1 as trained; several numbers are a curve over the run
+    start, end: the part of the run in which it steers, at the calls that lie whole in it, as
+        diffusers' `control_guidance_start` and `control_guidance_end`
+    mode: "balanced", "prompt" or "control": what is more important
+    """
+
+    net: str
+    image: Image.Image
+    weight: float | Sequence[float] = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: str = BALANCED
+
+    def __post_init__(self) -> None:
+        """Refuse what no net could do."""
+        if not isinstance(self.net, str) or not self.net:
+            raise RequestError(f"a control's net is {self.net!r}; give a ControlNet's name")
+        check_image("a control's image", self.image)
+        object.__setattr__(self, "image", upright(self.image))
+        for weight in self.weights:
+            check_number("a control's weight", weight, Real, 0, MAX_WEIGHT)
+        check_number("a control's start", self.start, Real, 0, 1)
+        check_number("a control's end", self.end, Real, 0, 1)
+        if self.start > self.end:
+            raise RequestError(
+                f"a control starts at {self.start} and ends at {self.end}; it must not end before "
+                "it starts"
+            )
+        check_choice("a control's mode", self.mode, MODES)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The points of the curve that the weight is."""
+        several = isinstance(self.weight, Sequence) and not isinstance(self.weight, str)
+        if several and len(self.weight):  # type: ignore[arg-type]
+            return tuple(self.weight)  # type: ignore[arg-type]
+        return (self.weight,)  # type: ignore[return-value]
+
+    @property
+    def text(self) -> str:
+        """The control as the command line writes it: NET:WEIGHT@START:END."""
+        weights = ",".join(f"{weight:g}" for weight in self.weights)
+        return f"{self.net}:{weights}@{self.start:g}:{self.end:g}"
+
+    def over(self, calls: int) -> NDArray[np.float64]:
+        """Return its weight at each call of a run."""
+        points = np.asarray(self.weights, np.float64)
+        places = np.linspace(0, points.size - 1, calls)
+        weights = np.interp(places, np.arange(points.size), points)
+        call = np.arange(calls)
+        steers = (call / calls >= self.start) & ((call + 1) / calls <= self.end)
+        return np.where(steers, weights, 0.0)
+
+    def by_residual(self, residuals: int, groups: int, prompts: int) -> NDArray[np.float64]:
+        """Return how much each residual counts in each group of guidance: (residuals, groups).
+
+        prompts: groups that guidance moves to, which are the last
+        """
+        counts = np.ones((residuals, groups))
+        if self.mode != BALANCED:
+            counts *= DECAY ** np.arange(residuals - 1, -1, -1.0)[:, None]
+        if self.mode == CONTROL:
+            counts[:, : groups - prompts] = 0
+        return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepControl:
+    """How one of a run's controls steers a call.
+
+    net: the ControlNet's name; place: of the control in the run
+    weights: (N, g, 1) float32, how much each residual counts in each group of guidance
+    """
+
+    net: str
+    place: int
+    weights: NDArray[np.float32]
+
+
+def control_calls(
+    controls: Sequence[Control], groups: Sequence[int], prompts: int, residuals: int
+) -> list[list[StepControl]]:
+    """Return what steers each call of a run; a control that does not count is not there.
+
+    groups: of guidance at each call, of which `prompts` are those that it moves to, the last
+    residuals: that a ControlNet gives
+    """
+    scales = [control.over(len(groups)) for control in controls]
+    calls = []
+    for call, count in enumerate(groups):
+        steering = []
+        for place, (control, scale) in enumerate(zip(controls, scales, strict=True)):
+            if scale[call]:
+                weights = scale[call] * control.by_residual(residuals, count, min(prompts, count))
+                steering.append(
+                    StepControl(
+                        net=control.net,
+                        place=place,
+                        weights=weights[..., None].astype(np.float32),
+                    )
+                )
+        calls.append(steering)
+    return calls
+
+
+def parse_control(text: str) -> tuple[str, tuple[float, ...], float, float]:
+    """Read NET, NET:WEIGHT or NET:WEIGHT@START:END; returns net, weights, start and end.
+
+    Colons in NET are its own unless such numbers follow. Raises RequestError.
+    """
+    match = _TEXT.fullmatch(text)
+    if match is None or not match["net"].strip() or "\0" in text:
+        raise RequestError(
+            f"{text[:200]!r} names no ControlNet; give FILE or FILE:WEIGHT@START:END"
+        )
+    weights = tuple(float(number) for number in (match["weight"] or "1").split(","))
+    return match["net"], weights, float(match["start"] or 0), float(match["end"] or 1)
+
+
+def checked_controls(controls: object) -> tuple[Control, ...]:
+    """Return a request's controls; raises RequestError for what are none."""
+    if isinstance(controls, Control):
+        return (controls,)
+    if not isinstance(controls, Sequence) or isinstance(controls, str):
+        raise RequestError(f"controls came as {type(controls).__name__}; give a list of Control")
+    for control in controls:
+        if not isinstance(control, Control):
+            raise RequestError(
+                f"controls hold a {type(control).__name__}; give Control(net=..., image=...)"
+            )
+    if len(controls) > MAX_CONTROLS:
+        raise RequestError(f"controls are {len(controls)}; give {MAX_CONTROLS} at most")
+    return tuple(controls)

@@ -1,0 +1,50 @@
+"""What one call of the UNet is given, beside the latents and what is the same at every call."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.control import StepControl
+
+__all__ = ["STEP_PARTS", "StepInputs", "StepPart"]
+
+Array = NDArray[np.float32]
+StepPart = Literal["step", "step_shallow", "step_controlled", "step_shallow_controlled"]
+# The parts that make calls of the UNet, whole and shallow, by whether a run is controlled.
+STEP_PARTS: tuple[tuple[StepPart, StepPart], ...] = (
+    ("step", "step_shallow"),
+    ("step_controlled", "step_shallow_controlled"),
+)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)  # frozen, one a call would take twice as long
+class StepInputs:
+    """What one call of the UNet is given beside the latents, for B pictures.
+
+    Every row is a picture's own, so pictures of other samplers and at other steps may share a call.
+
+    conditioning: the texts and how much they count, context (g, B, n, D), guidance
+        (g, B, 1, h or 1, w or 1) and, by the model, others, as `Encoder.condition` returns them
+    per_step: matrices (B, r, r + 2), outside (B, r + 2), timestep (B,), input_scale (B,), float32
+    is_full: whether the UNet runs whole, or around the deep features of a call before
+    signal_scale, noise_scale: alpha and sigma of the latents that go in
+    controls: what steers this call; is_controlled: whether any call of the run is steered, so that
+        all have one graph
+    """
+
+    conditioning: Mapping[str, Array]
+    per_step: Mapping[str, Array]
+    is_full: bool
+    signal_scale: float
+    noise_scale: float
+    controls: Sequence[StepControl] = ()
+    is_controlled: bool = False
+
+    @property
+    def part(self) -> StepPart:
+        """The part whose engine is called."""
+        whole, shallow = STEP_PARTS[self.is_controlled]
+        return whole if self.is_full else shallow
