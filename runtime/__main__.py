@@ -288,7 +288,7 @@ def _numbered(path: Path, count: int) -> list[Path]:
 def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """Collect what makes a picture again beside the request: files by their names and hashes."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += ("watermark",) if options.watermark else ()
+    names += tuple(name for name in ("watermark", "regions") if getattr(options, name))
     names += tuple(name for name in PIECES if getattr(options, name))
     given = {name: getattr(options, name) for name in names}
     files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
@@ -296,11 +296,13 @@ def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any
     given |= {
         name: [Path(text).name for text in value]
         for name, value in files.items()
-        if isinstance(value, list)
+        if isinstance(value, list) and name != "regions"
     }
+    if options.regions:
+        given["regions"] = [[Path(mask).name, text] for mask, text in options.regions]
     model = pipeline.model_path.resolve()
     each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
-    paths = [model, *(Path(parted(name, str(one))[0]) for name, one in each)]
+    paths = [model, *(Path(parted(name, one)[0]) for name, one in each)]
     hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
     return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
 

@@ -18,6 +18,7 @@ from engine.store.cache import fingerprint
 from runtime.images.canvas import ALPHA
 from runtime.images.files import read_settings
 from runtime.images.upscaling import PIXELS, UPSCALERS
+from runtime.regions import split_region
 
 __all__ = ["FILES", "parted", "settings_of"]
 
@@ -33,6 +34,7 @@ FILES = {
     "embeddings": ("--embedding", "textual inversion"),
     "image": ("--image", "picture"),
     "mask": ("--mask", "mask"),
+    "regions": ("--region", "mask of a region"),
 }
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
 
@@ -92,7 +94,7 @@ def _find_files(
         if value is None or (name == "mask" and value == ALPHA):
             continue
         several = isinstance(value, list)
-        paths = []
+        paths = list[Any]()
         for each in value if several else [value]:
             file, weight = parted(name, each)
             ships = name == "model" and file in shipped_models()
@@ -103,7 +105,8 @@ def _find_files(
                     f"{path} was drawn with the {noun} {_base(file)}, which is neither in the "
                     f"working folder nor beside the picture; give it with {option}"
                 )
-            paths.append(file if ships else f"{place}{weight}")
+            found_here = file if ships else f"{place}{weight}"
+            paths.append([found_here, each[1]] if name == "regions" else found_here)
             known = hashes.get(_base(file)) if isinstance(hashes, dict) else None
             if known is not None and known != _hash(place):
                 yield f"{place} is another {noun} than {path} was drawn with"
@@ -164,14 +167,20 @@ def _base(name: str) -> str:
     return PureWindowsPath(PurePosixPath(name).name).name
 
 
-def parted(name: str, text: str) -> tuple[str, str]:
-    """Part a file from what an option says behind it: an adapter's ":0.8", a word's "=WORD"."""
+def parted(name: str, said: str | Path | Sequence[str]) -> tuple[str, str]:
+    """Part a file from what an option says behind it: an adapter's ":0.8", a word's "=WORD".
+
+    said: of a region both texts of its option, the mask's first
+    """
+    text = str(said) if isinstance(said, str | Path) else said[0]
     file = text
     if name == "loras":
         with suppress(ModelError):
             file = str(parse_adapter(text).path)
     elif name == "embeddings":
         file = str(parse_embedding(text)[0])
+    elif name == "regions":
+        file, _ = split_region(text)
     return file, text[len(file) :]
 
 
@@ -187,7 +196,13 @@ def _fits(action: argparse.Action, value: object) -> bool:
     if isinstance(action.default, bool):
         return isinstance(value, bool)
     if isinstance(action.default, list):
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        items = value if isinstance(value, list) else [None]
+        if action.nargs is not None:
+            pairs = [item if isinstance(item, list) else [None] for item in items]
+            if any(len(pair) != action.nargs for pair in pairs):
+                return False
+            items = [text for pair in pairs for text in pair]
+        return all(isinstance(item, str) for item in items)
     if action.type in (None, Path):
         foreign = action.dest == "hires_upscaler"
         return isinstance(value, str) and (foreign or not action.choices or value in action.choices)
