@@ -34,7 +34,7 @@ ROOMS = {
         *("plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "grid", "__main__"),
+        *("terminal", "grid", "preprocess", "__main__"),
     ),
     "serving": (
         *(
