@@ -29,6 +29,7 @@ SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(
         "grid": Subcommand("runtime.grid", "draw pictures over two or three options on a sheet"),
         "batch": Subcommand("runtime.batch.__main__", "draw the requests of a file, resumably"),
         "upscale": Subcommand("runtime.upscale", "enlarge a picture with a trained upscaler"),
+        "preprocess": Subcommand("runtime.preprocess", "make the hint of a control from a picture"),
         "export": Subcommand("export.__main__", "trace graphs, build engines, tend the cache"),
         "info": Subcommand("latentrt.info", "say what a checkpoint, an adapter or a picture is"),
         "calibrate": Subcommand("runtime.calibration", "find the ranges that int8 needs, once"),

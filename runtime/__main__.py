@@ -309,7 +309,7 @@ def _numbered(path: Path, count: int) -> list[Path]:
 def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """Return what makes a picture again beside the request, by the options' names."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += tuple(name for name in ("upscale", "watermark") if getattr(options, name))
+    names += tuple(name for name in ("upscale", "watermark", "regions") if getattr(options, name))
     names += tuple(name for name in PIECES if getattr(options, name))
     return made_with(options, names, pipeline.model_path)
 

@@ -18,6 +18,7 @@ from engine.store.cache import fingerprint
 from runtime.images.canvas import ALPHA
 from runtime.images.files import program_version, read_settings
 from runtime.images.upscaling import PIXELS, UPSCALERS, parse_upscaler
+from runtime.regions import split_region
 
 __all__ = ["made_with", "settings_of"]
 
@@ -34,6 +35,7 @@ FILES = {
     "image": ("--image", "picture"),
     "mask": ("--mask", "mask"),
     "upscale": ("--upscale", "upscaler"),
+    "regions": ("--region", "mask of a region"),
 }
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
 
@@ -93,7 +95,7 @@ def _find_files(
         if value is None or (name == "mask" and value == ALPHA):
             continue
         several = isinstance(value, list)
-        paths = []
+        paths = list[Any]()
         for each in value if several else [value]:
             file, weight = parted(name, each)
             ships = name == "model" and file in shipped_models()
@@ -104,7 +106,8 @@ def _find_files(
                     f"{path} was drawn with the {noun} {_base(file)}, which is neither in the "
                     f"working folder nor beside the picture; give it with {option}"
                 )
-            paths.append(file if ships else f"{place}{weight}")
+            found_here = file if ships else f"{place}{weight}"
+            paths.append([found_here, each[1]] if name == "regions" else found_here)
             known = hashes.get(_base(file)) if isinstance(hashes, dict) else None
             if known is not None and known != _hash(place):
                 yield f"{place} is another {noun} than {path} was drawn with"
@@ -172,23 +175,27 @@ def made_with(options: argparse.Namespace, names: Iterable[str], model: Path) ->
     """
     given = {name: getattr(options, name) for name in names}
     files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
-    given |= {
-        name: Path(value).name for name, value in files.items() if isinstance(value, Path | str)
-    }
-    given |= {
-        name: [Path(text).name for text in value]
-        for name, value in files.items()
-        if isinstance(value, list)
-    }
+    given |= {name: _base_names(value) for name, value in files.items()}
     model = model.resolve()
     each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
-    paths = [model, *(Path(parted(name, str(one))[0]) for name, one in each)]
+    paths = [model, *(Path(parted(name, one)[0]) for name, one in each)]
     hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
     return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
 
 
-def parted(name: str, text: str) -> tuple[str, str]:
-    """Part a file from what an option says behind it: ":0.8" of an adapter, "=WORD", ":2"."""
+def _base_names(value: Any) -> Any:
+    """Return an option's files without their folders; of a pair of texts the first is the file."""
+    if isinstance(value, Path | str):
+        return Path(value).name
+    return [Path(o).name if isinstance(o, Path | str) else [Path(o[0]).name, *o[1:]] for o in value]
+
+
+def parted(name: str, said: str | Path | Sequence[str]) -> tuple[str, str]:
+    """Part a file from what an option says behind it: ":0.8" of an adapter, "=WORD", ":2".
+
+    said: of a region both texts of its option, the mask's first
+    """
+    text = str(said) if isinstance(said, str | Path) else said[0]
     file = text
     if name == "loras":
         with suppress(ModelError):
@@ -197,6 +204,8 @@ def parted(name: str, text: str) -> tuple[str, str]:
         file = str(parse_embedding(text)[0])
     elif name == "upscale":
         file = str(parse_upscaler(text).path)
+    elif name == "regions":
+        file, _ = split_region(text)
     return file, text[len(file) :]
 
 
@@ -212,7 +221,13 @@ def _fits(action: argparse.Action, value: object) -> bool:
     if isinstance(action.default, bool):
         return isinstance(value, bool)
     if isinstance(action.default, list):
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        items = value if isinstance(value, list) else [None]
+        if action.nargs is not None:
+            pairs = [item if isinstance(item, list) else [None] for item in items]
+            if any(len(pair) != action.nargs for pair in pairs):
+                return False
+            items = [text for pair in pairs for text in pair]
+        return all(isinstance(item, str) for item in items)
     if action.type in (None, Path):
         foreign = action.dest == "hires_upscaler"
         return isinstance(value, str) and (foreign or not action.choices or value in action.choices)

@@ -43,7 +43,7 @@ ROOMS = {
         *("plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "upscale", "grid", "public", "__main__"),
+        *("terminal", "upscale", "grid", "preprocess", "public", "__main__"),
     ),
     "serving": (
         *(

@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
-from runtime.checks import check_choice, check_number
+from runtime.checks import check_number
 from runtime.images.canvas import MAX_SIDE
 from runtime.preprocessors import filters
 from runtime.preprocessors.canny import canny
 
 __all__ = ["PREPROCESSORS", "Blur", "Canny", "Gray", "Preprocessor", "Scribble", "Tile"]
-__all__ += ["check_pixels", "inpaint_hint", "preprocess"]
+__all__ += ["check_pixels", "inpaint_hint"]
 
 Pixels = NDArray[np.uint8]
 
@@ -116,17 +116,6 @@ class Gray:
 PREPROCESSORS: Mapping[str, type[Any]] = MappingProxyType(
     {"canny": Canny, "scribble": Scribble, "tile": Tile, "blur": Blur, "gray": Gray}
 )
-
-
-def preprocess(name: str, pixels: Pixels) -> Pixels:
-    """Make the hint of a picture: (H, W, 3) uint8 -> (H, W, 3) uint8.
-
-    name: one of PREPROCESSORS, with its defaults; others are set as `Canny(low=50)(pixels)`
-    Raises RequestError.
-    """
-    check_choice("the preprocessor", name, tuple(PREPROCESSORS))
-    chosen: Preprocessor = PREPROCESSORS[name]()
-    return chosen(pixels)
 
 
 def inpaint_hint(pixels: Pixels, mask: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -138,6 +138,45 @@ def test_files_are_kept_as_names_and_hashes_and_found_beside_the_picture(here, c
     assert "give it with --lora" in refused(capsys, *again)
 
 
+def test_regions_are_kept_with_the_names_of_their_masks(here, capsys):
+    (here / "work").mkdir()
+    for name, box in (("left", (0, 0, 16, 32)), ("right", (16, 0, 32, 32))):
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, box)
+        mask.save(f"work/{name}.png")
+    regions = ("--region", "work/left.png", "a red car", "--region", "work/right.png:0.5", "a: b")
+    asked = ("a house", *SMALL, "--seed", "1")
+    assert command.main([*asked, *regions, "--out", "work/a.png"]) == 0
+    assert command.main([*asked, "--out", "work/plain.png"]) == 0
+    settings = read_settings("work/a.png")
+    assert settings["regions"] == [["left.png", "a red car"], ["right.png:0.5", "a: b"]]
+    assert {"left.png", "right.png"} < set(settings["hashes"])
+    assert "regions" not in read_settings("work/plain.png")
+    capsys.readouterr()
+    assert notes(capsys, "--again", "work/a.png", "--out", "work/b.png") == ""
+    drawn, again, plain = (np.asarray(Image.open(f"work/{n}.png")) for n in ("a", "b", "plain"))
+    np.testing.assert_array_equal(drawn, again)
+    assert (drawn != plain).any()
+    Image.new("L", (32, 32), 255).save("work/left.png")
+    said = notes(capsys, "--again", "work/a.png", "--out", "work/b.png")
+    assert "left.png is another mask of a region than" in said
+    Path("work/right.png").unlink()
+    said = refused(capsys, "--again", "work/a.png")
+    assert "drawn with the mask of a region right.png, which is neither" in said
+    assert said.endswith("give it with --region\n")
+
+
+@pytest.mark.parametrize(
+    "regions", [{}, "left.png", [["left.png"]], [["a", "b", "c"]], [["a", 3]], ["ab"], [[[], []]]]
+)
+def test_regions_that_cannot_be_are_refused(here, capsys, regions):
+    chunk = PngInfo()
+    settings = {"prompt": "a", "num_inference_steps": 1, "regions": regions}
+    chunk.add_itxt("latentrt", json.dumps(settings))
+    Image.new("RGB", (8, 8)).save("odd.png", pnginfo=chunk)
+    assert "says that regions is" in refused(capsys, "--again", "odd.png")
+
+
 def test_what_is_given_wins_over_what_is_found(here, capsys):
     asked = ("a", *SMALL, "--seed", "1", "--hires", "1.25", "--guidance-scale", "3:2")
     asked += ("--steps", "2")
@@ -199,6 +238,8 @@ def test_every_option_that_names_a_file_is_kept_by_its_name():
         ("embeddings", "a.pt=word", ("a.pt", "=word")),
         ("embeddings", "a.pt", ("a.pt", "")),
         ("vae", "a=b:1", ("a=b:1", "")),
+        ("regions", ["left.png:0.5", "a: b"], ("left.png", ":0.5")),
+        ("regions", ["left:right.png", "a"], ("left:right.png", "")),
     ],
 )
 def test_what_stands_behind_a_file_is_parted_from_it(name, text, parts):

@@ -231,7 +231,9 @@ def test_masks_lie_over_the_whole_picture_where_a_part_of_it_is_drawn():
     share, own = shares_of([region], frame, 96, 64)
     assert share.tolist() == [[1.0] * 4 + [0.0] * 4] * 12
     assert own.tolist() == [[0.0] * 4 + [1.0] * 4] * 12
-    elsewhere, own = shares_of([replace(region, mask=columns(0, 0.5))], frame, 96, 64)
+    elsewhere, own = shares_of(
+        [replace(region, mask=columns(0, 0.5, width=128, height=96))], frame, 96, 64
+    )
     assert not elsewhere.any()
     assert (own == 1).all()
 

@@ -6,6 +6,7 @@ import pytest
 
 from engine.errors import RequestError
 from runtime.preprocessors.canny import canny
+from runtime.preprocessors.choice import preprocess
 from runtime.preprocessors.named import (
     PREPROCESSORS,
     Blur,
@@ -13,7 +14,6 @@ from runtime.preprocessors.named import (
     Scribble,
     Tile,
     inpaint_hint,
-    preprocess,
 )
 
 RNG = np.random.default_rng(7)
@@ -115,7 +115,10 @@ def test_every_preprocessor_makes_bytes_as_large_as_the_picture(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: preprocess("depth", NOISE), "the preprocessor is 'depth'; choose one of canny"),
+        (
+            lambda: preprocess("depth", NOISE),
+            "no preprocessor 'depth'; choose one of canny",
+        ),
         (lambda: Canny(low=-1), "low is -1; give a number from 0"),
         (lambda: Canny(high=float("nan")), "high is nan; give a number"),
         (lambda: Scribble(threshold=0.5), "threshold is 0.5; give a whole number from 0 to 255"),
