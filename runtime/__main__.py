@@ -19,7 +19,7 @@ from runtime.again import FILES, parted, settings_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, program_version, write_image
 from runtime.images.previews import check_animation, parse_steps
-from runtime.images.upscaling import Hires, parse_upscaler
+from runtime.images.upscaling import Hires, is_trained, parse_upscaler
 from runtime.images.watermark import check_watermark, embed_watermark
 from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, PIECES, make_parser
 from runtime.output_options import OWN
@@ -331,6 +331,8 @@ def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any
     }
     model = pipeline.model_path.resolve()
     each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
+    if options.hires_upscaler and is_trained(options.hires_upscaler):
+        each.append(("", options.hires_upscaler))
     paths = [model, *(Path(parted(name, str(one))[0]) for name, one in each)]
     hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
     return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}

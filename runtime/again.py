@@ -35,6 +35,7 @@ FILES = {
     "mask": ("--mask", "mask"),
     "upscale": ("--upscale", "upscaler"),
 }
+UPSCALER_FILES = ("", ".pth", ".safetensors", ".pt")
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
 
 
@@ -75,7 +76,7 @@ def settings_of(
     notes = [
         *_find_files(found, path, settings, places),
         *_find_names(found, path, settings, given, places),
-        *_left_out(found, path, settings),
+        *_left_out(found, path, settings, places),
     ]
     return found, notes
 
@@ -133,12 +134,19 @@ def _find_names(
         )
 
 
-def _left_out(found: dict[str, Any], path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+def _left_out(
+    found: dict[str, Any], path: Path, settings: Mapping[str, Any], places: list[Path]
+) -> Iterator[str]:
     """Note what a picture was made with beside these settings."""
     upscaler = found.get("hires_upscaler")
     if upscaler is not None and upscaler not in UPSCALERS:
-        found["hires_upscaler"] = PIXELS
-        yield f"the upscaler {upscaler!r} of {path} is not here; {PIXELS} enlarges"
+        place = _find(upscaler, places, UPSCALER_FILES)
+        found["hires_upscaler"] = PIXELS if place is None else str(place)
+        known = settings.get("hashes")
+        if place is None:
+            yield f"the upscaler {upscaler!r} of {path} is not here; {PIXELS} enlarges"
+        elif isinstance(known, dict) and known.get(_base(upscaler)) not in (None, _hash(place)):
+            yield f"{place} is another upscaler than {path} was drawn with"
     left = settings.get("left_out")
     if isinstance(left, dict) and left:
         named = ", ".join(f"{name} ({value})" for name, value in left.items())
@@ -192,7 +200,6 @@ def _fits(action: argparse.Action, value: object) -> bool:
     if isinstance(action.default, list):
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if action.type in (None, Path):
-        foreign = action.dest == "hires_upscaler"
-        return isinstance(value, str) and (foreign or not action.choices or value in action.choices)
+        return isinstance(value, str) and (not action.choices or value in action.choices)
     numbers = value if isinstance(value, list) and action.type not in (int, float) else [value]
     return all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)

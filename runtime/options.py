@@ -14,7 +14,7 @@ from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, ComputePrecision
 from engine.command_line import CommandParser
 from runtime.images.canvas import ALPHA, BLUR
-from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
+from runtime.images.upscaling import HIRES_STRENGTH, MODES, PIXELS, Hires
 from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
 from runtime.plan import PAINTED_STRENGTH, STEPS, STRENGTH
@@ -299,6 +299,7 @@ def _add_images(group: Any) -> None:
     )
     add(
         "--hires-upscaler",
-        choices=UPSCALERS,
-        help=f"of the pixels (lanczos) or of the latents (default: {PIXELS})",
+        metavar="NAME",
+        help=f"of the pixels (lanczos, or an upscaler's file) or of the latents "
+        f"({', '.join(MODES.values())}; default: {PIXELS})",
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from runtime.request import OF_AN_IMAGE, Request
@@ -23,7 +24,8 @@ def picture_settings(
         f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
     }
     if request.hires is not None:
-        shared["hires"] = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
+        hires = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
+        shared["hires"] = {**hires, "upscaler": Path(request.hires.upscaler).name}
     if request.image is None:  # with one, its own size is drawn where none is given
         shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
         shared |= {"height": size[0], "width": size[1]}
