@@ -18,6 +18,7 @@ from runtime.expansion import PromptExpander
 from runtime.images.credentials import Credentials
 from runtime.images.files import read_image, read_settings, write_image
 from runtime.images.previews import Preview, probe
+from runtime.images.safety import SafetyChecker, SafetyVerdict
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UPSCALERS, Hires
 from runtime.images.watermark import embed_watermark, read_watermark
@@ -61,6 +62,8 @@ __all__ = [
     "RequestError",
     "RequestOptions",
     "Result",
+    "SafetyChecker",
+    "SafetyVerdict",
     "State",
     "StepInputs",
     "Upscaler",

@@ -25,7 +25,7 @@ from runtime.terminal import say
 MAX_CELLS = 256
 NOT_HERE = (
     *("again", "expand", "preview_steps", "preview_decoder", "animation"),
-    *("upscale", "watermark", "c2pa_cert", "c2pa_key"),
+    *("upscale", "safety_checker", "watermark", "c2pa_cert", "c2pa_key"),
 )
 FILES = ("image", "mask")  # fields that the command line gives as files
 

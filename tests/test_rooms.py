@@ -26,14 +26,14 @@ ROOMS = {
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
         *("families", "few_steps", "likeness", "pipeline_index", "unsupported", "prediction"),
-        *("gpt2", "single_file", "diffusers_unet", "pieces", "upscaler"),
+        *("gpt2", "single_file", "diffusers_unet", "pieces", "upscaler", "safety_checker"),
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
         *("picture_settings", "request_options", "plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "upscale", "grid", "__main__"),
+        *("terminal", "finishing", "upscale", "grid", "__main__"),
     ),
     "serving": (
         *(
