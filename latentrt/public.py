@@ -13,11 +13,13 @@ from engine.errors import (
 )
 from engine.model import Model, find_model, shipped_models
 from runtime.calibration import calibrate
+from runtime.control import Control
 from runtime.denoising.latents import Progress, State
 from runtime.expansion import PromptExpander
 from runtime.images.credentials import Credentials
 from runtime.images.files import read_image, read_settings, write_image
 from runtime.images.previews import Preview, probe
+from runtime.images.safety import SafetyChecker, SafetyVerdict
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UPSCALERS, Hires
 from runtime.images.watermark import embed_watermark, read_watermark
@@ -42,6 +44,7 @@ __all__ = [
     "BackendSettings",
     "CallOptions",
     "ComputePrecision",
+    "Control",
     "Credentials",
     "DrawnImage",
     "Engines",
@@ -61,6 +64,8 @@ __all__ = [
     "RequestError",
     "RequestOptions",
     "Result",
+    "SafetyChecker",
+    "SafetyVerdict",
     "State",
     "StepInputs",
     "Upscaler",

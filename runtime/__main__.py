@@ -4,8 +4,7 @@ import argparse
 import re
 import secrets
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from runtime.again import made_with, settings_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, write_image
 from runtime.images.previews import check_animation, parse_steps
-from runtime.images.upscaling import Hires, parse_upscaler
+from runtime.images.upscaling import Hires
 from runtime.images.watermark import check_watermark, embed_watermark
 from runtime.options import (
     AGAIN,
@@ -38,7 +37,7 @@ from runtime.request import Request
 from runtime.terminal import Loading, say, show_progress
 
 if TYPE_CHECKING:
-    from runtime.images.upscaler import Upscaler
+    from runtime.finishing import Finisher
     from runtime.watched_steps import WatchedSteps
 
 RANDOM_SEED = -1
@@ -119,25 +118,27 @@ def _draw(options: argparse.Namespace) -> None:
     if options.expand:
         options.prompt = _expanded(options, backend)
     request = _request(options)
-    upscaler = _upscaler(options, backend) if options.upscale else None
+    finisher = _finisher(options, backend)
     loading = Loading(options.model)
     with loading:
         pipeline, plan = _load(options, request, loading)
-    if upscaler:
-        *_, last = plan.runs()
-        upscaler.check_size(last.width, last.height, parse_upscaler(options.upscale).factor)
-    _write(options, pipeline, plan, _paths(options, plan.seeds), sign, upscaler)
+    if finisher:
+        finisher.check_size(plan)
+    _write(options, pipeline, plan, sign, finisher)
 
 
 def _write(
     options: argparse.Namespace,
     pipeline: Pipeline,
     plan: Plan,
-    paths: Sequence[Path],
     sign: Sign | None,
-    upscaler: "Upscaler | None" = None,
+    finisher: "Finisher | None",
 ) -> None:
-    """Draw a plan group by group, and write each picture when its group is done."""
+    """Draw a plan group by group, and write each picture when its group is done.
+
+    Raises RequestError at the end for those that are not written because they are found unsafe.
+    """
+    paths = iter(_paths(options, plan.seeds))
     watched = _watched(options, pipeline, plan, sign)
     groups = pipeline.groups(plan, options.batch_size)
     done, total = 0, sum(group.calls for group in groups)
@@ -152,47 +153,53 @@ def _write(
             if watched:
                 watched.see(progress)
         images = pipeline.finish(group, pipeline.decode(progress.latents))
-        if upscaler:
-            images = _enlarged(images, upscaler, options.upscale)
-        if options.watermark:
-            images = [embed_watermark(image, options.watermark) for image in images]
-        for image, settings in zip(images, group.settings, strict=True):
+        finished = zip(_finished(finisher, images), group.settings, strict=True)
+        for (image, more, note), settings in finished:
+            path = next(paths)
+            if note:
+                say(f"note: {path}: {note}", sys.stderr)
+            if image is None:
+                continue
             path = write_image(
                 image,
-                paths[len(written)],
-                {**settings, **made_with},
+                path,
+                {**settings, **made_with, **more},
                 mark=options.mark,
                 sign=sign,
                 replaces=options.out is not None,
             )
             written.append(path)
             say(str(path), sys.stdout)
+        if watched and options.watermark:
+            images = [embed_watermark(image, options.watermark) for image in images]
         for path in watched.finish(group, progress.latents, images) if watched else ():
             say(str(path), sys.stdout)
     if watched and watched.steps:
         strip = written[0].with_name(f"{written[0].stem}-steps.png")
         replaces = options.out is not None
         say(str(watched.write_strip(plan, strip, replaces=replaces)), sys.stdout)
+    if finisher:
+        finisher.check_written(len(written), len(plan.seeds))
 
 
-def _upscaler(options: argparse.Namespace, backend: BackendSettings) -> "Upscaler":
-    """Open the upscaler: what is wrong with it is found before a step."""
-    from runtime.images.upscaler import Upscaler
+def _finisher(options: argparse.Namespace, backend: BackendSettings) -> "Finisher | None":
+    """Return what is done to pictures before they are written, if anything is."""
+    asked = ("upscale", "watermark", "safety_checker", "safety_action")
+    if not any(getattr(options, name) for name in asked):
+        return None
+    from runtime.finishing import Finisher
 
-    upscaler = Upscaler.load(parse_upscaler(options.upscale).path, settings=backend)
-    for note in upscaler.file.notes:
-        say(f"note: {note}", sys.stderr)
-    return upscaler
+    return Finisher.of(options, backend)
 
 
-def _enlarged(images: list[Image.Image], upscaler: "Upscaler", chosen: str) -> list[Image.Image]:
-    """Enlarge pictures; where that fails, they are kept as they were drawn."""
-    factor, counted = parse_upscaler(chosen).factor, partial(show_progress, noun="tile")
-    try:
-        return [upscaler(image, factor, on_tile=counted) for image in images]
-    except LatentrtError as error:
-        say(f"note: not enlarged: {error}", sys.stderr)
-        return images
+def _finished(
+    finisher: "Finisher | None", images: Sequence[Image.Image]
+) -> Iterator[tuple[Image.Image | None, Mapping[str, Any], str]]:
+    """Yield pictures as they are to be written, as `Finisher.finished` does."""
+    if finisher:
+        yield from finisher.finished(images)
+    else:
+        yield from ((image, {}, "") for image in images)
 
 
 def _watched(

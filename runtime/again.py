@@ -17,7 +17,7 @@ from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
 from runtime.images.canvas import ALPHA
 from runtime.images.files import program_version, read_settings
-from runtime.images.upscaling import PIXELS, UPSCALERS, parse_upscaler
+from runtime.images.upscaling import PIXELS, UPSCALERS, is_trained, parse_upscaler
 from runtime.regions import split_region
 
 __all__ = ["made_with", "settings_of"]
@@ -37,6 +37,7 @@ FILES = {
     "upscale": ("--upscale", "upscaler"),
     "regions": ("--region", "mask of a region"),
 }
+UPSCALER_FILES = ("", ".pth", ".safetensors", ".pt")
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
 
 
@@ -77,7 +78,7 @@ def settings_of(
     notes = [
         *_find_files(found, path, settings, places),
         *_find_names(found, path, settings, given, places),
-        *_left_out(found, path, settings),
+        *_left_out(found, path, settings, places),
     ]
     return found, notes
 
@@ -136,12 +137,19 @@ def _find_names(
         )
 
 
-def _left_out(found: dict[str, Any], path: Path, settings: Mapping[str, Any]) -> Iterator[str]:
+def _left_out(
+    found: dict[str, Any], path: Path, settings: Mapping[str, Any], places: list[Path]
+) -> Iterator[str]:
     """Note what a picture was made with beside these settings."""
     upscaler = found.get("hires_upscaler")
     if upscaler is not None and upscaler not in UPSCALERS:
-        found["hires_upscaler"] = PIXELS
-        yield f"the upscaler {upscaler!r} of {path} is not here; {PIXELS} enlarges"
+        place = _find(upscaler, places, UPSCALER_FILES)
+        found["hires_upscaler"] = PIXELS if place is None else str(place)
+        known = settings.get("hashes")
+        if place is None:
+            yield f"the upscaler {upscaler!r} of {path} is not here; {PIXELS} enlarges"
+        elif isinstance(known, dict) and known.get(_base(upscaler)) not in (None, _hash(place)):
+            yield f"{place} is another upscaler than {path} was drawn with"
     left = settings.get("left_out")
     if isinstance(left, dict) and left:
         named = ", ".join(f"{name} ({value})" for name, value in left.items())
@@ -178,6 +186,8 @@ def made_with(options: argparse.Namespace, names: Iterable[str], model: Path) ->
     given |= {name: _base_names(value) for name, value in files.items()}
     model = model.resolve()
     each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
+    if options.hires_upscaler and is_trained(options.hires_upscaler):
+        each.append(("hires_upscaler", options.hires_upscaler))
     paths = [model, *(Path(parted(name, one)[0]) for name, one in each)]
     hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
     return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
@@ -229,7 +239,6 @@ def _fits(action: argparse.Action, value: object) -> bool:
             items = [text for pair in pairs for text in pair]
         return all(isinstance(item, str) for item in items)
     if action.type in (None, Path):
-        foreign = action.dest == "hires_upscaler"
-        return isinstance(value, str) and (foreign or not action.choices or value in action.choices)
+        return isinstance(value, str) and (not action.choices or value in action.choices)
     numbers = value if isinstance(value, list) and action.type not in (int, float) else [value]
     return all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)

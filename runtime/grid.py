@@ -26,7 +26,7 @@ from runtime.terminal import say
 MAX_CELLS = 256
 NOT_HERE = (
     *("again", "expand", "preview_steps", "preview_decoder", "animation"),
-    *("upscale", "watermark", "c2pa_cert", "c2pa_key"),
+    *("upscale", "safety_checker", "watermark", "c2pa_cert", "c2pa_key"),
 )
 FILES = ("image", "mask")  # fields that the command line gives as files
 PROMPT = "prompt"  # the axis whose first value is replaced in the texts by each of its values

@@ -15,7 +15,7 @@ from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
 from runtime.defaults import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.images.canvas import ALPHA, BLUR
-from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
+from runtime.images.upscaling import HIRES_STRENGTH, MODES, PIXELS, Hires
 from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
 from runtime.presets import PRESETS, describe_presets
@@ -324,8 +324,9 @@ def _add_images(group: Any) -> None:
     )
     add(
         "--hires-upscaler",
-        choices=UPSCALERS,
-        help=f"of the pixels (lanczos) or of the latents (default: {PIXELS})",
+        metavar="NAME",
+        help=f"of the pixels (lanczos, or an upscaler's file) or of the latents "
+        f"({', '.join(MODES.values())}; default: {PIXELS})",
     )
 
 

@@ -65,6 +65,22 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
         },
     ),
     (
+        ("--safety-checker",),
+        {
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "check pictures with one in diffusers' layout (default: nothing is checked)",
+        },
+    ),
+    (
+        ("--safety-action",),
+        {
+            "choices": ("flag", "blur", "refuse"),
+            "help": "what happens to a picture that is found unsafe: said and marked in its file, "
+            "also blurred, or not written (default: flag)",
+        },
+    ),
+    (
         ("--watermark",),
         {
             "metavar": "TEXT",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from runtime.request import OF_AN_IMAGE, Request
@@ -24,7 +25,8 @@ def picture_settings(
         f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
     }
     if request.hires is not None:
-        shared["hires"] = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
+        hires = {f.name: getattr(request.hires, f.name) for f in fields(request.hires)}
+        shared["hires"] = {**hires, "upscaler": Path(request.hires.upscaler).name}
     if request.controls:
         shared["controls"] = [control.text for control in request.controls]
         shared["control_modes"] = [control.mode for control in request.controls]

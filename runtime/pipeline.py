@@ -70,7 +70,9 @@ class Pipeline(AdaptedModel):
     ) -> None:
         super().__init__(engines, tokenizers, lora_dir=lora_dir)
         self.wildcards = wildcards
-        self._latents = LatentSpace(model=engines.model, engine=engines.engine)
+        self._latents = LatentSpace(
+            model=engines.model, engine=engines.engine, threads=engines.settings.threads
+        )
 
     @classmethod
     def load(
@@ -258,6 +260,7 @@ class Pipeline(AdaptedModel):
 
     def open_engines(self, plan: Plan) -> None:
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
+        self._latents.open_upscalers(plan)
         for part in parts_of(plan, self.model):
             self.engine(part)
         self._controlled.open(plan)

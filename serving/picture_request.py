@@ -10,7 +10,8 @@ from typing import Any, Self
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.images.upscaling import Hires
+from runtime.checks import check_choice
+from runtime.images.upscaling import UPSCALERS, Hires
 from runtime.request import Request
 from serving.errors import BadRequestError, TooLargeError
 from serving.limits import Limits
@@ -127,6 +128,10 @@ def _request(
 ) -> Request:
     fields = {**given, "image": image, "mask": mask}
     if fields.get("hires") is not None:
+        # Of a stranger no path is followed, nor is it told which files there are.
+        check_choice(
+            "the upscaler of hires", fields["hires"].get("upscaler", UPSCALERS[0]), UPSCALERS
+        )
         fields["hires"] = Hires(**fields["hires"])
     return Request(**fields)
 

@@ -35,7 +35,7 @@ ROOMS = {
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
         *("families", "few_steps", "likeness", "pipeline_index", "unsupported", "prediction"),
-        *("gpt2", "single_file", "diffusers_unet", "pieces", "upscaler"),
+        *("gpt2", "single_file", "diffusers_unet", "pieces", "upscaler", "safety_checker"),
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images"),
@@ -43,7 +43,7 @@ ROOMS = {
         *("plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "upscale", "grid", "preprocess", "public", "__main__"),
+        *("terminal", "finishing", "upscale", "grid", "preprocess", "public", "__main__"),
     ),
     "serving": (
         *(

@@ -2,8 +2,8 @@
 
 A graph's file name says the part, the architecture's key and the precision, so one graph serves
 every checkpoint of its architecture. Graphs of known architectures ship with the package,
-compressed; `python -m export` traces the others. Those of upscalers are written when one is opened
-(`engine/graphs/writer.py`).
+compressed; `python -m export` traces the others. Those of upscalers and
+safety checkers are written when one is opened (`engine/graphs/writer.py`).
 
 The inputs and outputs of every graph, their names, dtypes and symbolic shapes, are written once,
 here. Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
@@ -43,6 +43,7 @@ Part = Literal[
     "preview_decoder",
     "language_model",
     "upscaler",
+    "safety_checker",
 ]
 TextPart = Literal["text_encoder", "text_encoder_2"]
 Symbol = str | int
@@ -167,6 +168,11 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
         "upscaler": Signature(
             inputs={"pixels": _tensor("float32", 1, 3, "h", "w")},
             outputs={"upscaled": _tensor("float32", 1, 3, "H", "W")},
+        ),
+        # A picture of S pixels a side becomes a place in CLIP's space.
+        "safety_checker": Signature(
+            inputs={"pixel_values": _tensor("float32", 1, 3, "S", "S")},
+            outputs={"image_embeds": _tensor("float32", 1, "P")},
         ),
     }
 )

@@ -6,7 +6,7 @@ the posterior of the masked image, then the calls that draw.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends.base import Engine
+from engine.backends.settings import BackendSettings
 from engine.devices.device import DeviceArray, HostOrDeviceArray, on_host
 from engine.errors import RequestError
 from engine.graphs.graph import Part
@@ -21,7 +22,8 @@ from engine.model import Model
 from runtime.images import tiles
 from runtime.images.canvas import GRAY, masked_pixels
 from runtime.images.image_noise import noise_seed
-from runtime.images.upscaling import PIXELS, upscale_latents, upscale_pixels
+from runtime.images.upscaler import Upscaler
+from runtime.images.upscaling import PIXELS, is_trained, upscale_latents, upscale_pixels
 from runtime.noise import Noise, draw, make_noise, vary
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
@@ -128,10 +130,16 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LatentSpace:
-    """The latents of a model; engine: returns the engine of a part."""
+    """The latents of a model.
+
+    engine: returns the engine of a part
+    threads: of the trained upscalers that hires fix names; upscalers: those that are open, by path
+    """
 
     model: Model
     engine: Callable[[Part], Engine]
+    threads: int | None = None
+    upscalers: dict[str, Upscaler] = field(default_factory=dict)
 
     def start(self, plan: Plan, latents: HostOrDeviceArray | None = None) -> State:
         """Return what a run's first call starts from.
@@ -176,6 +184,19 @@ class LatentSpace:
             keeps_deep=not all(plan.full_calls),
         )
 
+    def open_upscalers(self, plan: Plan) -> None:
+        """Open the trained upscaler that a plan names, unless it is open.
+
+        Raises ModelError, BackendError, and RequestError where it would make too large a picture.
+        """
+        first, *others = plan.runs()
+        for path in (run.upscaler for run in others if is_trained(run.upscaler)):
+            if path not in self.upscalers:
+                settings = BackendSettings(threads=self.threads)
+                self.upscalers[path] = Upscaler.load(path, settings=settings)
+            factor = max(others[-1].width / first.width, 1)
+            self.upscalers[path].check_size(first.width, first.height, factor)
+
     def decode(self, latents: HostOrDeviceArray) -> NDArray[np.uint8]:
         """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
         engine = self.engine("vae_decoder")
@@ -203,11 +224,14 @@ class LatentSpace:
 
     def _enlarged(self, latents: Array, plan: Plan, rngs: Sequence[Noise]) -> Array:
         """Enlarge finished latents to a plan's size, by way of the pixels or directly."""
-        if plan.upscaler != PIXELS:
+        if plan.upscaler != PIXELS and not is_trained(plan.upscaler):
             compression = self.model.vae.compression
             sides = plan.height // compression, plan.width // compression
             return upscale_latents(latents, *sides, plan.upscaler)
         images = [Image.fromarray(pixels) for pixels in self.decode(latents)]
+        if is_trained(plan.upscaler):
+            upscaler, factor = self.upscalers[plan.upscaler], plan.width / images[0].width
+            images = [upscaler(image, max(factor, 1)) for image in images]
         size = {"height": plan.height, "width": plan.width}
         larger = [np.asarray(upscale_pixels(image, **size)) for image in images]
         return self._encode(np.stack(larger), rngs)
@@ -302,7 +326,8 @@ def parts_of(plan: Plan, model: Model) -> list[Part]:
     runs = list(plan.runs())
     parts: list[Part] = list(dict.fromkeys(part for run in runs for part in run.step_parts))
     parts.append("vae_decoder")
-    enlarges = any(run.upscaler == PIXELS for run in runs)
+    ways = [run.upscaler for run in runs[1:]]
+    enlarges = any(way == PIXELS or is_trained(way) for way in ways)
     if plan.image is not None or enlarges or model.is_inpainting:
         parts.append("vae_encoder")
     return parts

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.errors import RequestError
 from runtime.conditioning.syntax import escape
-from runtime.images.upscaling import MODES
+from runtime.images.upscaling import MODES, PIXELS, is_trained
 from runtime.samplers import SAMPLERS, TRAINED_TIMESTEPS, resolve
 
 __all__ = ["PARAMETERS_KEY", "a1111_method", "format_parameters", "parse_parameters"]
@@ -37,6 +37,14 @@ SCHEDULE_LABELS: Mapping[str | None, str] = {
     **{name: name.title() for name in ("karras", "exponential", "beta", "simple", "normal")},
     **{"sgm_uniform": "SGM Uniform", "a1111_kl_optimal": "KL Optimal"},
     "a1111_align_your_steps": "Align Your Steps",
+}
+# Its own names of files, in lower case; others it calls by their files' names.
+UPSCALER_FILES = {
+    "r-esrgan 4x+": "RealESRGAN_x4plus",
+    "r-esrgan 4x+ anime6b": "RealESRGAN_x4plus_anime_6B",
+    "r-esrgan 2x+": "RealESRGAN_x2plus",
+    "r-esrgan general 4xv3": "realesr-general-x4v3",
+    "r-esrgan animevideo": "realesr-animevideov3",
 }
 NOISE_LABELS: Mapping[str, str] = {"cpu": "CPU", "cuda": "NV"}  # NV is CUDA's on every machine
 
@@ -133,8 +141,10 @@ def parse_parameters(text: str) -> dict[str, Any]:
     settings |= _numbers(fields, _NUMBERS)
     if "Hires upscale" in fields:
         settings.pop("strength", None)  # of the second run
-        label = fields.get("Hires upscaler", "Latent").lower()
-        settings["hires"] = _numbers(fields, _HIRES) | {"upscaler": MODES.get(label, label)}
+        label = fields.get("Hires upscaler", "Latent")
+        known = MODES | UPSCALER_FILES | {PIXELS: PIXELS}
+        upscaler = known.get(label.lower(), label)
+        settings["hires"] = _numbers(fields, _HIRES) | {"upscaler": upscaler}
     with suppress(ValueError):
         settings["width"], settings["height"] = map(int, fields.get("Size", "").split("x"))
     for name, key in (("Model", "model_name"), ("VAE", "vae_name")):
@@ -218,9 +228,12 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, str | float]:
 
 
 def _hires_fields(hires: Mapping[str, Any]) -> dict[str, Any]:
+    if not hires:
+        return {}
     labels = {ours: label.capitalize() for label, ours in MODES.items()}
     upscaler = str(hires.get("upscaler"))
-    named = {"Hires upscaler": labels.get(upscaler, upscaler.capitalize())} if hires else {}
+    label = PurePath(upscaler).stem if is_trained(upscaler) else upscaler.capitalize()
+    named = {"Hires upscaler": labels.get(upscaler, label)}
     return {name: hires[key] for name, (key, _) in _HIRES.items() if key in hires} | named
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.checks import check_choice, check_number
+from runtime.checks import check_number
 
 __all__ = [
     "MODES",
@@ -24,6 +24,7 @@ __all__ = [
     "UPSCALERS",
     "Hires",
     "UpscalerChoice",
+    "is_trained",
     "parse_upscaler",
     "upscale_latents",
     "upscale_pixels",
@@ -82,8 +83,8 @@ class Hires:
     scale: of both sides, above 1 and up to 8; the sides are rounded to what the model takes
     strength: how far the second run goes from the enlarged picture, above 0 and up to 1
     num_inference_steps: of the second run before `strength` shortens it; None takes the first's
-    upscaler: one of `UPSCALERS`; "lanczos" enlarges the decoded
-        pixels, the others the latents
+    upscaler: one of `UPSCALERS`, of which "lanczos" enlarges the decoded pixels and the others the
+        latents; or the path of a trained upscaler's file, which enlarges the pixels
     """
 
     scale: float = 2.0
@@ -100,7 +101,23 @@ class Hires:
         check_number("the strength of hires", self.strength, Real, 0, 1)
         if self.num_inference_steps is not None:
             check_number("the steps of hires", self.num_inference_steps, Integral, 1, MAX_STEPS)
-        check_choice("the upscaler of hires", self.upscaler, UPSCALERS)
+        if self.upscaler not in UPSCALERS and not _is_file(self.upscaler):
+            raise RequestError(
+                f"the upscaler of hires is {self.upscaler!r}; choose one of "
+                f"{', '.join(UPSCALERS)}, or give the path of an upscaler's file"
+            )
+
+
+def is_trained(upscaler: str) -> bool:
+    """Tell whether what a run is enlarged by is an upscaler's file; "" is none."""
+    return upscaler not in ("", *UPSCALERS)
+
+
+def _is_file(path: object) -> bool:
+    try:
+        return isinstance(path, str) and Path(path).is_file()
+    except (OSError, ValueError):  # a name that no system takes
+        return False
 
 
 def upscale_latents(

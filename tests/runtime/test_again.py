@@ -100,7 +100,7 @@ def test_a_model_is_found_by_its_name(here, capsys, place):
 def test_an_upscaler_that_is_not_here_is_named(capsys):
     hires = "Denoising strength: 0.9, Hires upscale: 1.5, Hires steps: 2, Hires upscaler: 4x-Ultra"
     said = notes(capsys, "--again", theirs(A1111.format("") + hires), "--out", "a.png")
-    assert said == "note: the upscaler '4x-ultra' of theirs.png is not here; lanczos enlarges"
+    assert said == "note: the upscaler '4x-Ultra' of theirs.png is not here; lanczos enlarges"
     assert read_settings("a.png")["hires"]["upscaler"] == "lanczos"
 
 

@@ -6,15 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import runtime.__main__ as draw
-from engine.errors import BackendError
+from engine.backends.settings import BackendSettings
+from engine.errors import BackendError, RequestError
 from engine.store.cache import fingerprint
 from latentrt.__main__ import main
 from latentrt.info import find_facts
 from runtime import upscale
 from runtime.images.files import read_settings, read_source_type
 from runtime.images.upscaler import Upscaler
+from runtime.images.upscaling import Hires
+from runtime.pipeline import Pipeline
+from runtime.request import Request
+from serving.limits import Limits
+from serving.picture_request import PictureRequest
 from tests.support.pictures import drawing
 from tests.support.upscaler_files import COMPACT, ESRGAN, write_upscaler
 
@@ -207,3 +214,90 @@ def test_openvino_and_bfloat16(here):
     found = [np.asarray(Image.open(f"{name}.png"), np.int16) for name in upscale.PROCESSOR]
     assert abs(found[0] - found[1]).max() <= 1
     assert COMPACT.scale == ESRGAN.scale
+
+
+HIRES = ("--hires", "2", "--hires-strength", "0.5", "--hires-steps", "2")
+
+
+def test_hires_fix_by_an_upscaler(here):
+    """The pixels between the two runs are the upscaler's, and settings make them again."""
+    drawn("-o", "lanczos.png", *HIRES)
+    drawn("-o", "a.png", *HIRES, "--hires-upscaler", str(here / "up.safetensors"))
+    assert size("a.png") == size("lanczos.png") == (64, 64)
+    assert not np.array_equal(
+        np.asarray(Image.open("a.png")), np.asarray(Image.open("lanczos.png"))
+    )
+    settings = read_settings("a.png")
+    assert settings["hires"]["upscaler"] == "up.safetensors"
+    assert settings["hashes"]["up.safetensors"] == fingerprint(here / "up.safetensors")
+    with Image.open("a.png") as image:
+        assert "Hires upscaler: up," in image.info["parameters"]
+    assert draw.main(["--again", "a.png", "-o", "b.png", "--threads", "1"]) == 0
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
+
+
+def test_the_pixels_of_hires_fix_are_the_upscalers(here):
+    seen = []
+    pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1, backend="cpu"))
+    hires = Hires(scale=2, strength=0.5, num_inference_steps=2, upscaler="up.safetensors")
+    request = Request(prompt="a", seed=7, height=32, width=32, num_inference_steps=1, hires=hires)
+    plan = pipeline.plan(request)
+    first, second = plan.runs()
+    state = pipeline.start(first)
+    for inputs in first.steps():
+        state = pipeline.step(state, inputs)
+    space = pipeline._latents
+    encode = space._encode
+    type(space)._encode = lambda self, pixels, rngs: seen.append(pixels) or encode(pixels, rngs)
+    try:
+        pipeline.start(second, state.latents)
+    finally:
+        type(space)._encode = encode.__func__
+    (decoded,) = pipeline.decode(state.latents)
+    expected = Upscaler.load("up.safetensors", settings=BackendSettings(threads=1))(decoded)
+    assert np.array_equal(seen[0][0], np.asarray(expected))
+
+
+def test_again_looks_for_hires_upscalers_by_name(here, capsys):
+    drawn("-o", "a.png", *HIRES, "--hires-upscaler", "up.safetensors")
+    write_upscaler(here / "up.safetensors", seed=1)
+    assert draw.main(["--again", "a.png", "-o", "b.png", "--threads", "1"]) == 0
+    assert "up.safetensors is another upscaler" in capsys.readouterr().err
+    Path("up.safetensors").unlink()
+    assert draw.main(["--again", "a.png", "-o", "b.png", "--threads", "1"]) == 0
+    assert "'up.safetensors' of a.png is not here; lanczos enlarges" in capsys.readouterr().err
+
+
+def test_again_finds_automatic1111s_upscaler(here, capsys):
+    text = (
+        "a castle\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 3, Size: 32x32, "
+        "Denoising strength: 0.5, Hires upscale: 2, Hires steps: 2, Hires upscaler: {}"
+    )
+    for label, file in (("4x-UltraSharp", "4x-UltraSharp.pth"), ("R-ESRGAN 4x+", None)):
+        chunk = PngInfo()
+        chunk.add_text("parameters", text.format(label))
+        Image.new("RGB", (8, 8)).save("theirs.png", pnginfo=chunk)
+        write_upscaler(here / (file or "RealESRGAN_x4plus.pth"))
+        assert draw.main(["--again", "theirs.png", "-o", "b.png", "--threads", "1"]) == 0
+        assert "is not here; lanczos" not in capsys.readouterr().err
+        assert read_settings("b.png")["hires"]["upscaler"].startswith(label[:2].replace("R-", "Re"))
+
+
+@pytest.mark.parametrize("name", ["esrgan", "", "a\0b", "x" * 5000, "."])
+def test_what_hires_cannot_enlarge_by(name):
+    with pytest.raises(RequestError, match=r"choose one of lanczos, .* or give the path"):
+        Hires(upscaler=name)
+
+
+def test_a_server_follows_no_path(here):
+    fields = {"prompt": "a", "hires": {"upscaler": "up.safetensors"}}
+    with pytest.raises(RequestError, match="choose one of lanczos"):
+        PictureRequest(fields=fields, model="pictogram").checked(Limits())
+
+
+def test_a_damaged_upscaler_of_hires_is_found_before_a_step(here, capsys, monkeypatch):
+    monkeypatch.setattr(draw.Pipeline, "denoise", lambda *_: pytest.fail("it drew"))
+    Path("bad.pth").write_bytes(b"x" * 100)
+    asked = ("a", *SMALL, *HIRES, "--hires-upscaler")
+    assert draw.main([*asked, "bad.pth"]) == 2
+    assert "bad.pth is no checkpoint" in capsys.readouterr().err

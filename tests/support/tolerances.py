@@ -110,3 +110,5 @@ GROUPED_MEMORY = 1.5
 # engine/graphs/upscalers.py: against the published architectures in torch, of the largest number
 UPSCALER_RTOL = 1e-5
 UPSCALER_SEAM = 2  # of 255: a gradient in tiles of 64, against the same in one
+# engine/graphs/safety_checker.py: against diffusers' checker, of the largest number of an embedding
+SAFETY_EMBEDDING = 1e-4  # its processor's normalisation is in float64
