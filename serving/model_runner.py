@@ -25,6 +25,7 @@ from runtime.denoising.rows import Row, rows_of, step_rows
 from runtime.images.files import encode_image, program_version
 from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
+from runtime.plan import Plan
 from runtime.request import Request
 from runtime.templates import expand_request, with_templates
 from serving.checks import check_chunks
@@ -245,7 +246,7 @@ class Models:
         loras = [*picture_request.loras, *self._named(picture_request, request)]
         pipeline, preview_map = self._pipeline(picture_request.model, loras)
         check_chunks(pipeline, request, self.limits.chunks)
-        plan = pipeline.plan(request)
+        plan = self._plan(pipeline, picture_request.model, loras, request)
         plan = plan if template is request else with_templates(plan, template)
         plan = replace(plan, notes=[*notes, *plan.notes])
         exact = pipeline.engines.is_exact
@@ -323,12 +324,32 @@ class Models:
         ]
         try:
             pipeline.set_loras(chosen)
-        except ModelError as error:  # its text names paths of this machine
-            names = " or ".join(name for name, *_ in loras)
-            raise RequestError(
-                f"loras: {names} does not fit the model {model}; leave it out, or "
-                "take a model that it was trained for"
-            ) from error
+        except ModelError as error:
+            raise _misfit(model, loras) from error
+
+    def _plan(
+        self, pipeline: Pipeline, model: str, loras: Sequence[Lora], request: Request
+    ) -> Plan:
+        """Plan a request and open what it needs, so that what is damaged is found before a step."""
+        try:
+            plan = pipeline.plan(request)
+            pipeline.open_engines(plan)
+        except ModelError as error:
+            with self._lock:
+                self._open.pop((model, tuple(loras)), None)
+            if loras:
+                raise _misfit(model, loras) from error
+            raise
+        return plan
+
+
+def _misfit(model: str, loras: Sequence[Lora]) -> RequestError:
+    """Return what is said of adapters; the text of a ModelError names paths of this machine."""
+    names = " or ".join(name for name, *_ in loras)
+    return RequestError(
+        f"loras: {names} does not fit the model {model}; leave it out, give it a smaller weight, "
+        "or take a model that it was trained for"
+    )
 
 
 def _preview_map(pipeline: Pipeline) -> PreviewMap:

@@ -139,7 +139,7 @@ def test_whatever_it_dies_in_everything_is_drawn_again(fake, tmp_path):
         wanted |= {(f"{stage} three", index): alone(f"{stage} three", index) for index in range(3)}
         wanted |= {(f"{stage} {n}", 0): alone(f"{stage} {n}", steps=9) for n in range(20)}
         wanted[stage, 0] = alone(prompt)
-        fake.wait(lambda: len(fake.files) == len(wanted))
+        fake.wait(lambda names=frozenset(wanted): fake.files.keys() == names)
         assert (fake.deaths, fake.failed) == (deaths, {}), stage
     assert fake.files == wanted
 
