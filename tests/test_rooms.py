@@ -70,6 +70,7 @@ ROOMS = {
             "engine_process",
             "child",
             "supervisor",
+            "engine_group",
             "configuration",
             "options",
             "server",

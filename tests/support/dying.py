@@ -14,7 +14,10 @@ COMMAND = (sys.executable, "-P", "-c", START, ROOT)
 
 
 class DyingStudio(FakeModelRunner):
-    """Dies of "poison" in a step, of "bad text" in its text, once of "once PATH" in a step."""
+    """Dies of "poison" in a step, of "bad text" in its text, once of "once PATH" in a step.
+
+    "card PATH" writes which GPUs it sees.
+    """
 
     def warm(self, model):
         pass
@@ -30,6 +33,8 @@ class DyingStudio(FakeModelRunner):
             prompt, _, path = unfinished.picture_request.fields["prompt"].partition(" ")
             if prompt == "poison" and unfinished.calls > 1:
                 os._exit(9)
+            if prompt == "card":
+                Path(path).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
             if prompt == "once" and not Path(path).exists():
                 Path(path).touch()
                 os._exit(9)
