@@ -24,13 +24,13 @@ def _serve(arguments: Sequence[str] | None, prog: str) -> None:
     """
     with started_process() as process:
         from serving.configuration import parse_options
-        from serving.options import engine_settings, make_parser, read_keys
+        from serving.options import engine_settings, make_parser, read_cards, read_keys
 
         options = parse_options(make_parser(prog), arguments, os.environ)
         keys, settings = read_keys(options), engine_settings(options)
-        from serving.supervisor import ProcessEngine
+        from serving.engine_group import make_engine
 
-        engine = ProcessEngine(settings, process=process)
+        engine = make_engine(settings, read_cards(options), process)
         engine.launch()
         try:
             with libraries_of("serving"):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.backends.settings import ON_GPU
 from engine.command_line import CommandParser
 from engine.errors import RequestError
 from engine.model import find_model, shipped_models
@@ -22,6 +23,8 @@ from serving.row_limits import ROWS, parse_rows
 
 HOST, PORT = "127.0.0.1", 7860
 ADAPTERS = ".safetensors"
+ON_CARDS = tuple(name for name in ON_GPU if name != "webgpu")  # which chooses by itself
+MOST_CARDS = 64
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
@@ -72,6 +75,12 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         "adapters is another (default: half of this machine's memory)",
     )
     add_engine_options(group)
+    group.add_argument(
+        "--devices",
+        dest="cards",
+        metavar="N[,N…]",
+        help=f"NVIDIA GPUs by their numbers, with an engine on each ({', '.join(ON_CARDS)})",
+    )
 
 
 def _add_doors(group: argparse._ArgumentGroup) -> None:
@@ -168,6 +177,25 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         model_bytes=read_model_memory(options.model_memory),
         limits=Limits(jobs=options.max_queue, queue_seconds=options.max_queue_seconds),
     )
+
+
+def read_cards(options: argparse.Namespace) -> list[int]:
+    """Return the GPUs that engines run on, none where nobody chose. Raises RequestError."""
+    if options.cards is None:
+        return []
+    if options.backend not in ON_CARDS:
+        raise RequestError(
+            f"--devices {options.cards} came with the backend {options.backend or 'left open'}; it "
+            f"numbers NVIDIA's GPUs, so choose --backend {', '.join(ON_CARDS)}"
+        )
+    given = [part.strip() for part in str(options.cards).split(",")]
+    cards = [int(part) for part in given if part.isascii() and part.isdecimal() and len(part) < 4]
+    if len(cards) < len(given) or len(set(cards)) < len(cards) or len(cards) > MOST_CARDS:
+        raise RequestError(
+            f"--devices is {options.cards}; give numbers of GPUs with commas between, each once, "
+            "such as 0,1"
+        )
+    return cards
 
 
 def find_folder(option: str, folder: Path | None) -> str | None:

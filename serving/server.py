@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 
 from engine.errors import BackendError, OutputError
+from serving.engine_group import EngineGroup
 from serving.http.access import AccessRules
 from serving.http.app import Service, make_service
 from serving.http.connections import ImpatientProtocol
@@ -21,7 +22,9 @@ from serving.supervisor import ProcessEngine
 KEEP_ALIVE = 30  # seconds that an idle connection is kept
 
 
-def serve(options: argparse.Namespace, keys: Keys | None, engine: ProcessEngine) -> None:
+def serve(
+    options: argparse.Namespace, keys: Keys | None, engine: ProcessEngine | EngineGroup
+) -> None:
     """Serve until SIGTERM or Ctrl-C. Raises OutputError or BackendError."""
     settings = engine.settings
     service = make_service(
@@ -40,7 +43,7 @@ def serve(options: argparse.Namespace, keys: Keys | None, engine: ProcessEngine)
     with listener:
         Server(service, engine).run(sockets=[listener])
     if engine.has_failed:
-        raise BackendError("the engine could not start; what it said stands above")
+        raise BackendError("an engine could not start; what it said stands above")
 
 
 def listen_on(host: str, port: int) -> socket.socket:
@@ -67,7 +70,7 @@ class Server(uvicorn.Server):
     A second signal ends it at once.
     """
 
-    def __init__(self, service: Service, engine: ProcessEngine) -> None:
+    def __init__(self, service: Service, engine: ProcessEngine | EngineGroup) -> None:
         config = uvicorn.Config(
             service.app,
             log_config=None,

@@ -71,6 +71,7 @@ ROOMS = {
             "engine_process",
             "child",
             "supervisor",
+            "engine_group",
             "configuration",
             "options",
             "server",

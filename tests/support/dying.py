@@ -15,7 +15,10 @@ STAGES = ("texts", "enter", "step", "preview", "finish")
 
 
 class DyingStudio(FakeModelRunner):
-    """Dies of "poison" in a step, of "bad text" in its text, once of "STAGE once PATH" in that."""
+    """Dies of "poison" in a step, of "bad text" in its text, once of "STAGE once PATH" in that.
+
+    "card PATH" writes which GPUs it sees.
+    """
 
     def warm(self, model):
         """Die as often as the file says that was named after the program."""
@@ -29,6 +32,9 @@ class DyingStudio(FakeModelRunner):
         prompt = unfinished.picture_request.fields["prompt"]
         if stage == "step" and prompt == "poison" and unfinished.calls > 1:
             os._exit(9)
+        if stage == "step" and prompt.startswith("card "):
+            card = Path(prompt.removeprefix("card "))
+            card.write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         die_once(stage, prompt)
         super().do(stage, unfinished)
 
