@@ -27,7 +27,7 @@ NOT_HERE = (
     *("again", "expand", "preview_steps", "preview_decoder", "animation"),
     *("watermark", "c2pa_cert", "c2pa_key"),
 )
-FILES = ("image", "mask")  # fields that the command line gives as files
+FILES = ("image", "mask", "controls")  # fields that the command line gives as files
 
 
 class Axis(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, ComputePrecision
 from engine.command_line import CommandParser
+from runtime.control_options import CONTROL_OPTIONS, add_control_options
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.noise import NOISES
@@ -32,7 +33,15 @@ MADE_WITH = (*_FILES, "prediction_type", "backend", "device", "precision")
 PIECES = ("unet", "text_encoder", "text_encoder_2")  # and these where they were given
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
-AGAIN = {*MADE_WITH, *PIECES, "watermark", "batch_size", *HIRES, *FIELDS}  # and nothing else
+AGAIN = {
+    *MADE_WITH,
+    *PIECES,
+    *CONTROL_OPTIONS,
+    "watermark",
+    "batch_size",
+    *HIRES,
+    *FIELDS,
+}  # and nothing else
 
 
 class _Parser(CommandParser):
@@ -70,6 +79,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     for name, option in TEXT_OPTIONS.items():
         text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))
+    add_control_options(parser.add_argument_group("pictures that steer"))
     written = parser.add_argument_group("what is written")
     for flags, settings in OUTPUT_OPTIONS:
         written.add_argument(*flags, **settings)

@@ -18,6 +18,7 @@ ROOMS = {
     "engine": (
         *("errors", "command_line", "store", "shipped", "configs", "graphs", "checkpoints"),
         *("model", "adapters", "devices", "backends", "engines"),
+        "control_nets",
     ),
     "engine.backends": (
         *("settings", "base", "binding", "memory_estimate"),
@@ -26,13 +27,22 @@ ROOMS = {
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
         *("families", "few_steps", "likeness", "pipeline_index", "unsupported", "prediction"),
-        *("gpt2", "single_file", "diffusers_unet", "pieces"),
+        *("gpt2", "single_file", "diffusers_unet", "pieces", "control_net"),
     ),
     "runtime": (
-        *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "request"),
-        *("picture_settings", "request_options", "plan", "templates", "denoising", "adapted_model"),
+        *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "control"),
+        *(
+            "request",
+            "picture_settings",
+            "request_options",
+            "step_inputs",
+            "plan",
+            "templates",
+            "denoising",
+            "adapted_model",
+        ),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
-        *("again", "output_options", "text_options", "options", "watched_steps"),
+        *("again", "output_options", "text_options", "control_options", "options", "watched_steps"),
         *("terminal", "grid", "__main__"),
     ),
     "serving": (
