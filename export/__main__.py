@@ -3,6 +3,7 @@
 python -m export MODEL                   trace a model's architecture, check it against torch
 python -m export MODEL --backend NAME    build engines of TensorRT or TensorRT-RTX into the cache
 python -m export language-model FOLDER   the same for a GPT-2, which makes prompts longer
+python -m export control-net FILE        the same for a ControlNet, and the model that it steers
 python -m export info FILE               say what a checkpoint or an adapter is
 python -m export cache                   list, verify and prune what the cache holds
 python -m export graphs                  trace the architectures that ship
@@ -18,7 +19,7 @@ from typing import get_args
 from engine.checkpoints.pieces import PIECES
 from engine.command_line import CommandParser
 from engine.errors import OutputError, RequestError, exit_status, libraries_of
-from engine.graphs.graph import Precision
+from engine.graphs.graph import CONTROLLED_LEVELS, Precision, graph_name
 from engine.model import COMPONENTS, Model, find_model
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
@@ -75,7 +76,8 @@ def _model(options: argparse.Namespace) -> None:
         preview_decoder=options.preview_decoder,
         prediction_type=options.prediction_type,
     )
-    parts = options.parts or [p for p, name in COMPONENTS.items() if name in model.configs]
+    usual = [part for part in COMPONENTS if part not in CONTROLLED_LEVELS]
+    parts = options.parts or [part for part in usual if COMPONENTS[part] in model.configs]
     if options.backend:
         for line in build_engines(model, parts, engine_choices(model, options)):
             print(line, flush=True)
@@ -92,6 +94,18 @@ def _language_model(options: argparse.Namespace) -> None:
     model = LanguageModel.open(options.folder)
     folder = _made(options.out or cache_folder() / "graphs")
     print(export_language_model(model, options.precision or "float32", folder))
+
+
+def _control_net(options: argparse.Namespace) -> None:
+    from export.writing import export_control_net, export_part
+
+    model = Model.open(find_model(options.model), vae=options.vae)
+    folder, precision = options.out or cache_folder() / "graphs", options.precision or "float32"
+    for line in export_control_net(model, options.file, precision, _made(folder)):
+        print(line, flush=True)
+    for part in ("step_controlled", "step_shallow_controlled"):
+        if not (folder / graph_name(part, model.config(part), precision)).exists():
+            print(export_part(model, part, precision, folder), flush=True)
 
 
 def _graphs(options: argparse.Namespace) -> None:
@@ -121,7 +135,8 @@ def _model_parser(prog: str) -> argparse.ArgumentParser:
         description="Trace a model's parts to ONNX graphs and check each against torch, or build "
         "engines of them.",
         epilog="also: python -m export info FILE (what a file is), python -m export cache, "
-        "python -m export language-model FOLDER, python -m export graphs",
+        "python -m export language-model FOLDER, python -m export control-net FILE, "
+        "python -m export graphs",
     )
     parser.add_argument(
         "model",
@@ -148,6 +163,19 @@ def _language_model_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "folder", type=Path, metavar="FOLDER", help="config.json and weights, as transformers saves"
     )
+    _add_choices(parser)
+    return parser
+
+
+def _control_net_parser(prog: str) -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog=prog,
+        description="Trace a ControlNet to ONNX graphs and check them against torch, and with it "
+        "the step of the model that it steers.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="or a folder of diffusers")
+    parser.add_argument("--model", required=True, help="which it steers: a folder or a file")
+    parser.add_argument("--vae", type=Path, metavar="FILE", help="another autoencoder")
     _add_choices(parser)
     return parser
 
@@ -224,6 +252,7 @@ def _graphs_parser(prog: str) -> argparse.ArgumentParser:
 _COMMANDS = {
     "model": _model,
     "language-model": _language_model,
+    "control-net": _control_net,
     "info": _info,
     "cache": _cache,
     "graphs": _graphs,
@@ -231,6 +260,7 @@ _COMMANDS = {
 _PARSERS = {
     "model": _model_parser,
     "language-model": _language_model_parser,
+    "control-net": _control_net_parser,
     "info": _info_parser,
     "cache": _cache_parser,
     "graphs": _graphs_parser,

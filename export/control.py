@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from export.modules.control_net import ControlNet, flat_residuals
+from export.modules.control_net import ControlNet, by_level
 
 
 class ControlHint(nn.Module):
@@ -20,10 +20,11 @@ class ControlHint(nn.Module):
 
 
 class Control(nn.Module):
-    """Add a ControlNet's residuals to those of others: residuals + weights · own, (g, B, R).
+    """Add a ControlNet's residuals to those of others: residuals + weights · own.
 
     registers, timestep, input_scale, context: a step's; hint: (B, F, h, w) of `ControlHint`;
     weights: (N, g, B), how much each of the N residuals counts in each group of each picture.
+    residuals_0 and so on: (g, B, C, h, w) of each level, its maps' channels behind each other.
     """
 
     def __init__(self, control_net: ControlNet) -> None:
@@ -38,11 +39,14 @@ class Control(nn.Module):
         context: Tensor,
         hint: Tensor,
         weights: Tensor,
-        residuals: Tensor,
+        residuals_0: Tensor,
+        residuals_1: Tensor | None = None,
+        residuals_2: Tensor | None = None,
+        residuals_3: Tensor | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Return the next residuals, (g, B, R) float32."""
+    ) -> tuple[Tensor, ...]:
+        """Return the next residuals of each level, (g, B, C, h, w) float32."""
         dtype: torch.dtype = self.model.conv_in.weight.dtype
         groups = context.shape[0]
         x = registers[:, 0] * input_scale[:, None, None, None]
@@ -55,5 +59,8 @@ class Control(nn.Module):
             text_embeds=None if text_embeds is None else text_embeds.flatten(0, 1).to(dtype),
             time_ids=None if time_ids is None else time_ids.flatten(0, 1),
         )
-        own = flat_residuals([features.float() for features in maps], weights.flatten(1))
-        return residuals + own.unflatten(0, (groups, -1))
+        counts = weights.flatten(1)[..., None, None, None].unbind()
+        weighed = [features.float() * n for features, n in zip(maps, counts, strict=True)]
+        own = by_level(weighed, self.model.config.residual_widths())
+        given = [r for r in (residuals_0, residuals_1, residuals_2, residuals_3) if r is not None]
+        return tuple(r + o.unflatten(0, (groups, -1)) for r, o in zip(given, own, strict=True))

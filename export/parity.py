@@ -13,7 +13,7 @@ from torch import nn
 from engine.backends.settings import BackendSettings
 from engine.engines import open_engine
 from engine.errors import GraphError
-from engine.graphs.graph import SIGNATURES, Graph, Part, Precision
+from engine.graphs.graph import Graph, Precision, signature
 from export.tracing import TracedPart, example_inputs
 
 # Relative error (norm of the difference over the norm of the module's output) that is allowed.
@@ -35,9 +35,9 @@ def check(traced: TracedPart, module: nn.Module, weights: Mapping[str, NDArray[A
         for seed, sizes in enumerate(_sizes(traced)):
             generator = torch.Generator().manual_seed(seed)
             inputs = example_inputs(traced.part, traced.config, sizes, generator)
-            expected = _run(module, traced.part, inputs)
+            expected = _run(module, traced, inputs)
             given = engine.run({name: value.numpy() for name, value in inputs.items()})
-            for name in SIGNATURES[traced.part].outputs:
+            for name in signature(traced.part, traced.config).outputs:
                 worst = max(worst, relative_error(given[name], expected[name]))
     if not worst <= TOLERANCES[traced.precision]:
         raise GraphError(
@@ -70,10 +70,9 @@ def _sizes(traced: TracedPart) -> list[dict[str, int]]:
 
 @torch.no_grad()
 def _run(
-    module: nn.Module, part: Part, inputs: Mapping[str, torch.Tensor]
+    module: nn.Module, traced: TracedPart, inputs: Mapping[str, torch.Tensor]
 ) -> dict[str, NDArray[Any]]:
     outputs = module(**inputs)
+    names = signature(traced.part, traced.config).outputs
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {
-        name: value.numpy() for name, value in zip(SIGNATURES[part].outputs, outputs, strict=True)
-    }
+    return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}

@@ -38,8 +38,9 @@ class Step(nn.Module):
     group's (Lin et al. 2023, arXiv:2305.08891, equations 15 and 16); mask: (B, 1, h, w), where it
     is 0 the latent is what `outside`, (B, r + 2), makes of the same [registers; output; noise].
     deep: (g, B, F, h, w), the UNet's deep features of an earlier step, which makes it the part
-    `step_shallow`. residuals: (g, B, R), what ControlNets add to the UNet's maps, which makes it
-    `step_controlled` or `step_shallow_controlled`.
+    `step_shallow`. residuals_0 and so on: (g, B, C, h, w) of each level, what ControlNets add to
+    the UNet's maps, which makes it `step_controlled` or, of the first alone,
+    `step_shallow_controlled`.
     """
 
     def __init__(self, unet: UNet) -> None:
@@ -63,11 +64,15 @@ class Step(nn.Module):
         timestep_cond: Tensor | None = None,
         image_conditioning: Tensor | None = None,
         deep: Tensor | None = None,
-        residuals: Tensor | None = None,
+        residuals_0: Tensor | None = None,
+        residuals_1: Tensor | None = None,
+        residuals_2: Tensor | None = None,
+        residuals_3: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the next registers, (B, r, C, h, w) float32, and deep features if none came."""
         dtype = self.model.conv_in.weight.dtype
         groups = context.shape[0]
+        residuals = (residuals_0, residuals_1, residuals_2, residuals_3)
         x = registers[:, 0] * input_scale[:, None, None, None]
         if image_conditioning is not None:
             x = torch.cat([x, image_conditioning], dim=1)
@@ -77,7 +82,7 @@ class Step(nn.Module):
             context.flatten(0, 1).to(dtype),
             groups=groups,
             deep=None if deep is None else deep.flatten(0, 1).to(dtype),
-            residuals=None if residuals is None else residuals.flatten(0, 1).to(dtype),
+            residuals=[r.flatten(0, 1).to(dtype) for r in residuals if r is not None],
             text_embeds=None if text_embeds is None else text_embeds.flatten(0, 1).to(dtype),
             time_ids=None if time_ids is None else time_ids.flatten(0, 1),
             timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -84,7 +83,10 @@ def example_inputs(
     sizes = {**config.symbols(), **sizes, "r + 2": sizes["r"] + 2}
     for pixels, latents in (("H", "h"), ("W", "w")):
         sizes[pixels] = config.compression * sizes.get(latents, 0)
-    sizes["R"] = sum(map(math.prod, config.residual_shapes(sizes.get("h", 0), sizes.get("w", 0))))
+    for level in range(1, len(config.residual_widths())):
+        for side in ("h", "w"):
+            above = sizes.get(f"{side}{level - 1}" if level > 1 else side, 0)
+            sizes[f"{side}{level}"] = (above + 1) // 2
     inputs: dict[str, Tensor] = {}
     described = signature(part, config).inputs
     for name, tensor in described.items():

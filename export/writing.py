@@ -1,7 +1,7 @@
 """Graph files: traced, checked against torch where there are weights, written whole."""
 
 import gzip
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from engine.checkpoints.control_net import open_control_net
 from engine.checkpoints.gpt2 import LanguageModel
 from engine.configs.diffusion import Config
 from engine.errors import ModelError
@@ -33,6 +34,18 @@ def export_language_model(model: LanguageModel, precision: Precision, folder: Pa
     """Do the same as `export_part` for a language model."""
     source = f"language model of {model.path}"
     return _export("language_model", model.config, model.weights, source, precision, folder)
+
+
+def export_control_net(
+    model: Model, path: Path, precision: Precision, folder: Path
+) -> Iterator[str]:
+    """Trace a ControlNet's parts likewise; yields a line on each.
+
+    model: that it steers; raises ModelError when it is not for this one.
+    """
+    config, weights = open_control_net(path, model.unet)
+    for part in ("control_hint", "control"):
+        yield _export(part, config, weights, f"ControlNet {path}", precision, folder)
 
 
 def _export(

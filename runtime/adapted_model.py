@@ -103,7 +103,8 @@ class AdaptedModel:
         or one of another family, BackendError where the model runs on a GPU.
         """
         if not isinstance(controls, Mapping):
-            files = [Path(path) for path in several(controls)]
+            given: Sequence[str | Path] = several(controls)
+            files = [Path(path) for path in given]
             controls = {path.stem if path.is_file() else path.name: path for path in files}
             if len(controls) < len(files):
                 raise ModelError(

@@ -15,6 +15,7 @@ from engine.adapters.textual_inversion import parse_embedding
 from engine.errors import ModelError, RequestError
 from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
+from runtime.control import parse_control
 from runtime.images.canvas import ALPHA
 from runtime.images.files import program_version, read_settings
 from runtime.images.upscaling import PIXELS, UPSCALERS, is_trained, parse_upscaler
@@ -32,6 +33,8 @@ FILES = {
     "loras": ("--lora", "adapter"),
     "lora_dir": ("--lora-dir", "folder of adapters"),
     "embeddings": ("--embedding", "textual inversion"),
+    "controls": ("--control", "ControlNet"),
+    "control_images": ("--control-image", "control picture"),
     "image": ("--image", "picture"),
     "mask": ("--mask", "mask"),
     "upscale": ("--upscale", "upscaler"),
@@ -39,6 +42,7 @@ FILES = {
 }
 UPSCALER_FILES = ("", ".pth", ".safetensors", ".pt")
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
+BARE = ("model", "loras", "controls")  # a server's names have no endings
 
 
 def settings_of(
@@ -100,7 +104,7 @@ def _find_files(
         for each in value if several else [value]:
             file, weight = parted(name, each)
             ships = name == "model" and file in shipped_models()
-            endings = CHECKPOINTS if name in ("model", "loras") else [""]  # a server's have none
+            endings = CHECKPOINTS if name in BARE else [""]
             place = find_model(file) if ships else _find(file, places, endings)
             if place is None:
                 raise RequestError(
@@ -201,7 +205,7 @@ def _base_names(value: Any) -> Any:
 
 
 def parted(name: str, said: str | Path | Sequence[str]) -> tuple[str, str]:
-    """Part a file from what an option says behind it: ":0.8" of an adapter, "=WORD", ":2".
+    """Part a file from what an option says behind it: ":0.8", ":0.8@0:0.5", "=WORD".
 
     said: of a region both texts of its option, the mask's first
     """
@@ -210,6 +214,9 @@ def parted(name: str, said: str | Path | Sequence[str]) -> tuple[str, str]:
     if name == "loras":
         with suppress(ModelError):
             file = str(parse_adapter(text).path)
+    elif name == "controls":
+        with suppress(RequestError):
+            file = parse_control(text)[0]
     elif name == "embeddings":
         file = str(parse_embedding(text)[0])
     elif name == "upscale":

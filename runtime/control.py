@@ -91,7 +91,7 @@ class Control:
         return f"{self.net}:{weights}@{self.start:g}:{self.end:g}"
 
     def over(self, calls: int) -> NDArray[np.float64]:
-        """Return its weight at each call of a run."""
+        """Return its weight at each call of a run: (calls,) float64."""
         points = np.asarray(self.weights, np.float64)
         places = np.linspace(0, points.size - 1, calls)
         weights = np.interp(places, np.arange(points.size), points)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import RequestError, exit_status
+from runtime.control_options import control_files, controls_of
 from runtime.images.files import SOURCE_KEY, check_output, write_image
 from runtime.images.previews import side_by_side
 from runtime.images.upscaling import Hires
@@ -28,7 +29,7 @@ NOT_HERE = (
     *("again", "expand", "preview_steps", "preview_decoder", "animation"),
     *("upscale", "safety_checker", "watermark", "c2pa_cert", "c2pa_key"),
 )
-FILES = ("image", "mask")  # fields that the command line gives as files
+FILES = ("image", "mask", "controls", "regions")  # fields that the command line gives as files
 PROMPT = "prompt"  # the axis whose first value is replaced in the texts by each of its values
 
 
@@ -73,7 +74,7 @@ def _draw(arguments: Sequence[str] | None, prog: str) -> None:
     if base.seed is None:
         given = ["--seed", "0", *given]  # cells differ by their axes alone
     requests = [_cell(parser, given, axes, values) for values in cells]
-    pipeline = Pipeline.load(base.model, **load_arguments(base))
+    pipeline = Pipeline.load(base.model, **load_arguments(base), controls=control_files(base))
     found = {image.request: image for image in pipeline.draw(requests)}
     notes = dict.fromkeys([*pipeline.notes, *(note for i in found for note in found[i].notes)])
     for note in notes:
@@ -123,6 +124,8 @@ def _cell(
         options.prompt = options.prompt.replace(searched, value)
         options.negative_prompt = options.negative_prompt.replace(searched, value)
     fields = {name: getattr(options, name) for name in FIELDS}
+    fields["controls"] = controls_of(options)
+    fields["regions"] = [parse_region(*pair) for pair in options.regions]
     hires = {field: getattr(options, name) for name, field in HIRES.items()}
     fields["regions"] = [parse_region(*pair) for pair in options.regions]
     if options.hires_scale is not None:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
+from runtime.control_options import CONTROL_OPTIONS, add_control_options
 from runtime.defaults import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, MODES, PIXELS, Hires
@@ -39,7 +40,7 @@ FIELDS = tuple(f.name for f in fields(Request) if f.init)
 OF_RESULTS = ("upscale", "watermark", "batch_size")
 _BACKEND = tuple(field.name for field in fields(BackendSettings))  # the options that settle it
 _LOADED = ("vae", *PIECES, *_FILES[2:], "wildcard_dir", "strict", "prediction_type", "graphs")
-AGAIN = {*MADE_WITH, *PIECES, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
+AGAIN = {*MADE_WITH, *PIECES, *CONTROL_OPTIONS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
 
 
 class _Parser(CommandParser):
@@ -72,6 +73,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="a GPT-2 that makes the prompt longer; see docs/expansion.md",
     )
     add_request_options(parser)
+    add_control_options(parser.add_argument_group("pictures that steer"))
     written = parser.add_argument_group("what is written")
     for flags, settings in OUTPUT_OPTIONS:
         written.add_argument(*flags, **settings)

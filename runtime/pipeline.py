@@ -273,7 +273,7 @@ class Pipeline(AdaptedModel):
         given = state.inputs(inputs)
         if inputs.is_controlled and inputs.is_full:
             steering = call_controls(inputs, state.hints)
-            given["residuals"] = self._controlled.residuals(given, [steering] * len(given["noise"]))
+            given |= self._controlled.residuals(given, [steering] * len(given["noise"]))
         outputs = self.engine(inputs.part).run(given)
         return state.after(outputs, given)
 

@@ -306,7 +306,7 @@ def _run(
     )
     controls = [control for control in request.controls if control.over(len(conditioning)).any()]
     groups = [len(call["guidance"]) for call in conditioning]
-    residuals = len(encoder.model.unet.residual_shapes(*size))
+    residuals = sum(map(len, encoder.model.unet.residual_widths()))
     return Plan(
         program=matrices,
         conditioning=conditioning,

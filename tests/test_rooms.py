@@ -27,6 +27,7 @@ ROOMS = {
             "checkpoints",
         ),
         *("model", "adapters", "devices", "backends", "engines"),
+        "control_nets",
     ),
     "engine.backends": (
         *("settings", "base", "binding", "memory_estimate"),
@@ -35,15 +36,17 @@ ROOMS = {
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
         *("families", "few_steps", "likeness", "pipeline_index", "unsupported", "prediction"),
-        *("gpt2", "single_file", "diffusers_unet", "pieces", "upscaler", "safety_checker"),
+        *("gpt2", "single_file", "diffusers_unet", "pieces", "control_net"),
+        *("upscaler", "safety_checker"),
     ),
     "runtime": (
-        *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images"),
+        *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "control"),
         *("preprocessors", "regions", "request", "picture_settings", "request_options", "defaults"),
-        *("plan", "templates", "denoising", "adapted_model"),
+        *("step_inputs", "plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
-        *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "finishing", "upscale", "grid", "preprocess", "public", "__main__"),
+        *("again", "control_options", "output_options", "text_options", "options"),
+        *("watched_steps", "terminal", "finishing", "upscale", "grid", "preprocess", "public"),
+        "__main__",
     ),
     "serving": (
         *(

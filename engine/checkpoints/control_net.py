@@ -242,11 +242,12 @@ def _check_family(path: Path, config: ControlNetConfig, unet: UNetConfig) -> Non
                 f"{path} is a ControlNet of another family: it {what} {theirs}, and this model's "
                 f"UNet has {ours}; give one that was trained for the model's family"
             )
-    if config.residual_shapes(8, 8) != own.residual_shapes(8, 8):
+    gives, takes = config.residual_widths(), own.residual_widths()
+    if gives != takes:
         raise ModelError(
             f"{path} is a ControlNet of another family: it gives "
-            f"{len(config.residual_shapes(8, 8))} residuals, and this model's UNet takes "
-            f"{len(own.residual_shapes(8, 8))}; give one that was trained for the model's family"
+            f"residuals of the widths {gives}, and this model's UNet takes {takes}; give one that "
+            "was trained for the model's family"
         )
     if config.conditioning_channels != 3:
         raise ModelError(

@@ -105,7 +105,7 @@ def control_net_sources(config: ControlNetConfig) -> Sources:
     hint, last = "controlnet_cond_embedding", len(config.conditioning_embedding_out_channels) - 1
     names = ["conv_in", *(f"blocks.{i}" for i in range(2 * last)), "conv_out"]
     modules |= {f"{hint}.{name}": f"input_hint_block.{2 * i}" for i, name in enumerate(names)}
-    count = len(config.residual_shapes(8, 8)) - 1
+    count = sum(map(len, config.residual_widths())) - 1
     modules |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(count)}
     modules["controlnet_mid_block"] = "middle_block_out.0"
     return _rename(config.tensor_shapes(), modules)

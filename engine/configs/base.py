@@ -67,8 +67,8 @@ class Config:
         """Count the numbers of a run that lie on a device beside activations."""
         return 0
 
-    def residual_shapes(self, height: int, width: int) -> list[Shape]:
-        """Return (C, h, w) of every map that a ControlNet adds to one of latents of these sides."""
+    def residual_widths(self) -> list[list[int]]:
+        """Return the channels of every map that a ControlNet adds to one, level by level."""
         return []
 
     @property

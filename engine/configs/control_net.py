@@ -1,6 +1,5 @@
 """Facts of a ControlNet, as diffusers' ControlNetModel names them: of a UNet, the way down."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -63,15 +62,19 @@ class ControlNetConfig(UNetConfig):
 
     def symbols(self) -> dict[str, int]:
         """Return the widths of a UNet's, and how many residuals there are."""
-        return {**super(ControlNetConfig, self).symbols(), "N": len(self.residual_shapes(8, 8))}
+        return {
+            **super(ControlNetConfig, self).symbols(),
+            "N": sum(map(len, self.residual_widths())),
+        }
 
     def activations(self, part: str, sizes: Sizes) -> int:
         """Estimate the most numbers alive at once, beside the residuals that go in and out."""
         if part == "control_hint":
             first, second, *_ = (*self.conditioning_embedding_out_channels, 0)
             return resnet_activations(first, max(first, second // 4)) * sizes.pixels
-        sides = sizes.height // 8, sizes.width // 8
-        residuals = sum(math.prod(shape) for shape in self.residual_shapes(*sides))
+        latents = sizes.height * sizes.width // 64
+        levels = enumerate(self.residual_widths())
+        residuals = sum(sum(widths) * latents // 4**level for level, widths in levels)
         rows = sizes.groups * sizes.batch
         return super(ControlNetConfig, self).activations(part, sizes) + 3 * rows * residuals
 

@@ -160,15 +160,17 @@ class UNetConfig(Config):
             "X": self.in_channels - self.out_channels,
         }
 
-    def residual_shapes(self, height: int, width: int) -> list[Shape]:
-        """Return (C, h, w) of what a ControlNet adds: to every skip, and behind the middle."""
-        widths, shapes = self.block_out_channels, [(self.block_out_channels[0], height, width)]
-        for level, channels in enumerate(widths):
-            shapes += [(channels, height, width)] * self.layers()[level]
-            if level < len(widths) - 1:
-                height, width = (height + 1) // 2, (width + 1) // 2
-                shapes.append((channels, height, width))
-        return [*shapes, (widths[-1], height, width)]
+    def residual_widths(self) -> list[list[int]]:
+        """Return the channels of every map that a ControlNet adds to one: skips, then the middle.
+
+        By level: what comes into it, and what each of its residual blocks leaves.
+        """
+        widths, before = [], self.block_out_channels[0]
+        for channels, layers in zip(self.block_out_channels, self.layers(), strict=True):
+            widths.append([before, *[channels] * layers])
+            before = channels
+        widths[-1] += [before] if self.mid_block_type else []
+        return widths
 
     def activations(self, part: str, sizes: Sizes) -> int:
         """Estimate the most numbers alive at once; a shallow step runs the first level alone."""

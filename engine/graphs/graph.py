@@ -10,8 +10,8 @@ here. Symbols: B images, g groups of conditioning (order [uncond, cond]), r regi
 C latent channels, h and w the latent's size, n tokens, D the width of the context, P that of the
 pooled text, T the sizes that XL is told, e tokens of textual inversion, X channels that an
 inpainting UNet sees beside the latent, F channels of the UNet's first level, N residuals of a
-ControlNet and R their numbers in one row, map behind map, H = 8 h and W = 8 w pixels (or whatever
-the autoencoder's compression is).
+ControlNet, h1, w1 and so on the sides of the latent at the UNet's lower levels, H = 8 h and
+W = 8 w pixels (or whatever the autoencoder's compression is).
 """
 
 import gzip
@@ -100,11 +100,13 @@ _NEXT_REGISTERS = _tensor("float32", "B", "r", "C", "h", "w")
 # What enters the last residual block of the UNet: a step gives it, a shallow step begins there.
 _DEEP = _tensor("float32", "g", "B", "F", "h", "w")
 
+# How many levels of the UNet have residuals among a part's inputs.
+MAX_LEVELS = 4
+CONTROLLED_LEVELS: Mapping[str, int] = MappingProxyType(
+    {"step_controlled": MAX_LEVELS, "step_shallow_controlled": 1, "control": MAX_LEVELS}
+)
 # What a ControlNet sees of a step.
 _CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")
-# What ControlNets add to the UNet's skips and behind its middle.
-_RESIDUALS = _tensor("float32", "g", "B", "R")
-
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
         "text_encoder": _TEXT_ENCODER,
@@ -115,13 +117,12 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
         "step_shallow": Signature(
             inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
         ),
+        # These and `control` also take residuals, by level: `signature` adds them.
         "step_controlled": Signature(
-            inputs={**_STEP_INPUTS, "residuals": _RESIDUALS},
-            outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP},
+            inputs=_STEP_INPUTS, outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP}
         ),
         "step_shallow_controlled": Signature(
-            inputs={**_STEP_INPUTS, "deep": _DEEP, "residuals": _RESIDUALS},
-            outputs={"next_registers": _NEXT_REGISTERS},
+            inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
         ),
         "control_hint": Signature(
             inputs={"picture": _tensor("float32", "B", 3, "H", "W")},
@@ -133,9 +134,8 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
                 **{name: _STEP_INPUTS[name] for name in _CONTROL_INPUTS},
                 "hint": _tensor("float32", "B", "F", "h", "w"),
                 "weights": _tensor("float32", "N", "g", "B"),
-                "residuals": _RESIDUALS,
             },
-            outputs={"next_residuals": _RESIDUALS},
+            outputs={},  # the next residuals
         ),
         "vae_decoder": Signature(
             inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
@@ -196,7 +196,38 @@ def signature(part: Part, config: Config) -> Signature:
     described = SIGNATURES[part]
     told = config.extra_inputs if "context" in described.inputs else ()
     extra = {name: EXTRA_INPUTS[name] for name in told}
-    return Signature(inputs={**described.inputs, **extra}, outputs=described.outputs)
+    residuals = _residuals(part, config)
+    outputs = dict(described.outputs)
+    if part == "control":
+        outputs = {f"next_{name}": tensor for name, tensor in residuals.items()}
+    return Signature(inputs={**described.inputs, **extra, **residuals}, outputs=outputs)
+
+
+def residual_names(config: Config) -> list[str]:
+    """Return what the residuals of every level are called, as inputs of a controlled step."""
+    return [f"residuals_{level}" for level in range(len(config.residual_widths()))]
+
+
+def _residuals(part: Part, config: Config) -> dict[str, Tensor]:
+    """What ControlNets add to a UNet's maps: (g, B, C, h, w) a level, channels behind channels.
+
+    C counts all maps of the level; a shallow step sees the first level alone.
+    """
+    levels = CONTROLLED_LEVELS.get(part, 0)
+    return {
+        name: _tensor(
+            "float32",
+            "g",
+            "B",
+            sum(widths),
+            f"h{level}" if level else "h",
+            f"w{level}" if level else "w",
+        )
+        for level, (name, widths) in enumerate(
+            zip(residual_names(config), config.residual_widths(), strict=True)
+        )
+        if level < levels
+    }
 
 
 Precision = Literal["float32", "float16"]
@@ -288,6 +319,18 @@ def graph_folders(chosen: str | Path | None = None) -> Sequence[Path]:
         return (GRAPHS,)
 
 
+# What makes the graphs of some parts; {} is what they are of.
+MAKES: Mapping[Part, str] = MappingProxyType(
+    {
+        "language_model": "export language-model {}",
+        "step_controlled": "export control-net CONTROLNET --model {}",
+        "step_shallow_controlled": "export control-net CONTROLNET --model {}",
+        "control_hint": "export control-net {} --model MODEL",
+        "control": "export control-net {} --model MODEL",
+    }
+)
+
+
 def find_graph(
     part: Part, config: Config, precision: Precision, folders: Sequence[Path], model: Path
 ) -> Graph:
@@ -311,8 +354,8 @@ def find_graph(
             if graph.has(wanted):
                 return graph
             stale = f" ({path.name} there is of another version)"
-    command = "export language-model" if part == "language_model" else "export"
+    command = MAKES.get(part, "export {}").format(model)
     raise GraphError(
         f"no {precision} graph for the {part} of {model} in {' or '.join(map(str, folders))}"
-        f"{stale}; make it with `python -m {command} {model} --precision {precision}`"
+        f"{stale}; make it with `python -m {command} --precision {precision}`"
     )

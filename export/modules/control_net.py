@@ -81,10 +81,7 @@ class ControlNet(UNetEncoder):
         return [*residuals, self.controlnet_mid_block(last)]
 
 
-def flat_residuals(maps: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Lay maps (B, C, h, w) of all sizes in one row each, weighed: (B, R); weights: (N, B)."""
-    rows = [
-        features.flatten(1) * weight[:, None]
-        for features, weight in zip(maps, weights.unbind(), strict=True)
-    ]
-    return torch.cat(rows, dim=1)
+def by_level(maps: Sequence[Tensor], widths: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Lay maps (B, C, h, w) of one level behind each other; widths: of each level's, in order."""
+    left = list(maps)
+    return [torch.cat([left.pop(0) for _ in level], dim=1) for level in widths]

@@ -3,6 +3,7 @@
 Attribute names are those of diffusers' UNet2DConditionModel, so its state dict loads strictly.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ class UNet(UNetEncoder):
         *,
         groups: int | None = None,
         deep: Tensor | None = None,
-        residuals: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
@@ -126,20 +127,22 @@ class UNet(UNetEncoder):
         deep: (B, block_out_channels[0], h, w), what the last residual block takes beside the first
         skip. Given those of an earlier call, only what lies around them is computed (Ma et al.
         2024, DeepCache, arXiv:2312.00858, section 3.3, with the uppermost skip).
-        residuals: (B, R), what is added to the skips and behind the middle, as `flat_residuals` of
-        `export.modules.control_net` lays it out (Zhang et al. 2023, arXiv:2302.05543, section 3.2).
+        residuals: by level (B, C, h, w), what is added to the level's skips and behind the middle,
+        channels behind channels (Zhang et al. 2023, arXiv:2302.05543, section 3.2).
         """
         time_embedding = self.embed_time(timestep, sample.dtype, timestep_cond)
         first = self.conv_in(sample)
+        levels = zip(residuals, self.config.residual_widths(), strict=False)
+        added = [piece for level, widths in levels for piece in level.split(widths, dim=1)]
         if deep is None and self.begins_alike:
-            deep = self._deep(first, time_embedding, context, groups, residuals)
+            deep = self._deep(first, time_embedding, context, groups, added[1:])
         first, time_embedding = for_groups(first, groups), for_groups(time_embedding, groups)
         if self.config.addition_embed_type is not None:
             time_embedding = time_embedding + self.embed_text(context, text_embeds, time_ids)
         if deep is None:
-            deep = self._deep(first, time_embedding, context, None, residuals)
-        if residuals is not None:
-            (first,), _ = add_residuals([first], residuals)
+            deep = self._deep(first, time_embedding, context, None, added[1:])
+        if added:
+            first = first + added[0]
         top = self.up_blocks[-1]
         assert isinstance(top, UpBlock)
         hidden_states = top.layer(-1, deep, first, time_embedding, context)
@@ -151,25 +154,14 @@ class UNet(UNetEncoder):
         time_embedding: Tensor,
         context: Tensor,
         groups: int | None,
-        residuals: Tensor | None,
+        added: Sequence[Tensor],
     ) -> Tensor:
         """Run all but the last residual block, which alone sees the first skip."""
-        size = first[0].numel()
         hidden_states, skips, time_embedding = self.encode(first, time_embedding, context, groups)
-        if residuals is not None:
-            skips, left = add_residuals(skips, residuals[:, size:])
-            if self.config.mid_block_type:
-                (hidden_states,), _ = add_residuals([hidden_states], left)
+        if added:
+            skips = [skip + piece for skip, piece in zip(skips, added, strict=False)]
+        if len(added) > len(skips):
+            hidden_states = hidden_states + added[-1]
         for block in self.up_blocks:
             hidden_states = block(hidden_states, skips, time_embedding, context)
         return hidden_states
-
-
-def add_residuals(maps: list[Tensor], residuals: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Add to each of the maps (B, C, h, w) its part of (B, R); also return what is left of that."""
-    added = []
-    for features in maps:
-        count = features.shape[1] * features.shape[2] * features.shape[3]
-        added.append(features + residuals[:, :count].view_as(features))
-        residuals = residuals[:, count:]
-    return added, residuals

@@ -5,7 +5,6 @@ residual and group of guidance. Rows of one call may have other nets, or none: a
 rows that it steers alone, in each row's own order, so a row is what it is without the others.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from engine.backends.base import Engine
 from engine.configs.unet import UNetConfig
 from engine.control_nets import ControlNets, ControlPart
 from engine.errors import RequestError
+from engine.graphs.graph import residual_names
 from runtime.control import Control
 from runtime.plan import Plan
 from runtime.step_inputs import StepInputs
@@ -50,7 +50,7 @@ class CallControl:
 
 
 def call_controls(step: StepInputs, hints: Sequence[Array]) -> list[CallControl]:
-    """Return what steers each picture at a call; hints: of the run's controls, in their order."""
+    """Return what steers each picture at a call; hints: (1, F, h, w) of each control."""
     return [
         CallControl(net=control.net, hint=hints[control.place], weights=control.weights)
         for control in step.controls
@@ -96,14 +96,12 @@ class ControlledSteps:
 
     def residuals(
         self, given: Mapping[str, Any], controls: Sequence[Sequence[CallControl]]
-    ) -> Array:
-        """Return what is added to the UNet's maps at a call, (g, B, R).
+    ) -> dict[str, Array]:
+        """Return what is added to the UNet's maps at a call: (g, B, C, h, w) a level, by name.
 
         given: the call's inputs; controls: of each of its rows. Raises BackendError.
         """
-        groups, batch = given["context"].shape[:2]
-        shapes = self.unet.residual_shapes(*given["registers"].shape[3:])
-        residuals = np.zeros((groups, batch, sum(map(math.prod, shapes))), np.float32)
+        residuals = self._none(given)
         for place in range(max(map(len, controls), default=0)):
             placed = {i: row[place] for i, row in enumerate(controls) if place < len(row)}
             for net in dict.fromkeys(control.net for control in placed.values()):
@@ -117,9 +115,22 @@ class ControlledSteps:
                     },
                     "hint": np.concatenate([control.hint for control in chosen]),
                     "weights": np.concatenate([control.weights for control in chosen], axis=2),
-                    "residuals": _taken(residuals, rows, axis=1),
+                    **{name: _taken(array, rows, axis=1) for name, array in residuals.items()},
                 }
-                residuals[:, rows] = self._run(net, "control", inputs)["next_residuals"]
+                outputs = self._run(net, "control", inputs)
+                for name, array in residuals.items():
+                    array[:, rows] = outputs[f"next_{name}"]
+        return residuals
+
+    def _none(self, given: Mapping[str, Any]) -> dict[str, Array]:
+        """Return residuals that add nothing, for a call with these inputs."""
+        (groups, batch), (height, width) = given["context"].shape[:2], given["registers"].shape[3:]
+        residuals = {}
+        widths = zip(residual_names(self.unet), self.unet.residual_widths(), strict=True)
+        for name, channels in widths:
+            shape = groups, batch, sum(channels), height, width
+            residuals[name] = np.zeros(shape, np.float32)
+            height, width = (height + 1) // 2, (width + 1) // 2
         return residuals
 
     def _run(self, net: str, part: ControlPart, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,7 +138,7 @@ class ControlledSteps:
         return engine.run(inputs)
 
 
-Residuals = Callable[[Mapping[str, Any], Sequence[Sequence[CallControl]]], Array]
+Residuals = Callable[[Mapping[str, Any], Sequence[Sequence[CallControl]]], dict[str, Array]]
 """As `ControlledSteps.residuals`."""
 
 

@@ -42,7 +42,7 @@ class State:
     noise: yields each call's fresh noise, (B, C, h, w)
     keeps_deep: whether a later call takes the deep features of a call before
     deep: those of the last call that ran the whole UNet, if they are kept
-    residuals: what was added to that call's maps, if they are kept and the run is controlled
+    residuals: what was added to that call's maps of the first level, if the run is controlled
     hints: what the run's ControlNets see of their pictures, (1, F, h, w) each
     given: all inputs of the call that made this state, None at the start
     """
@@ -68,7 +68,7 @@ class State:
         if not step.is_full:
             given["deep"] = self.deep
             if step.is_controlled:
-                given["residuals"] = self.residuals
+                given["residuals_0"] = self.residuals
         return given
 
     def after(self, outputs: Mapping[str, HostOrDeviceArray], given: Mapping[str, Any]) -> "State":
@@ -79,7 +79,7 @@ class State:
             noise=self.noise,
             keeps_deep=self.keeps_deep,
             deep=outputs.get("deep", self.deep) if self.keeps_deep else None,
-            residuals=given.get("residuals") if self.keeps_deep else None,
+            residuals=given.get("residuals_0") if self.keeps_deep else None,
             hints=self.hints,
             given=given,
         )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from engine.backends.base import Engine
 from engine.devices.device import HostOrDeviceArray
 from engine.errors import LatentrtError
-from engine.graphs.graph import Part
+from engine.graphs.graph import MAX_LEVELS, Part
 from runtime.denoising.controls import CallControl, Residuals, call_controls
 from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
@@ -32,7 +32,16 @@ __all__ = ["Row", "finished_rows", "part_of", "rows_of", "step_rows"]
 
 # Inputs and outputs that have groups of conditioning first and pictures second; others begin with
 # pictures.
-BY_GROUPS = frozenset(("context", "guidance", "text_embeds", "time_ids", "deep", "residuals"))
+BY_GROUPS = frozenset(
+    (
+        *(f"residuals_{level}" for level in range(MAX_LEVELS)),
+        "context",
+        "guidance",
+        "text_embeds",
+        "time_ids",
+        "deep",
+    )
+)
 BY_REGISTERS = frozenset(("registers", "matrices", "outside"))  # padded to the most of a call
 
 Start = Callable[[Plan, HostOrDeviceArray | None], State]
@@ -253,13 +262,13 @@ def step_rows(
     """
     inputs = [row.inputs() for row in rows]
     filled = [*range(len(rows)), *[len(rows) - 1] * (filled_to - len(rows))]
-    laid = _laid_out([inputs[index] for index in filled])
+    laid, added = _laid_out([inputs[index] for index in filled]), dict[str, Array]()
     if residuals is not None and rows[0].takes_residuals:
-        laid["residuals"] = residuals(laid, [rows[index].controls for index in filled])
+        added = residuals(laid, [rows[index].controls for index in filled])
+        laid |= added
     outputs = engine(rows[0].part).run(laid)
     for index, row in enumerate(rows):
-        if "residuals" in laid:
-            inputs[index]["residuals"] = _take("residuals", laid["residuals"], index)
+        inputs[index] |= {name: _take(name, array, index) for name, array in added.items()}
         registers = row.inputs()["registers"].shape[1]
         given = {name: _take(name, array, index) for name, array in outputs.items()}
         row.advance({**given, "next_registers": given["next_registers"][:, :registers]})

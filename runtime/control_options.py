@@ -1,0 +1,75 @@
+"""The options of `python -m runtime` on controls, and the controls that they make."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from engine.errors import RequestError
+from runtime.control import BALANCED, MODES, Control, parse_control
+from runtime.images.files import open_image
+
+__all__ = ["CONTROL_OPTIONS", "add_control_options", "control_files", "controls_of"]
+
+CONTROL_OPTIONS = ("controls", "control_images", "control_modes")
+
+
+def add_control_options(group: Any) -> None:
+    """Add what steers the drawing by pictures."""
+    add = group.add_argument
+    add(
+        "--control",
+        dest="controls",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT[@START:END]]",
+        help="a ControlNet's file or folder, which sees --control-image; may be given several "
+        "times, each with a picture; see docs/control.md",
+    )
+    add(
+        "--control-image",
+        dest="control_images",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="PICTURE",
+        help="what the --control in the same place sees: edges, depth, a pose",
+    )
+    add(
+        "--control-mode",
+        dest="control_modes",
+        action="append",
+        default=[],
+        metavar="MODE",
+        help=f"{', '.join(MODES)}: what is more important, for all or for each --control "
+        f"(default: {BALANCED})",
+    )
+
+
+def control_files(options: argparse.Namespace) -> dict[str, Path]:
+    """Return the ControlNets to load, by the names that `controls_of` gives them: the files."""
+    return {net: Path(net) for net, *_ in map(parse_control, options.controls)}
+
+
+def controls_of(options: argparse.Namespace) -> list[Control]:
+    """Make the controls; reads the pictures. Raises RequestError where one lacks its picture."""
+    given, pictures, modes = options.controls, options.control_images, options.control_modes
+    if len(given) != len(pictures):
+        raise RequestError(
+            f"--control came {len(given)} times and --control-image {len(pictures)} times; give "
+            "them in pairs"
+        )
+    if len(modes) not in (0, 1, len(given)) or (modes and not given):
+        raise RequestError(
+            f"--control-mode came {len(modes)} times for {len(given)} of --control; give one for "
+            "all, or one for each"
+        )
+    modes = modes * len(given) if len(modes) == 1 else modes or [BALANCED] * len(given)
+    controls, opened = [], {}
+    for text, path, mode in zip(given, map(Path, pictures), modes, strict=True):
+        net, weights, start, end = parse_control(text)
+        if path not in opened:
+            opened[path] = open_image(path)
+        controls.append(
+            Control(net=net, image=opened[path], weight=weights, start=start, end=end, mode=mode)
+        )
+    return controls

@@ -1,0 +1,243 @@
+"""ControlNets against diffusers, and what turning them on and off costs."""
+
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import engine.control_nets
+import engine.engines
+from engine.backends.settings import BackendSettings
+from engine.errors import BackendError, LatentrtError, ModelError, RequestError
+from engine.model import Model
+from runtime import Control, Hires, Pipeline, Request
+from runtime.__main__ import main
+from runtime.images.files import read_settings
+from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
+from tests.support.pictures import drawing, psnr
+from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+PIXELS, SEED, PROMPT = 8 * SIDE, 3, "a lighthouse at dusk"
+SETTINGS = BackendSettings(threads=1, backend="cpu")
+FIELDS = {
+    "negative_prompt": "blurry",
+    "num_inference_steps": 4,
+    "guidance_scale": 5.0,
+    "height": PIXELS,
+    "width": PIXELS,
+}
+HINT = drawing(PIXELS, PIXELS)
+TURNED = HINT.transpose(0)
+
+
+@pytest.fixture(scope="module")
+def place():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def loaded(place):
+    """Open a small model with two ControlNets, "a" and "b", and diffusers' own."""
+    graphs = place / "graphs"
+    graphs.mkdir()
+
+    @cache
+    def load(name):
+        folder = place / name.replace(" ", "-")
+        folder.mkdir()
+        small = SMALL[name]
+        nets = {net: small_control_net(small, seed) for seed, net in enumerate("ab")}
+        paths = {net: write_control_net(made, folder / net) for net, made in nets.items()}
+        file = small.write_file(folder)
+        trace_graphs(Model.open(file), graphs)
+        pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=paths)
+        trace_control_graphs(pipeline, graphs)
+        return small, pipeline, nets, file, graphs
+
+    return load
+
+
+def draw(pipeline, *controls, **fields):
+    fields = {"sampler": "ddim", "seed": SEED, **FIELDS, **fields}
+    return pipeline(PROMPT, controls=controls, **fields).images[0]
+
+
+def reference(small, nets, images, task="", **fields):
+    own, extra = small.reference, {"requires_safety_checker": False}
+    kind = getattr(diffusers, f"{small.kind}ControlNet{task}Pipeline")
+    if small.is_xl:
+        extra = {"add_watermarker": False}
+    pipeline = kind(**own.components, controlnet=nets, **extra)
+    pipeline.scheduler = own.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    fields = {**FIELDS, **fields, "control_image" if task else "image": images}
+    generator = torch.Generator().manual_seed(SEED)
+    return pipeline(PROMPT, generator=generator, **fields).images[0]
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+def test_pictures_are_diffusers_own(loaded, name):
+    small, pipeline, nets, *_ = loaded(name)
+    theirs = reference(small, nets["a"], HINT)
+    assert psnr(draw(pipeline, Control(net="a", image=HINT)), theirs) >= SMALL_PICTURE_PSNR_DB
+    assert psnr(draw(pipeline), theirs) < SMALL_PICTURE_PSNR_DB / 2
+    for other in (Control(net="b", image=HINT), Control(net="a", image=TURNED)):
+        assert psnr(draw(pipeline, other), theirs) < SMALL_PICTURE_PSNR_DB
+    theirs = reference(
+        small,
+        [nets["a"], nets["b"]],
+        [HINT, TURNED],
+        controlnet_conditioning_scale=[0.7, 0.4],
+        control_guidance_start=[0.2, 0.0],
+        control_guidance_end=[0.8, 1.0],
+    )
+    first = partial(Control, net="a", image=HINT, weight=0.7)
+    second = Control(net="b", image=TURNED, weight=0.4)
+    ours = draw(pipeline, first(start=0.2, end=0.8), second)
+    assert psnr(ours, theirs) >= SMALL_PICTURE_PSNR_DB
+    assert psnr(draw(pipeline, first(), second), theirs) < SMALL_PICTURE_PSNR_DB
+
+
+def test_image_to_image_and_inpainting(loaded):
+    small, pipeline, nets, *_ = loaded("sd1")
+    control = Control(net="a", image=HINT)
+    image = drawing(PIXELS, PIXELS).transpose(1)
+    sides = {"height": PIXELS, "width": PIXELS}
+    theirs = reference(small, nets["a"], HINT, "Img2Img", image=image, strength=0.6, **sides)
+    ours = draw(pipeline, control, image=image, strength=0.6, height=None, width=None)
+    assert psnr(ours, theirs) >= SMALL_PICTURE_PSNR_DB
+    mask = np.zeros((PIXELS, PIXELS), np.uint8)
+    mask[:, : PIXELS // 2] = 255
+    masked = type(image).fromarray(mask)
+    given = {"image": image, "strength": 1.0}
+    theirs = reference(small, nets["a"], HINT, "Inpaint", **given, mask_image=masked, **sides)
+    fields = {**given, "mask": masked, "paste_back": False, "height": None, "width": None}
+    assert psnr(draw(pipeline, control, **fields), theirs) >= SMALL_PICTURE_PSNR_DB
+    assert psnr(draw(pipeline, **fields), theirs) < SMALL_PICTURE_PSNR_DB
+
+
+def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
+    _, pipeline, *_ = loaded("sd1")
+    one = partial(Control, net="a", image=HINT)
+    plain, steered = draw(pipeline), draw(pipeline, one())
+    opened, rebound = [], []
+    monkeypatch.setattr(engine.engines, "_open", lambda spec: opened.append(spec))
+    monkeypatch.setattr(engine.control_nets, "open_engine", lambda *spec: opened.append(spec))
+    for part in pipeline.engines.opened.values():
+        monkeypatch.setattr(part, "rebind", lambda *_: rebound.append(1), raising=False)
+    assert same(draw(pipeline), plain)
+    assert not same(draw(pipeline, one(weight=0.5)), steered)
+    assert not same(draw(pipeline, one(weight=(1.0, 0.0))), steered)
+    assert not same(draw(pipeline, one(end=0.5)), steered)
+    assert not same(draw(pipeline, one(mode="control")), draw(pipeline, one(mode="prompt")))
+    assert not same(draw(pipeline, one(), one(image=TURNED)), steered)
+    assert same(draw(pipeline, one(weight=0)), plain), "which is no control at all"
+    assert same(draw(pipeline, one()), steered)
+    assert not opened
+    assert not rebound
+
+
+def test_rows_of_one_call_are_what_they_are_alone(loaded):
+    _, pipeline, *_ = loaded("sd1")
+    a, b = Control(net="a", image=HINT), Control(net="b", image=TURNED, weight=0.5)
+    late, fields = Control(net="a", image=TURNED, start=0.5), {**FIELDS, "sampler": "ddim"}
+    lists = [(), (a,), (a, b), (b, a), (late,)]
+    requests = [
+        Request(prompt=PROMPT, seed=seed, controls=controls, **fields)
+        for seed, controls in enumerate(lists)
+    ]
+    sizes = []
+    run = pipeline.engine("step_controlled").run
+    pipeline.engine("step_controlled").run = lambda given: (
+        sizes.append(len(given["noise"])) or run(given)
+    )
+    try:
+        together = {drawn.request: drawn.image for drawn in pipeline.draw(requests, batch_size=5)}
+    finally:
+        del pipeline.engine("step_controlled").run
+    assert sizes == [4] * 4, "one call for the four that are controlled, late ones at weight 0 too"
+    for index, controls in enumerate(lists):
+        assert same(together[index], draw(pipeline, *controls, seed=index))
+
+
+def test_hires_and_several_pictures(loaded):
+    _, pipeline, *_ = loaded("sd1")
+    control = Control(net="a", image=HINT)
+    larger = Hires(scale=1.5, strength=0.5)
+    assert draw(pipeline, control, hires=larger).size == (96, 96)
+    assert not same(draw(pipeline, control, hires=larger), draw(pipeline, hires=larger))
+    fields = {**FIELDS, "sampler": "ddim", "seed": SEED, "num_images_per_prompt": 2}
+    images = pipeline(PROMPT, controls=[control], **fields).images
+    for index, image in enumerate(images):
+        assert same(image, draw(pipeline, control, seed=SEED + index))
+
+
+def test_what_cannot_be_is_one_sentence(loaded, place):
+    _, pipeline, _, file, graphs = loaded("sd1")
+    *_, of_xl, _ = loaded("xl")
+    with pytest.raises(ModelError, match=r"another family: it attends to texts of the width 128"):
+        pipeline.set_controls({"a": of_xl.parent / "a"})
+    with pytest.raises(ModelError, match="is a model or a UNet, which cannot be used as one"):
+        pipeline.set_controls([file])
+    with pytest.raises(ModelError, match="does not exist"):
+        pipeline.set_controls("nowhere.safetensors")
+    assert pipeline.control_nets.names == ("a", "b"), "they stay"
+    with pytest.raises(RequestError, match=r"the control 'depth' is not loaded \('a', 'b' are\)"):
+        draw(pipeline, Control(net="depth", image=HINT))
+    other = Pipeline.load(file, graphs=graphs, settings=BackendSettings(backend="cpu"))
+    other.engines.settings = BackendSettings(backend="cuda")
+    with pytest.raises(BackendError, match="'cuda' runs no ControlNets yet"):
+        other.set_controls({"a": file.parent / "a"})
+
+
+def test_the_command_line_and_the_same_picture_again(loaded, tmp_path, monkeypatch, capsys):
+    *_, file, graphs = loaded("sd1")
+    HINT.save(tmp_path / "edges.png")
+    monkeypatch.chdir(file.parent)
+    shared = ["--graphs", str(graphs), "--backend", "cpu", "--threads", "1"]
+    asked = [PROMPT, "--model", str(file), "--steps", "2", "--height", "64", "--width", "64"]
+    steered = ["--control", "a:0.8@0:0.5", "--control-image", str(tmp_path / "edges.png")]
+    out = [str(tmp_path / name) for name in ("one.png", "again.png", "more.png")]
+    assert main([*asked, *steered, *shared, "--seed", "1", "--out", out[0]]) == 0
+    settings = read_settings(Path(out[0]))
+    assert settings["controls"] == ["a:0.8@0:0.5"]
+    assert settings["control_images"] == ["edges.png"]
+    assert {"a", "edges.png"} <= settings["hashes"].keys()
+    assert main(["--again", out[0], *shared, "--out", out[1]]) == 0
+    assert Path(out[0]).read_bytes() == Path(out[1]).read_bytes()
+    assert main(["--again", out[0], "--control", "a", *shared, "--out", out[2]]) == 0
+    assert Path(out[0]).read_bytes() != Path(out[2]).read_bytes()
+    capsys.readouterr()
+    assert main([*asked, "--control", "a", *shared]) == 2
+    message = capsys.readouterr().err
+    assert "--control came 1 times and --control-image 0 times; give them in pairs" in message
+
+
+def test_a_failed_net_leaves_the_pipeline_as_it_was(loaded, monkeypatch):
+    _, pipeline, *_ = loaded("sd1")
+    control = Control(net="a", image=HINT)
+    expected = draw(pipeline, control)
+    engine = pipeline.control_nets.engine("a", "control")
+
+    def fail(given):
+        raise BackendError("out of memory")
+
+    monkeypatch.setattr(engine, "run", fail, raising=False)
+    with pytest.raises(LatentrtError, match="out of memory"):
+        draw(pipeline, control)
+    monkeypatch.undo()
+    assert same(draw(pipeline, control), expected)
