@@ -24,6 +24,7 @@ from runtime.noise import NOISES
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan, StepInputs
 from runtime.presets import PRESETS, Preset, preset
+from runtime.regions import Region
 from runtime.request import Request
 from runtime.request_options import CallOptions, RequestOptions
 from runtime.result import ArrayResult, DrawnImage, Result
@@ -56,6 +57,7 @@ __all__ = [
     "Preview",
     "Progress",
     "PromptExpander",
+    "Region",
     "Request",
     "RequestError",
     "RequestOptions",
