@@ -5,6 +5,7 @@ from runtime.denoising.latents import Progress, State
 from runtime.images.upscaling import Hires
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan, StepInputs
+from runtime.regions import Region
 from runtime.request import Request
 from runtime.result import DrawnImage, Result
 
@@ -15,6 +16,7 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Progress",
+    "Region",
     "Request",
     "Result",
     "State",

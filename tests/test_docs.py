@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import __main__ as benchmarks
 from export import __main__ as export
 from latentrt.__main__ import SUBCOMMANDS
-from runtime import upscale
+from runtime import preprocess, upscale
 from runtime.options import make_parser
 from serving import options as serving
 from tests.support.pictures import drawing
@@ -69,6 +69,8 @@ def parsed(words):
         upscale.make_parser("upscale").parse_args(given)
     elif name == "serve":
         serving.make_parser("serve").parse_args(given)
+    elif name == "preprocess":
+        preprocess._parser("preprocess").parse_args(given)
     else:
         assert name in ("info", "calibrate"), words
 

@@ -92,10 +92,10 @@ class OnnxPreprocessor:
             gray = (values - values.min()) / (np.ptp(values) or 1)
             pixels = np.rint((1 - gray if self.invert else gray) * WHITE).astype(np.uint8)
             return np.repeat(pixels[..., None], 3, axis=2)
-        if array.dtype == np.uint8:
-            return np.asarray(array, np.uint8)
-        scaled = (array + 1) / 2 if array.min() < 0 else array / (WHITE if array.max() > 2 else 1)
-        return np.rint(scaled.clip(0, 1) * WHITE).astype(np.uint8)
+        is_bytes = array.dtype == np.uint8 or array.max() > 2
+        scaled = (array + 1) / 2 if array.min() < 0 else array / (WHITE if is_bytes else 1)
+        colours: Pixels = np.rint(scaled.clip(0, 1) * WHITE).astype(np.uint8)
+        return colours
 
 
 def _open(path: Path, threads: int | None) -> Any:

@@ -27,7 +27,7 @@ class Case:
         """Return the shapes of a graph's inputs, guided by two texts."""
         texts = pictures * (2 if graph.part == "text_encoder" else 1)
         sizes = {"B": texts, "g": 2, "n": self.tokens, "e": 0, "r": registers}
-        sizes |= {"r + 2": registers + 2, "h": self.side, "w": self.side}
+        sizes |= {"r + 2": registers + 2, "h": self.side, "w": self.side, "h or 1": 1, "w or 1": 1}
         return {
             name: tuple(symbol if isinstance(symbol, int) else sizes[symbol] for symbol in stated)
             for name, stated in input_shapes(graph.data()).items()

@@ -11,6 +11,7 @@ from engine.devices.device import DeviceArray
 from engine.errors import BackendError
 from runtime import Hires, Pipeline, Request
 from runtime.denoising import device_loop
+from runtime.regions import Region
 from tests.support.fake_cuda import FakeDevice, FakeEngine
 from tests.support.pictures import drawing
 
@@ -29,6 +30,7 @@ OPTIONS = {
     "deep features kept": {"cache_interval": 2, "guidance_interval": (0.0, 0.7)},
     "from an image": {"image": drawing(64, 64), "strength": 0.7},
     "inpainting": {"image": drawing(64, 64), "mask": MASK},
+    "regions": {"regions": [Region(mask=MASK, prompt="a green tree")]},
     "hires": {"hires": Hires(scale=1.5), "height": 64, "width": 64},
 }
 
