@@ -41,6 +41,7 @@ ROOMS = {
             "limits",
             "memory",
             "uploads",
+            "masking",
             "picture_request",
             "events",
             "fair_queue",
