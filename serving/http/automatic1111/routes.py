@@ -120,7 +120,7 @@ def automatic1111_routes(
 
     @router.post("/options")
     async def set_options(request: Request, body: dict[str, Any]) -> None:
-        """Change some of the caller's options."""
+        """Change some of the caller's options, by their names as GET returns them."""
         options.keep(request.state.caller, body)
 
     @router.post("/png-info")
