@@ -30,7 +30,9 @@ MOST_CARDS = 64
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """Return the parser; prog: what the usage calls the command."""
     parser = CommandParser(
-        prog=prog, description="Serve pictures over HTTP: OpenAI's Images API and a native one."
+        prog=prog,
+        description="Serve pictures over HTTP: OpenAI's Images API, Automatic1111's and a native "
+        "one.",
     )
     parser.add_argument(
         f"--{CONFIG}",

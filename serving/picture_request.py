@@ -15,6 +15,7 @@ from runtime.images.upscaling import UPSCALERS, Hires
 from runtime.request import Request
 from serving.errors import BadRequestError, TooLargeError
 from serving.limits import Limits
+from serving.masking import fill_masked, invert_mask
 from serving.uploads import decode, size_of, transparency_as_mask
 
 PIXELS = 512 * 512  # of the picture whose step is one unit of work
@@ -32,6 +33,8 @@ class PictureRequest:
     image, mask: files as they were sent, checked by their headers
     mask_by_alpha: whether transparency of the mask, or of the image where there is no mask, says
         where to paint, as in OpenAI's API; a mask without any is white there, as everywhere here
+    mask_inverted: whether the mask is black where the image is painted anew
+    fill_masked: whether the run starts from blurred surroundings under the mask
     model: a name of the operator's; loras: names with weights
     exact: whether every step is computed alone
     preview_every: steps between previews, 0 for none
@@ -43,6 +46,8 @@ class PictureRequest:
     image: bytes | None = field(default=None, repr=False)
     mask: bytes | None = field(default=None, repr=False)
     mask_by_alpha: bool = False
+    mask_inverted: bool = False
+    fill_masked: bool = False
     loras: Sequence[tuple[str, float]] = ()
     exact: bool = False
     preview_every: int = 0
@@ -59,6 +64,10 @@ class PictureRequest:
         if self.mask_by_alpha and image is not None:
             mask = transparency_as_mask(image if mask is None else mask) or mask
             image = image.convert("RGB")  # what is transparent in it keeps its colours
+        if mask is not None and self.mask_inverted:
+            mask = invert_mask(mask)
+        if image is not None and mask is not None and self.fill_masked:
+            image = fill_masked(image, mask)
         return _request(self.fields, image, mask)
 
     def checked(self, limits: Limits) -> Self:

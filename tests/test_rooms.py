@@ -54,6 +54,7 @@ ROOMS = {
             "limits",
             "memory",
             "uploads",
+            "masking",
             "picture_request",
             "events",
             "event_inbox",

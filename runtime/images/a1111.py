@@ -21,7 +21,10 @@ from runtime.conditioning.syntax import escape
 from runtime.images.upscaling import MODES, PIXELS, is_trained
 from runtime.samplers import SAMPLERS, TRAINED_TIMESTEPS, resolve
 
-__all__ = ["PARAMETERS_KEY", "a1111_method", "format_parameters", "parse_parameters"]
+__all__ = [
+    *("PARAMETERS_KEY", "SAMPLER_LABELS", "SCHEDULE_LABELS"),
+    *("a1111_method", "format_parameters", "parameter_fields", "parse_parameters"),
+]
 
 PARAMETERS_KEY = "parameters"
 
@@ -127,9 +130,8 @@ def parse_parameters(text: str) -> dict[str, Any]:
         dictionary of the fields of `Hires`; model_name and vae_name, which name them but not their
         files; left_out
     """
-    head, _, last = text.strip().rpartition("\n")
-    fields = {name.strip(): _unquoted(value.strip()) for name, value in _FIELD.findall(last)}
-    if len(fields.keys() & _KNOWN) < 3:
+    head, last, fields = _split(text)
+    if not fields:
         return {}
     prompt, negative = _prompts(head)
     settings: dict[str, Any] = {
@@ -158,6 +160,28 @@ def parse_parameters(text: str) -> dict[str, Any]:
         settings |= {"model_name": model} if model else {}
         left |= {"Civitai resources": others} if others else {}
     return {**settings, "left_out": left} if left else settings
+
+
+def parameter_fields(text: str) -> dict[str, str]:
+    """Return what a text says by Automatic1111's names, as its API answers; other texts give {}.
+
+    "Prompt" and "Negative prompt" are among the names; "Size" comes as "Size-1" and "Size-2".
+    """
+    head, _, fields = _split(text)
+    if not fields:
+        return {}
+    prompt, negative = _prompts(head)
+    width, crossed, height = fields.get("Size", "").partition("x")
+    sides = {"Size-1": width, "Size-2": height} if crossed else {}
+    named = {name: value for name, value in fields.items() if name and name != "Size"}
+    return {"Prompt": prompt, _NEGATIVE[:-1]: negative, **named, **sides}
+
+
+def _split(text: str) -> tuple[str, str, dict[str, str]]:
+    """Return the prompts, the last line, and what it holds by its names; {} if it is another's."""
+    head, _, last = text.strip().rpartition("\n")
+    fields = {name.strip(): _unquoted(value.strip()) for name, value in _FIELD.findall(last)}
+    return head, last, fields if len(fields.keys() & _KNOWN) >= 3 else {}
 
 
 def _civitai(text: str) -> tuple[str, str]:

@@ -64,7 +64,7 @@ def _operation(
         schema = _resolved(document, content["schema"])
         yield f"<p>Body: <code>{html.escape(kind)}</code>. {_text(schema)}</p>"
         required = schema.get("required", ())
-        rows += [(name, s, name in required) for name, s in schema["properties"].items()]
+        rows += [(name, s, name in required) for name, s in schema.get("properties", {}).items()]
     if rows:
         yield "<table><tr><th>field</th><th>type</th><th>default</th></tr>"
         for name, schema, required in rows:

@@ -27,9 +27,9 @@ def url():
         yield running.url
 
 
-def example(library):
+def example(library, where=WHERE):
     (code,) = (c for c in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if library in c)
-    assert code.count(WHERE) == 1
+    assert code.count(where) == 1
     return code
 
 
@@ -59,6 +59,18 @@ def test_the_example_of_the_native_api(url, capsys):
     shown = capsys.readouterr().out
     assert "'jpeg'" in shown
     assert "'step'" in shown
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # an example opens a client and ends
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_the_example_of_automatic1111s_api(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    host, port = url.removeprefix("http://").split(":")
+    code = example("webuiapi", 'host="127.0.0.1", port=7860')
+    exec(code.replace('host="127.0.0.1", port=7860', f'host="{host}", port={port}'), {})
+    assert read_settings(tmp_path / "apple-7.png")["seed"] == 7
+    with Image.open(tmp_path / "apple-8.png") as picture:
+        assert picture.size == (128, 128)
 
 
 def test_the_page_names_the_limits_as_they_are():

@@ -1,0 +1,89 @@
+"""What Automatic1111 calls samplers, schedulers and upscalers.
+
+Facts of its `modules/sd_samplers_kdiffusion.py` and `modules/sd_schedulers.py`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.images.a1111 import SAMPLER_LABELS, a1111_method
+from runtime.images.upscaling import MODES, PIXELS
+from runtime.samplers import SAMPLERS
+from serving.errors import BadRequestError
+
+DEFAULT_SAMPLER = "Euler"
+AUTOMATIC = "Automatic"
+SCHEDULERS: Mapping[str, str] = {
+    **{name: name.title() for name in ("automatic", "uniform", "karras", "exponential")},
+    **{"sgm_uniform": "SGM Uniform", "kl_optimal": "KL Optimal"},
+    **{"align_your_steps": "Align Your Steps", "simple": "Simple", "normal": "Normal"},
+    **{"ddim": "DDIM", "beta": "Beta"},
+}
+ALIASES: Mapping[str, str] = {
+    "sgmuniform": "SGM Uniform",
+    "polyexponential": "Exponential",  # with the rho of 1 that it has there, the same numbers
+}
+RHO: Mapping[str, float] = {"karras": 7.0}
+# The schedule of samplers that do not take the model's own where the scheduler is "Automatic".
+OWN_SCHEDULES: Mapping[str, str] = {
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
+}
+LATENT_MODES = {name.capitalize(): ours for name, ours in MODES.items()}
+UPSCALERS = ("None", "Lanczos")  # both resize by Lanczos in hires fix
+
+
+def method(name: str | None, scheduler: str | None) -> tuple[str | None, str | None]:
+    """Return our sampler and schedule; None where neither is said.
+
+    Names that are unknown come back as they are, and the request is refused for them.
+    """
+    given = (scheduler or AUTOMATIC).strip()
+    labels = {**SCHEDULERS, **{label.lower(): label for label in SCHEDULERS.values()}, **ALIASES}
+    label = labels.get(given.lower(), given)
+    if not name and label == AUTOMATIC:
+        return None, None
+    sampler, schedule = a1111_method(name or DEFAULT_SAMPLER, label)
+    if label == AUTOMATIC and schedule == "normal":
+        schedule = OWN_SCHEDULES.get(sampler, schedule)
+    return sampler, schedule
+
+
+def upscaler(name: str | None) -> str:
+    """Return our name of an upscaler of hires fix. Raises BadRequestError."""
+    if name is None or name in LATENT_MODES:
+        return LATENT_MODES[name or "Latent"]
+    if name in UPSCALERS:
+        return PIXELS
+    raise BadRequestError(
+        f"hr_upscaler is {name[:60]!r}; choose one of {', '.join((*UPSCALERS, *LATENT_MODES))}",
+        param="hr_upscaler",
+    )
+
+
+def list_samplers() -> list[dict[str, Any]]:
+    """Return the answer of /samplers."""
+    return [
+        {"name": SAMPLER_LABELS.get(name, name), "aliases": [name], "options": {}}
+        for name in SAMPLERS
+    ]
+
+
+def list_schedulers() -> list[dict[str, Any]]:
+    """Return the answer of /schedulers."""
+    return [
+        {
+            "name": name,
+            "label": label,
+            "aliases": [other for other, known in ALIASES.items() if known == label] or None,
+            "default_rho": RHO.get(name, -1.0),
+            "need_inner_model": name in ("uniform", "sgm_uniform", "simple", "normal", "ddim"),
+        }
+        for name, label in SCHEDULERS.items()
+    ]
+
+
+def list_upscalers() -> list[dict[str, Any]]:
+    """Return the answer of /upscalers."""
+    empty = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
+    return [{"name": name, **empty} for name in UPSCALERS]

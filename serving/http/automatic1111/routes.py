@@ -1,0 +1,132 @@
+"""Automatic1111's API, as webuiapi, Open WebUI and SillyTavern use it.
+
+There it is one user's program: one job, one set of options, and `interrupt` ends whatever is drawn.
+Here all of that is the caller's own: others' jobs and options are neither seen nor touched.
+"""
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from serving.client import EngineClient
+from serving.errors import RefusalError
+from serving.http.automatic1111.answers import drawn, png_info, progress
+from serving.http.automatic1111.drawing import image_request, text_request
+from serving.http.automatic1111.fields import DrawingBody, ImageBody, PngInfoBody, TextBody
+from serving.http.automatic1111.lists import add_lists
+from serving.http.automatic1111.settings import CallersSettings, Settings
+from serving.http.documents import REFUSALS
+from serving.http.fields import Catalog
+from serving.http.openai import over_or_left
+from serving.jobs import DrawnPicture, Job, Jobs
+from serving.limits import Limits
+from serving.picture_request import PictureRequest
+
+API = "automatic1111"
+
+
+class Drawings:
+    """The jobs that came by this API; those that were interrupted end with what is finished."""
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._interrupted: dict[str, list[DrawnPicture]] = {}
+
+    def of(self, caller: str) -> list[Job]:
+        """Return a caller's unfinished jobs, the oldest first."""
+        unfinished = self._jobs.unfinished()
+        return [job for job in unfinished if (job.caller, job.api) == (caller, API)]
+
+    def interrupt(self, caller: str, most: int | None = None) -> None:
+        """End those of a caller's that are drawn, or the one that waits longest where none is."""
+        jobs = self.of(caller)
+        for job in ([job for job in jobs if job.state == "running"] or jobs[:1])[:most]:
+            self._interrupted[job.id] = list(job.pictures)
+            self._jobs.cancel(job)
+
+    async def draw(
+        self, request: Request, body: DrawingBody, picture_request: PictureRequest
+    ) -> JSONResponse:
+        """Draw, and answer when all is there, or what is there after an interruption."""
+        job = self._jobs.submit(picture_request, caller=request.state.caller, api=API)
+        try:
+            await over_or_left(request, job)
+            pictures = job.pictures
+        except RefusalError:
+            if job.id not in self._interrupted:
+                raise
+            pictures = self._interrupted[job.id]
+        finally:
+            self._interrupted.pop(job.id, None)
+            self._jobs.forget(job)
+        return JSONResponse(drawn(body, job, pictures))
+
+
+def automatic1111_routes(
+    jobs: Jobs, engine: EngineClient, catalog: Catalog, limits: Limits
+) -> APIRouter:
+    """Return the routes of /sdapi/v1."""
+    router = APIRouter(prefix="/sdapi/v1", tags=["Automatic1111"], responses=REFUSALS)
+    drawings, options = Drawings(jobs), CallersSettings(catalog, limits)
+
+    def settings_for(request: Request, body: DrawingBody) -> tuple[Settings, bool]:
+        """Return a request's options, and whether they stay."""
+        given = body.override_settings or {}
+        stays = body.override_settings_restore_afterwards is False
+        return options.changed(request.state.caller, given), bool(given) and stays
+
+    @router.post("/txt2img")
+    async def txt2img(request: Request, body: TextBody) -> JSONResponse:
+        """Draw pictures from a prompt."""
+        settings, stays = settings_for(request, body)
+        picture_request = text_request(body, settings, limits)
+        if stays:
+            options.keep(request.state.caller, body.override_settings or {})
+        return await drawings.draw(request, body, picture_request)
+
+    @router.post("/img2img")
+    async def img2img(request: Request, body: ImageBody) -> JSONResponse:
+        """Draw over a picture, where its mask is white or as a whole."""
+        settings, stays = settings_for(request, body)
+        picture_request = image_request(body, settings, limits)
+        if stays:
+            options.keep(request.state.caller, body.override_settings or {})
+        return await drawings.draw(request, body, picture_request)
+
+    @router.get("/progress")
+    async def how_far(request: Request, skip_current_image: bool = False) -> JSONResponse:
+        """Say how far the caller's own pictures are."""
+        mine = drawings.of(request.state.caller)
+        return JSONResponse(progress(mine, time.monotonic(), with_image=not skip_current_image))
+
+    @router.post("/interrupt")
+    async def interrupt(request: Request) -> dict[str, Any]:
+        """End what is drawn for the caller; what is finished of it is answered."""
+        drawings.interrupt(request.state.caller)
+        return {}
+
+    @router.post("/skip")
+    async def skip(request: Request) -> None:
+        """End the caller's oldest job alone."""
+        drawings.interrupt(request.state.caller, most=1)
+
+    @router.get("/options")
+    async def get_options(request: Request) -> dict[str, Any]:
+        """Return the caller's options."""
+        return options.of(request.state.caller).model_dump()
+
+    @router.post("/options")
+    async def set_options(request: Request, body: dict[str, Any]) -> None:
+        """Change some of the caller's options, by their names as GET returns them."""
+        options.keep(request.state.caller, body)
+
+    @router.post("/png-info")
+    async def info(body: PngInfoBody) -> JSONResponse:
+        """Return what a picture's file says of itself."""
+        return JSONResponse(await asyncio.to_thread(png_info, body.image, limits.upload_pixels))
+
+    add_lists(router, catalog, engine)
+    return router
