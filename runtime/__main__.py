@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
-from runtime.again import made_with, settings_of
+from runtime.again import settings_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, write_image
 from runtime.images.previews import check_animation, parse_steps
 from runtime.images.upscaling import Hires
 from runtime.images.watermark import check_watermark, embed_watermark
-from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, PIECES, make_parser
+from runtime.options import AGAIN, FIELDS, HIRES, MADE_WITH, PIECES, made_with, make_parser
 from runtime.output_options import OWN
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan

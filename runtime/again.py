@@ -16,10 +16,10 @@ from engine.errors import ModelError, RequestError
 from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
 from runtime.images.canvas import ALPHA
-from runtime.images.files import program_version, read_settings
+from runtime.images.files import read_settings
 from runtime.images.upscaling import PIXELS, UPSCALERS
 
-__all__ = ["made_with", "settings_of"]
+__all__ = ["FILES", "parted", "settings_of"]
 
 # The options that name files, and what a sentence calls them.
 FILES = {
@@ -162,26 +162,6 @@ def _find(name: str, places: Iterable[Path], endings: Sequence[str]) -> Path | N
 def _base(name: str) -> str:
     """Return the last part of a path of any system."""
     return PureWindowsPath(PurePosixPath(name).name).name
-
-
-def made_with(options: argparse.Namespace, names: Iterable[str], model: Path) -> dict[str, Any]:
-    """Collect what makes a picture again beside the request: files by their names and hashes.
-
-    names: of the options that count; model: the file or folder of the model that was loaded
-    """
-    given = {name: getattr(options, name) for name in names}
-    files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
-    given |= {name: Path(value).name for name, value in files.items() if isinstance(value, Path)}
-    given |= {
-        name: [Path(text).name for text in value]
-        for name, value in files.items()
-        if isinstance(value, list)
-    }
-    model = model.resolve()
-    each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
-    paths = [model, *(Path(parted(name, str(one))[0]) for name, one in each)]
-    hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
-    return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
 
 
 def parted(name: str, text: str) -> tuple[str, str]:

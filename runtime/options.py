@@ -5,6 +5,7 @@ a picture's file are options too.
 """
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,10 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, ComputePrecision
 from engine.command_line import CommandParser
+from engine.store.cache import fingerprint
+from runtime.again import FILES, parted
 from runtime.images.canvas import ALPHA, BLUR
+from runtime.images.files import program_version
 from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
@@ -26,7 +30,7 @@ from runtime.text_options import TEXT_OPTIONS, read_numbers
 
 __all__ = [
     *("AGAIN", "FIELDS", "HIRES", "MADE_WITH"),
-    *("add_engine_options", "add_request_options", "make_parser"),
+    *("add_engine_options", "add_request_options", "made_with", "make_parser"),
 ]
 
 # What makes a picture again beside the request, by the options' names.
@@ -82,6 +86,26 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     for name, option in TEXT_OPTIONS.items():
         text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))
+
+
+def made_with(options: argparse.Namespace, names: Iterable[str], model: Path) -> dict[str, Any]:
+    """Collect what makes a picture again beside the request: files by their names and hashes.
+
+    names: of the options that count; model: the file or folder of the model that was loaded
+    """
+    given = {name: getattr(options, name) for name in names}
+    files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
+    given |= {name: Path(value).name for name, value in files.items() if isinstance(value, Path)}
+    given |= {
+        name: [Path(text).name for text in value]
+        for name, value in files.items()
+        if isinstance(value, list)
+    }
+    model = model.resolve()
+    each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
+    paths = [model, *(Path(parted(name, str(one))[0]) for name, one in each)]
+    hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
+    return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
 
 
 def _add_model(group: Any) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks import __main__ as benchmarks
 from export import __main__ as export
 from latentrt.__main__ import SUBCOMMANDS
+from runtime.batch import __main__ as batch
 from runtime.options import make_parser
 from serving import options as serving
 from tests.support.pictures import drawing
@@ -64,6 +65,8 @@ def parsed(words):
         training.parser(training.COMMANDS, None).parse_args(given)
     elif name in ("benchmarks", "bench"):
         benchmarks._parser("bench").parse_args(given)
+    elif name == "batch":
+        batch.make_parser("batch").parse_args(given)
     elif name == "serve":
         serving.make_parser("serve").parse_args(given)
     else:

@@ -33,7 +33,7 @@ ROOMS = {
         *("picture_settings", "request_options", "plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
-        *("terminal", "grid", "__main__"),
+        *("terminal", "grid", "batch", "__main__"),
     ),
     "serving": (
         *(

@@ -14,7 +14,6 @@ from typing import Any
 from engine.backends.settings import BackendSettings
 from engine.command_line import CommandParser
 from engine.errors import OutputError, RequestError, exit_status
-from runtime.again import made_with
 from runtime.batch.drawing import Batch
 from runtime.batch.lines import FORMATS
 from runtime.batch.manifest import (
@@ -31,7 +30,7 @@ from runtime.batch.work import Work, works
 from runtime.checks import check_choice, check_number
 from runtime.images.files import FORMATS as PICTURES
 from runtime.noise import MAX_SEED
-from runtime.options import FIELDS, HIRES, MADE_WITH, PIECES, add_request_options
+from runtime.options import FIELDS, HIRES, MADE_WITH, PIECES, add_request_options, made_with
 from runtime.pipeline import Pipeline
 from runtime.request import MAX_IMAGES
 from runtime.terminal import Loading, say
@@ -100,7 +99,7 @@ def _run(options: argparse.Namespace) -> int:
         progress = _surveyed(options.requests, defaults, done)
         if progress.left:
             pipeline, made = _load(options)
-            facts = _facts(options, made)
+            facts = _facts(options, made, pipeline)
             if found:
                 check_facts(options.out, found["options"], facts)
             else:
@@ -214,9 +213,13 @@ def _load(options: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     return pipeline, made_with(options, names, pipeline.model_path)
 
 
-def _facts(options: argparse.Namespace, made: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(
+    options: argparse.Namespace, made: Mapping[str, Any], pipeline: Pipeline
+) -> dict[str, Any]:
     """Return what must stay the same in a folder, by the options' names."""
     own = {*FIELDS, *HIRES, "format", "mark"} - {"prompt", "seed", "image", "mask", "hires"}
+    if not pipeline.engines.is_exact:
+        own.add("batch_size")
     facts = {name: getattr(options, name) for name in own}
     facts |= {name: value for name, value in made.items() if name != "latentrt"}
     return dict(json.loads(json.dumps(facts, sort_keys=True)))
