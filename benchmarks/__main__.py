@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from benchmarks import (
     agreement,
+    batch,
     build,
     card,
     gpu,
@@ -44,6 +45,7 @@ _MEASURES = {
     "load": load.measure,
     "overhead": overhead.measure,
     "watermark": watermark.measure,
+    "batch": batch.measure,
 }
 _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "memory": memory.measure,
@@ -135,6 +137,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ("load", "from a checkpoint's file to the first step, and switching an adapter"),
         ("overhead", "what the loop itself costs a step, engines excluded"),
         ("watermark", "what a watermark withstands, and what it costs a picture"),
+        ("batch", "`latentrt batch`, beside the pipeline in a loop"),
     ):
         added = commands.add_parser(name, help=text)
         added.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")

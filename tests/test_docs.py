@@ -14,6 +14,7 @@ from benchmarks import __main__ as benchmarks
 from export import __main__ as export
 from latentrt.__main__ import SUBCOMMANDS
 from runtime import preprocess, upscale
+from runtime.batch import __main__ as batch
 from runtime.options import make_parser
 from serving import options as serving
 from tests.support.pictures import drawing
@@ -67,6 +68,8 @@ def parsed(words):
         benchmarks._parser("bench").parse_args(given)
     elif name == "upscale":
         upscale.make_parser("upscale").parse_args(given)
+    elif name == "batch":
+        batch.make_parser("batch").parse_args(given)
     elif name == "serve":
         serving.make_parser("serve").parse_args(given)
     elif name == "preprocess":

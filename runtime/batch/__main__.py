@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
         progress = _surveyed(options.requests, defaults, done)
         if progress.left:
             pipeline, made = _load(options)
-            facts = _facts(options, made)
+            facts = _facts(options, made, pipeline)
             if found:
                 check_facts(options.out, found["options"], facts)
             else:
@@ -200,9 +200,13 @@ def _load(options: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     return pipeline, made_with(options, names, pipeline.model_path)
 
 
-def _facts(options: argparse.Namespace, made: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(
+    options: argparse.Namespace, made: Mapping[str, Any], pipeline: Pipeline
+) -> dict[str, Any]:
     """Return what must stay the same in a folder, by the options' names."""
     own = {*FIELDS, *HIRES, "format", "mark"} - {"prompt", "seed", "image", "mask", "hires"}
+    if not pipeline.engines.is_exact:
+        own.add("batch_size")
     facts = {name: getattr(options, name) for name in own}
     facts |= {name: value for name, value in made.items() if name != "latentrt"}
     return dict(json.loads(json.dumps(facts, sort_keys=True)))

@@ -157,6 +157,8 @@ class Batch:
         number = f"-{place.index + 1}" if place.work.count > 1 else ""
         name = f"{line.number:0{DIGITS}}{number}{self.ending}"
         made = {**settings, **self.made_with}
+        if place.limit > 1 and not self.pipeline.engines.is_exact:
+            made["batch_size"] = place.limit  # which changes its bits
         data = encode_image(image, FORMATS[self.ending], made, mark=self.mark)
         write_atomically(self.folder / name, lambda file: file.write(data))
         record = {

@@ -193,7 +193,7 @@ def _parquet(path: Path) -> Iterator[Line]:
                         number=number,
                         fields={name: value for name, value in row.items() if value is not None},
                     )
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise RequestError(
             f"{path} cannot be read as Parquet behind row {number} ({first_line(error)})"
         ) from error

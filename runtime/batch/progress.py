@@ -11,7 +11,7 @@ from runtime.terminal import say, show_bar
 __all__ = ["Progress", "duration", "rate"]
 
 EVERY = 60.0  # seconds between lines where there is no terminal
-MINUTE, HOUR = 60, 3600
+MINUTE, HOUR = 60, 3600  # seconds
 
 
 class Progress:
@@ -61,16 +61,17 @@ class Progress:
 
 def rate(a_second: float) -> str:
     """Write a rate of pictures, by the second, the minute or the hour."""
-    for seconds, name in ((1, "second"), (MINUTE, "minute")):
+    for seconds, name in ((1, "a second"), (MINUTE, "a minute")):
         if a_second * seconds >= 1:
-            return f"{a_second * seconds:.1f} a {name}"
+            return f"{a_second * seconds:.1f} {name}"
     return f"{a_second * HOUR:.1f} an hour"
 
 
 def duration(seconds: float) -> str:
     """Write a time in two of its units at most."""
-    if seconds < MINUTE:
+    if round(seconds) < MINUTE:
         return f"{seconds:.0f} s"
-    if seconds < HOUR:
-        return f"{seconds / MINUTE:.0f} min"
-    return f"{seconds // HOUR:.0f} h {seconds % HOUR // MINUTE:02.0f} min"
+    minutes = round(seconds / MINUTE)
+    if minutes < MINUTE:
+        return f"{minutes} min"
+    return f"{minutes // MINUTE} h {minutes % MINUTE:02} min"

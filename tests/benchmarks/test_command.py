@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import load, report
+from benchmarks import batch, load, report
 from benchmarks.__main__ import _MEASURES, main
 from engine.adapters.adapter import read_adapter
 from engine.errors import OutputError
@@ -75,3 +75,15 @@ def test_the_files_of_the_load_benchmark_are_a_model_and_its_adapter(tmp_path, m
     shapes = {name: model.find(name).shapes for name in ("unet", "text_encoder")}
     changed = read_adapter(load.write_lora(tmp_path)).resolve(shapes).updates
     assert len(changed) == 16 * (4 + 4 + 2 + 2) + 6, "attentions, feed-forward, projections; text"
+
+
+def test_the_batch_benchmark_draws_the_same_both_ways(monkeypatch):
+    folders = []
+    monkeypatch.setattr(batch, "STEPS", (1, 2))
+    monkeypatch.setattr(batch, "write_image", lambda image, *_: folders.append(image.size))
+    measured = batch.measure(1, requests=3)
+    assert folders == [(128, 128)] * 6, "with a turn to warm up"
+    assert measured["request"]["requests"] == 3
+    assert measured["batch_beside_loop"]["median"] == pytest.approx(
+        measured["batch_pictures_a_second"]["median"] / measured["loop_pictures_a_second"]["median"]
+    )
