@@ -19,16 +19,20 @@ kernel below it).
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
-from runtime.checks import check_choice
+from runtime.checks import OneOrMore, check_choice, check_number
 from runtime.philox import curand_normal, philox4x32
 
-__all__ = ["MAX_SEED", "NOISES", "Noise", "PhiloxNoise", "TorchNoise", "make_noise"]
+__all__ = [
+    *("MAX_SEED", "NOISES", "Noise", "PhiloxNoise", "TorchNoise"),
+    *("make_noise", "seeds_of"),
+]
 
 MAX_SEED = 2**64 - 1
 
@@ -222,3 +226,26 @@ def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:
     angle = _TWO_PI * u[:, 1]
     normal: NDArray[np.float32] = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
     return normal.reshape(-1)
+
+
+def seeds_of(
+    name: str, given: OneOrMore[int] | None, count: int, step: int
+) -> tuple[int, ...] | None:
+    """Return the seed of each of so many pictures: those given, or counted from one by a step.
+
+    name: that a sentence calls them. Raises RequestError for other than 0 to 2**64 - 1, and for
+    another number of them.
+    """
+    if given is None:
+        return None
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if len(given) != count:
+            raise RequestError(
+                f"{name} has {len(given)} numbers for {count} pictures; give one number, or as "
+                "many as there are pictures"
+            )
+        for seed in given:
+            check_number(name, seed, Integral, 0, MAX_SEED)
+        return tuple(int(seed) for seed in given)
+    check_number(name, given, Integral, 0, MAX_SEED)
+    return tuple((int(given) + i * step) % (MAX_SEED + 1) for i in range(count))

@@ -73,7 +73,6 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="a GPT-2 that makes the prompt longer; see docs/expansion.md",
     )
     add_request_options(parser)
-    add_control_options(parser.add_argument_group("pictures that steer"))
     written = parser.add_argument_group("what is written")
     for flags, settings in OUTPUT_OPTIONS:
         written.add_argument(*flags, **settings)
@@ -97,6 +96,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     for name, option in TEXT_OPTIONS.items():
         text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))
+    add_control_options(parser.add_argument_group("pictures that steer"))
 
 
 def _add_model(group: Any) -> None:

@@ -28,7 +28,7 @@ from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
 from runtime.images.image_noise import check_image_noise
 from runtime.images.upscaling import MAX_STEPS, Hires
-from runtime.noise import MAX_SEED, NOISES
+from runtime.noise import NOISES, seeds_of
 from runtime.presets import PRESETS
 from runtime.regions import Region, check_regions
 from runtime.samplers import DEFAULT_SAMPLER, resolve
@@ -170,16 +170,18 @@ class Request:
         self._check_guidance()
         self._check_image()
         self._check_size()
-        check_regions(self.regions, prompt_syntax=self.prompt_syntax)
+        if self.regions or not isinstance(self.regions, tuple):
+            check_regions(self.regions, prompt_syntax=self.prompt_syntax)
         object.__setattr__(self, "controls", checked_controls(self.controls))
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
         check_number("variation_strength", self.variation_strength, Real, 0, 1)
         if self.variation_seed is not None and not self.variation_strength:
             raise RequestError("variation_seed came without variation_strength; give it above 0")
-        step = 0 if self.variation_strength else 1
-        object.__setattr__(self, "seeds", self._seeds("seed", step))
-        object.__setattr__(self, "variation_seeds", self._seeds("variation_seed", 1))
+        count, step = len(self.prompts) * self.num_images_per_prompt, not self.variation_strength
+        varied = seeds_of("variation_seed", self.variation_seed, count, 1)
+        object.__setattr__(self, "seeds", seeds_of("seed", self.seed, count, int(step)))
+        object.__setattr__(self, "variation_seeds", varied)
 
     def _check_method(self) -> None:
         if self.num_inference_steps is not None:
@@ -270,23 +272,6 @@ class Request:
                 "give one text, or as many as there are prompts"
             )
         return tuple(negative)
-
-    def _seeds(self, name: str, step: int) -> tuple[int, ...] | None:
-        count = len(self.prompts) * self.num_images_per_prompt
-        given = getattr(self, name)
-        if given is None:
-            return None
-        if isinstance(given, Sequence) and not isinstance(given, str):
-            if len(given) != count:
-                raise RequestError(
-                    f"{name} has {len(given)} numbers for {count} pictures; give one number, or as "
-                    "many as there are pictures"
-                )
-            for seed in given:
-                check_number(name, seed, Integral, 0, MAX_SEED)
-            return tuple(int(seed) for seed in given)
-        check_number(name, given, Integral, 0, MAX_SEED)
-        return tuple((int(given) + i * step) % (MAX_SEED + 1) for i in range(count))
 
     def draw_seeds(self) -> list[int]:
         """Return one seed for each picture: those given, or counting up from one that is drawn.

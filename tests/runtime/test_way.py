@@ -15,6 +15,7 @@ WALK = """
 import json, sys, threading
 from importlib import import_module
 
+import_module("latentrt.public")  # what importing runs is no part of the way
 main, root, files = import_module(sys.argv[2]).main, sys.argv[1], {}
 
 def note(frame, event, argument):
