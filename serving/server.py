@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -36,11 +38,20 @@ def serve(options: argparse.Namespace, keys: Keys | None, engine: ProcessEngine)
     listener = listen_on(options.host, options.port)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"listening on http://{shown}:{port}", flush=True)
+    _announce(f"listening on http://{shown}:{port}")
     with listener:
         Server(service, engine).run(sockets=[listener])
     if engine.has_failed:
         raise BackendError("the engine could not start; what it said stands above")
+
+
+def _announce(text: str) -> None:
+    """Say something on the output; a full disk or a closed pipe there ends no server."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # the last flush would fail too
 
 
 def listen_on(host: str, port: int) -> socket.socket:
