@@ -42,6 +42,11 @@ class Admission:
         Raises BusyError, and BadRequestError where it would come too late.
         """
         if deadline_seconds is not None:
+            if not math.isfinite(deadline_seconds):
+                raise BadRequestError(
+                    f"deadline_s is {deadline_seconds}; give a number of seconds",
+                    param="deadline_s",
+                )
             own = work / self.rate if self.rate else 0.0
             if deadline_seconds <= 0 or self.seconds + own > deadline_seconds:
                 raise BadRequestError(

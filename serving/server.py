@@ -2,9 +2,12 @@
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -20,6 +23,7 @@ from serving.row_limits import RowLimits
 from serving.supervisor import ProcessEngine
 
 KEEP_ALIVE = 30  # seconds that an idle connection is kept
+FILES = 2**16  # that a process may have open, where the system allows as many
 
 
 def serve(
@@ -36,14 +40,38 @@ def serve(
     )
     engine.on_death(service.metrics.restarts.inc)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    allow_connections()
     listener = listen_on(options.host, options.port)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"listening on http://{shown}:{port}", flush=True)
+    _announce(f"listening on http://{shown}:{port}")
     with listener:
         Server(service, engine).run(sockets=[listener])
     if engine.has_failed:
         raise BackendError("an engine could not start; what it said stands above")
+
+
+def allow_connections() -> None:
+    """Let this process have a file for each of many connections, where the system lets it.
+
+    The usual 1024 are no more than the idle ones of one stranger.
+    """
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _announce(text: str) -> None:
+    """Say something on the output; a full disk or a closed pipe there ends no server."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # the last flush would fail too
 
 
 def listen_on(host: str, port: int) -> socket.socket:

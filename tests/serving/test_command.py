@@ -4,11 +4,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -121,6 +122,37 @@ def test_a_second_signal_ends_it_at_once():
         assert not Path(f"/proc/{child}").exists(), "the engine ends with it"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it has no full device")
+def test_a_full_disk_keeps_nobody_from_drawing(tmp_path):
+    """No file may grow, and neither output takes a word: it draws, and ends as it should."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "latentrt", "serve", "--port", str(port), "--threads", "1"]
+    words += ["--backend", "cpu", "--rows", "capacity"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LATENTRT_CACHE": str(tmp_path)}
+    limited = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *words]
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.Popen(limited, stdout=full, stderr=full, env=environment)
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            end, state = time.monotonic() + 60, None
+            while state != 200 and time.monotonic() < end and process.poll() is None:
+                time.sleep(0.02)
+                with suppress(httpx.ConnectError):
+                    state = client.get("/ready").status_code
+            results = []
+            for thread in begin(3, client, results):
+                thread.join(60)
+        assert [status for status, _ in results] == [200] * 3
+        assert len({told["data"][0]["b64_json"] for _, told in results}) == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait(20)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) == 0
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -147,8 +179,6 @@ def test_bad_options_are_one_sentence(given, said, capsys):
 
 
 def test_a_port_that_is_taken(capsys):
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["--port", port]) == 2

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import hmac
 import io
 import json
 import logging
@@ -19,6 +20,7 @@ from engine.errors import RequestError
 from serving.addresses import is_loopback
 from serving.http.access import AccessRules
 from serving.http.connections import ImpatientProtocol
+from serving.http.forms import FormParser
 from serving.keys import Keys
 from serving.limits import Limits
 from tests.support.servers import SlowStudio, serving
@@ -213,6 +215,21 @@ def test_bombs_and_what_is_no_picture(http, data, status):
     assert time.monotonic() - began < 2
 
 
+@pytest.mark.parametrize("name", ["image", "mask"])
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [(header_only(40_000, 25_000), 413), (moving("WEBP"), 400), (b"http://127.0.0.1:1/a.png", 400)],
+)
+def test_a_form_is_looked_at_as_json_is(http, name, data, status):
+    """Both of its pictures; what is a file of text is opened by nobody."""
+    good = ("a.png", file_of(small()), "image/png")
+    files = {"image": good, "mask": good, name: ("../../a.png", data, "image/png")}
+    told = error(http.post("/v1/images/edits", files=files, data={"prompt": "p"}), status)
+    assert told["param"] == name
+    body = {"prompt": "p", "image": encoded(file_of(small())), name: "https://example.com/a.png"}
+    assert error(http.post(PICTURES, json=body), 400)["code"] == "url_not_fetched"
+
+
 def test_pictures_of_every_mode_are_decoded_where_the_engine_lives():
     from serving.errors import BadRequestError
     from serving.uploads import decode, size_of
@@ -340,6 +357,18 @@ def test_forms_of_too_many_parts(http):
     )
 
 
+def test_a_million_fields_are_not_counted_to_the_end(monkeypatch):
+    """Within the bytes of a body: it is refused at the first field too many."""
+    begun, begin = [], FormParser.on_part_begin
+    monkeypatch.setattr(FormParser, "on_part_begin", lambda self: (begun.append(1), begin(self)))
+    part = b'--x\r\ncontent-disposition: form-data; name="a"\r\n\r\n\r\n'
+    body = part * (10**6 * 32 // len(part)) + b"--x--\r\n"
+    with serving(SlowStudio(0)) as running, httpx.Client(base_url=running.url) as client:
+        headers = {"content-type": "multipart/form-data; boundary=x"}
+        error(client.post("/v1/images/edits", content=body, headers=headers), 400)
+    assert len(begun) == Limits().fields + 1
+
+
 # 7: products
 
 
@@ -410,6 +439,40 @@ def test_keys_are_needed_and_never_seen(tmp_path, caplog):
     for secret in (SECRET, PROMPT):
         assert secret not in logged
         assert secret not in metrics
+
+
+@pytest.mark.parametrize("given", ["first", "last", "wrong", "", "f" * 10_000])
+def test_every_key_is_compared_whole_whichever_is_right(given, monkeypatch):
+    """Hashes, all of one length, by what takes as long for any two of them."""
+    names = ("first", "second", "third", "last")
+    keys = Keys(hashes={name: hashlib.sha256(name.encode()).digest() for name in names})
+    compared, compare = [], hmac.compare_digest
+
+    def noted(one, other):
+        compared.append((one, other))
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", noted)
+    assert keys.name(f"Bearer {given}") == (given if given in names else None)
+    digest = hashlib.sha256(given.encode()).digest()
+    assert [set(pair) for pair in compared] == [{kept, digest} for kept in keys.hashes.values()]
+
+
+@pytest.mark.parametrize("key", ["schl\u00fcssel", "cl\u00e0", "\u9375", "a b", "a:b"])
+def test_keys_of_any_letters(key):
+    """As the header's own bytes, which are those that were hashed."""
+    keys = Keys(hashes={"anna": hashlib.sha256(key.encode()).digest()})
+    basic = base64.b64encode(f"me:{key}".encode())
+    with serving(SlowStudio(0), keys=keys) as running:
+        for given, status in (
+            (b"Bearer " + key.encode(), 200),
+            (b"bearer  " + key.encode(), 200),
+            (b"Basic " + basic, 200),
+            (b"Bearer " + key.encode()[1:], 401),
+            (b"Basic " + base64.b64encode(f"{key}:me".encode()), 401),
+        ):
+            headers = {b"authorization": given}
+            assert httpx.get(f"{running.url}/v1/models", headers=headers).status_code == status
 
 
 @pytest.mark.parametrize("place", ["within a route", "before the routes", "where a stream begins"])

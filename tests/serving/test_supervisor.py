@@ -1,5 +1,6 @@
 """The engine as a process that dies: nothing is lost, nothing is drawn wrong, culprits fail."""
 
+import base64
 import os
 import random
 import signal
@@ -7,15 +8,18 @@ import threading
 import time
 from collections import defaultdict
 
+import httpx
 import pytest
 
 from serving.child import EngineSettings
+from serving.http.access import AccessRules
+from serving.http.app import make_service
 from serving.limits import Limits
 from serving.order import Order
 from serving.picture_request import PictureRequest
 from serving.supervisor import ProcessEngine, Unfinished
 from tests.support.dying import COMMAND, STAGES
-from tests.support.servers import load
+from tests.support.servers import CATALOG, listening, load
 
 SETTINGS = EngineSettings(models={"pictogram": "pictogram"}, backend="cpu", threads=1)
 
@@ -178,6 +182,34 @@ def test_cancelled_while_the_engine_is_dead(fake):
     fake.wait(lambda: fake.files)
     assert set(fake.files) == {("short", 0)}
     assert fake.engine._unfinished.orders == {}
+
+
+def test_over_http_only_the_culprit_is_told():
+    """Its client gets 500 and is told not to ask again; the others get what they get alone."""
+    engine = ProcessEngine(SETTINGS, command=COMMAND, pause=0.01)
+    rules = AccessRules.of("127.0.0.1", [], [], None)
+    answers = {}
+
+    def ask(prompt):
+        body = {"prompt": prompt, "num_inference_steps": 90, "seed": 7}
+        answers[prompt] = client.post("/v1/images/generations", json=body)
+
+    service = make_service(engine, CATALOG, rules)
+    with listening(service) as url, httpx.Client(base_url=url, timeout=60) as client:
+        while client.get("/ready").status_code != 200:
+            time.sleep(0.01)
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("a", "poison", "b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert client.get("/health").status_code == 200
+    culprit = answers.pop("poison")
+    assert (culprit.status_code, culprit.json()["error"]["code"]) == (500, "engine_failed")
+    assert culprit.headers["x-should-retry"] == "false"
+    for prompt, answer in answers.items():
+        (told,) = answer.json()["data"]
+        assert base64.b64decode(told["b64_json"]) == alone(prompt, steps=90)
 
 
 def test_a_refused_wish_fails_with_its_sentence(fake):
