@@ -189,7 +189,7 @@ class Pipeline(AdaptedModel):
             rows = {row: index for index, plan in plans.items() for row in rows_of(plan)}
             for row in finished_rows(
                 list(rows),
-                self.engine,
+                self.step_rows,
                 self.start,
                 min(limits, default=1),
                 is_exact=self.engines.is_exact,
