@@ -10,7 +10,7 @@ from engine.adapters.adapter import Adapter, AdapterChoice, read_adapters
 from engine.adapters.few_steps import with_few_steps
 from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import Embedding, read_embedding
-from engine.backends.base import Engine
+from engine.backends.base import DeviceEngine, Engine
 from engine.control_nets import ControlNets
 from engine.engines import Engines
 from engine.errors import ModelError
@@ -22,6 +22,8 @@ from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.denoising.controls import ControlledSteps
 from runtime.denoising.device_loop import DeviceLoop
+from runtime.denoising.device_rows import DeviceRows
+from runtime.denoising.rows import Row, step_rows
 from runtime.images import tiles
 from runtime.images.previews import finite
 from runtime.plan import Array
@@ -50,7 +52,7 @@ class AdaptedModel:
         self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
         self.control_nets = ControlNets(engines)
         self._controlled = ControlledSteps(unet=engines.model.unet, nets=self.control_nets)
-        self._device_loop = DeviceLoop()
+        self._device_loop, self._device_rows = DeviceLoop(), DeviceRows()
         self._distilled = engines.model  # as its adapters distil it, where they do
         self._few_steps = ""
         # The adapters that were given, beside those that prompts name, and the words they bring.
@@ -141,9 +143,23 @@ class AdaptedModel:
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
+    def step_rows(self, rows: Sequence[Row], *, filled_to: int = 0) -> None:
+        """Make the next call of rows of one bucket together, on a device where engines live there.
+
+        filled_to: rows that the call has at least, by repeats
+        Raises BackendError, and then every row is where it was.
+        """
+        engine = self.engine(rows[0].part)
+        if isinstance(engine, DeviceEngine) and engine.device.has_addresses:
+            self._device_rows.step(rows, engine, filled_to=filled_to)
+        else:
+            residuals = self._controlled.residuals
+            step_rows(rows, self.engine, filled_to=filled_to, residuals=residuals)
+
     def close(self) -> None:
         """Let go of the engines and of the memory on a device; then nothing can be drawn."""
         self._device_loop.reset()
+        self._device_rows.reset()
         self.engines.close()
         self.control_nets.close()
         self.encoder = self.encoder.without_cache()
@@ -169,6 +185,7 @@ class AdaptedModel:
         if bundled or self._bundled:
             encoder = encoder.with_embeddings([*self._embeddings, *bundled])
         self._device_loop.reset()
+        self._device_rows.reset()
         self.engines.set_loras(adapters)
         self.encoder, self._bundled = encoder, bundled
         choices = [choice for _, choice in adapters]

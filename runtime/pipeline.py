@@ -195,11 +195,10 @@ class Pipeline(AdaptedModel):
             rows = {row: index for index, plan in plans.items() for row in rows_of(plan)}
             for row in finished_rows(
                 list(rows),
-                self.engine,
+                self.step_rows,
                 self.start,
                 dict.fromkeys(rows, min(limits, default=1)).__getitem__,
                 is_exact=self.engines.is_exact,
-                residuals=self._controlled.residuals,
             ):
                 (image,) = self.finish(row.plan, self.decode(row.latents))
                 (settings,) = row.plan.settings

@@ -13,10 +13,11 @@ from queue import Queue
 from threading import Thread
 from typing import BinaryIO, Protocol
 
-from engine.backends.settings import BackendSettings, cpu_count
+from engine.backends.settings import ON_GPU, BackendSettings, cpu_count
 from engine.errors import LatentrtError
 from engine.store.cache import Cache, cache_folder
 from runtime.conditioning.wildcards import Wildcards
+from runtime.denoising.device_rows import SLOTS
 from runtime.images.files import program_version
 from runtime.pipeline import Pipeline
 from serving.engine_settings import FAILED, FIRST, EngineSettings
@@ -25,7 +26,7 @@ from serving.events import Event
 from serving.frames import of_event, read_frame, to_order, write_frame
 from serving.loop import Loop
 from serving.model_runner import ModelRunner, Models
-from serving.row_limits import RowLimits
+from serving.row_limits import LADDER, RowLimits
 
 BY_BUS = "PCI_BUS_ID"  # as nvidia-smi numbers GPUs
 
@@ -45,7 +46,8 @@ def row_limits(settings: EngineSettings) -> RowLimits:
         for name in ("models", "backend", "card", "precision", "threads")
     }
     key = Cache.key(**facts, version=program_version(), cpu_count=cpu_count())
-    return RowLimits(settings.rows, cache_folder() / f"step-times-{key[:16]}.json")
+    ladder = SLOTS if settings.backend in ON_GPU else LADDER
+    return RowLimits(settings.rows, cache_folder() / f"step-times-{key[:16]}.json", ladder)
 
 
 def runner(settings: EngineSettings) -> Models:

@@ -21,7 +21,7 @@ from engine.adapters.choice import AdapterChoice
 from engine.backends.settings import DEFAULT
 from engine.errors import ModelError, RequestError
 from runtime.conditioning.wildcards import Wildcards
-from runtime.denoising.rows import Row, rows_of, step_rows
+from runtime.denoising.rows import Row, rows_of
 from runtime.images.files import encode_image, program_version
 from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
@@ -256,10 +256,8 @@ class Models:
 
     def step(self, unfinished_pictures: Sequence[RowPicture]) -> None:
         """As `ModelRunner` says."""
-        step_rows(
-            [unfinished.row for unfinished in unfinished_pictures],
-            unfinished_pictures[0].pipeline.engine,
-        )
+        rows = [unfinished.row for unfinished in unfinished_pictures]
+        unfinished_pictures[0].pipeline.step_rows(rows)
 
     def warm(self, model: str) -> None:
         """Load a model, open its parts and make a step, so that no request waits for that."""

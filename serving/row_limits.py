@@ -9,7 +9,7 @@ goes on.
 import json
 import statistics
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -46,9 +46,16 @@ class RowLimits:
 
     rows: "preview" allows `ROWS` at least, "capacity" what gains, and a number so many
     path: of the file where times are kept; None keeps none
+    ladder: numbers of rows that are tried, those that a call is made for
     """
 
-    def __init__(self, rows: int | Aim = ROWS, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        rows: int | Aim = ROWS,
+        path: Path | None = None,
+        ladder: Sequence[int] = LADDER,
+    ) -> None:
+        self._ladder = ladder
         self.rows = rows
         self._least = rows if isinstance(rows, int) else LEAST[rows]
         self._path = path
@@ -76,7 +83,7 @@ class RowLimits:
 
     def took(self, form: str, rows: int, seconds: float) -> None:
         """Note the time of a call."""
-        if isinstance(self.rows, int) or rows not in LADDER:
+        if isinstance(self.rows, int) or rows not in self._ladder:
             return
         with self._lock:
             times = self._times.setdefault(form, {}).setdefault(rows, [])
@@ -110,7 +117,7 @@ class RowLimits:
         medians = {
             rows: statistics.median(taken) for rows, taken in times.items() if len(taken) == SAMPLES
         }
-        return max(gaining_rows(medians), self._least)
+        return max(gaining_rows(medians, self._ladder), self._least)
 
     def _use(self, form: str) -> None:
         """Make a form the last used, and forget the first where there are too many."""
@@ -121,19 +128,19 @@ class RowLimits:
             self._fitting.pop(oldest, None)
 
 
-def gaining_rows(seconds: Mapping[int, float]) -> int:
+def gaining_rows(seconds: Mapping[int, float], ladder: Sequence[int] = LADDER) -> int:
     """Return the rung to which rows gain, or the first whose time is not known.
 
     seconds: of a call, by its rows
     """
-    for below, above in pairwise(LADDER):
+    for below, above in pairwise(ladder):
         if below not in seconds:
             return below
         if above not in seconds:
             return above
         if (above / seconds[above]) / (below / seconds[below]) < (1 + GAIN) ** (above - below):
             return below
-    return LADDER[-1]
+    return ladder[-1]
 
 
 def parse_rows(text: str) -> int | Aim:

@@ -89,7 +89,7 @@ class Batch:
             for _, alike in groupby(self._by_adapters(work), lambda each: each[0]):
                 for row in finished_rows(
                     self._rows(each for _, each in alike),
-                    self.pipeline.engine,
+                    self.pipeline.step_rows,
                     self.pipeline.start,
                     lambda row: self._places[row].limit,
                     is_exact=self.pipeline.engines.is_exact,

@@ -14,7 +14,7 @@ row differs in the last bits beside others, and `Row.is_sensitive` says so.
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
 
-__all__ = ["Row", "finished_rows", "part_of", "rows_of", "step_rows"]
+__all__ = ["Row", "finished_rows", "padded", "part_of", "rows_of", "step_rows"]
 
 # Inputs and outputs that have groups of conditioning first and pictures second; others begin with
 # pictures.
@@ -50,6 +50,14 @@ Start = Callable[[Plan, HostOrDeviceArray | None], State]
 
 Failed = Callable[["Row", LatentrtError], None]
 """Is told of a row that cannot be drawn, and why."""
+
+
+class StepRows(Protocol):
+    """As `AdaptedModel.step_rows`: makes the next call of rows of one bucket together."""
+
+    def __call__(self, rows: "Sequence[Row]", *, filled_to: int = 0) -> None:
+        """Make it; filled_to: rows that the call has at least. Raises BackendError."""
+        ...
 
 
 class Row:
@@ -117,6 +125,12 @@ class Row:
         return len(self._steps[self._at].conditioning["guidance"]) == 1
 
     @property
+    def keeps_deep(self) -> bool:
+        """Whether a later call of this run takes the deep features of a call before."""
+        assert self._state is not None
+        return self._state.keeps_deep
+
+    @property
     def part(self) -> Part:
         """The part whose engine the next call runs."""
         return self._steps[self._at].part
@@ -167,24 +181,23 @@ def rows_of(plan: Plan) -> list[Row]:
 
 def finished_rows(
     rows: Iterable[Row],
-    engine: Callable[[Part], Engine],
+    step: StepRows,
     start: Start,
     limit: Callable[[Row], int],
     *,
     is_exact: bool,
     most_begun: int | None = None,
     failed: Failed | None = None,
-    residuals: Residuals | None = None,
 ) -> Iterator[Row]:
     """Make all calls of rows, the oldest's bucket first; yields each row as it is done.
 
     A row is taken and begun when there is room for it beside the oldest.
+    step: makes their calls
     limit: returns how many rows a call of this one's bucket may have; where they are not exact,
         repeats fill every call up to it
     most_begun: rows that may be on their way at once, None for any number
     failed: is told of a row that cannot be begun, or whose call fails even without others, and the
         rest goes on; None raises what it raises, such as BackendError
-    residuals: as `step_rows` takes it
     """
     waiting, begun, has_more = iter(rows), list[Row](), True
     while has_more or begun:
@@ -199,10 +212,7 @@ def finished_rows(
         alone = is_exact and oldest.is_sensitive
         together = [oldest] if alone else [r for r in begun if r.bucket == oldest.bucket]
         most = limit(oldest)
-        step = partial(
-            step_rows, engine=engine, filled_to=0 if is_exact else most, residuals=residuals
-        )
-        lost = _step(together[:most], step, failed)
+        lost = _step(together[:most], partial(step, filled_to=0 if is_exact else most), failed)
         begun = [row for row in begun if row not in lost]
         for row in [row for row in begun if row.is_done]:
             begun.remove(row)
@@ -281,14 +291,17 @@ def _laid_out(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     most = max(inputs["registers"].shape[1] for inputs in given)
     return {
         name: np.concatenate(
-            [_padded(name, inputs[name], most) for inputs in given], axis=int(name in BY_GROUPS)
+            [padded(name, inputs[name], most) for inputs in given], axis=int(name in BY_GROUPS)
         )
         for name in given[0]
     }
 
 
-def _padded(name: str, array: NDArray[Any], registers: int) -> NDArray[Any]:
-    """Pad what has a register's axis with zeros; out and noise stay the last two columns."""
+def padded(name: str, array: NDArray[Any], registers: int) -> NDArray[Any]:
+    """Pad what has a register's axis with zeros; out and noise stay the last two columns.
+
+    array: an input of one picture, as `Row.inputs` returns it; registers: as many as there are then
+    """
     if name not in BY_REGISTERS or array.shape[1] == registers + 2 * (name == "outside"):
         return array
     own = array.shape[1] - 2 * (name == "outside")

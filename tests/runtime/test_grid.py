@@ -8,8 +8,7 @@ from PIL import Image
 
 from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
-from runtime import Pipeline, Request, grid
-from runtime.denoising import rows as denoising
+from runtime import Pipeline, Request, adapted_model, grid
 from runtime.images.previews import side_by_side
 from tests.support.named_requests import write_lora
 
@@ -28,13 +27,13 @@ def test_cells_share_calls_across_samplers_and_are_what_they_are_alone(pipeline,
         for sampler in ("ddim", "euler_a")
         for steps, scale in ((2, 3.0), (3, 5.0))
     ] + [{"num_inference_steps": 2, "guidance_scale": 1.0}]
-    step_rows, sizes = denoising.step_rows, []
+    step_rows, sizes = adapted_model.step_rows, []
 
     def count(rows, engine, **options):
         sizes.append(len(rows))
         step_rows(rows, engine, **options)
 
-    monkeypatch.setattr(denoising, "step_rows", count)
+    monkeypatch.setattr(adapted_model, "step_rows", count)
     requests = [Request(**fields, **wish) for wish in wishes]
     drawn = sorted(pipeline.draw(requests), key=lambda image: image.request)
     images = [each.image for each in drawn]

@@ -180,3 +180,10 @@ def test_a_containers_bound_counts(tmp_path, monkeypatch):
     (tmp_path / "memory.max").unlink()
     assert (memory.total_bytes(), memory.free_bytes()) == (None, None)
     assert memory.resident_bytes(2**30) is None
+
+
+def test_only_numbers_that_a_call_is_made_for_are_tried():
+    """Three rows in four slots take as long as four, which must not end the search at two."""
+    seconds = {1: 1.0, 2: 1.1, 4: 1.4, 8: 2.8}
+    assert gaining_rows(seconds, (1, 2, 4, 8, 16)) == 4
+    assert gaining_rows({1: 1.0, 2: 1.1, 3: 1.7}) == 2

@@ -18,6 +18,8 @@ TO_DEVICE, FROM_DEVICE, WITHIN = 1, 2, 3  # cudaMemcpyKind
 class StandInDevice:
     """An `engine.devices.device.Device`, whose every call is in the stand-in's log."""
 
+    has_addresses = True
+
     def __init__(self) -> None:
         self._runtime = ctypes.CDLL("libcudart.so.13")
         stream = ctypes.c_void_p()

@@ -114,6 +114,15 @@ def test_a_run_can_be_recorded(part):
     assert facts["launched"] == [["launch", "graph"]]
 
 
+def test_rows_of_two_buckets_in_turn_are_recorded_once_for_each_form(run):
+    """Through the way on which a server steps rows: afterwards every call is one graph."""
+    facts = run("run_rows.py")
+    assert facts["first"]["recorded"] == facts["forms"] == facts["opened"] == 6
+    assert facts["then"]["recorded"] == facts["then"]["kernels"] == 0
+    assert facts["then"]["calls"] == facts["then"]["graphs"] == 24
+    assert facts["first"]["refused"] == facts["then"]["refused"] == 0
+
+
 def test_weights_are_on_the_device_once(part):
     _, facts = part
     item = 4 if 4 * facts["weights"] < sum(facts["uploaded"]) * 1.02 else 2

@@ -17,11 +17,10 @@ from PIL import Image
 from engine.backends.settings import BackendSettings
 from engine.engines import Engines
 from engine.errors import BackendError, OutputError
-from runtime import Pipeline
+from runtime import Pipeline, adapted_model
 from runtime.batch import drawing
 from runtime.batch.__main__ import main
 from runtime.batch.manifest import opened_folder
-from runtime.denoising import rows as denoising
 from runtime.images.files import read_settings
 from tests.support.named_requests import write_lora
 
@@ -84,13 +83,13 @@ def mixed(count):
 
 
 def test_pictures_are_what_they_are_alone_in_shared_calls(monkeypatch, capsys):
-    step_rows, sizes = denoising.step_rows, []
+    step_rows, sizes = adapted_model.step_rows, []
 
     def count(rows, engine, **options):
         sizes.append(len(rows))
         step_rows(rows, engine, **options)
 
-    monkeypatch.setattr(denoising, "step_rows", count)
+    monkeypatch.setattr(adapted_model, "step_rows", count)
     lines = [
         {"prompt": "a cat", "seed": 1},
         {"prompt": "a dog", "seed": 2, "sampler": "euler_a", "num_inference_steps": 3},
@@ -276,7 +275,7 @@ def test_many_bad_lines_are_counted(capsys):
 def test_a_row_that_fails_leaves_the_others_alone(monkeypatch, capsys):
     file = write("a cat", "poison", "a dog", "a hat", {"prompt": "late", "width": 40})
     assert draw(file, "--seed", "7", out="whole") == 0
-    step_rows = denoising.step_rows
+    step_rows = adapted_model.step_rows
 
     def fail(rows, engine, **options):
         if len(rows) > 2:
@@ -287,7 +286,7 @@ def test_a_row_that_fails_leaves_the_others_alone(monkeypatch, capsys):
 
     finite = np.isfinite
     with monkeypatch.context() as patched:
-        patched.setattr(denoising, "step_rows", fail)
+        patched.setattr(adapted_model, "step_rows", fail)
         patched.setattr(
             drawing.np, "isfinite", lambda x: finite(x) & (x.shape[-1] != 5), raising=True
         )
@@ -355,7 +354,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_rest_is_kept(monkeypatch, c
 
 def test_an_interrupt_keeps_what_is_finished(monkeypatch, capsys):
     file = write(*(f"a {name}" for name in ("cat", "dog", "hat", "car", "cup", "key")))
-    step_rows, calls = denoising.step_rows, []
+    step_rows, calls = adapted_model.step_rows, []
 
     def interrupt(rows, engine, **options):
         calls.append(rows)
@@ -364,7 +363,7 @@ def test_an_interrupt_keeps_what_is_finished(monkeypatch, capsys):
         step_rows(rows, engine, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(denoising, "step_rows", interrupt)
+        patched.setattr(adapted_model, "step_rows", interrupt)
         assert draw(file) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert len(hashes()) == 4
@@ -374,13 +373,13 @@ def test_an_interrupt_keeps_what_is_finished(monkeypatch, capsys):
 
 def test_where_neighbours_change_bits_the_size_of_a_call_is_kept(monkeypatch, capsys):
     monkeypatch.setattr(Engines, "is_exact", False)
-    step_rows, filled = denoising.step_rows, []
+    step_rows, filled = adapted_model.step_rows, []
 
-    def count(rows, engine, *, filled_to):
+    def count(rows, engine, *, filled_to, **options):
         filled.append((len(rows), filled_to))
-        step_rows(rows, engine, filled_to=filled_to)
+        step_rows(rows, engine, filled_to=filled_to, **options)
 
-    monkeypatch.setattr(denoising, "step_rows", count)
+    monkeypatch.setattr(adapted_model, "step_rows", count)
     assert draw(write("a cat", "a dog", "a hat"), "--batch-size", "2") == 0
     assert filled == [(2, 2), (2, 2), (1, 2), (1, 2)]
     assert read_settings("out/000003.png")["batch_size"] == 2
