@@ -13,6 +13,7 @@ from engine.errors import (
 )
 from engine.model import Model, find_model, shipped_models
 from runtime.calibration import calibrate
+from runtime.control import Control
 from runtime.denoising.latents import Progress, State
 from runtime.expansion import PromptExpander
 from runtime.images.credentials import Credentials
@@ -41,6 +42,7 @@ __all__ = [
     "BackendSettings",
     "CallOptions",
     "ComputePrecision",
+    "Control",
     "Credentials",
     "DrawnImage",
     "Engines",
