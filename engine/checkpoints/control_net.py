@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engine.checkpoints.architecture import Stored
+from engine.checkpoints.architecture import SIZES, Stored
 from engine.checkpoints.component import Component, Source, assemble, refuse_left_over, shown
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.ldm_names import control_net_sources
@@ -23,6 +23,7 @@ from engine.errors import ModelError
 
 __all__ = ["is_control_net", "open_control_net"]
 
+POOLED = 1280  # width of XL's pooled text
 ADVICE = "give the file or folder of a ControlNet"
 
 
@@ -30,8 +31,9 @@ ADVICE = "give the file or folder of a ControlNet"
 class _Layout:
     """What a layout calls the modules by which an architecture is told; {} are numbers.
 
+    prefixes: what may stand before the names
     hint, hints: the first convolution of the hint's encoder, and the others
-    level: what ends one, if its levels are not numbered
+    middle: the middle's transformer; original: whether it is that of the original training code
     """
 
     prefixes: tuple[str, ...]
@@ -140,6 +142,8 @@ def _config(stored: Stored, layout: _Layout, unet: UNetConfig) -> ControlNetConf
     label = "label_emb.0.0.weight" if layout.original else "add_embedding.linear_1.weight"
     first = "input_blocks.0.0.weight" if layout.original else "conv_in.weight"
     projection = stored.shapes.get(f"{stored.prefix}{layout.middle}.proj_in.weight", ())
+    told = label.rpartition(".")[0] in stored
+    inputs = stored.size(label, 1) if told else 0
     downs = tuple("CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in depths)
     layers = tuple(map(len, depths))
     own = control_net_of(unet)
@@ -157,10 +161,11 @@ def _config(stored: Stored, layout: _Layout, unet: UNetConfig) -> ControlNetConf
         num_attention_heads=_by_level(own.num_attention_heads, len(widths)),
         only_cross_attention=_by_level(own.only_cross_attention, len(widths)),
         transformer_layers_per_block=_depths(depths, middle),
-        addition_embed_type="text_time" if label.rpartition(".")[0] in stored else None,
-        projection_class_embeddings_input_dim=(
-            stored.size(label, 1) if label.rpartition(".")[0] in stored else 0
+        addition_embed_type="text_time" if told else None,
+        addition_time_embed_dim=(
+            own.addition_time_embed_dim or max((inputs - POOLED) // SIZES, 1) if told else 0
         ),
+        projection_class_embeddings_input_dim=inputs,
         conditioning_channels=stored.size(layout.hint, 1),
         conditioning_embedding_out_channels=_hint_widths(stored, layout),
     )

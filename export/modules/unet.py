@@ -75,7 +75,7 @@ class UNetEncoder(nn.Module):
     def embed_text(
         self, context: Tensor, text_embeds: Tensor | None, time_ids: Tensor | None
     ) -> Tensor:
-        """Embed what is added to the time embedding: the pooled text, in XL also the sizes."""
+        """Embed the pooled text, in XL also the sizes: (B, 4 C), added to the time embedding."""
         if self.config.addition_embed_type == "text":
             return self.add_embedding(context)
         assert text_embeds is not None

@@ -1,0 +1,114 @@
+"""A control by itself: what its weights come to, how it is written, what it refuses."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.errors import RequestError
+from runtime.control import Control, checked_controls, control_calls, parse_control
+from runtime.denoising.controls import hint_pixels
+from runtime.images.frame import Frame
+
+IMAGE = Image.new("RGB", (16, 8), (255, 0, 51))
+
+
+def control(**fields):
+    return Control(**{"net": "canny", "image": IMAGE, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"weight": 0.5}, [0.5] * 4),
+        ({"weight": (1.0, 0.25)}, [1, 0.75, 0.5, 0.25]),
+        ({"start": 0.25}, [0, 1, 1, 1]),
+        ({"start": 0.2, "end": 0.8}, [0, 1, 1, 0]),  # diffusers: i / n >= start, (i + 1) / n <= end
+        ({"end": 0.5}, [1, 1, 0, 0]),
+        ({"start": 0.6, "end": 0.7}, [0, 0, 0, 0]),
+    ],
+)
+def test_weights_over_a_run(fields, expected):
+    assert np.allclose(control(**fields).over(4), expected)
+
+
+def test_what_is_more_important():
+    """The deepest residual counts whole, each before it 0.825 of the next (Automatic1111's)."""
+    soft = 0.825 ** np.arange(12, -1, -1)
+    assert np.array_equal(control().by_residual(13, 2, 1), np.ones((13, 2)))
+    assert np.allclose(control(mode="prompt").by_residual(13, 2, 1), np.stack([soft, soft], 1))
+    wanted = np.stack([0 * soft, 0 * soft, soft, soft], 1)
+    assert np.allclose(control(mode="control").by_residual(13, 4, 2), wanted)
+    assert np.allclose(control(mode="control").by_residual(13, 1, 1), soft[:, None])
+
+
+def test_a_control_that_does_not_count_is_not_computed():
+    calls = control_calls([control(end=0.5), control(net="depth")], [2, 2, 1, 1], 1, 5)
+    assert [[c.net for c in call] for call in calls] == [["canny", "depth"]] * 2 + [["depth"]] * 2
+    assert [call[-1].weights.shape for call in calls] == [(5, 2, 1)] * 2 + [(5, 1, 1)] * 2
+    assert [call[-1].place for call in calls] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("canny.pth", ("canny.pth", (1.0,), 0.0, 1.0)),
+        ("a/canny.safetensors:0.8", ("a/canny.safetensors", (0.8,), 0.0, 1.0)),
+        (r"C:\nets\canny.pth", (r"C:\nets\canny.pth", (1.0,), 0.0, 1.0)),
+        (r"C:\nets\canny.pth:.5@0.2:0.8", (r"C:\nets\canny.pth", (0.5,), 0.2, 0.8)),
+        ("canny:1,0.5@0:0.5", ("canny", (1.0, 0.5), 0.0, 0.5)),
+        ("a@1:2", ("a@1", (2.0,), 0.0, 1.0)),
+        ("net:x", ("net:x", (1.0,), 0.0, 1.0)),
+    ],
+)
+def test_how_it_is_written(text, expected):
+    assert parse_control(text) == expected
+    net, weights, start, end = expected
+    written = control(net=net, weight=weights, start=start, end=end).text
+    assert parse_control(written) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"net": ""}, "a control's net is ''; give a ControlNet's name"),
+        ({"image": "edges.png"}, "a control's image came as str"),
+        ({"weight": -1}, "a control's weight is -1; give a number from 0 to 10"),
+        ({"weight": (1.0, float("nan"))}, "a control's weight is nan"),
+        ({"weight": "1"}, "a control's weight is '1'"),
+        ({"start": 2}, "a control's start is 2; give a number from 0 to 1"),
+        ({"start": 0.5, "end": 0.2}, "it must not end before it starts"),
+        ({"mode": "loud"}, "a control's mode is 'loud'; choose one of balanced, prompt, control"),
+    ],
+)
+def test_what_it_refuses(fields, message):
+    with pytest.raises(RequestError, match=message):
+        control(**fields)
+
+
+@pytest.mark.parametrize("controls", ["canny", 3, [IMAGE], [control()] * 17])
+def test_what_are_no_controls(controls):
+    with pytest.raises(RequestError, match=r"^controls "):
+        checked_controls(controls)
+    assert len(checked_controls(control())) == 1
+
+
+def test_the_picture_as_a_net_sees_it():
+    pixels = hint_pixels(IMAGE)
+    assert (pixels.shape, pixels.dtype) == ((1, 3, 8, 16), np.float32)
+    assert np.allclose(pixels[0, :, 0, 0], [1, 0, 0.2])
+    assert np.allclose(hint_pixels(IMAGE.convert("L")).std(axis=1), 0), "gray is in all channels"
+    cut = IMAGE.convert("RGBA")
+    cut.putpixel((3, 2), (255, 0, 51, 0))
+    assert np.array_equal(hint_pixels(cut)[0, :, 2, 3], [-1, -1, -1])
+    assert np.array_equal(np.argwhere(hint_pixels(cut)[0, 0] == -1), [[2, 3]])
+
+
+def test_the_part_of_the_picture_that_is_drawn():
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (32, 32, 64, 64))
+    frame = Frame.masked(Image.new("RGB", (64, 64)), mask, 32, 32, 0)
+    hint = Image.new("RGB", (128, 128))
+    hint.paste((0, 255, 0), (64, 64, 128, 128))
+    assert np.asarray(frame.drawn(hint))[4:-4, 4:-4].min(axis=(0, 1)).tolist() == [0, 255, 0]
+    assert frame.drawn(hint).size == (32, 32)
