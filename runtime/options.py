@@ -13,11 +13,11 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, ComputePrecision
 from engine.command_line import CommandParser
-from runtime.defaults import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
+from runtime.plan import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
 from runtime.request import AREAS, PADDING, WHOLE, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES

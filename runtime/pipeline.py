@@ -211,7 +211,8 @@ class Pipeline(AdaptedModel):
         Raises RequestError, ModelError where an adapter does not fit, and BackendError where one
         picture of it would not fit into a GPU's memory.
         """
-        check_backend(request.regions, self.engines.settings.backend)
+        if request.regions:
+            check_backend(self.engines.settings.backend)
         chosen, notes = request, list[str]()
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)

@@ -164,7 +164,8 @@ class Request:
         self._check_guidance()
         self._check_image()
         self._check_size()
-        check_regions(self.regions, prompt_syntax=self.prompt_syntax)
+        if self.regions != ():
+            check_regions(self.regions, prompt_syntax=self.prompt_syntax)
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
         check_number("variation_strength", self.variation_strength, Real, 0, 1)

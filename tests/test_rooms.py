@@ -30,7 +30,7 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images"),
-        *("preprocessors", "regions", "request", "picture_settings", "request_options", "defaults"),
+        *("preprocessors", "regions", "request", "picture_settings", "request_options", "framing"),
         *("plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "output_options", "text_options", "options", "watched_steps"),
