@@ -243,7 +243,7 @@ def _request(options: argparse.Namespace) -> Request:
         path = given[name]
         by_alpha = name == "mask" and path == Path(ALPHA)
         given[name] = ALPHA if by_alpha else path and open_image(path)
-    given["regions"] = [parse_region(*pair) for pair in options.regions]
+    given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}
         given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})

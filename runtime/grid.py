@@ -124,7 +124,7 @@ def _cell(
         raise RequestError("a sheet has one picture a cell, drawn from a text alone")
     fields = {name: getattr(options, name) for name in FIELDS}
     hires = {field: getattr(options, name) for name, field in HIRES.items()}
-    fields["regions"] = [parse_region(*pair) for pair in options.regions]
+    fields["regions"] = tuple(parse_region(*pair) for pair in options.regions)
     if options.hires_scale is not None:
         fields["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
     return Request(**fields)
