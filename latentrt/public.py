@@ -26,6 +26,9 @@ from runtime.images.watermark import embed_watermark, read_watermark
 from runtime.noise import NOISES
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan, StepInputs
+from runtime.preprocessors.choice import find_preprocessor, preprocess
+from runtime.preprocessors.named import PREPROCESSORS
+from runtime.preprocessors.onnx_file import OnnxPreprocessor
 from runtime.presets import PRESETS, Preset, preset
 from runtime.regions import Region
 from runtime.request import Request
@@ -35,6 +38,7 @@ from runtime.samplers import SAMPLERS, SCHEDULES
 
 __all__ = [
     "NOISES",
+    "PREPROCESSORS",
     "PRESETS",
     "SAMPLERS",
     "SCHEDULES",
@@ -54,6 +58,7 @@ __all__ = [
     "LatentrtError",
     "Model",
     "ModelError",
+    "OnnxPreprocessor",
     "OutputError",
     "Pipeline",
     "Plan",
@@ -74,7 +79,9 @@ __all__ = [
     "calibrate",
     "embed_watermark",
     "find_model",
+    "find_preprocessor",
     "parse_adapter",
+    "preprocess",
     "preset",
     "probe",
     "read_image",

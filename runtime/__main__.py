@@ -273,7 +273,7 @@ def _request(options: argparse.Namespace) -> Request:
         path = given[name]
         by_alpha = name == "mask" and path == Path(ALPHA)
         given[name] = ALPHA if by_alpha else path and open_image(path)
-    given["regions"] = [parse_region(*pair) for pair in options.regions]
+    given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
     given["controls"] = controls_of(options)
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}

@@ -125,9 +125,9 @@ def _cell(
         options.negative_prompt = options.negative_prompt.replace(searched, value)
     fields = {name: getattr(options, name) for name in FIELDS}
     fields["controls"] = controls_of(options)
-    fields["regions"] = [parse_region(*pair) for pair in options.regions]
+    fields["regions"] = tuple(parse_region(*pair) for pair in options.regions)
     hires = {field: getattr(options, name) for name, field in HIRES.items()}
-    fields["regions"] = [parse_region(*pair) for pair in options.regions]
+    fields["regions"] = tuple(parse_region(*pair) for pair in options.regions)
     if options.hires_scale is not None:
         fields["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
     return Request(**fields)

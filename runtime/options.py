@@ -14,11 +14,11 @@ from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
 from runtime.control_options import CONTROL_OPTIONS, add_control_options
-from runtime.defaults import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, MODES, PIXELS, Hires
 from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
+from runtime.plan import PAINTED_STRENGTH, STEPS, STRENGTH
 from runtime.presets import PRESETS, describe_presets
 from runtime.request import AREAS, PADDING, WHOLE, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES

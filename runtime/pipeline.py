@@ -216,7 +216,8 @@ class Pipeline(AdaptedModel):
         Raises RequestError, ModelError where an adapter does not fit, and BackendError where one
         picture of it would not fit into a GPU's memory.
         """
-        check_backend(request.regions, self.engines.settings.backend)
+        if request.regions:
+            check_backend(self.engines.settings.backend)
         chosen, notes = request, list[str]()
         self._controlled.check(request.controls)
         if request.is_template:

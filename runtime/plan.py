@@ -1,7 +1,11 @@
-"""A request becomes a plan: everything that is known before the first step."""
+"""A request becomes a plan: everything that is known before the first step.
+
+What the request leaves open is filled in from its preset, then from what the model's authors
+recommend, then from the defaults here.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -9,21 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.errors import RequestError
 from engine.model import Model
 from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.control import Control, StepControl, control_calls
-from runtime.defaults import filled_in
-from runtime.images.canvas import BLUR, MAX_SIDE, extend, latent_mask
+from runtime.framing import frame_of
+from runtime.images.canvas import BLUR, latent_mask
 from runtime.images.files import SourceType
 from runtime.images.frame import Frame
 from runtime.images.image_noise import ImageNoise
 from runtime.picture_settings import picture_settings
+from runtime.presets import preset, variant_sampler
 from runtime.regions import shares_of, with_regions
-from runtime.request import MASKED, Request
-from runtime.samplers import Program, program, resolve
+from runtime.request import Request
+from runtime.samplers import DEFAULT_SAMPLER, Program, program, resolve
 from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.step_inputs import STEP_PARTS, StepInputs, StepPart
 
@@ -31,7 +35,9 @@ __all__ = ["Plan", "StepInputs", "make_plan"]
 
 Array = NDArray[np.float32]
 
+STEPS, GUIDANCE_SCALE = 20, 5.0
 A1111_STEPS = "a1111_align_your_steps"
+STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -183,8 +189,10 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
 
     Raises RequestError for what the model cannot do.
     """
-    wanted, multiple = filled_in(request, model), model.vae.compression
-    frame = _frame(wanted, model.sample_size * multiple, multiple)
+    wanted, multiple = _filled_in(request, model), model.vae.compression
+    frame = None
+    if wanted.image is not None:
+        frame = frame_of(wanted, model.sample_size * multiple, multiple)
     height, width = wanted.size((model.sample_size * multiple,) * 2, multiple)
     if frame is not None:
         height, width = frame.height, frame.width
@@ -224,30 +232,36 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     return replace(first, hires=second)
 
 
-def _frame(request: Request, side: int, multiple: int) -> Frame | None:
-    """Return how the picture to start from is drawn; side: of the model's own pictures."""
-    if request.image is None:
-        return None
-    image, mask = request.image, request.mask
-    assert not isinstance(mask, str)
-    if request.extend is not None:
-        left, top, right, bottom = request.extend
-        image, mask = extend(image, left=left, top=top, right=right, bottom=bottom, mask=mask)
-    if mask is not None and request.inpaint_area == MASKED:
-        height, width = request.size((side, side), multiple)
-        return Frame.masked(image, mask, height, width, request.mask_padding)
-    frame = Frame.padded(image, mask, multiple)
-    if max(frame.height, frame.width) > MAX_SIDE:
-        raise RequestError(
-            f"the image has {image.width} x {image.height} pixels; each side may have {MAX_SIDE}, "
-            "give a smaller one, or height and width"
-        )
-    if request.height is None and request.width is None:
-        return frame
-    scale = (request.height or 0) / image.height or (request.width or 0) / image.width
-    sides = (max(round(s * scale / multiple), 1) * multiple for s in (image.height, image.width))
-    height, width = sides
-    return Frame.resized(image, mask, *request.size((height, width), multiple))
+def _filled_in(request: Request, model: Model) -> Request:
+    """Return a request that leaves nothing open but its size."""
+    chosen = asdict(preset(request.preset, model)) if request.preset else {}
+    painted = request.mask is not None or request.extend is not None
+    if request.image is not None:
+        chosen["size"] = None
+    if request.sampler is not None:
+        chosen["schedule"] = None  # it was meant for another
+
+    def choose(name: str, *others: Any) -> Any:
+        choices = (getattr(request, name), chosen.get(name), *others)
+        return next((choice for choice in choices if choice is not None), None)
+
+    return replace(
+        request,
+        num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
+        guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
+        guidance_rescale=choose("guidance_rescale", 0.0),
+        sampler=choose(
+            "sampler", variant_sampler(model) if model.variant else None, DEFAULT_SAMPLER
+        ),
+        schedule=choose("schedule"),
+        height=choose("height", chosen.get("size")),
+        width=choose("width", chosen.get("size")),
+        strength=None
+        if request.image is None
+        else choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
+        seed=request.draw_seeds(),  # once for all runs
+        variation_seed=request.draw_variation_seeds() or None,
+    )
 
 
 def _run(

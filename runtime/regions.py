@@ -99,9 +99,9 @@ def check_regions(regions: object, *, prompt_syntax: bool) -> None:
             )
 
 
-def check_backend(regions: Sequence[Region], backend: str | None) -> None:
-    """Refuse regions where the engines take none; raises RequestError."""
-    if regions and backend in WITHOUT_REGIONS:
+def check_backend(backend: str | None) -> None:
+    """Refuse a backend whose engines take no regions; raises RequestError."""
+    if backend in WITHOUT_REGIONS:
         raise RequestError(
             f"the backend {backend} takes no regions yet: its engines are built for one weight a "
             "picture; leave them out, or draw with the backend cuda"

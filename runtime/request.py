@@ -170,7 +170,7 @@ class Request:
         self._check_guidance()
         self._check_image()
         self._check_size()
-        if self.regions or not isinstance(self.regions, tuple):
+        if self.regions != ():
             check_regions(self.regions, prompt_syntax=self.prompt_syntax)
         object.__setattr__(self, "controls", checked_controls(self.controls))
         object.__setattr__(self, "prompts", self._prompts())

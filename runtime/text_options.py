@@ -6,7 +6,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 
-from runtime.defaults import GUIDANCE_SCALE
+from runtime.plan import GUIDANCE_SCALE
 
 __all__ = ["TEXT_OPTIONS", "read_numbers"]
 

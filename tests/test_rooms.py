@@ -41,7 +41,7 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images", "control"),
-        *("preprocessors", "regions", "request", "picture_settings", "request_options", "defaults"),
+        *("preprocessors", "regions", "request", "picture_settings", "request_options", "framing"),
         *("step_inputs", "plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "control_options", "output_options", "text_options", "options"),

@@ -50,7 +50,7 @@ class Defaults:
         for name in PICTURES:
             if given[name] not in (None, Path(ALPHA)):
                 given[name] = open_image(given[name])
-        given["regions"] = [parse_region(*pair) for pair in options.regions]
+        given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
         given["controls"] = controls_of(options)
         given["mask"] = ALPHA if given["mask"] == Path(ALPHA) else given["mask"]
         hires = {field: getattr(options, name) for name, field in HIRES.items()}

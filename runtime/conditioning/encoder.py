@@ -4,8 +4,9 @@ Rows of every array are groups of conditionings, [uncond, cond], each for every 
 are read as `runtime.conditioning.syntax` says, by which they may change from call to call.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,8 +16,7 @@ from engine.adapters.textual_inversion import Embedding, join_halves
 from engine.backends.base import Engine
 from engine.graphs.graph import Part, TextPart
 from engine.model import Model
-from runtime.conditioning.embedding_cache import EmbeddingCache
-from runtime.conditioning.guidance import Guidance
+from runtime.conditioning.guidance import Guidance, embedded_guidance
 from runtime.conditioning.syntax import schedule
 from runtime.conditioning.tokenizer import (
     Chunk,
@@ -37,6 +37,7 @@ Groups = tuple[tuple[str, ...], ...]  # of texts, at one call
 # (Podell et al. 2023, arXiv:2307.01952; the numbers are those of the published pipeline.)
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
 MAX_ROWS = 256  # of one call of a text encoder, which bounds its memory
+CACHE_BYTES = 2**26  # some fifty pairs of prompts in XL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +62,37 @@ class Texts:
     def images(self) -> int:
         """B."""
         return len(self.prompts[0]) * self.repeats
+
+
+@dataclass(slots=True, eq=False)
+class EmbeddingCache:
+    """What text encoders gave for the latest keys, as much as fits; safe for several threads."""
+
+    limit: int = CACHE_BYTES
+    _arrays: OrderedDict[Hashable, tuple[Array, ...]] = field(default_factory=OrderedDict)
+    _bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def get(self, key: Hashable) -> tuple[NDArray[np.float32], ...] | None:
+        """Return the arrays that were put there, of any shape, or None."""
+        with self._lock:
+            found = self._arrays.get(key)
+            if found is not None:
+                self._arrays.move_to_end(key)
+            return found
+
+    def put(self, key: Hashable, arrays: tuple[NDArray[np.float32], ...]) -> None:
+        """Keep arrays, of any shape, in place of those that were not asked for the longest."""
+        with self._lock:
+            self._bytes += _size(arrays) - _size(self._arrays.pop(key, ()))
+            self._arrays[key] = arrays
+            while self._bytes > self.limit:
+                _, gone = self._arrays.popitem(last=False)
+                self._bytes -= _size(gone)
+
+
+def _size(arrays: tuple[NDArray[np.float32], ...]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -309,15 +341,3 @@ def _shown(texts: Texts, guided: Sequence[bool]) -> list[Groups]:
         )
         for call, negated in enumerate(guided)
     ]
-
-
-def embedded_guidance(guidance_scale: float, channels: int) -> Array:
-    """Embed a guidance scale as sines and cosines, (channels,), as LCM was trained with it.
-
-    Luo et al. 2023, arXiv:2310.04378, section 4.3, after Kingma et al. 2021 (VDM).
-    """
-    half = channels // 2
-    frequencies = np.exp(-math.log(10000.0) / (half - 1) * np.arange(half))
-    angles = (guidance_scale - 1) * 1000.0 * frequencies
-    waves = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(channels % 2)])
-    return waves.astype(np.float32)

@@ -9,6 +9,7 @@ Legend
         empty prompt
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,3 +64,15 @@ class Guidance:
         uncond = 1 - scale * parts.sum(0) + (t or 0.0)
         away = [] if t is None else [np.full_like(uncond, -t)]
         return np.stack([uncond, *away, *(scale * parts)]).astype(np.float32)
+
+
+def embedded_guidance(guidance_scale: float, channels: int) -> Array:
+    """Embed a guidance scale as sines and cosines, (channels,), as LCM was trained with it.
+
+    Luo et al. 2023, arXiv:2310.04378, section 4.3, after Kingma et al. 2021 (VDM).
+    """
+    half = channels // 2
+    frequencies = np.exp(-math.log(10000.0) / (half - 1) * np.arange(half))
+    angles = (guidance_scale - 1) * 1000.0 * frequencies
+    waves = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(channels % 2)])
+    return waves.astype(np.float32)

@@ -94,7 +94,7 @@ def test_a_guided_step_of_stable_diffusion_at_512_pixels():
         "timestep": (1,),
         "input_scale": (1,),
         "context": (2, 1, 77, 768),
-        "guidance": (2, 1),
+        "guidance": (2, 1, 1, 1, 1),
         "guidance_rescale": (1,),
         "noise": latents.shape,
         "mask": (1, 1, 64, 64),

@@ -117,7 +117,7 @@ def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
         "timestep": np.array([3, 500, 999], np.float32),
         "input_scale": np.array([1, 0.5, 0.1], np.float32),
         "context": draw(2, 3, 5, unet.cross_attention_dim),
-        "guidance": draw(2, 3),
+        "guidance": draw(2, 3, 1, 1, 1),
         "guidance_rescale": np.array([0, 0.7, 1], np.float32),
         "noise": draw(3, 4, 8, 8),
         "mask": draw(3, 1, 8, 8),
@@ -130,6 +130,15 @@ def test_every_row_of_a_step_has_its_own_matrix_and_guidance(tmp_path):
             for name, value in inputs.items()
         }
         assert relative_error(engine.run(alone)["next_registers"], together[i : i + 1]) < 1e-5
+    even = np.ascontiguousarray(np.broadcast_to(inputs["guidance"], (2, 3, 1, 8, 8)))
+    mapped = engine.run({**inputs, "guidance": even})["next_registers"]
+    np.testing.assert_array_equal(mapped, together, "a map of one number is the number")
+    even[..., 4:] = 0
+    inputs["guidance_rescale"][:] = 0
+    halves = engine.run({**inputs, "guidance": even})["next_registers"]
+    whole = engine.run(inputs)["next_registers"]
+    np.testing.assert_array_equal(halves[..., :4], whole[..., :4])
+    assert (halves[..., 4:] != whole[..., 4:]).any()
 
 
 @pytest.mark.parametrize(

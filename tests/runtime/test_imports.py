@@ -64,6 +64,7 @@ def test_public_names():
         "Pipeline",
         "Plan",
         "Progress",
+        "Region",
         "Request",
         "Result",
         "State",

@@ -12,13 +12,12 @@ from engine.adapters.textual_inversion import Embedding
 from engine.configs.diffusion import TextEncoderConfig, UNetConfig
 from engine.errors import ModelError, RequestError
 from engine.model import Model, family_of, find_model
-from runtime.conditioning.embedding_cache import EmbeddingCache
 from runtime.conditioning.encoder import (
+    EmbeddingCache,
     Encoder,
     Texts,
-    embedded_guidance,
 )
-from runtime.conditioning.guidance import Guidance
+from runtime.conditioning.guidance import Guidance, embedded_guidance
 from runtime.conditioning.tokenizer import Tokenizer, check_tokenizers, load_tokenizers
 from tests.support import published_configs as published
 from tests.support.tolerances import EMBEDDED_GUIDANCE
