@@ -5,11 +5,12 @@ Here all of that is the caller's own: others' jobs and options are neither seen 
 """
 
 import asyncio
+import json
 import time
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from serving.client import EngineClient
 from serving.errors import RefusalError
@@ -49,7 +50,7 @@ class Drawings:
 
     async def draw(
         self, request: Request, body: DrawingBody, picture_request: PictureRequest
-    ) -> JSONResponse:
+    ) -> Response:
         """Draw, and answer when all is there, or what is there after an interruption."""
         job = self._jobs.submit(picture_request, caller=request.state.caller, api=API)
         try:
@@ -62,7 +63,8 @@ class Drawings:
         finally:
             self._interrupted.pop(job.id, None)
             self._jobs.forget(job)
-        return JSONResponse(drawn(body, job, pictures))
+        answer = json.dumps(drawn(body, job, pictures))  # in ASCII, for halves of characters
+        return Response(answer, media_type="application/json")
 
 
 def automatic1111_routes(
@@ -79,7 +81,7 @@ def automatic1111_routes(
         return options.changed(request.state.caller, given), bool(given) and stays
 
     @router.post("/txt2img")
-    async def txt2img(request: Request, body: TextBody) -> JSONResponse:
+    async def txt2img(request: Request, body: TextBody) -> Response:
         """Draw pictures from a prompt."""
         settings, stays = settings_for(request, body)
         picture_request = text_request(body, settings, limits)
@@ -88,7 +90,7 @@ def automatic1111_routes(
         return await drawings.draw(request, body, picture_request)
 
     @router.post("/img2img")
-    async def img2img(request: Request, body: ImageBody) -> JSONResponse:
+    async def img2img(request: Request, body: ImageBody) -> Response:
         """Draw over a picture, where its mask is white or as a whole."""
         settings, stays = settings_for(request, body)
         picture_request = image_request(body, settings, limits)
