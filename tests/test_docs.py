@@ -141,7 +141,7 @@ def test_links_of_pages_lead_somewhere():
 def test_files_that_pages_name_are_there():
     """A path in backticks that begins with a package is one of a file or a folder."""
     pattern = re.compile(
-        r"`((?:engine|runtime|export|training|benchmarks|latentrt|tests)/[\w./]*)`"
+        r"`((?:engine|runtime|export|training|benchmarks|latentrt|tests|deploy)/[\w./]*)`"
     )
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
         for name in pattern.findall(page.read_text(encoding="utf-8")):

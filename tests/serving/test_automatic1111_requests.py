@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import re
 import zlib
 from pathlib import Path
@@ -340,3 +341,58 @@ def test_the_page_names_every_route_option_and_refusal(http):
     assert len(routes) > 20
     for name in {*routes, *Settings.model_fields, *NOT_DONE, *NOT_DONE_IN_HIRES}:
         assert re.search(rf"[` ]{name}[`:]", page), name
+
+
+HOSTILE = (
+    "NaN",
+    "1e400",
+    "-1e400",
+    str(10**400),
+    "[]",
+    "{}",
+    '"\\ud800"',
+    '"\\u0000"',
+    "true",
+    "-1",
+)
+
+
+@pytest.mark.parametrize("kind", ["txt2img", "img2img"])
+def test_hostile_values_are_answered(http, kind):
+    """Every field with every value, where it acts and where it does not, is drawn or refused."""
+    body = {"txt2img": TextBody, "img2img": ImageBody}[kind]
+    acting = {
+        "prompt": "p",
+        "steps": 2,
+        "width": 64,
+        "height": 64,
+        "init_images": [PICTURE],
+        "mask": PICTURE,
+        "enable_hr": True,
+        "subseed_strength": 0.5,
+    }
+    for given in (acting, {"prompt": "p", "steps": 2, "init_images": [PICTURE]}):
+        for name in body.model_fields:
+            for value in HOSTILE:
+                rest = json.dumps({key: each for key, each in given.items() if key != name})
+                text = f'{{"{name}": {value}, {rest[1:]}'
+                answer = http.post(
+                    f"{API}/{kind}", content=text, headers={"content-type": "application/json"}
+                )
+                assert answer.status_code in (200, 400, 404, 413), (name, value, answer.text)
+                assert len(answer.content) < 100_000
+
+
+def test_hostile_options(http):
+    for name in (*Settings.model_fields, "another"):
+        for value in HOSTILE:
+            for path, text in (
+                ("options", f'{{"{name}": {value}}}'),
+                ("txt2img", f'{{"steps": 1, "override_settings": {{"{name}": {value}}}}}'),
+            ):
+                headers = {"content-type": "application/json"}
+                answer = http.post(f"{API}/{path}", content=text, headers=headers)
+                assert answer.status_code in (200, 400, 404), (path, name, value, answer.text)
+    defaults = Settings(sd_model_checkpoint="pictogram").model_dump()
+    http.post(f"{API}/options", json=defaults).raise_for_status()
+    assert http.get(f"{API}/options").json() == defaults

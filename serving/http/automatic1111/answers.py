@@ -13,6 +13,7 @@ from runtime.images.a1111 import SAMPLER_LABELS, parameter_fields
 from runtime.images.exif import texts_of
 from runtime.images.files import program_version
 from serving.http.automatic1111.fields import DrawingBody, ImageBody
+from serving.http.automatic1111.settings import Settings
 from serving.jobs import DrawnPicture, Job
 from serving.uploads import read_base64, size_of
 
@@ -23,10 +24,13 @@ PARAMETERS = "parameters"
 def drawn(body: DrawingBody, job: Job, pictures: Sequence[DrawnPicture]) -> dict[str, Any]:
     """Return the answer of txt2img and img2img: the pictures that are there, and `info`.
 
-    The pictures that were sent are not among the parameters unless they are asked for.
+    The pictures that were sent are not among the parameters unless they are asked for, and what is
+    no option here is never.
     """
     finished = [(index, picture) for index, picture in enumerate(pictures) if picture.data]
-    parameters = body.model_dump()
+    given = body.override_settings or {}
+    overrides = {name: given[name] for name in Settings.model_fields if name in given}
+    parameters = {**body.model_dump(), "override_settings": overrides}
     if isinstance(body, ImageBody) and not body.include_init_images:
         parameters |= {"init_images": None, "mask": None}
     sent = body.send_images is not False

@@ -49,7 +49,7 @@ def text_request(body: TextBody, settings: Settings, limits: Limits) -> PictureR
     """Return what txt2img asks for. Raises RefusalError or RequestError."""
     fields = _fields(body, settings, limits)
     if body.enable_hr:
-        fields["hires"] = _hires(body, fields)
+        fields["hires"] = _hires(body, fields, limits)
     return _request(fields, settings).checked(limits)
 
 
@@ -140,7 +140,7 @@ def _refuse(body: DrawingBody, refused: Mapping[str, tuple[tuple[Any, ...], str]
             )
 
 
-def _hires(body: TextBody, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _hires(body: TextBody, fields: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """Return the fields of `Hires`."""
     _refuse(body, NOT_DONE_IN_HIRES)
     same = {
@@ -158,7 +158,7 @@ def _hires(body: TextBody, fields: Mapping[str, Any]) -> dict[str, Any]:
                 param=name,
             )
     hires = Hires(
-        scale=_scale(body, fields),
+        scale=_scale(body, fields, limits),
         strength=_given(body.denoising_strength, STRENGTH),
         num_inference_steps=body.hr_second_pass_steps or None,
         upscaler=upscaler(body.hr_upscaler),
@@ -166,7 +166,7 @@ def _hires(body: TextBody, fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(hires, name) for name in Hires.__slots__}
 
 
-def _scale(body: TextBody, fields: Mapping[str, Any]) -> float:
+def _scale(body: TextBody, fields: Mapping[str, Any], limits: Limits) -> float:
     """Return by what hires fix enlarges: hr_scale, or what leads to the size that is given."""
     scales = []
     for wanted, side in (("hr_resize_x", "width"), ("hr_resize_y", "height")):
@@ -175,7 +175,10 @@ def _scale(body: TextBody, fields: Mapping[str, Any]) -> float:
             continue
         if not fields.get(side):
             raise BadRequestError(f"{wanted} came without {side}; give both", param=wanted)
-        scales.append(pixels / fields[side])
+        most = limits.side
+        scales.append(
+            check_whole(wanted, pixels, 1, most) / check_whole(side, fields[side], 1, most)
+        )
     if len(scales) == 2 and abs(scales[0] - scales[1]) > 0.01 * scales[0]:
         raise BadRequestError(
             "hr_resize_x and hr_resize_y have another shape than width and height; nothing is "

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class DrawingBody(BaseModel):
     """What txt2img and img2img have in common; null is as good as nothing."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     prompt: str | None = None
     negative_prompt: str | None = None

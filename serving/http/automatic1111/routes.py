@@ -5,11 +5,13 @@ Here all of that is the caller's own: others' jobs and options are neither seen 
 """
 
 import asyncio
+import json
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from serving.client import EngineClient
 from serving.errors import RefusalError
@@ -26,6 +28,8 @@ from serving.limits import Limits
 from serving.picture_request import PictureRequest
 
 API = "automatic1111"
+Body = TypeVar("Body", bound=DrawingBody)
+Make = Callable[[Body, Settings, Limits], PictureRequest]
 
 
 class Drawings:
@@ -49,7 +53,7 @@ class Drawings:
 
     async def draw(
         self, request: Request, body: DrawingBody, picture_request: PictureRequest
-    ) -> JSONResponse:
+    ) -> Response:
         """Draw, and answer when all is there, or what is there after an interruption."""
         job = self._jobs.submit(picture_request, caller=request.state.caller, api=API)
         try:
@@ -62,7 +66,8 @@ class Drawings:
         finally:
             self._interrupted.pop(job.id, None)
             self._jobs.forget(job)
-        return JSONResponse(drawn(body, job, pictures))
+        answer = json.dumps(drawn(body, job, pictures))  # in ASCII, for halves of characters
+        return Response(answer, media_type="application/json")
 
 
 def automatic1111_routes(
@@ -72,29 +77,23 @@ def automatic1111_routes(
     router = APIRouter(prefix="/sdapi/v1", tags=["Automatic1111"], responses=REFUSALS)
     drawings, options = Drawings(jobs), CallersSettings(catalog, limits)
 
-    def settings_for(request: Request, body: DrawingBody) -> tuple[Settings, bool]:
-        """Return a request's options, and whether they stay."""
-        given = body.override_settings or {}
-        stays = body.override_settings_restore_afterwards is False
-        return options.changed(request.state.caller, given), bool(given) and stays
+    async def draw(request: Request, body: Body, make: Make[Body]) -> Response:
+        """Draw what a body asks for with the caller's options and its own, which may stay."""
+        caller, given = request.state.caller, body.override_settings or {}
+        picture_request = make(body, options.changed(caller, given), limits)
+        if given and body.override_settings_restore_afterwards is False:
+            options.keep(caller, given)
+        return await drawings.draw(request, body, picture_request)
 
     @router.post("/txt2img")
-    async def txt2img(request: Request, body: TextBody) -> JSONResponse:
+    async def txt2img(request: Request, body: TextBody) -> Response:
         """Draw pictures from a prompt."""
-        settings, stays = settings_for(request, body)
-        picture_request = text_request(body, settings, limits)
-        if stays:
-            options.keep(request.state.caller, body.override_settings or {})
-        return await drawings.draw(request, body, picture_request)
+        return await draw(request, body, text_request)
 
     @router.post("/img2img")
-    async def img2img(request: Request, body: ImageBody) -> JSONResponse:
+    async def img2img(request: Request, body: ImageBody) -> Response:
         """Draw over a picture, where its mask is white or as a whole."""
-        settings, stays = settings_for(request, body)
-        picture_request = image_request(body, settings, limits)
-        if stays:
-            options.keep(request.state.caller, body.override_settings or {})
-        return await drawings.draw(request, body, picture_request)
+        return await draw(request, body, image_request)
 
     @router.get("/progress")
     async def how_far(request: Request, skip_current_image: bool = False) -> JSONResponse:
