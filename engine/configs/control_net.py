@@ -76,7 +76,8 @@ class ControlNetConfig(UNetConfig):
         levels = enumerate(self.residual_widths())
         residuals = sum(sum(widths) * latents // 4**level for level, widths in levels)
         rows = sizes.groups * sizes.batch
-        return super(ControlNetConfig, self).activations(part, sizes) + 3 * rows * residuals
+        own: int = super(ControlNetConfig, self).activations(part, sizes)
+        return own + 3 * rows * residuals
 
     def tables(self, sizes: Sizes) -> int:
         """Nothing lies on a device beside what a step has there."""

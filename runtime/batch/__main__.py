@@ -106,10 +106,13 @@ def _run(options: argparse.Namespace) -> int:
         done = manifest.done if manifest else {}
         progress = _surveyed(options.requests, defaults, done)
         if progress.left:
+            before = found["options"] if found else {}
+            options.backend = options.backend or before.get("backend")
+            options.precision = options.precision or before.get("precision")
             pipeline, made = _load(options)
             facts = _facts(options, made, pipeline)
             if found:
-                check_facts(options.out, found["options"], facts)
+                check_facts(options.out, before, facts)
             else:
                 write_facts(options.out, {"seed": defaults.seed, "options": facts})
         manifest = manifest or stack.enter_context(Manifest.opened(options.out))
@@ -156,8 +159,6 @@ def _seed(options: argparse.Namespace, found: Mapping[str, Any] | None) -> int:
             f"{options.out} was begun with --seed {found['seed']}, and now it is {options.seed}; "
             "give the same, or another folder"
         )
-    options.backend = options.backend or found["options"].get("backend")
-    options.precision = options.precision or found["options"].get("precision")
     seed: int = found["seed"]
     return seed
 

@@ -8,7 +8,7 @@ weights are theirs.
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -129,7 +129,7 @@ class Batch:
                 limit = batch_limit(self.pipeline.engines, parts, sizes, self.batch_size)
                 rows = rows_of(plan)
             except LatentrtError as error:
-                self._lose(each, each.pictures, error)
+                self._lose(each, error)
                 continue
             for index in each.pictures:
                 row = rows[index]
@@ -177,13 +177,13 @@ class Batch:
 
     def _fail(self, row: Row, error: LatentrtError) -> None:
         place = self._places.pop(row)
-        self._lose(place.work, [place.index], error)
+        self._lose(place.work, error, place.index)
 
-    def _lose(self, work: Work, pictures: Sequence[int], error: LatentrtError) -> None:
-        """Record why pictures of a line are passed over."""
+    def _lose(self, work: Work, error: LatentrtError, picture: int | None = None) -> None:
+        """Record why a line, or a picture of it, is passed over."""
         line = replace(work.line, error=str(error))
-        self.manifest.add_error(line, pictures[0])
-        self.progress.lose(line, len(pictures))
+        self.manifest.add_error(line, picture)
+        self.progress.lose(line, len(work.pictures) if picture is None else 1)
 
     def _wait(self, most: int) -> None:
         """Wait until so few pictures are unwritten; raises what their writing raised."""

@@ -35,26 +35,20 @@ def opened_folder(folder: Path) -> Iterator[None]:
     Raises OutputError, also for a folder that holds anything else.
     """
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / LOCK, wait=False) as mine:
             if not mine:
                 raise OutputError(f"another process draws into {folder}; wait until it has ended")
-            names = [entry.name for entry in os.scandir(folder)]
-            for name in filter(TEMPORARY.fullmatch, names):
-                (folder / name).unlink(missing_ok=True)
-            others = [name for name in names if not TEMPORARY.fullmatch(name) and name != LOCK]
-            if others and FACTS not in names:
-                raise OutputError(
-                    f"{folder} holds {min(others)[:100]!r} and was not begun by this command; give "
-                    "an empty folder or a new one"
-                )
             try:
+                _tidy(folder)
                 yield
             finally:
                 if not (folder / FACTS).exists():  # nothing was begun
                     with suppress(OSError):
                         (folder / LOCK).unlink()
-                        folder.rmdir()
+                        if is_new:
+                            folder.rmdir()
     except OutputError:
         raise
     except OSError as error:
@@ -62,6 +56,18 @@ def opened_folder(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written ({error.strerror or error}); check the permissions and "
             "the disk's space, or choose another folder"
         ) from error
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a kill left half written; refuses a folder of anything else: OutputError."""
+    names = {entry.name for entry in os.scandir(folder)} - {LOCK}
+    if names and FACTS not in names:
+        raise OutputError(
+            f"{folder} holds {min(names)[:100]!r} and was not begun by this command; give an empty "
+            "folder or a new one"
+        )
+    for name in filter(TEMPORARY.fullmatch, names):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_facts(folder: Path) -> dict[str, Any] | None:
@@ -104,7 +110,7 @@ class Manifest:
     def __init__(self, file: FileIO) -> None:
         self._file = file
         self.done: dict[tuple[int, int], str] = {}
-        self._errors: set[tuple[int, str]] = set()
+        self._errors: set[tuple[int, int | None, str]] = set()
         self._lock = Lock()
 
     @classmethod
@@ -130,7 +136,7 @@ class Manifest:
         with suppress(ValueError, KeyError, TypeError, RecursionError):  # a disk's zeros
             record = json.loads(raw)
             if record["error"] is not None:
-                self._errors.add((record["line"], record["error"]))
+                self._errors.add((record["line"], record["picture"], record["error"]))
             elif record["file"] in files:
                 self.done[record["line"], record["picture"]] = record["digest"]
 
@@ -139,14 +145,16 @@ class Manifest:
         # A lone surrogate becomes JSON's escape of it.
         text = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
         with self._lock:
-            if self._file.write(text) < len(text):  # what there is of it goes when it is read
+            before = os.fstat(self._file.fileno()).st_size
+            if self._file.write(text) < len(text):
+                self._file.truncate(before)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
 
     def add_error(self, line: Line, picture: int | None = None) -> None:
         """Add why a line, or a picture of it, was passed over, unless that is there."""
-        if (line.number, line.error) not in self._errors:
-            self._errors.add((line.number, line.error))
+        if (line.number, picture, line.error) not in self._errors:
+            self._errors.add((line.number, picture, line.error))
             try:
                 request = line.fields if digest(line.fields) else None
             except RequestError:

@@ -20,7 +20,7 @@ from engine.errors import BackendError, OutputError
 from runtime import Pipeline, adapted_model
 from runtime.batch import drawing
 from runtime.batch.__main__ import main
-from runtime.batch.manifest import opened_folder
+from runtime.batch.manifest import Manifest, opened_folder
 from runtime.images.files import read_settings
 from tests.support.named_requests import write_lora
 
@@ -231,14 +231,20 @@ def test_what_a_kill_leaves_is_repaired(capsys):
     assert not Path("out/.0123456789abcdef.tmp").exists()
 
 
-def test_a_folder_of_other_files_is_refused(capsys):
+@pytest.mark.parametrize("name", ["000001.png", "manifest.jsonl", ".0123456789abcdef.tmp"])
+def test_a_folder_of_other_files_is_refused_and_stays_as_it_is(name, capsys):
     Path("out").mkdir()
-    Path("out/000001.png").write_bytes(b"mine")
+    (Path("out") / name).write_bytes(b"mine")
     assert draw(write("a cat")) == 2
-    assert "holds '000001.png' and was not begun by this command" in capsys.readouterr().err
-    assert [(p.name, p.read_bytes()) for p in Path("out").iterdir() if p.name[0] != "."] == [
-        ("000001.png", b"mine")
-    ]
+    assert f"holds {name!r} and was not begun by this command" in capsys.readouterr().err
+    assert [(path.name, path.read_bytes()) for path in Path("out").iterdir()] == [(name, b"mine")]
+
+
+def test_an_empty_folder_is_taken_and_not_removed(capsys):
+    Path("out").mkdir()
+    assert draw(write(7)) == 2
+    assert [*Path("out").iterdir()] == []
+    assert draw(write("a cat")) == 0
 
 
 @pytest.mark.parametrize("facts", [b"", b"[]", b'{"seed": "a", "options": {}}', b"[" * 100_000])
@@ -350,6 +356,37 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_rest_is_kept(monkeypatch, c
     assert len(hashes()) == 2
     assert draw(file) == 0
     assert len(hashes()) == 6
+
+
+def test_a_record_that_does_not_fit_is_not_half_written():
+    Path("out").mkdir()
+    with Manifest.opened(Path("out")) as manifest:
+        manifest.add({"line": 1})
+        file = manifest._file
+
+        class Full:
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def write(self, text):
+                return file.write(text[:5])
+
+        manifest._file = Full()
+        with pytest.raises(OSError, match="No space"):
+            manifest.add({"line": 2})
+        manifest._file = file
+        manifest.add({"line": 3})
+    assert records() == [{"line": 1}, {"line": 3}]
+
+
+def test_pictures_of_a_line_fail_each_by_itself(monkeypatch, capsys):
+    def fail(rows, engine, **options):
+        raise BackendError("it fails")
+
+    monkeypatch.setattr(adapted_model, "step_rows", fail)
+    assert draw(write({"prompt": "a cat", "num_images_per_prompt": 2})) == 1
+    assert [(r["picture"], r["error"]) for r in records()] == [(0, "it fails"), (1, "it fails")]
+    assert capsys.readouterr().out.startswith("0 pictures are in out; 2 lines or pictures")
 
 
 def test_an_interrupt_keeps_what_is_finished(monkeypatch, capsys):
