@@ -19,7 +19,6 @@ from tests.support.upscalers import (
     trunk_names,
 )
 
-pytestmark = pytest.mark.oracle
 SETTINGS = BackendSettings(backend="cpu", threads=1)
 NETWORKS = {
     "x4plus": (RRDBNet, {}),
@@ -41,6 +40,7 @@ NETWORKS = {
     "SwinIR real x2": (SwinIR, {"upsampler": "nearest+conv", "upscale": 2}),
     "SwinIR large": (SwinIR, {"upsampler": "nearest+conv", "three": True}),
     "SwinIR denoising": (SwinIR, {"upsampler": "", "upscale": 1}),
+    "SwinIR for JPEG": (SwinIR, {"upsampler": "", "upscale": 1, "window": 7}),
     "SwinIR odd window": (SwinIR, {"window": 7, "upscale": 2}),
 }
 

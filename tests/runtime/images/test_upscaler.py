@@ -1,5 +1,7 @@
 """Pictures enlarged in tiles: no seams, sizes as asked for, transparency, and what is refused."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -211,3 +213,48 @@ def test_an_option_is_parted(text, path, factor):
 def test_what_is_no_option(text):
     with pytest.raises(RequestError):
         parse_upscaler(text)
+
+
+MEASURED = """
+import sys
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from engine.backends.settings import BackendSettings
+from runtime.images.upscaler import Upscaler
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+class Twice:
+    def __init__(self, engine):
+        self.engine, self.runs = engine, 0
+
+    def run(self, inputs):
+        self.runs += 1
+        if self.runs <= 2:
+            self.found = self.engine.run(inputs)
+        return self.found
+
+upscaler = Upscaler.load(sys.argv[1], settings=BackendSettings(threads=2))
+upscaler = replace(upscaler, engine=Twice(upscaler.engine))
+before = peak()
+larger = upscaler(Image.new("RGB", (512, 512), "gray"))
+print(larger.size, upscaler.engine.runs, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="where the kernel says the peak")
+def test_the_memory_of_512_to_2048(tmp_path):
+    """Real-ESRGAN x4plus, random weights; all tiles are of one size, and two are computed."""
+    path = write_upscaler(tmp_path / "x4plus.safetensors", ESRGANConfig(doublings=2), scale=0.01)
+    command = [sys.executable, "-c", MEASURED, str(path)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    print(f"x4plus, 512 to 2048: {int(said.split()[-1]) / 2**20:.0f} MiB beyond the weights")
+    assert said.startswith("(2048, 2048) 9 ")
+    assert int(said.split()[-1]) < 2**31
