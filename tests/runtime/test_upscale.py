@@ -154,6 +154,17 @@ def test_a_drawn_picture_keeps_what_it_was_made_with(here):
     assert np.array_equal(np.asarray(Image.open("b.png")), np.asarray(Image.open("c.png")))
 
 
+def test_the_second_time_is_named_as_left_out(here, capsys):
+    drawn("-o", "a.png", "--upscale", "up.safetensors")
+    assert enlarged("a.png", "--upscaler", "up.safetensors:1.5", "-o", "b.png") == 0
+    assert size("b.png") == (96, 96)
+    assert draw.main(["--again", "b.png", "-o", "c.png", "--threads", "1"]) == 0
+    assert "left out of what b.png was made with: upscale (up.safetensors:1.5)" in (
+        capsys.readouterr().err
+    )
+    assert Path("a.png").read_bytes() == Path("c.png").read_bytes()
+
+
 def test_files_that_are_there_stay(here, capsys):
     drawing(32, 32).save("photo.png")
     for _ in range(2):

@@ -200,3 +200,20 @@ def test_a_pickle_runs_nothing(tmp_path):
     torch.save(state, tmp_path / "a.pth")
     assert "it could run code" in refusal(tmp_path / "a.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_other_precisions_and_of_old_torch(dtype, tmp_path):
+    """ESRGAN's own files are of torch before 1.6, and many others of float16."""
+    network = seeded(RRDBNet, blocks=1).to(dtype)
+    state = OldRRDBNet(network).state()
+    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    file = open_upscaler(tmp_path / "a.pth")
+    assert error(file, network.float(), 6, 5) < UPSCALER_RTOL
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "params", "params_ema", "generator", "a.b"])
+def test_wherever_a_training_puts_the_model(wrapper, tmp_path):
+    state = {f"{wrapper}.module.{name}": t for name, t in seeded(SwinIR).state_dict().items()}
+    torch.save(state, tmp_path / "a.pth")
+    assert error(open_upscaler(tmp_path / "a.pth"), seeded(SwinIR), 8, 4) < UPSCALER_RTOL
