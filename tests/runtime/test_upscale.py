@@ -15,6 +15,7 @@ from engine.store.cache import fingerprint
 from latentrt.__main__ import main
 from latentrt.info import find_facts
 from runtime import upscale
+from runtime.denoising.latents import LatentSpace
 from runtime.images.files import read_settings, read_source_type
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import Hires
@@ -247,23 +248,22 @@ def test_hires_fix_by_an_upscaler(here):
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
 
 
-def test_the_pixels_of_hires_fix_are_the_upscalers(here):
-    seen = []
+def test_the_pixels_of_hires_fix_are_the_upscalers(here, monkeypatch):
     pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1, backend="cpu"))
     hires = Hires(scale=2, strength=0.5, num_inference_steps=2, upscaler="up.safetensors")
     request = Request(prompt="a", seed=7, height=32, width=32, num_inference_steps=1, hires=hires)
-    plan = pipeline.plan(request)
-    first, second = plan.runs()
+    first, second = pipeline.plan(request).runs()
     state = pipeline.start(first)
     for inputs in first.steps():
         state = pipeline.step(state, inputs)
-    space = pipeline._latents
-    encode = space._encode
-    type(space)._encode = lambda self, pixels, rngs: seen.append(pixels) or encode(pixels, rngs)
-    try:
-        pipeline.start(second, state.latents)
-    finally:
-        type(space)._encode = encode.__func__
+    seen, encode = [], LatentSpace._encode
+
+    def note(space, pixels, rngs):
+        seen.append(pixels)
+        return encode(space, pixels, rngs)
+
+    monkeypatch.setattr(LatentSpace, "_encode", note)
+    pipeline.start(second, state.latents)
     (decoded,) = pipeline.decode(state.latents)
     expected = Upscaler.load("up.safetensors", settings=BackendSettings(threads=1))(decoded)
     assert np.array_equal(seen[0][0], np.asarray(expected))

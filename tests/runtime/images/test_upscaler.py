@@ -130,6 +130,18 @@ def test_any_size_becomes_so_many_times_larger(tmp_path, size, unshuffle):
     assert upscaler(noise(*size)).size == (scale * size[0], scale * size[1])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (9, 70), (130, 65)])
+def test_windows_are_whole_in_every_tile(tmp_path, size):
+    """SwinIR takes whole windows alone: a picture is continued at its edges, and cut again."""
+    groups = {"embed_dim": 12, "depths": (2,), "num_heads": (2,), "hidden_dim": 12}
+    config = SwinIRConfig(**groups, window_size=8, upsampler="pixelshuffledirect", upscale=3)
+    upscaler = load(tmp_path, config, scale=0.05)
+    recorded = Recorded(upscaler.engine)
+    larger = replace(upscaler, engine=recorded, tile=TILE)(gradient(*size))
+    assert larger.size == (3 * size[0], 3 * size[1])
+    assert all(side % 8 == 0 and side <= TILE for shape in recorded.shapes for side in shape[2:])
+
+
 @pytest.mark.parametrize(
     ("factor", "passes", "size"),
     [
