@@ -302,7 +302,7 @@ def parts_of(plan: Plan, model: Model) -> list[Part]:
     runs, parts = list(plan.runs()), list[Part](["step", "vae_decoder"])
     if not all(is_full for run in runs for is_full in run.full_calls):
         parts.append("step_shallow")
-    ways = [run.upscaler for run in runs[1:]]
+    ways = [run.upscaler for run in runs if run.upscaler]
     enlarges = any(way == PIXELS or is_trained(way) for way in ways)
     if plan.image is not None or enlarges or model.is_inpainting:
         parts.append("vae_encoder")
