@@ -157,20 +157,19 @@ def _write(
         finished = zip(_finished(finisher, images), group.settings, strict=True)
         for (image, more, note), settings in finished:
             path = next(paths)
+            if image is not None:
+                path = write_image(
+                    image,
+                    path,
+                    {**settings, **made_with, **more},
+                    mark=options.mark,
+                    sign=sign,
+                    replaces=options.out is not None,
+                )
+                written.append(path)
+                say(str(path), sys.stdout)
             if note:
                 say(f"note: {path}: {note}", sys.stderr)
-            if image is None:
-                continue
-            path = write_image(
-                image,
-                path,
-                {**settings, **made_with, **more},
-                mark=options.mark,
-                sign=sign,
-                replaces=options.out is not None,
-            )
-            written.append(path)
-            say(str(path), sys.stdout)
         if watched and options.watermark:
             images = [embed_watermark(image, options.watermark) for image in images]
         for path in watched.finish(group, progress.latents, images) if watched else ():

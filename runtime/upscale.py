@@ -77,14 +77,22 @@ def _upscale(options: argparse.Namespace) -> None:
 
 
 def _made_with(picture: Path, text: str, choice: UpscalerChoice) -> dict[str, Any]:
-    """Return what the picture says that it was made with, and the upscaler, by name and hash."""
-    made_with = read_settings(picture) or {}
-    hashes = made_with.get("hashes")
-    known = hashes if isinstance(hashes, dict) else {}
+    """Return what the picture says that it was made with, and the upscaler, by name and hash.
+
+    One drawing enlarges once, so of a picture that was enlarged before, `--again` has to say that
+    it leaves out the second time.
+    """
+    made_with, name = read_settings(picture) or {}, Path(text).name
+    hashes, left_out = (
+        value if isinstance(value := made_with.get(key), dict) else {}
+        for key in ("hashes", "left_out")
+    )
+    again = {"left_out": {**left_out, "upscale": name}} if "upscale" in made_with else {}
     return {
+        "upscale": name,
         **made_with,
-        "upscale": Path(text).name,
-        "hashes": {**known, choice.path.name: fingerprint(choice.path)},
+        **again,
+        "hashes": {**hashes, choice.path.name: fingerprint(choice.path)},
         "latentrt": program_version(),
     }
 

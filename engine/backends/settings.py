@@ -95,6 +95,16 @@ def graph_precision(settings: BackendSettings, precision: ComputePrecision) -> P
     return offered[precision]
 
 
+def on_processor(settings: BackendSettings | None) -> BackendSettings:
+    """Return settings for a network beside the model: the processor's, wherever the model runs.
+
+    By OpenVINO where that was chosen, else by ONNX Runtime.
+    """
+    given = settings or BackendSettings()
+    backend = given.backend if given.backend == "openvino" else DEFAULT
+    return BackendSettings(backend=backend, threads=given.threads)
+
+
 def cpu_count() -> int:
     """Count the processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):

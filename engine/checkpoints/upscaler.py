@@ -26,6 +26,7 @@ from engine.errors import ModelError
 __all__ = ["UpscalerFile", "is_upscaler", "open_upscaler"]
 
 MAX_SCALE, MAX_WINDOW = 16, 16
+JPEG_WINDOW = 7  # of the SwinIR that takes out what JPEG left, beside blocks of 8
 MAX_TENSORS = 20_000
 ADVICE = "give a file of ESRGAN, Real-ESRGAN (also the compact ones) or SwinIR"
 AVERAGED = "ema"  # in what stands before the names of averaged weights, which are the better ones
@@ -257,6 +258,7 @@ def _read_swinir(shapes: Shapes) -> SwinIRConfig:
     if any(width % number for number in heads):
         raise _UnknownShapeError(f"its width {width} is not a multiple of its heads {heads}")
     upsampler, upscale, features = _enlarging(shapes)
+    is_for_jpeg = not upsampler and window == JPEG_WINDOW  # its authors train it on 0 to 255
     return SwinIRConfig(
         embed_dim=width,
         depths=tuple(_count(shapes, block.format(i, "{}") + "norm1.weight") for i in range(groups)),
@@ -267,6 +269,7 @@ def _read_swinir(shapes: Shapes) -> SwinIRConfig:
         upsampler=upsampler,
         num_feat=features,
         three_convs="conv_after_body.0.weight" in shapes,
+        img_range=255 if is_for_jpeg else 1,
     )
 
 

@@ -114,6 +114,7 @@ class SwinIRConfig(UpscalerConfig):
     upsampler: "pixelshuffle" (classical), "pixelshuffledirect" (light), "nearest+conv" (real
         pictures) or "" (denoising, no larger)
     three_convs: whether groups end in three convolutions, as the large model's do
+    img_range: of the numbers that the network sees, 1 or 255
     """
 
     embed_dim: int = 180
@@ -125,6 +126,7 @@ class SwinIRConfig(UpscalerConfig):
     upsampler: str = "pixelshuffle"
     num_feat: int = FEATURES
     three_convs: bool = False
+    img_range: int = 1
 
     @property
     def scale(self) -> int:

@@ -23,6 +23,8 @@ def write_swinir(writer: GraphWriter, config: SwinIRConfig, pixels: str) -> str:
     """Write the network; pixels: (1, 3, h, w), h and w whole windows."""
     mean = writer.numbers(np.reshape(MEAN, (3, 1, 1)))
     centred = writer.op("Sub", pixels, mean)
+    if config.img_range != 1:
+        centred = writer.op("Mul", centred, writer.numbers(config.img_range))
     first = writer.conv(centred, "conv_first")
     windows = _Windows.of(writer, pixels, config)
     x = writer.layer_norm(_channels_last(writer, first), "patch_embed.norm")
@@ -36,6 +38,8 @@ def write_swinir(writer: GraphWriter, config: SwinIRConfig, pixels: str) -> str:
     x = _channels_first(writer, writer.layer_norm(x, "norm"))
     x = writer.op("Add", first, _group_end(writer, config, x, "conv_after_body"))
     x = _enlarged(writer, config, x)
+    if config.img_range != 1:
+        x = writer.op("Div", x, writer.numbers(config.img_range))
     return writer.op("Add", x, mean if config.upsampler else pixels)
 
 

@@ -15,7 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.configs.base import Config
-from engine.graphs.graph import METADATA_KEY, Graph, Part, Precision, Tensor, graph_name, signature
+from engine.graphs.graph import (
+    METADATA_KEY,
+    Graph,
+    Part,
+    Precision,
+    Symbol,
+    Tensor,
+    graph_name,
+    signature,
+)
 from engine.graphs.onnx_bytes import (
     ATTRIBUTE_NAME,
     ATTRIBUTE_TYPE,
@@ -178,8 +187,8 @@ class GraphWriter:
     def _written(self) -> bytes:
         """Write the ModelProto."""
         weights = (self._external(name, shape) for name, shape in self._shapes.items())
-        inputs = (_value(GRAPH_INPUT, *each) for each in self._signature.inputs.items())
-        outputs = (_value(GRAPH_OUTPUT, *each) for each in self._signature.outputs.items())
+        inputs = (self._value(GRAPH_INPUT, *each) for each in self._signature.inputs.items())
+        outputs = (self._value(GRAPH_OUTPUT, *each) for each in self._signature.outputs.items())
         name = encode(GRAPH_NAME, self._part.encode())
         content = (
             *(_node(*each) for each in self._nodes),
@@ -204,6 +213,15 @@ class GraphWriter:
                 encode(MODEL_METADATA, _entry(METADATA_KEY, json.dumps(facts))),
             )
         )
+
+    def _value(self, field: int, name: str, tensor: Tensor) -> bytes:
+        """Describe an input or an output; sizes that the architecture sets are numbers."""
+        fixed = self._config.symbols()
+        sizes = [fixed.get(size, size) if isinstance(size, str) else size for size in tensor.shape]
+        dims = b"".join(encode(SHAPE_DIM, _size(size)) for size in sizes)
+        kind = encode(TYPE_DTYPE, DTYPES[tensor.dtype]) + encode(TYPE_SHAPE, dims)
+        described = encode(VALUE_TYPE, encode(TYPE_TENSOR, kind))
+        return encode(field, encode(VALUE_NAME, name.encode()) + described)
 
     def _external(self, name: str, shape: Sequence[int]) -> bytes:
         size = math.prod(shape) * np.dtype(self._precision).itemsize
@@ -244,16 +262,6 @@ def _entry(key: str, value: str) -> bytes:
     return encode(KEY, key.encode()) + encode(VALUE, value.encode())
 
 
-def _value(field: int, name: str, tensor: Tensor) -> bytes:
-    """Describe an input or an output, its free sizes by their symbols."""
-    dims = b"".join(
-        encode(
-            SHAPE_DIM,
-            encode(DIM_VALUE, size) if isinstance(size, int) else encode(DIM_NAME, size.encode()),
-        )
-        for size in tensor.shape
-    )
-    kind = encode(TYPE_DTYPE, DTYPES[tensor.dtype]) + encode(TYPE_SHAPE, dims)
-    return encode(
-        field, encode(VALUE_NAME, name.encode()) + encode(VALUE_TYPE, encode(TYPE_TENSOR, kind))
-    )
+def _size(size: Symbol) -> bytes:
+    """Write a dimension: its size, or the symbol of one that is free."""
+    return encode(DIM_VALUE, size) if isinstance(size, int) else encode(DIM_NAME, size.encode())

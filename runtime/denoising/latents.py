@@ -326,7 +326,7 @@ def parts_of(plan: Plan, model: Model) -> list[Part]:
     runs = list(plan.runs())
     parts: list[Part] = list(dict.fromkeys(part for run in runs for part in run.step_parts))
     parts.append("vae_decoder")
-    ways = [run.upscaler for run in runs[1:]]
+    ways = [run.upscaler for run in runs if run.upscaler]
     enlarges = any(way == PIXELS or is_trained(way) for way in ways)
     if plan.image is not None or enlarges or model.is_inpainting:
         parts.append("vae_encoder")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from engine.backends.base import Engine
-from engine.backends.settings import ON_GPU, BackendSettings
+from engine.backends.settings import BackendSettings, on_processor
 from engine.checkpoints.safety_checker import SafetyCheckerFile
 from engine.engines import open_engine
 from engine.graphs.safety_checker import safety_checker_graph
@@ -61,12 +61,10 @@ class SafetyChecker:
     def load(cls, folder: str | Path, *, settings: BackendSettings | None = None) -> Self:
         """Open the folder `safety_checker/` of a model in diffusers' layout, or the model's.
 
-        settings: how it runs, in float32; on a GPU's backends the processor does
+        settings: how it runs, in float32, on the processor whatever the backend
         Raises ModelError or BackendError.
         """
-        chosen = settings or BackendSettings()
-        if chosen.backend is None or chosen.backend in ON_GPU:
-            chosen = BackendSettings(backend="cpu", threads=chosen.threads)
+        chosen = on_processor(settings)
         file = SafetyCheckerFile.open(Path(folder))
         graph = safety_checker_graph(file.config, "float32")
         return cls(file=file, engine=open_engine(graph, file.weights, chosen, "float32"))

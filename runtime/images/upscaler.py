@@ -18,10 +18,10 @@ from PIL import Image
 
 from engine.backends.base import Engine
 from engine.backends.settings import (
-    ON_GPU,
     BackendSettings,
     ComputePrecision,
     graph_precision,
+    on_processor,
 )
 from engine.checkpoints.upscaler import UpscalerFile, open_upscaler
 from engine.configs.base import Sizes
@@ -68,12 +68,10 @@ class Upscaler:
         """Open a file of ESRGAN, Real-ESRGAN or SwinIR.
 
         precision: what to compute in, which the backend must offer; None is float32
-        settings: how it runs; on a GPU's backends the processor does, by ONNX Runtime
+        settings: how it runs, on the processor whatever the backend, as `on_processor` says
         Raises ModelError or BackendError.
         """
-        chosen = settings or BackendSettings()
-        if chosen.backend is None or chosen.backend in ON_GPU:
-            chosen = BackendSettings(backend="cpu", threads=chosen.threads)
+        chosen = on_processor(settings)
         computed: ComputePrecision = precision or "float32"
         file = open_upscaler(Path(path))
         graph = upscaler_graph(file.config, graph_precision(chosen, computed))

@@ -1,5 +1,7 @@
 """`--safety-checker`: pictures that are found unsafe are flagged, blurred or not written."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,6 +49,12 @@ def test_a_flagged_picture_is_written_and_says_so(plain, capsys):
     assert read_settings("a-1.png")["safety"] == "flagged"
     assert "safety" not in read_settings("a-2.png")
     assert capsys.readouterr().err == "note: a-1.png: the safety checker finds it unsafe\n"
+
+
+def test_a_note_names_the_file_that_was_written(capsys):
+    Path("a-red-apple-7.png").touch()
+    assert run() == 0
+    assert capsys.readouterr().err.startswith("note: a-red-apple-7-2.png: the safety checker")
 
 
 def test_a_blurred_picture(plain, capsys):

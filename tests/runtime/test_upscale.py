@@ -15,6 +15,7 @@ from engine.store.cache import fingerprint
 from latentrt.__main__ import main
 from latentrt.info import find_facts
 from runtime import upscale
+from runtime.denoising.latents import LatentSpace
 from runtime.images.files import read_settings, read_source_type
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import Hires
@@ -154,6 +155,17 @@ def test_a_drawn_picture_keeps_what_it_was_made_with(here):
     assert np.array_equal(np.asarray(Image.open("b.png")), np.asarray(Image.open("c.png")))
 
 
+def test_the_second_time_is_named_as_left_out(here, capsys):
+    drawn("-o", "a.png", "--upscale", "up.safetensors")
+    assert enlarged("a.png", "--upscaler", "up.safetensors:1.5", "-o", "b.png") == 0
+    assert size("b.png") == (96, 96)
+    assert draw.main(["--again", "b.png", "-o", "c.png", "--threads", "1"]) == 0
+    assert "left out of what b.png was made with: upscale (up.safetensors:1.5)" in (
+        capsys.readouterr().err
+    )
+    assert Path("a.png").read_bytes() == Path("c.png").read_bytes()
+
+
 def test_files_that_are_there_stay(here, capsys):
     drawing(32, 32).save("photo.png")
     for _ in range(2):
@@ -236,23 +248,22 @@ def test_hires_fix_by_an_upscaler(here):
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
 
 
-def test_the_pixels_of_hires_fix_are_the_upscalers(here):
-    seen = []
+def test_the_pixels_of_hires_fix_are_the_upscalers(here, monkeypatch):
     pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1, backend="cpu"))
     hires = Hires(scale=2, strength=0.5, num_inference_steps=2, upscaler="up.safetensors")
     request = Request(prompt="a", seed=7, height=32, width=32, num_inference_steps=1, hires=hires)
-    plan = pipeline.plan(request)
-    first, second = plan.runs()
+    first, second = pipeline.plan(request).runs()
     state = pipeline.start(first)
     for inputs in first.steps():
         state = pipeline.step(state, inputs)
-    space = pipeline._latents
-    encode = space._encode
-    type(space)._encode = lambda self, pixels, rngs: seen.append(pixels) or encode(pixels, rngs)
-    try:
-        pipeline.start(second, state.latents)
-    finally:
-        type(space)._encode = encode.__func__
+    seen, encode = [], LatentSpace._encode
+
+    def note(space, pixels, rngs):
+        seen.append(pixels)
+        return encode(space, pixels, rngs)
+
+    monkeypatch.setattr(LatentSpace, "_encode", note)
+    pipeline.start(second, state.latents)
     (decoded,) = pipeline.decode(state.latents)
     expected = Upscaler.load("up.safetensors", settings=BackendSettings(threads=1))(decoded)
     assert np.array_equal(seen[0][0], np.asarray(expected))

@@ -112,3 +112,6 @@ UPSCALER_RTOL = 1e-5
 UPSCALER_SEAM = 2  # of 255: a gradient in tiles of 64, against the same in one
 # engine/graphs/safety_checker.py: against diffusers' checker, of the largest number of an embedding
 SAFETY_EMBEDDING = 1e-4  # its processor's normalisation is in float64
+# engine/graphs/writer.py: small networks in other precisions, of the largest number
+UPSCALER_FLOAT16 = 5e-3
+UPSCALER_BFLOAT16 = 5e-2

@@ -207,6 +207,7 @@ class SwinIR(nn.Module):
     ):
         super().__init__()
         self.upsampler, self.upscale = upsampler, upscale
+        self.range = 255 if not upsampler and window == 7 else 1  # of the model for JPEG's traces
         self.conv_first = conv(3, width)
         self.patch_embed = nn.Module()
         self.patch_embed.norm = nn.LayerNorm(width)
@@ -240,7 +241,7 @@ class SwinIR(nn.Module):
 
     def forward(self, pixels):
         mean = torch.tensor((0.4488, 0.4371, 0.4040)).view(1, 3, 1, 1)
-        first = self.conv_first(pixels - mean)
+        first = self.conv_first((pixels - mean) * self.range)
         x = self.patch_embed.norm(first.permute(0, 2, 3, 1))
         for group in self.layers:
             y = x
@@ -259,7 +260,7 @@ class SwinIR(nn.Module):
                 x = F.leaky_relu(getattr(self, name)(larger), 0.2)
             x = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
         else:
-            return pixels + self.conv_last(x)
+            return pixels + self.conv_last(x) / self.range
         return x + mean
 
 

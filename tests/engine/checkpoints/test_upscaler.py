@@ -19,7 +19,6 @@ from tests.support.upscalers import (
     trunk_names,
 )
 
-pytestmark = pytest.mark.oracle
 SETTINGS = BackendSettings(backend="cpu", threads=1)
 NETWORKS = {
     "x4plus": (RRDBNet, {}),
@@ -41,6 +40,7 @@ NETWORKS = {
     "SwinIR real x2": (SwinIR, {"upsampler": "nearest+conv", "upscale": 2}),
     "SwinIR large": (SwinIR, {"upsampler": "nearest+conv", "three": True}),
     "SwinIR denoising": (SwinIR, {"upsampler": "", "upscale": 1}),
+    "SwinIR for JPEG": (SwinIR, {"upsampler": "", "upscale": 1, "window": 7}),
     "SwinIR odd window": (SwinIR, {"window": 7, "upscale": 2}),
 }
 
@@ -200,3 +200,20 @@ def test_a_pickle_runs_nothing(tmp_path):
     torch.save(state, tmp_path / "a.pth")
     assert "it could run code" in refusal(tmp_path / "a.pth")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_other_precisions_and_of_old_torch(dtype, tmp_path):
+    """ESRGAN's own files are of torch before 1.6, and many others of float16."""
+    network = seeded(RRDBNet, blocks=1).to(dtype)
+    state = OldRRDBNet(network).state()
+    torch.save(state, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    file = open_upscaler(tmp_path / "a.pth")
+    assert error(file, network.float(), 6, 5) < UPSCALER_RTOL
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "params", "params_ema", "generator", "a.b"])
+def test_wherever_a_training_puts_the_model(wrapper, tmp_path):
+    state = {f"{wrapper}.module.{name}": t for name, t in seeded(SwinIR).state_dict().items()}
+    torch.save(state, tmp_path / "a.pth")
+    assert error(open_upscaler(tmp_path / "a.pth"), seeded(SwinIR), 8, 4) < UPSCALER_RTOL

@@ -14,8 +14,6 @@ from runtime.images.safety import SafetyChecker, blurred
 from tests.support.safety_checkers import VISION, small_checker, write_checker
 from tests.support.tolerances import SAFETY_EMBEDDING
 
-pytestmark = pytest.mark.oracle
-
 
 def noise(width=40, height=30, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -1,5 +1,7 @@
 """Pictures enlarged in tiles: no seams, sizes as asked for, transparency, and what is refused."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -128,6 +130,18 @@ def test_any_size_becomes_so_many_times_larger(tmp_path, size, unshuffle):
     assert upscaler(noise(*size)).size == (scale * size[0], scale * size[1])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (9, 70), (130, 65)])
+def test_windows_are_whole_in_every_tile(tmp_path, size):
+    """SwinIR takes whole windows alone: a picture is continued at its edges, and cut again."""
+    groups = {"embed_dim": 12, "depths": (2,), "num_heads": (2,), "hidden_dim": 12}
+    config = SwinIRConfig(**groups, window_size=8, upsampler="pixelshuffledirect", upscale=3)
+    upscaler = load(tmp_path, config, scale=0.05)
+    recorded = Recorded(upscaler.engine)
+    larger = replace(upscaler, engine=recorded, tile=TILE)(gradient(*size))
+    assert larger.size == (3 * size[0], 3 * size[1])
+    assert all(side % 8 == 0 and side <= TILE for shape in recorded.shapes for side in shape[2:])
+
+
 @pytest.mark.parametrize(
     ("factor", "passes", "size"),
     [
@@ -211,3 +225,48 @@ def test_an_option_is_parted(text, path, factor):
 def test_what_is_no_option(text):
     with pytest.raises(RequestError):
         parse_upscaler(text)
+
+
+MEASURED = """
+import sys
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from engine.backends.settings import BackendSettings
+from runtime.images.upscaler import Upscaler
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+class Twice:
+    def __init__(self, engine):
+        self.engine, self.runs = engine, 0
+
+    def run(self, inputs):
+        self.runs += 1
+        if self.runs <= 2:
+            self.found = self.engine.run(inputs)
+        return self.found
+
+upscaler = Upscaler.load(sys.argv[1], settings=BackendSettings(threads=2))
+upscaler = replace(upscaler, engine=Twice(upscaler.engine))
+before = peak()
+larger = upscaler(Image.new("RGB", (512, 512), "gray"))
+print(larger.size, upscaler.engine.runs, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="where the kernel says the peak")
+def test_the_memory_of_512_to_2048(tmp_path):
+    """Real-ESRGAN x4plus, random weights; all tiles are of one size, and two are computed."""
+    path = write_upscaler(tmp_path / "x4plus.safetensors", ESRGANConfig(doublings=2), scale=0.01)
+    command = [sys.executable, "-c", MEASURED, str(path)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    print(f"x4plus, 512 to 2048: {int(said.split()[-1]) / 2**20:.0f} MiB beyond the weights")
+    assert said.startswith("(2048, 2048) 9 ")
+    assert int(said.split()[-1]) < 2**31
