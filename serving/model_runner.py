@@ -41,7 +41,7 @@ PREVIEW_QUALITY = 80
 Lora = tuple[str, float] | tuple[str, float, float]
 """An adapter's name with its weight, or with those of the UNet and of the text encoders."""
 PreviewMap = Callable[[], Preview]
-"""Fits how previews are drawn, at the first call: that decodes, and a start needs none."""
+"""Fits how previews are drawn, at the first call: that decodes, which a start does not wait for."""
 TEXTS_SHARE = 0.02  # of the weights that embeddings of former prompts may take
 
 
@@ -246,6 +246,8 @@ class Models:
         loras = [*picture_request.loras, *self._named(picture_request, request)]
         pipeline, preview_map = self._pipeline(picture_request.model, loras)
         check_chunks(pipeline, request, self.limits.chunks)
+        if picture_request.preview_every:
+            preview_map()  # here, or the first previews would wait and be passed over by later ones
         plan = self._plan(pipeline, picture_request.model, loras, request)
         plan = plan if template is request else with_templates(plan, template)
         plan = replace(plan, notes=[*notes, *plan.notes])

@@ -72,6 +72,21 @@ def file_of(image):
     return base64.b64encode(file.getvalue()).decode()
 
 
+@pytest.mark.parametrize("fields", [{}, {"sampler": "lms", "guidance_rescale": 0.5}])
+def test_a_file_says_what_makes_it_again(http, tmp_path, fields):
+    """Of every picture of a job: drawn again by the command line, it is the same."""
+    from runtime.__main__ import main
+
+    body = {**BODY, "num_images_per_prompt": 2, **fields}
+    job = http.post(PICTURES, json=body).json()["id"]
+    assert events(http, job)[-1][0] == "done"
+    for index in range(2):
+        drawn, out = tmp_path / f"{index}.png", tmp_path / f"{index}-again.png"
+        drawn.write_bytes(http.get(f"{PICTURES}/{job}/image/{index}").content)
+        assert main(["--again", str(drawn), "--threads", "1", "-o", str(out)]) == 0
+        np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(Image.open(drawn)))
+
+
 def test_a_job_is_watched_and_fetched(http):
     answer = http.post(PICTURES, json={**BODY, "num_images_per_prompt": 2, "preview_every": 2})
     assert answer.status_code == 202
