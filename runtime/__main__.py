@@ -13,7 +13,7 @@ from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from engine.store.cache import fingerprint
 from runtime.again import FILES, parted, settings_of
-from runtime.control_options import CONTROL_OPTIONS, control_files, controls_of
+from runtime.control_options import CONTROL_FIELDS, control_files, controls_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, program_version, write_image
 from runtime.images.previews import check_animation, parse_steps
@@ -194,7 +194,7 @@ def _load(
         lora_dir=options.lora_dir,
         wildcard_dir=options.wildcard_dir,
         embeddings=options.embeddings,
-        controls=control_files(options),
+        controls=control_files(options) if options.controls else None,
         strict=options.strict,
         prediction_type=options.prediction_type,
         graphs=options.graphs,
@@ -244,7 +244,8 @@ def _request(options: argparse.Namespace) -> Request:
         path = given[name]
         by_alpha = name == "mask" and path == Path(ALPHA)
         given[name] = ALPHA if by_alpha else path and open_image(path)
-    given["controls"] = controls_of(options)
+    if options.controls or options.control_images or options.control_modes:
+        given["controls"] = controls_of(options)
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}
         given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
@@ -289,7 +290,7 @@ def _numbered(path: Path, count: int) -> list[Path]:
 def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """Collect what makes a picture again beside the request: files by their names and hashes."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += CONTROL_OPTIONS if options.controls else ()
+    names += CONTROL_FIELDS if options.controls else ()
     names += ("watermark",) if options.watermark else ()
     names += tuple(name for name in PIECES if getattr(options, name))
     given = {name: getattr(options, name) for name in names}

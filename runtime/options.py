@@ -13,7 +13,7 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, ComputePrecision
 from engine.command_line import CommandParser
-from runtime.control_options import CONTROL_OPTIONS, add_control_options
+from runtime.control_options import CONTROL_FIELDS, CONTROL_OPTIONS
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, PIXELS, UPSCALERS, Hires
 from runtime.noise import NOISES
@@ -36,7 +36,7 @@ FIELDS = tuple(f.name for f in fields(Request) if f.init)
 AGAIN = {
     *MADE_WITH,
     *PIECES,
-    *CONTROL_OPTIONS,
+    *CONTROL_FIELDS,
     "watermark",
     "batch_size",
     *HIRES,
@@ -79,7 +79,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     for name, option in TEXT_OPTIONS.items():
         text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))
-    add_control_options(parser.add_argument_group("pictures that steer"))
+    steering = parser.add_argument_group("pictures that steer")
+    for name, option in CONTROL_OPTIONS.items():
+        steering.add_argument(name, **option)
     written = parser.add_argument_group("what is written")
     for flags, settings in OUTPUT_OPTIONS:
         written.add_argument(*flags, **settings)

@@ -215,7 +215,8 @@ class Pipeline(AdaptedModel):
         picture of it would not fit into a GPU's memory.
         """
         chosen, notes = request, list[str]()
-        self._controlled.check(request.controls)
+        if request.controls:
+            self._controlled.check(request.controls)
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)
         if self._named or chosen.names_files:
@@ -258,7 +259,8 @@ class Pipeline(AdaptedModel):
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
         for part in parts_of(plan, self.model):
             self.engine(part)
-        self._controlled.open(plan)
+        if plan.controls:
+            self._controlled.open(plan)
 
     def step(self, state: State, inputs: StepInputs) -> State:
         """Call the UNet once; returns the state after it, and leaves the one before as it was.
