@@ -29,15 +29,15 @@ class _ControlNet:
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False)
 class ControlNets:
     """The ControlNets of a model's engines, by the names that requests call them.
 
     They run where the model runs; beside one that computes in int8, in bfloat16 or float32.
     """
 
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
-        self._nets: Mapping[str, _ControlNet] = {}
+    _engines: Engines
+    _nets: Mapping[str, _ControlNet] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:

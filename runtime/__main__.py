@@ -14,7 +14,7 @@ from PIL import Image
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from runtime.again import made_with, settings_of
-from runtime.control_options import CONTROL_OPTIONS, control_files, controls_of
+from runtime.control_options import CONTROL_FIELDS, control_files, controls_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, write_image
 from runtime.images.previews import check_animation, parse_steps
@@ -226,7 +226,7 @@ def _load(options: argparse.Namespace, request: Request, loading: Loading) -> tu
         options.model,
         **load_arguments(options),
         preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
-        controls=control_files(options),
+        controls=control_files(options) if options.controls else None,
         fast_start=True,
     )
     chosen = pipeline.engines  # what was chosen makes the same picture again
@@ -273,7 +273,8 @@ def _request(options: argparse.Namespace) -> Request:
         by_alpha = name == "mask" and path == Path(ALPHA)
         given[name] = ALPHA if by_alpha else path and open_image(path)
     given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
-    given["controls"] = controls_of(options)
+    if options.controls or options.control_images or options.control_modes:
+        given["controls"] = controls_of(options)
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}
         given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
@@ -318,7 +319,7 @@ def _numbered(path: Path, count: int) -> list[Path]:
 def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """Return what makes a picture again beside the request, by the options' names."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += CONTROL_OPTIONS if options.controls else ()
+    names += CONTROL_FIELDS if options.controls else ()
     names += tuple(name for name in ("upscale", "watermark", "regions") if getattr(options, name))
     names += tuple(name for name in PIECES if getattr(options, name))
     return made_with(options, names, pipeline.model_path)

@@ -1,48 +1,47 @@
 """The options of `python -m runtime` on controls, and the controls that they make."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.errors import RequestError
 from runtime.control import BALANCED, MODES, Control, parse_control
 from runtime.images.files import open_image
 
-__all__ = ["CONTROL_OPTIONS", "add_control_options", "control_files", "controls_of"]
+__all__ = ["CONTROL_FIELDS", "CONTROL_OPTIONS", "control_files", "controls_of"]
 
-CONTROL_OPTIONS = ("controls", "control_images", "control_modes")
-
-
-def add_control_options(group: Any) -> None:
-    """Add what steers the drawing by pictures."""
-    add = group.add_argument
-    add(
-        "--control",
-        dest="controls",
-        action="append",
-        default=[],
-        metavar="FILE[:WEIGHT[@START:END]]",
-        help="a ControlNet's file or folder, which sees --control-image; may be given several "
-        "times, each with a picture; see docs/control.md",
-    )
-    add(
-        "--control-image",
-        dest="control_images",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="PICTURE",
-        help="what the --control in the same place sees: edges, depth, a pose",
-    )
-    add(
-        "--control-mode",
-        dest="control_modes",
-        action="append",
-        default=[],
-        metavar="MODE",
-        help=f"{', '.join(MODES)}: what is more important, for all or for each --control "
-        f"(default: {BALANCED})",
-    )
+# What steers the drawing by pictures, as `argparse` takes it.
+CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "--control": {
+            "dest": "controls",
+            "action": "append",
+            "default": [],
+            "metavar": "FILE[:WEIGHT[@START:END]]",
+            "help": "a ControlNet's file or folder, which sees --control-image; may be given "
+            "several times, each with a picture; see docs/control.md",
+        },
+        "--control-image": {
+            "dest": "control_images",
+            "action": "append",
+            "type": Path,
+            "default": [],
+            "metavar": "PICTURE",
+            "help": "what the --control in the same place sees: edges, depth, a pose",
+        },
+        "--control-mode": {
+            "dest": "control_modes",
+            "action": "append",
+            "default": [],
+            "metavar": "MODE",
+            "help": f"{', '.join(MODES)}: what is more important, for all or for each --control "
+            f"(default: {BALANCED})",
+        },
+    }
+)
+CONTROL_FIELDS = ("controls", "control_images", "control_modes")
 
 
 def control_files(options: argparse.Namespace) -> dict[str, Path]:

@@ -74,7 +74,9 @@ def _draw(arguments: Sequence[str] | None, prog: str) -> None:
     if base.seed is None:
         given = ["--seed", "0", *given]  # cells differ by their axes alone
     requests = [_cell(parser, given, axes, values) for values in cells]
-    pipeline = Pipeline.load(base.model, **load_arguments(base), controls=control_files(base))
+    pipeline = Pipeline.load(
+        base.model, **load_arguments(base), controls=control_files(base) if base.controls else None
+    )
     found = {image.request: image for image in pipeline.draw(requests)}
     notes = dict.fromkeys([*pipeline.notes, *(note for i in found for note in found[i].notes)])
     for note in notes:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
-from runtime.control_options import CONTROL_OPTIONS, add_control_options
+from runtime.control_options import CONTROL_FIELDS, CONTROL_OPTIONS
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, MODES, PIXELS, Hires
 from runtime.noise import NOISES
@@ -40,7 +40,7 @@ FIELDS = tuple(f.name for f in fields(Request) if f.init)
 OF_RESULTS = ("upscale", "watermark", "batch_size")
 _BACKEND = tuple(field.name for field in fields(BackendSettings))  # the options that settle it
 _LOADED = ("vae", *PIECES, *_FILES[2:], "wildcard_dir", "strict", "prediction_type", "graphs")
-AGAIN = {*MADE_WITH, *PIECES, *CONTROL_OPTIONS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
+AGAIN = {*MADE_WITH, *PIECES, *CONTROL_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
 
 
 class _Parser(CommandParser):
@@ -96,7 +96,9 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     for name, option in TEXT_OPTIONS.items():
         text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))
-    add_control_options(parser.add_argument_group("pictures that steer"))
+    steering = parser.add_argument_group("pictures that steer")
+    for name, option in CONTROL_OPTIONS.items():
+        steering.add_argument(name, **option)
 
 
 def _add_model(group: Any) -> None:

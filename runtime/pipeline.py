@@ -219,7 +219,8 @@ class Pipeline(AdaptedModel):
         if request.regions:
             check_backend(self.engines.settings.backend)
         chosen, notes = request, list[str]()
-        self._controlled.check(request.controls)
+        if request.controls:
+            self._controlled.check(request.controls)
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)
         if self._named or chosen.names_files:
@@ -263,7 +264,8 @@ class Pipeline(AdaptedModel):
         self._latents.open_upscalers(plan)
         for part in parts_of(plan, self.model):
             self.engine(part)
-        self._controlled.open(plan)
+        if plan.controls:
+            self._controlled.open(plan)
 
     def step(self, state: State, inputs: StepInputs) -> State:
         """Call the UNet once; returns the state after it, and leaves the one before as it was.

@@ -325,7 +325,7 @@ def _run(
         program=matrices,
         conditioning=conditioning,
         controls=controls,
-        control_calls=control_calls(controls, groups, len(prompts), residuals),
+        control_calls=control_calls(controls, groups, len(prompts), residuals) if controls else (),
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
         seeds=list(request.seeds),

@@ -172,7 +172,8 @@ class Request:
         self._check_size()
         if self.regions != ():
             check_regions(self.regions, prompt_syntax=self.prompt_syntax)
-        object.__setattr__(self, "controls", checked_controls(self.controls))
+        controls = checked_controls(self.controls) if self.controls != () else ()
+        object.__setattr__(self, "controls", controls)
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
         check_number("variation_strength", self.variation_strength, Real, 0, 1)
@@ -265,8 +266,7 @@ class Request:
         count = len(self.prompts)
         if isinstance(self.negative_prompt, str):
             return (self.negative_prompt,) * count
-        negative = texts("negative_prompt", self.negative_prompt)
-        if len(negative) != count:
+        if len(negative := texts("negative_prompt", self.negative_prompt)) != count:
             raise RequestError(
                 f"negative_prompt has {len(negative)} texts and prompt has {count}; "
                 "give one text, or as many as there are prompts"

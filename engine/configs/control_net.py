@@ -74,7 +74,7 @@ class ControlNetConfig(UNetConfig):
             return resnet_activations(first, max(first, second // 4)) * sizes.pixels
         latents = sizes.height * sizes.width // 64
         levels = enumerate(self.residual_widths())
-        residuals = sum(sum(widths) * latents // 4**level for level, widths in levels)
+        residuals = sum(sum(widths) * (latents >> 2 * level) for level, widths in levels)
         rows = sizes.groups * sizes.batch
         own: int = super(ControlNetConfig, self).activations(part, sizes)
         return own + 3 * rows * residuals

@@ -28,7 +28,7 @@ from runtime.batch.progress import Progress
 from runtime.batch.requests import ANY_SEED, Defaults
 from runtime.batch.work import Work, works
 from runtime.checks import check_choice, check_number
-from runtime.control_options import CONTROL_OPTIONS, control_files
+from runtime.control_options import CONTROL_FIELDS, control_files
 from runtime.images.files import FORMATS as PICTURES
 from runtime.noise import MAX_SEED
 from runtime.options import (
@@ -194,13 +194,15 @@ def _load(options: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     loading = Loading(options.model)
     with loading:
         pipeline = Pipeline.load(
-            options.model, **load_arguments(options), controls=control_files(options)
+            options.model,
+            **load_arguments(options),
+            controls=control_files(options) if options.controls else None,
         )
         loading.note(*pipeline.notes)
     chosen = pipeline.engines
     options.backend, options.precision = chosen.settings.backend, chosen.precision
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += CONTROL_OPTIONS if options.controls else ()
+    names += CONTROL_FIELDS if options.controls else ()
     names += tuple(name for name in ("regions", *PIECES) if getattr(options, name))
     return pipeline, made_with(options, names, pipeline.model_path)
 
