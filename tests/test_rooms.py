@@ -46,6 +46,7 @@ ROOMS = {
             "fair_queue",
             "bucket_scheduler",
             "row_limits",
+            "model_errors",
             "model_files",
             "model_memory",
             "checks",
