@@ -33,6 +33,7 @@ from serving.picture_request import PictureRequest
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 OVER = frozenset(("done", "failed", "cancelled"))
 EVENTS_KEPT = 64  # of a job, for whoever reads slowly or comes back
+FETCH_SECONDS = 10.0  # that a server that ends waits for a finished picture to be fetched
 ID_BYTES = 16
 FAILURES: Mapping[str, type[RefusalError]] = {
     "engine_failed": EngineFailedError,
@@ -60,6 +61,7 @@ class DrawnPicture:
     data: bytes = field(default=b"", repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict)
     batched: bool = False
+    fetched: bool = False
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -264,6 +266,16 @@ class Jobs:
     def unfinished(self) -> list[Job]:
         """Return those that are not over, in the order in which they came."""
         return [job for job in self._jobs.values() if not job.is_over]
+
+    @property
+    def awaits_fetching(self) -> bool:
+        """Whether a picture was finished just now that its client has not fetched yet."""
+        since = self._clock() - FETCH_SECONDS
+        return any(
+            job.state == "done" and (job.ended or 0.0) > since and not picture.fetched
+            for job in self._jobs.values()
+            for picture in job.pictures
+        )
 
     def _turn(self, event: Event) -> None:
         """Take the progress of all rows of a call."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.adapters.choice import AdapterChoice
 from engine.backends.settings import DEFAULT
-from engine.errors import ModelError, RequestError
+from engine.errors import ModelError
 from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.rows import Row, rows_of
 from runtime.images.files import encode_image, program_version
@@ -29,8 +29,8 @@ from runtime.plan import Plan
 from runtime.request import Request
 from runtime.templates import expand_request, with_templates
 from serving.checks import check_chunks
-from serving.errors import EngineFailedError, UnavailableError
 from serving.limits import Limits
+from serving.model_errors import misfit, not_finite, unavailable
 from serving.model_files import Files, is_same, is_written_over
 from serving.model_memory import fitting_rows, weight_bytes
 from serving.picture_request import PictureRequest
@@ -184,12 +184,7 @@ class RowPicture:
         """As `UnfinishedPicture` says. Raises EngineFailedError for latents that are no numbers."""
         latents = self.row.latents
         if not np.isfinite(latents).all():
-            raise EngineFailedError(
-                f"the model {self.picture_request.model} gave no numbers (NaN) for this request; "
-                "another prompt, sampler or guidance_scale may help, or --precision float32 where "
-                "the server is started",
-                code="not_finite",
-            )
+            raise not_finite(self.picture_request.model)
         plan = self.row.plan
         (image,) = self.pipeline.finish(plan, self.pipeline.decode(latents))
         chosen = self.pipeline.engines
@@ -236,7 +231,7 @@ class Models:
             return self._begin(picture_request)
         except ModelError as error:
             log.exception("a model cannot be loaded")
-            raise _unavailable(picture_request.model, "cannot be loaded") from error
+            raise unavailable(picture_request.model, "cannot be loaded") from error
 
     def _begin(self, picture_request: PictureRequest) -> list[RowPicture]:
         request, notes = picture_request.request(), list[str]()
@@ -304,7 +299,7 @@ class Models:
         for name, path in paths.items():
             before = self.files.get(str(path), {})
             if is_written_over(path, before) if is_open else not is_same(path, before):
-                raise _unavailable(name, "is another file now than the server began with")
+                raise unavailable(name, "is another file now than the server began with")
 
     def _make_room(self, needed: int) -> None:
         """Let go of the models that were asked for longest ago, before another is opened."""
@@ -325,7 +320,7 @@ class Models:
         try:
             pipeline.set_loras(chosen)
         except ModelError as error:
-            raise _misfit(model, loras) from error
+            raise misfit(model, [name for name, *_ in loras]) from error
 
     def _plan(
         self, pipeline: Pipeline, model: str, loras: Sequence[Lora], request: Request
@@ -338,18 +333,9 @@ class Models:
             with self._lock:
                 self._open.pop((model, tuple(loras)), None)
             if loras:
-                raise _misfit(model, loras) from error
+                raise misfit(model, [name for name, *_ in loras]) from error
             raise
         return plan
-
-
-def _misfit(model: str, loras: Sequence[Lora]) -> RequestError:
-    """Return what is said of adapters; the text of a ModelError names paths of this machine."""
-    names = " or ".join(name for name, *_ in loras)
-    return RequestError(
-        f"loras: {names} does not fit the model {model}; leave it out, give it a smaller weight, "
-        "or take a model that it was trained for"
-    )
 
 
 def _preview_map(pipeline: Pipeline) -> PreviewMap:
@@ -359,9 +345,3 @@ def _preview_map(pipeline: Pipeline) -> PreviewMap:
         return Preview.fit(latents, pipeline.decode(latents))
 
     return fitted
-
-
-def _unavailable(name: str, why: str) -> UnavailableError:
-    return UnavailableError(
-        f"{name} {why}; the operator must look after it", code="model_unavailable"
-    )

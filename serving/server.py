@@ -121,5 +121,6 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end: nothing is left to finish, or nothing can be begun."""
-        drained = self._jobs.draining and not self._jobs.unfinished()
+        jobs = self._jobs
+        drained = jobs.draining and not jobs.unfinished() and not jobs.awaits_fetching
         return await super().on_tick(counter) or drained or self._engine.has_failed

@@ -61,6 +61,7 @@ ROOMS = {
             "fair_queue",
             "bucket_scheduler",
             "row_limits",
+            "model_errors",
             "model_files",
             "engine_settings",
             "model_memory",

@@ -92,6 +92,7 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
         job = jobs.find(job_id, request.state.caller)
         if not 0 <= index < len(job.pictures) or not job.pictures[index].data:
             raise NotFoundError("that picture is not drawn", code="picture_not_found")
+        job.pictures[index].fetched = True
         return Response(job.pictures[index].data, media_type=MEDIA[job.picture_request.format])
 
     @router.get("/capabilities")

@@ -1,5 +1,6 @@
 """`latentrt serve` as a process: its options, its start, its end, and its engine that is killed."""
 
+import base64
 import json
 import os
 import re
@@ -85,6 +86,7 @@ def test_a_served_picture_an_engine_that_dies_and_an_end_that_waits():
         # SIGTERM: what was begun is finished, what comes is refused, and then it ends.
         results.clear()
         asked = begin(8, client, results)
+        job = client.post("/api/v1/pictures", json=BODY).json()["id"]
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
         while client.get("/ready").json()["status"] != "draining":
@@ -94,6 +96,11 @@ def test_a_served_picture_an_engine_that_dies_and_an_end_that_waits():
         for thread in asked:
             thread.join(60)
         assert [status for status, _ in results] == [200] * 8
+        while client.get(f"/api/v1/pictures/{job}").json()["state"] != "done":
+            time.sleep(0.05)
+        time.sleep(0.5)  # its client looks now and then
+        file = client.get(f"/api/v1/pictures/{job}/image/0").content
+        assert file == base64.b64decode(files.pop())
         assert process.wait(20) == 0
     log = "".join(lines)
     assert "a red apple" not in log

@@ -1,4 +1,16 @@
-"""Whoever leaves, comes too late or stops reading: in every state, and over HTTP."""
+"""Whoever leaves, comes too late or stops reading: in every state, and over HTTP.
+
+What a server must survive, and where it is tested:
+
+| URLs, names, hosts, pictures, bodies, sizes, keys, texts of errors, headers | test_security |
+| cancelling, leaving, deadlines in every state; clients that stop reading | here, test_loop |
+| SIGTERM once and twice; a full disk | test_command |
+| an engine that dies: in every state, while it starts, of one request | test_supervisor |
+| want of memory, one row that fails, starving | test_loop, test_floods |
+| NaN, damaged models and adapters, a start without the first model | test_faulty_models |
+| files replaced, deleted or written over while they are served | test_model_files |
+| idle connections, floods, clocks that jump, keys that come twice | test_floods |
+"""
 
 import json
 import socket

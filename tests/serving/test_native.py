@@ -222,6 +222,24 @@ def test_a_slow_reader_holds_nothing_up_and_gets_the_end(slow):
     assert events(client, job)[-1][0] == "done"
 
 
+def test_an_end_waits_for_what_was_just_finished_to_be_fetched(slow, monkeypatch):
+    running, client = slow
+    jobs = running.service.jobs
+    assert not jobs.awaits_fetching
+    body = {"prompt": "p", "num_inference_steps": 1, "num_images_per_prompt": 2}
+    job = client.post(PICTURES, json=body).json()["id"]
+    assert events(client, job)[-1][0] == "done"
+    for index in range(2):
+        assert jobs.awaits_fetching
+        client.get(f"{PICTURES}/{job}/image/{index}")
+    assert not jobs.awaits_fetching
+    job = client.post(PICTURES, json=body).json()["id"]
+    assert events(client, job)[-1][0] == "done"
+    assert jobs.awaits_fetching
+    monkeypatch.setattr("serving.jobs.FETCH_SECONDS", 0.0)
+    assert not jobs.awaits_fetching, "nor for ever"
+
+
 def test_finished_pictures_are_kept_within_bounds():
     limits = Limits(kept_bytes=400)
     with (
