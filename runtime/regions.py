@@ -34,6 +34,7 @@ __all__ = [
     "parse_region",
     "shares_of",
     "split_region",
+    "with_regions",
 ]
 
 Array = NDArray[np.float32]
