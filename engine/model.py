@@ -20,7 +20,7 @@ from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.pieces import PIECES, read_pieces, replaced_pieces
 from engine.checkpoints.pipeline_index import check_index, latent_side, with_pooled_text
 from engine.checkpoints.single_file import open_vae, read_file
-from engine.checkpoints.tiny_autoencoder import is_tiny_folder, open_tiny_decoder
+from engine.checkpoints.tiny_autoencoder import open_tiny_decoder
 from engine.checkpoints.unsupported import foreign_channels
 from engine.configs.diffusion import (
     AutoencoderConfig,
@@ -31,6 +31,7 @@ from engine.configs.diffusion import (
     UNetConfig,
     read_json,
 )
+from engine.configs.tiny_autoencoder import is_tiny
 from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
 from engine.shipped import MODELS
@@ -179,7 +180,7 @@ class Model:
             *_, pooling = configs.values()  # the last text encoder
             configs["unet"] = config = with_pooled_text(config, pooling.symbols()["P"])
         if needs_vae or (path / "vae").is_dir():
-            tiny = is_tiny_folder(path / "vae")
+            tiny = is_tiny(read_json(path / "vae" / "config.json"))
             vae: type[Config] = TinyAutoencoderConfig if tiny else AutoencoderConfig
             configs["vae"] = vae.load(path / "vae")
         if (path / "preview_decoder").is_dir():

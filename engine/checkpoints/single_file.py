@@ -31,11 +31,12 @@ from engine.checkpoints.parts import (
 from engine.checkpoints.prediction import Evidence, TrainingFacts, conclude
 from engine.checkpoints.tiny_autoencoder import (
     has_tiny_decoder,
-    is_tiny_folder,
     open_tiny_autoencoder,
 )
 from engine.checkpoints.unsupported import refuse_foreign
+from engine.configs.base import read_json
 from engine.configs.diffusion import AutoencoderConfig, Config, TinyAutoencoderConfig
+from engine.configs.tiny_autoencoder import is_tiny
 from engine.errors import MissingTensorError, ModelError
 
 __all__ = ["FileFields", "open_vae", "read_file"]
@@ -162,7 +163,8 @@ def open_vae(
     Raises ModelError when it is no autoencoder, and for any tensor that has no place.
     """
     weights = open_weights(path)
-    if is_tiny_folder(path) if path.is_dir() else has_tiny_decoder(weights.tensors):
+    tiny = path.is_dir() and is_tiny(read_json(path / "config.json"))
+    if tiny or (not path.is_dir() and has_tiny_decoder(weights.tensors)):
         return open_tiny_autoencoder(path)
     if path.is_dir():
         config = AutoencoderConfig.load(path)

@@ -14,9 +14,8 @@ from typing import Any
 
 from engine.checkpoints.component import Component, Source, assemble, refuse_left_over
 from engine.checkpoints.formats.files import StoredTensor, Weights, open_weights
-from engine.configs.base import Shape, read_json
+from engine.configs.base import Shape
 from engine.configs.tiny_autoencoder import (
-    CLASS_NAME,
     TINY_LEVELS,
     TinyAutoencoderConfig,
     TinyDecoderConfig,
@@ -25,7 +24,6 @@ from engine.errors import ModelError
 
 __all__ = [
     "has_tiny_decoder",
-    "is_tiny_folder",
     "open_tiny_autoencoder",
     "open_tiny_decoder",
     "tiny_config",
@@ -45,11 +43,6 @@ LAYER = re.compile(r"(\d{1,4})\.((conv\.[024]\.)?(weight|bias))")
 FIRST_BLOCK = {ENCODER: 1, DECODER: 2}  # by our numbers
 PREFIXES = ("", "first_stage_model.", "vae.", "tae.")  # the last three in files of whole models
 UNUSED = r"(.+\.)?vae_(scale|shift)"  # what ComfyUI has latents scaled by; these are in the sampler
-
-
-def is_tiny_folder(folder: Path) -> bool:
-    """Tell whether the folder of an autoencoder is diffusers' AutoencoderTiny."""
-    return read_json(folder / "config.json").get("_class_name") == CLASS_NAME
 
 
 def has_tiny_decoder(names: Container[str], prefix: str | None = None) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Self
 from engine.configs.base import Config, Shape, Sizes, Tensors, require_fixed, weight
 from engine.errors import ModelError
 
-__all__ = ["TINY_LEVELS", "TinyAutoencoderConfig", "TinyDecoderConfig"]
+__all__ = ["TINY_LEVELS", "TinyAutoencoderConfig", "TinyDecoderConfig", "is_tiny"]
 
 TINY_LEVELS = 4  # and twice the size between them
 CLASS_NAME = "AutoencoderTiny"
@@ -112,6 +112,11 @@ class TinyAutoencoderConfig(Config):
         """Estimate the most numbers alive at once: in a block of the widest level."""
         coder = self.encoder_block_out_channels, self.decoder_block_out_channels
         return 3 * coder[part == "vae_decoder"][0] * sizes.pixels
+
+
+def is_tiny(values: Mapping[str, Any]) -> bool:
+    """Tell whether an autoencoder's configuration is of diffusers' AutoencoderTiny."""
+    return values.get("_class_name") == CLASS_NAME
 
 
 def _check_class(values: Mapping[str, Any]) -> None:

@@ -257,6 +257,8 @@ def read_tensors(path: Path, file: mmap.mmap) -> tuple[dict[str, StoredTensor], 
 
     Raises ModelError when the file is in no format that is read here, or damaged.
     """
+    if file[4:9] == b"\0\0\0\0{":  # safetensors: a header of less than 4 GB, in JSON
+        return read_header(path, file)
     if file[:4] in (b"PK\3\4", b"PK\5\6"):
         return read_archive(path, file)
     if file[: len(GGUF)] == GGUF:
@@ -270,10 +272,8 @@ def read_tensors(path: Path, file: mmap.mmap) -> tuple[dict[str, StoredTensor], 
 
 
 def _refuse_others(path: Path, file: mmap.mmap) -> None:
-    """Raise ModelError unless a file is safetensors, or is called so and merely damaged."""
+    """Raise ModelError unless a file is called safetensors, and merely damaged."""
     start = file[:512]
-    if start[4:9] == b"\0\0\0\0{":  # a header of less than 4 GB, in JSON
-        return
     for signature, what in OTHERS:
         if start.startswith(signature):
             raise ModelError(f"{path} {what}")
