@@ -164,11 +164,9 @@ def test_one_key_at_the_same_time_draws_once(running, http):
     (job,) = {answer.json()["id"] for answer in answers.values()}
     other = post(http, "bert", "one", prompt="at once").json()["id"]
     assert other != job
-    headers, end = authorized("anna"), time.monotonic() + 20
-    while time.monotonic() < end:
-        told = http.get(f"{PICTURES}/{job}", headers=headers).json()
-        if told["state"] == "done":
-            break
+    for caller, each in (("anna", job), ("bert", other)):
+        where = f"{PICTURES}/{each}/events"
+        assert "event: done" in http.get(where, headers=authorized(caller)).text
     again = post(http, "anna", "one", prompt="at once").json()
     assert (again["id"], again["state"]) == (job, "done")
     assert running.loop._runner.done.count(("texts", "at once")) == 2, "one for each caller"
