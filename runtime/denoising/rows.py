@@ -300,7 +300,8 @@ def _laid_out(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def padded(name: str, array: NDArray[Any], registers: int) -> NDArray[Any]:
     """Pad what has a register's axis with zeros; out and noise stay the last two columns.
 
-    array: an input of one picture, as `Row.inputs` returns it; registers: as many as there are then
+    array: an input of pictures: registers (B, r, C, h, w), matrices (B, r, r + 2), outside
+        (B, r + 2), or any other, which stays; registers: the r of what is returned
     """
     if name not in BY_REGISTERS or array.shape[1] == registers + 2 * (name == "outside"):
         return array
