@@ -112,24 +112,6 @@ def test_pictures_are_diffusers_own(loaded, name):
     assert psnr(draw(pipeline, first(), second), theirs) < SMALL_PICTURE_PSNR_DB
 
 
-def test_image_to_image_and_inpainting(loaded):
-    small, pipeline, nets, *_ = loaded("sd1")
-    control = Control(net="a", image=HINT)
-    image = drawing(PIXELS, PIXELS).transpose(1)
-    sides = {"height": PIXELS, "width": PIXELS}
-    theirs = reference(small, nets["a"], HINT, "Img2Img", image=image, strength=0.6, **sides)
-    ours = draw(pipeline, control, image=image, strength=0.6, height=None, width=None)
-    assert psnr(ours, theirs) >= SMALL_PICTURE_PSNR_DB
-    mask = np.zeros((PIXELS, PIXELS), np.uint8)
-    mask[:, : PIXELS // 2] = 255
-    masked = type(image).fromarray(mask)
-    given = {"image": image, "strength": 1.0}
-    theirs = reference(small, nets["a"], HINT, "Inpaint", **given, mask_image=masked, **sides)
-    fields = {**given, "mask": masked, "paste_back": False, "height": None, "width": None}
-    assert psnr(draw(pipeline, control, **fields), theirs) >= SMALL_PICTURE_PSNR_DB
-    assert psnr(draw(pipeline, **fields), theirs) < SMALL_PICTURE_PSNR_DB
-
-
 def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
     _, pipeline, *_ = loaded("sd1")
     one = partial(Control, net="a", image=HINT)
