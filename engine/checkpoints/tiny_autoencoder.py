@@ -16,7 +16,7 @@ from engine.checkpoints.component import Component, Source, assemble, refuse_lef
 from engine.checkpoints.formats.files import StoredTensor, Weights, open_weights
 from engine.configs.base import Shape, read_json
 from engine.configs.tiny_autoencoder import (
-    CLASS_NAME,
+    TINY_CLASS,
     TINY_LEVELS,
     TinyAutoencoderConfig,
     TinyDecoderConfig,
@@ -49,7 +49,7 @@ UNUSED = r"(.+\.)?vae_(scale|shift)"  # what ComfyUI has latents scaled by; thes
 
 def is_tiny_folder(folder: Path) -> bool:
     """Tell whether the folder of an autoencoder is diffusers' AutoencoderTiny."""
-    return read_json(folder / "config.json").get("_class_name") == CLASS_NAME
+    return read_json(folder / "config.json").get("_class_name") == TINY_CLASS
 
 
 def has_tiny_decoder(names: Container[str], prefix: str | None = None) -> bool:
