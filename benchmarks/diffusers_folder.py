@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.configs.diffusion import (
     AutoencoderConfig,
+    Config,
     TextEncoderConfig,
     TinyAutoencoderConfig,
 )
@@ -81,7 +82,7 @@ def _configs(model: Model) -> dict[Any, dict[str, Any]]:
             "_diffusers_version": DIFFUSERS,
             "sample_size": side,
         },
-        "vae": _vae(model.vae, side),
+        "vae": _vae(model.config("vae_decoder"), side),
     }
 
 
@@ -98,9 +99,10 @@ def _text(config: TextEncoderConfig) -> dict[str, Any]:
     }
 
 
-def _vae(config: AutoencoderConfig | TinyAutoencoderConfig, side: int) -> dict[str, Any]:
+def _vae(config: Config, side: int) -> dict[str, Any]:
     if isinstance(config, TinyAutoencoderConfig):
         return {**asdict(config), "_class_name": TINY, "_diffusers_version": DIFFUSERS}
+    assert isinstance(config, AutoencoderConfig)  # no model that is measured draws in pixels
     levels = len(config.block_out_channels)
     return {
         **asdict(config),

@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.comparison_tables import latency_table, quality_table, speed_table
 from benchmarks.gpu_summary import gpu_table
+from benchmarks.image_noise import noise_table
 from benchmarks.resource_tables import build_table, memory_table, scale_table
 from benchmarks.serving.tables import costs_table, load_table, simulation_table, steps_table
 from engine.errors import OutputError
@@ -31,6 +32,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "scale-sd15",
     ),
     README.parent / "docs" / "gpu.md": ("gpu",),
+    README.parent / "docs" / "modes.md": ("image-noise",),
     README.parent / "docs" / "marking.md": ("watermark",),
     README.parent / "docs" / "serving.md": (
         "serving-steps",
@@ -148,6 +150,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "memory-sd15": memory_table,
     "build": build_table,
     "gpu": gpu_table,
+    "image-noise": noise_table,
     "scale": scale_table,
     "scale-sd15": scale_table,
     "speed": speed_table,

@@ -23,15 +23,16 @@ from engine.checkpoints.single_file import open_vae, read_file
 from engine.checkpoints.tiny_autoencoder import open_tiny_decoder
 from engine.checkpoints.unsupported import foreign_channels
 from engine.configs.diffusion import (
+    AUTOENCODERS,
     AutoencoderConfig,
     Config,
+    IdentityAutoencoderConfig,
     TextEncoderConfig,
     TinyAutoencoderConfig,
     TinyDecoderConfig,
     UNetConfig,
     read_json,
 )
-from engine.configs.tiny_autoencoder import is_tiny
 from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
 from engine.shipped import MODELS
@@ -180,9 +181,8 @@ class Model:
             *_, pooling = configs.values()  # the last text encoder
             configs["unet"] = config = with_pooled_text(config, pooling.symbols()["P"])
         if needs_vae or (path / "vae").is_dir():
-            tiny = is_tiny(read_json(path / "vae" / "config.json"))
-            vae: type[Config] = TinyAutoencoderConfig if tiny else AutoencoderConfig
-            configs["vae"] = vae.load(path / "vae")
+            kind = str(read_json(path / "vae" / "config.json").get("_class_name"))
+            configs["vae"] = AUTOENCODERS.get(kind, AutoencoderConfig).load(path / "vae")
         if (path / "preview_decoder").is_dir():
             configs["preview_decoder"] = TinyDecoderConfig.load(path / "preview_decoder")
 
@@ -237,10 +237,12 @@ class Model:
         return self._config("unet", UNetConfig)
 
     @property
-    def vae(self) -> AutoencoderConfig | TinyAutoencoderConfig:
+    def vae(self) -> AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig:
         """The autoencoder's architecture; raises ModelError when the model has none."""
         config = self._config("vae", Config)
-        assert isinstance(config, AutoencoderConfig | TinyAutoencoderConfig)
+        assert isinstance(
+            config, AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig
+        )
         return config
 
     @property
@@ -264,7 +266,7 @@ class Model:
     def weights(self, part: Part) -> Component:
         """Open the weights of a part, memory-mapped; raises ModelError, also if it has none."""
         component = self.component(COMPONENTS[part])
-        if part == "vae_encoder" and not any(name.startswith("encoder.") for name in component):
+        if part == "vae_encoder" and component and all(n.startswith("decoder.") for n in component):
             raise ModelError(
                 f"{self.path} has the decoder of a tiny autoencoder alone, and no picture can be "
                 "encoded; put its encoder's file beside it (taesd_encoder beside taesd_decoder), "

@@ -21,6 +21,7 @@ from engine.configs.diffusion import (
     LARGEST_ID,
     AutoencoderConfig,
     Config,
+    IdentityAutoencoderConfig,
     TextEncoderConfig,
     TinyAutoencoderConfig,
     TinyDecoderConfig,
@@ -34,6 +35,11 @@ from export.modules.autoencoder import Autoencoder
 from export.modules.clip import TextEncoder
 from export.modules.control_net import ControlNet
 from export.modules.gpt2 import GPT2, LanguageModelPart
+from export.modules.identity_autoencoder import (
+    IdentityAutoencoder,
+    IdentityDecode,
+    IdentityEncode,
+)
 from export.modules.tiny_autoencoder import PreviewDecode, TinyAutoencoder, TinyEncode
 from export.modules.unet import UNet
 from export.parts import Step, TextEncode, VaeDecode, VaeEncode
@@ -66,6 +72,9 @@ MODULES: Mapping[type[Config], Callable[[Part, Any], nn.Module]] = {
     TinyAutoencoderConfig: lambda part, config: (
         PreviewDecode if part == "vae_decoder" else TinyEncode
     )(TinyAutoencoder(config)),
+    IdentityAutoencoderConfig: lambda part, config: (
+        IdentityDecode if part == "vae_decoder" else IdentityEncode
+    )(IdentityAutoencoder(config)),
     TinyDecoderConfig: lambda part, config: PreviewDecode(TinyAutoencoder(config)),
     GPT2Config: lambda part, config: LanguageModelPart(GPT2(config)),
 }

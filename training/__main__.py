@@ -25,10 +25,23 @@ import numpy as np
 
 from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
+from runtime import Pipeline
 from runtime.conditioning.tokenizer import Tokenizer
-from training import autoencoder, card, diffusion, distillation, pictograms, preview, quality, ship
+from training import (
+    autoencoder,
+    card,
+    ddpm,
+    diffusion,
+    distillation,
+    judge,
+    pictograms,
+    preview,
+    quality,
+    ship,
+)
 from training.captions import read_coco, read_flickr30k
 from training.dataset import PictogramTrainingSet, TrainingSet, load_training_set
+from training.idx import LabelledPictures
 from training.loop import LoopSettings
 from training.options import DEFAULTS, parser
 from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
@@ -261,6 +274,50 @@ def _settings(options: argparse.Namespace) -> LoopSettings:
     )
 
 
+def _ddpm(options: argparse.Namespace) -> None:
+    classes = _classes(options)
+    pictures = LabelledPictures.read(options.idx, "train", len(classes))
+    config = ddpm.scheduler(options.beta_schedule, options.prediction)
+    folder = options.work / "tokenizer"
+    settings = dataclasses.replace(_settings(options), muon=True, weight_decay=0.1)
+    tokenizer = ddpm.class_tokenizer(folder, classes)
+    denoiser = ddpm.train(
+        pictures, tokenizer, classes, settings, options.work, config=config, loss=options.loss
+    )
+    ddpm.write(options.out, denoiser.cpu(), folder, config, pictures.images.shape[1])
+    print(f"{options.out}; make its graphs with `python -m export {options.out}`")
+
+
+def _judge(options: argparse.Namespace) -> None:
+    classes = _classes(options)
+    learned = LabelledPictures.read(options.idx, "train", len(classes))
+    tested = LabelledPictures.read(options.idx, "test", len(classes))
+    pipeline = Pipeline.load(options.model)
+    settings = dataclasses.replace(_settings(options), warmup_steps=50)
+    report = judge.evaluate(
+        pipeline,
+        judge.train(learned, len(classes), settings, options.work),
+        learned,
+        tested,
+        classes,
+        seed=options.seed,
+        sampler=options.sampler,
+        num_inference_steps=options.sampler_steps,
+        guidance_scale=options.guidance_scale,
+    )
+    print(json.dumps(report, indent=2))
+
+
+def _classes(options: argparse.Namespace) -> list[str]:
+    """Return the classes' names; raises RequestError for names that are empty or alike."""
+    classes = [name.strip() for name in options.classes.split(",")]
+    if not all(classes) or len({name.lower() for name in classes}) < len(classes):
+        raise RequestError(
+            f"--classes is {options.classes!r}; give a name for each label, no two alike"
+        )
+    return classes
+
+
 COMMANDS = {
     "data": _data,
     "autoencoder": _autoencoder,
@@ -270,6 +327,8 @@ COMMANDS = {
     "all": _all,
     "ship": _ship,
     "evaluate": _evaluate,
+    "ddpm": _ddpm,
+    "judge": _judge,
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from engine.command_line import CommandParser
+from training.ddpm import LOSSES, PREDICTIONS, SCHEDULES
+from training.idx import DIGITS
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -79,6 +81,7 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
                 "--start", metavar="MODEL", help="train on from this model, with its autoencoder"
             )
             vocabulary(train)
+    _add_classes(command)
     everything = command("all", "data, autoencoder, diffusion and ship, what is not done yet")
     sources(everything)
     everything.add_argument(
@@ -98,3 +101,36 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
     )
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
     return program
+
+
+def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add the model in pixels and its judge."""
+    ddpm = command("ddpm", "train a small model in pixels on labelled pictures")
+    for added in (ddpm, command("judge", "measure a model that ddpm wrote")):
+        added.add_argument(
+            "--idx", type=Path, required=True, metavar="FOLDER", help="of MNIST's four IDX files"
+        )
+        added.add_argument(
+            "--classes",
+            default=",".join(DIGITS),
+            metavar="NAME,NAME",
+            help="of the labels from 0 on; prompts for them (default: %(default)s)",
+        )
+        added.add_argument("--seed", type=int, default=0)
+        added.add_argument("--threads", type=int, help="processor threads")
+        added.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        added.add_argument("--steps", type=int, default=3600 if added is ddpm else 800)
+        added.add_argument("--minutes", type=float, help="end sooner, after this much computing")
+        added.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+        added.add_argument(
+            "--learning-rate", type=float, default=2e-3, help="(default: %(default)s)"
+        )
+        added.set_defaults(sample_steps=1000)
+    ddpm.add_argument("--beta-schedule", choices=SCHEDULES, default="cosine")
+    ddpm.add_argument("--loss", choices=LOSSES, default="l2")
+    ddpm.add_argument("--prediction", choices=PREDICTIONS, default=PREDICTIONS[0])
+    ddpm.add_argument("--out", type=Path, required=True, help="the model's folder")
+    added.add_argument("--model", type=Path, required=True, help="what ddpm wrote, exported")
+    added.add_argument("--sampler", default="ddpm", help="(default: %(default)s)")
+    added.add_argument("--sampler-steps", type=int, default=50, help="(default: %(default)s)")
+    added.add_argument("--guidance-scale", type=float, default=1.0, help="(default: %(default)s)")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.configs.diffusion import AutoencoderConfig, UNetConfig
+from engine.configs.diffusion import AutoencoderConfig, IdentityAutoencoderConfig, UNetConfig
+from engine.configs.identity_autoencoder import IDENTITY_CLASS
 from engine.errors import ModelError
 from export.modules.autoencoder import Autoencoder
+from export.modules.identity_autoencoder import IdentityAutoencoder
 from training.diffusion import MAX_TOKENS, SCHEDULER, Denoiser
 
 LATENT_SIDE = 16  # the pictures are 128 pixels wide and the autoencoder makes 8 of them one
@@ -27,13 +30,22 @@ DIFFUSERS = "0.36.0"  # the oldest release that the configurations are written f
 State = dict[str, torch.Tensor]
 
 
-def write_model(out: Path, denoiser: Denoiser, autoencoder: Autoencoder, tokenizer: Path) -> None:
-    """Write everything that a pipeline needs to `out`."""
-    write_json(out / "model_index.json", _model_index())
-    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER, indent=None)
+def write_model(
+    out: Path,
+    denoiser: Denoiser,
+    autoencoder: Autoencoder | IdentityAutoencoder,
+    tokenizer: Path,
+    *,
+    scheduler: Mapping[str, object] = SCHEDULER,
+    sample_size: int = LATENT_SIDE,
+) -> None:
+    """Write everything that a pipeline needs to `out`; sample_size: side of the latents."""
+    vae = _vae_config(autoencoder.config, sample_size)
+    write_json(out / "model_index.json", _model_index(scheduler, vae))
+    write_json(out / "scheduler" / "scheduler_config.json", scheduler, indent=None)
     write_json(out / "text_encoder" / "config.json", _text_encoder_config(denoiser))
-    write_json(out / "unet" / "config.json", _unet_config(denoiser.unet.config))
-    write_json(out / "vae" / "config.json", _vae_config(autoencoder.config))
+    write_json(out / "unet" / "config.json", _unet_config(denoiser.unet.config, sample_size))
+    write_json(out / "vae" / "config.json", vae)
     for name, module in (
         ("text_encoder", denoiser.text_encoder),
         ("unet", denoiser.unet),
@@ -75,13 +87,13 @@ def write_weights(module: nn.Module, path: Path) -> None:
     partial.replace(path)
 
 
-def write_json(path: Path, values: dict[str, Any], indent: int | None = 2) -> None:
+def write_json(path: Path, values: Mapping[str, Any], indent: int | None = 2) -> None:
     """Write a JSON object, making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")
 
 
-def _model_index() -> dict[str, Any]:
+def _model_index(scheduler: Mapping[str, object], vae: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS,
@@ -89,11 +101,11 @@ def _model_index() -> dict[str, Any]:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", SCHEDULER["_class_name"]],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", vae["_class_name"]],
     }
 
 
@@ -111,7 +123,7 @@ def _text_encoder_config(denoiser: Denoiser) -> dict[str, Any]:
     }
 
 
-def _unet_config(config: UNetConfig) -> dict[str, Any]:
+def _unet_config(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
         values[name] = values[name] or None
@@ -120,12 +132,16 @@ def _unet_config(config: UNetConfig) -> dict[str, Any]:
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": DIFFUSERS,
         **values,
-        "sample_size": LATENT_SIDE,
+        "sample_size": sample_size,
     }
 
 
-def _vae_config(config: AutoencoderConfig) -> dict[str, Any]:
+def _vae_config(
+    config: AutoencoderConfig | IdentityAutoencoderConfig, sample_size: int
+) -> dict[str, Any]:
     values = dataclasses.asdict(config)
+    if isinstance(config, IdentityAutoencoderConfig):
+        return {"_class_name": IDENTITY_CLASS, **values}
     levels = len(config.block_out_channels)
     return {
         "_class_name": "AutoencoderKL",
@@ -134,5 +150,5 @@ def _vae_config(config: AutoencoderConfig) -> dict[str, Any]:
         "shift_factor": values["shift_factor"] or None,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "sample_size": LATENT_SIDE * config.compression,
+        "sample_size": sample_size * config.compression,
     }

@@ -36,7 +36,7 @@ from engine.checkpoints.tiny_autoencoder import (
 from engine.checkpoints.unsupported import refuse_foreign
 from engine.configs.base import read_json
 from engine.configs.diffusion import AutoencoderConfig, Config, TinyAutoencoderConfig
-from engine.configs.tiny_autoencoder import is_tiny
+from engine.configs.tiny_autoencoder import TINY_CLASS
 from engine.errors import MissingTensorError, ModelError
 
 __all__ = ["FileFields", "open_vae", "read_file"]
@@ -163,8 +163,8 @@ def open_vae(
     Raises ModelError when it is no autoencoder, and for any tensor that has no place.
     """
     weights = open_weights(path)
-    tiny = path.is_dir() and is_tiny(read_json(path / "config.json"))
-    if tiny or (not path.is_dir() and has_tiny_decoder(weights.tensors)):
+    told = read_json(path / "config.json").get("_class_name") if path.is_dir() else None
+    if told == TINY_CLASS or (told is None and has_tiny_decoder(weights.tensors)):
         return open_tiny_autoencoder(path)
     if path.is_dir():
         config = AutoencoderConfig.load(path)

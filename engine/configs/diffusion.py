@@ -23,13 +23,16 @@ from engine.configs.base import (
     resnet_activations,
     weight,
 )
-from engine.configs.tiny_autoencoder import TinyAutoencoderConfig, TinyDecoderConfig
+from engine.configs.identity_autoencoder import IDENTITY_CLASS, IdentityAutoencoderConfig
+from engine.configs.tiny_autoencoder import TINY_CLASS, TinyAutoencoderConfig, TinyDecoderConfig
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 
 __all__ = [
+    "AUTOENCODERS",
     "AutoencoderConfig",
     "Config",
+    "IdentityAutoencoderConfig",
     "TextEncoderConfig",
     "TinyAutoencoderConfig",
     "TinyDecoderConfig",
@@ -37,6 +40,11 @@ __all__ = [
     "read_json",
 ]
 
+# The classes of autoencoders beside AutoencoderKL, by their names in config.json.
+AUTOENCODERS: Mapping[str, type[TinyAutoencoderConfig] | type[IdentityAutoencoderConfig]] = {
+    TINY_CLASS: TinyAutoencoderConfig,
+    IDENTITY_CLASS: IdentityAutoencoderConfig,
+}
 HIDDEN_ACTS = ("quick_gelu", "gelu")
 XL_SCALING_FACTOR = 0.13025
 LARGEST_ID = 2  # as the end of text old configurations name token 2, and mean the largest id

@@ -11,10 +11,10 @@ from typing import Any, Self
 from engine.configs.base import Config, Shape, Sizes, Tensors, require_fixed, weight
 from engine.errors import ModelError
 
-__all__ = ["TINY_LEVELS", "TinyAutoencoderConfig", "TinyDecoderConfig", "is_tiny"]
+__all__ = ["TINY_CLASS", "TINY_LEVELS", "TinyAutoencoderConfig", "TinyDecoderConfig"]
 
 TINY_LEVELS = 4  # and twice the size between them
-CLASS_NAME = "AutoencoderTiny"
+TINY_CLASS = "AutoencoderTiny"
 # Fields of diffusers' configuration with the only values that are implemented.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("relu",),
@@ -114,14 +114,9 @@ class TinyAutoencoderConfig(Config):
         return 3 * coder[part == "vae_decoder"][0] * sizes.pixels
 
 
-def is_tiny(values: Mapping[str, Any]) -> bool:
-    """Tell whether an autoencoder's configuration is of diffusers' AutoencoderTiny."""
-    return values.get("_class_name") == CLASS_NAME
-
-
 def _check_class(values: Mapping[str, Any]) -> None:
     kind = values.get("_class_name")
-    if kind != CLASS_NAME:
+    if kind != TINY_CLASS:
         raise ModelError(
             f"config.json is of the class {kind!r}; an AutoencoderTiny's is expected, of TAESD "
             "or its kin"

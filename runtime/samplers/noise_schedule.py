@@ -28,7 +28,7 @@ TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 # Fields that would make diffusers leave the samplers of this package, and the values that do not.
 # Those that only tune one method (`solver_order`, `algorithm_type`, ...) are that method's own
@@ -232,6 +232,8 @@ def _betas(config: Mapping[str, Any]) -> Array:
             betas = np.minimum(1 - curve[1:] / curve[:-1], 0.999)
         elif kind == "scaled_linear":
             betas = np.linspace(math.sqrt(start), math.sqrt(end), total) ** 2
+        elif kind == "sigmoid":  # as diffusers' DDPMScheduler has it, from GeoDiff
+            betas = start + (end - start) / (1 + np.exp(-np.linspace(-6, 6, total)))
         else:
             betas = np.linspace(start, end, total)
     except (TypeError, ValueError) as error:

@@ -30,6 +30,8 @@ ORACLES = frozenset(
         "prometheus_client",
         "resvg_py",
         "safetensors",
+        "scipy",
+        "skimage",
         "starlette",
         "tensorrt_rtx_bindings",
         "torch",

@@ -94,7 +94,7 @@ class OpenVinoEngine:
         self._compiled: Any = None
         self._settled = False  # whether it has run
         self._shapes: Shapes = {}  # of the inputs, compiled in; ANY where several came
-        self.rebind(weights, graph.weights)
+        self._take(weights)
 
     def _hints(self, precision: ComputePrecision) -> dict[str, Any]:
         """Return the settings of a device beside the processor; raises BackendError."""
@@ -124,6 +124,7 @@ class OpenVinoEngine:
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
         """Run once, with arrays of the signature; raises BackendError, also for other shapes."""
         self._check(inputs)
+        inputs = {name: inputs[name] for name in self._ports}
         compiled = self._ready({name: array.shape for name, array in inputs.items()})
         try:
             # A request of its own for each run: a request's buffers are not for two threads.
@@ -139,6 +140,10 @@ class OpenVinoEngine:
         """Take the weights anew; see `engine.backends.base.Engine`."""
         if not any(name in self._graph.weights for name in names):
             return
+        self._take(weights)
+
+    def _take(self, weights: Arrays) -> None:
+        """Put weights into the model, of which a graph may want none."""
         with self._lock:
             self._compiled = self._model = None  # their memory goes before that of the next comes
             self._shapes = {}
@@ -255,9 +260,11 @@ class OpenVinoEngine:
 
     def _check(self, inputs: Arrays) -> None:
         """Refuse what the library would fill with zeros, cast or broadcast."""
-        if self._ports.keys() != inputs.keys():
+        # The library drops inputs that nothing reads: an encoder's noise without a posterior.
+        wanted = self._ports.keys() | set(self._graph.inputs)
+        if wanted != inputs.keys():
             raise BackendError(
-                f"the {self._graph.part} graph takes the inputs {', '.join(sorted(self._ports))}, "
+                f"the {self._graph.part} graph takes the inputs {', '.join(sorted(wanted))}, "
                 f"and {', '.join(sorted(inputs)) or 'none'} came"
             )
         for name, (dtype, shape) in self._ports.items():

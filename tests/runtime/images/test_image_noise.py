@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 from PIL import Image
+from skimage.util import img_as_ubyte, random_noise
 
 import runtime.__main__ as command
 from engine.backends.settings import BackendSettings
@@ -31,8 +32,6 @@ def noisy(text, pixels, seed=1, kind="cpu"):
 
 def theirs(text, pixels):
     """Return what scikit-image makes of 8-bit pixels, rounded as it rounds."""
-    from skimage.util import img_as_ubyte, random_noise
-
     kind, amount = text.split(":")
     options = {"var": float(amount)} if kind == "gaussian" else {"amount": float(amount)}
     mode = {"gaussian": "gaussian", "salt-pepper": "s&p"}[kind]
