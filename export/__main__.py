@@ -100,8 +100,9 @@ def _control_net(options: argparse.Namespace) -> None:
     from export.writing import export_control_net, export_part
 
     model = Model.open(find_model(options.model), vae=options.vae)
-    folder, precision = options.out or cache_folder() / "graphs", options.precision or "float32"
-    for line in export_control_net(model, options.file, precision, _made(folder)):
+    folder = _made(options.out or cache_folder() / "graphs")
+    precision: Precision = options.precision or "float32"
+    for line in export_control_net(model, options.file, precision, folder):
         print(line, flush=True)
     for part in ("step_controlled", "step_shallow_controlled"):
         if not (folder / graph_name(part, model.config(part), precision)).exists():

@@ -44,6 +44,5 @@ def _controlled(family: str) -> tuple[UNetConfig, ...]:
 
     (A net of the first kind steers the second as well.)
     """
-    first, *others = FAMILIES[family].published["unet"]
-    assert isinstance(first, UNetConfig)
-    return first, *(unet for unet in others if unet == replace(first, in_channels=unet.in_channels))
+    unets = [unet for unet in FAMILIES[family].published["unet"] if isinstance(unet, UNetConfig)]
+    return tuple(u for u in unets if u == replace(unets[0], in_channels=u.in_channels))
