@@ -1,7 +1,6 @@
 """The architectures whose graphs ship: those that the families publish, in all their forms."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from engine.checkpoints.families import FAMILIES
 from engine.configs.control_net import control_net_of
@@ -14,7 +13,7 @@ from engine.configs.diffusion import (
 from engine.graphs.graph import CONTROLLED_LEVELS, Part
 from engine.model import COMPONENTS
 
-CONTROLLED = ("sd1", "sd2", "xl")  # the families that ControlNets were published for
+CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship
 
 
 def published_parts() -> Iterator[tuple[Part, Config]]:
@@ -26,23 +25,14 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
             config for family in FAMILIES.values() for config in family.published.get(component, ())
         )
         yield from ((part, config) for config in dict.fromkeys(configs))
-    for unet in (config for name in CONTROLLED for config in _controlled(name)):
+    for name in CONTROLLED:
+        unet = FAMILIES[name].published["unet"][0]  # as first trained
+        assert isinstance(unet, UNetConfig)
         yield "step_controlled", unet
         yield "step_shallow_controlled", unet
-    for name in CONTROLLED:
-        net = control_net_of(_controlled(name)[0])
-        yield "control_hint", net
-        yield "control", net
+        yield "control_hint", control_net_of(unet)
+        yield "control", control_net_of(unet)
     # TAESD, for every family: in the place of its autoencoder, and for previews
     yield "vae_decoder", TinyAutoencoderConfig()
     yield "vae_encoder", TinyAutoencoderConfig()
     yield "preview_decoder", TinyDecoderConfig()
-
-
-def _controlled(family: str) -> tuple[UNetConfig, ...]:
-    """Return the UNets of a family that ControlNets were published for: as first trained, painting.
-
-    (A net of the first kind steers the second as well.)
-    """
-    unets = [unet for unet in FAMILIES[family].published["unet"] if isinstance(unet, UNetConfig)]
-    return tuple(u for u in unets if u == replace(unets[0], in_channels=u.in_channels))

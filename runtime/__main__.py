@@ -273,8 +273,8 @@ def _request(options: argparse.Namespace) -> Request:
         by_alpha = name == "mask" and path == Path(ALPHA)
         given[name] = ALPHA if by_alpha else path and open_image(path)
     given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
-    if options.controls or options.control_images or options.control_modes:
-        given["controls"] = controls_of(options)
+    steered = options.controls or options.control_images or options.control_modes
+    given["controls"] = controls_of(options) if steered else ()
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}
         given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})

@@ -35,7 +35,8 @@ from runtime.denoising.latents import (
     predicted_x0,
     sizes_of,
 )
-from runtime.denoising.rows import finished_rows, rows_of
+from runtime.denoising.row_loop import finished_rows
+from runtime.denoising.rows import rows_of
 from runtime.diffusers_arguments import CallArguments, OnStepEnd
 from runtime.images.files import SOURCE_KEY, as_floats
 from runtime.plan import Array, Plan, StepInputs, make_plan
@@ -191,23 +192,16 @@ class Pipeline(AdaptedModel):
                     "alternatives in the prompts choose different adapters, which the pictures of "
                     "a call share; draw them one after the other"
                 )
-            limits = (self._batch_limit(plan, batch_size) for plan in plans.values())
+            most = min((self._batch_limit(plan, batch_size) for plan in plans.values()), default=1)
             rows = {row: index for index, plan in plans.items() for row in rows_of(plan)}
+            limit, is_exact = dict.fromkeys(rows, most).__getitem__, self.engines.is_exact
             for row in finished_rows(
-                list(rows),
-                self.step_rows,
-                self.start,
-                dict.fromkeys(rows, min(limits, default=1)).__getitem__,
-                is_exact=self.engines.is_exact,
+                list(rows), self.step_rows, self.start, limit, is_exact=is_exact
             ):
                 (image,) = self.finish(row.plan, self.decode(row.latents))
                 (settings,) = row.plan.settings
-                yield DrawnImage(
-                    image=image,
-                    request=rows[row],
-                    settings=settings,
-                    notes=row.plan.notes,
-                )
+                notes = row.plan.notes
+                yield DrawnImage(image=image, request=rows[row], settings=settings, notes=notes)
 
     def plan(self, request: Request) -> Plan:
         """Check a request against the model, compute its sampler and encode its texts.

@@ -61,7 +61,7 @@ class LabelledPictures:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """Read an IDX file of bytes; raises RequestError unless it has so many dimensions."""
+    """Read an IDX file of bytes, uint8 of any shape; RequestError for other than so many axes."""
     try:
         with path.open("rb") as start:
             zipped = start.read(2) == b"\x1f\x8b"
@@ -73,7 +73,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
-    """Write an array of bytes as an IDX file, gzipped where the name ends in .gz."""
+    """Write an array of uint8, of any shape, as an IDX file, gzipped where it ends in .gz."""
     header = bytes([0, 0, BYTES, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape)
     data = header + np.ascontiguousarray(values, np.uint8).tobytes()
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

@@ -45,7 +45,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits of the classes."""
+        """Return the logits of the classes (B, classes) of images (B, 1, side, side), float32."""
         logits: Tensor = self.head(self.body(images))
         return logits
 

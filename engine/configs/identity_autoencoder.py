@@ -30,7 +30,7 @@ class IdentityAutoencoderConfig(Config):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read its configuration; refuse that of another class."""
+        """Read its configuration. Raises ModelError for that of another class."""
         if values.get("_class_name") != IDENTITY_CLASS:
             raise ModelError(
                 f"config.json is of the class {values.get('_class_name')!r}; an {IDENTITY_CLASS}'s "

@@ -209,25 +209,15 @@ def residual_names(config: Config) -> list[str]:
 
 
 def _residuals(part: Part, config: Config) -> dict[str, Tensor]:
-    """What ControlNets add to a UNet's maps: (g, B, C, h, w) a level, channels behind channels.
+    """What ControlNets add to a UNet's maps: (g, B, C, h, w) a level; a shallow step has the first.
 
-    C counts all maps of the level; a shallow step sees the first level alone.
+    C counts all maps of the level, channels behind channels.
     """
-    levels = CONTROLLED_LEVELS.get(part, 0)
-    return {
-        name: _tensor(
-            "float32",
-            "g",
-            "B",
-            sum(widths),
-            f"h{level}" if level else "h",
-            f"w{level}" if level else "w",
-        )
-        for level, (name, widths) in enumerate(
-            zip(residual_names(config), config.residual_widths(), strict=True)
-        )
-        if level < levels
-    }
+    shapes, levels = dict[str, Tensor](), CONTROLLED_LEVELS.get(part, 0)
+    for level, widths in enumerate(config.residual_widths()[:levels]):
+        sides = (f"h{level}", f"w{level}") if level else ("h", "w")
+        shapes[f"residuals_{level}"] = _tensor("float32", "g", "B", sum(widths), *sides)
+    return shapes
 
 
 Precision = Literal["float32", "float16"]
@@ -239,8 +229,7 @@ COMPRESSED = ".gz"
 class Graph:
     """An ONNX file and what it says of itself.
 
-    inputs, outputs: their names, in the order of `engine.graphs.graph`; graphs of other
-        versions have others
+    inputs, outputs: their names; graphs of other versions have others
     shapes: of the inputs that the file states; a size that is not fixed is a symbol
     weights: the checkpoint's tensors that it wants, by name, with their shapes
     content: the serialised ModelProto of a graph that was written in memory, which no file holds

@@ -28,7 +28,8 @@ from runtime.batch.work import Work
 from runtime.conditioning.names import AdapterTag
 from runtime.denoising.groups import batch_limit
 from runtime.denoising.latents import parts_of, sizes_of
-from runtime.denoising.rows import Row, finished_rows, rows_of
+from runtime.denoising.row_loop import finished_rows
+from runtime.denoising.rows import Row, rows_of
 from runtime.images.files import FORMATS, encode_image
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan

@@ -11,24 +11,23 @@ of a matrix and a vector there, which is summed in another order than that of tw
 row differs in the last bits beside others, and `Row.is_sensitive` says so.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Engine
 from engine.devices.device import HostOrDeviceArray
-from engine.errors import LatentrtError
 from engine.graphs.graph import MAX_LEVELS, Part
 from runtime.denoising.controls import CallControl, Residuals, call_controls
 from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
 
-__all__ = ["Row", "finished_rows", "padded", "part_of", "rows_of", "step_rows"]
+__all__ = ["Row", "padded", "part_of", "rows_of", "step_rows"]
 
 # Inputs and outputs that have groups of conditioning first and pictures second; others begin with
 # pictures.
@@ -47,17 +46,6 @@ BY_REGISTERS = frozenset(("registers", "matrices", "outside"))  # padded to the 
 Start = Callable[[Plan, HostOrDeviceArray | None], State]
 """As `Pipeline.start`: a plan and the latents of the run before to the state before its first call.
 """
-
-Failed = Callable[["Row", LatentrtError], None]
-"""Is told of a row that cannot be drawn, and why."""
-
-
-class StepRows(Protocol):
-    """As `AdaptedModel.step_rows`: makes the next call of rows of one bucket together."""
-
-    def __call__(self, rows: "Sequence[Row]", *, filled_to: int = 0) -> None:
-        """Make it; filled_to: rows that the call has at least. Raises BackendError."""
-        ...
 
 
 class Row:
@@ -177,84 +165,6 @@ class Row:
 def rows_of(plan: Plan) -> list[Row]:
     """Return a plan's pictures as rows; each gives what it gives in the plan."""
     return [Row(part_of(plan, [index])) for index in range(len(plan.seeds))]
-
-
-def finished_rows(
-    rows: Iterable[Row],
-    step: StepRows,
-    start: Start,
-    limit: Callable[[Row], int],
-    *,
-    is_exact: bool,
-    most_begun: int | None = None,
-    failed: Failed | None = None,
-) -> Iterator[Row]:
-    """Make all calls of rows, the oldest's bucket first; yields each row as it is done.
-
-    A row is taken and begun when there is room for it beside the oldest.
-    step: makes their calls
-    limit: returns how many rows a call of this one's bucket may have; where they are not exact,
-        repeats fill every call up to it
-    most_begun: rows that may be on their way at once, None for any number
-    failed: is told of a row that cannot be begun, or whose call fails even without others, and the
-        rest goes on; None raises what it raises, such as BackendError
-    """
-    waiting, begun, has_more = iter(rows), list[Row](), True
-    while has_more or begun:
-        while has_more and _has_room(begun, limit, most_begun):
-            row = next(waiting, None)
-            has_more = row is not None
-            if row is not None and _is_entered(row, start, failed):
-                begun.append(row)
-        if not begun:
-            continue
-        oldest = begun[0]
-        alone = is_exact and oldest.is_sensitive
-        together = [oldest] if alone else [r for r in begun if r.bucket == oldest.bucket]
-        most = limit(oldest)
-        lost = _step(together[:most], partial(step, filled_to=0 if is_exact else most), failed)
-        begun = [row for row in begun if row not in lost]
-        for row in [row for row in begun if row.is_done]:
-            begun.remove(row)
-            yield row
-        begun = [row for row in begun if not row.run_is_over or _is_entered(row, start, failed)]
-
-
-def _has_room(begun: Sequence[Row], limit: Callable[[Row], int], most_begun: int | None) -> bool:
-    """Tell whether another row may be begun, which could share the oldest's next call."""
-    if not begun:
-        return True
-    beside = sum(row.bucket == begun[0].bucket for row in begun)
-    return beside < limit(begun[0]) and (most_begun is None or len(begun) < most_begun)
-
-
-def _is_entered(row: Row, start: Start, failed: Failed | None) -> bool:
-    """Begin a row's next run; tells whether that was done."""
-    try:
-        row.enter(start)
-    except LatentrtError as error:
-        if failed is None:
-            raise
-        failed(row, error)
-        return False
-    return True
-
-
-def _step(
-    rows: Sequence[Row], step: Callable[[Sequence[Row]], None], failed: Failed | None
-) -> list[Row]:
-    """Make the next call of rows, of its halves where it fails; returns those that are lost."""
-    try:
-        step(rows)
-    except LatentrtError as error:
-        if failed is None:
-            raise
-        if len(rows) == 1:
-            failed(rows[0], error)
-            return list(rows)
-        half = (len(rows) + 1) // 2
-        return [row for part in (rows[:half], rows[half:]) for row in _step(part, step, failed)]
-    return []
 
 
 def step_rows(

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from engine.configs.control_net import control_net_of
 from engine.configs.diffusion import (
     AutoencoderConfig,
     TextEncoderConfig,
     TinyAutoencoderConfig,
     UNetConfig,
 )
-from engine.graphs.graph import find_graph
+from engine.graphs.graph import CONTROLLED_LEVELS, find_graph
 from engine.model import COMPONENTS, Model
 from engine.shipped import GRAPHS
 from export.published import published_parts
@@ -28,6 +29,9 @@ UNETS = [
 TEXTS = [published.TEXT_SD15, published.TEXT_SD21, published.TEXT_XL_2]
 
 
+OTHERS = {"control": "control_hint", "control_hint": "control"}
+
+
 def keys(part):
     return [config.key() for name, config in PARTS if name == part]
 
@@ -35,6 +39,9 @@ def keys(part):
 def test_the_architectures_are_those_of_the_published_configurations():
     expected = {UNetConfig.from_dict(values).key() for values in UNETS}
     assert sorted(keys("step")) == sorted(keys("step_shallow")) == sorted(expected)
+    unet = UNetConfig.from_dict(published.UNET_SD15)
+    assert keys("step_controlled") == keys("step_shallow_controlled") == [unet.key()]
+    assert keys("control") == keys("control_hint") == [control_net_of(unet).key()]
     expected = {TextEncoderConfig.from_dict(values).key() for values in TEXTS}
     assert sorted(keys("text_encoder")) == sorted(expected)
     vaes = (published.VAE_SD15, published.VAE_XL)
@@ -59,7 +66,7 @@ def test_every_family_of_one_file_has_its_graphs(params, tmp_path):
     configs = Model.read(path).configs
     assert configs
     for part, name in COMPONENTS.items():
-        if name in configs:
+        if name in configs and part not in CONTROLLED_LEVELS:
             kind = "text_encoder" if part == "text_encoder_2" else part
             assert configs[name].key() in keys(kind), (part, configs[name])
 
@@ -80,7 +87,11 @@ def test_the_graph_ships_and_wants_the_weights_of_its_architecture(part, config,
     if part == "vae_decoder":
         other = find_graph("vae_encoder", config, precision, [GRAPHS], "the published model")
         assert {**graph.weights, **other.weights} == expected
-    elif part == "step_shallow":
+    elif part in ("control", "control_hint"):
+        other = find_graph(OTHERS[part], config, precision, [GRAPHS], "the published net")
+        assert {**graph.weights, **other.weights} == expected
+        assert not graph.weights.keys() & other.weights.keys()
+    elif part in ("step_shallow", "step_shallow_controlled"):
         shared = find_graph("step", config, precision, [GRAPHS], "the published model").weights
         assert graph.weights.items() < shared.items()
     elif part != "vae_encoder":

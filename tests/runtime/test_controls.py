@@ -112,6 +112,17 @@ def test_pictures_are_diffusers_own(loaded, name):
     assert psnr(draw(pipeline, first(), second), theirs) < SMALL_PICTURE_PSNR_DB
 
 
+def test_image_to_image_is_diffusers_own(loaded):
+    small, pipeline, nets, *_ = loaded("sd1")
+    image, steps = HINT.transpose(1), {"num_inference_steps": 6}
+    for strength in (0.5, 1.0):
+        fields = {"image": image, "strength": strength, **steps}
+        theirs = reference(small, nets["a"], TURNED, "Img2Img", **fields)
+        ours = draw(pipeline, Control(net="a", image=TURNED), **fields)
+        assert psnr(ours, theirs) >= SMALL_PICTURE_PSNR_DB
+        assert psnr(draw(pipeline, **fields), theirs) < SMALL_PICTURE_PSNR_DB
+
+
 def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
     _, pipeline, *_ = loaded("sd1")
     one = partial(Control, net="a", image=HINT)
