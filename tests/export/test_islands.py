@@ -43,8 +43,8 @@ def attributes(node: onnx.NodeProto) -> dict[str, object]:
 
 
 PUBLISHED = {path.name: path for path in sorted(GRAPHS.glob("*-float16.onnx.gz"))}
-# These have no attention, or neither that nor norms: the tiny decoder, and XL's last block.
-BARE = re.compile("preview_decoder|step_shallow")
+# These have no attention, or neither that nor norms: the tiny decoder, XL's last block, a hint.
+BARE = re.compile("preview_decoder|step_shallow|control_hint")
 
 
 @pytest.fixture(params=[*HALF, *PUBLISHED])

@@ -66,7 +66,7 @@ def weights():
 
 def inputs_of(part, **sizes):
     """Draw what a part takes, with these sizes for the symbols of its signature."""
-    rng, sizes = np.random.default_rng(0), SIZES | sizes
+    rng, sizes = np.random.default_rng(0), {"h or 1": 1, "w or 1": 1, **SIZES, **sizes}
     sizes |= {
         "r + 2": sizes.get("r", 0) + 2,
         "H": 8 * sizes.get("h", 0),

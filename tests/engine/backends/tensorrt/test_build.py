@@ -20,12 +20,23 @@ from engine.backends.tensorrt.build_request import BuildRequest, BuildSettings
 from engine.backends.tensorrt.build_worker import fraction
 from engine.backends.tensorrt.profiles import Profile, Range
 from engine.errors import BackendError, GraphError, ModelError, OutputError
-from engine.graphs.graph import METADATA_KEY, Graph, find_graph, graph_folders, signature
+from engine.graphs.graph import (
+    CONTROLLED_LEVELS,
+    METADATA_KEY,
+    Graph,
+    find_graph,
+    graph_folders,
+    signature,
+)
 from engine.model import COMPONENTS, Model, find_model
 
 PICTOGRAM = find_model("pictogram")
 MODEL = Model.open(PICTOGRAM)
-PARTS = tuple(part for part, name in COMPONENTS.items() if name in MODEL.configs)
+PARTS = tuple(
+    part
+    for part, name in COMPONENTS.items()
+    if name in MODEL.configs and part not in CONTROLLED_LEVELS
+)
 PROFILE = Profile(
     height=Range(64, 128, 256),
     width=Range(64, 128, 256),

@@ -4,7 +4,7 @@ import pytest
 
 from engine.backends.tensorrt.profiles import REGISTERS, Profile, Range, input_shapes, parse_range
 from engine.errors import BackendError
-from engine.graphs.graph import Graph, signature
+from engine.graphs.graph import CONTROLLED_LEVELS, Graph, signature
 from engine.graphs.onnx_bytes import fields
 from engine.model import COMPONENTS, Model, find_model
 from engine.shipped import GRAPHS
@@ -111,8 +111,12 @@ def declared(graph):
 
 
 CONFIGS = [
-    *((part, MODEL.config(part)) for part, name in COMPONENTS.items() if name in MODEL.configs),
-    *published_parts(),
+    (part, config)
+    for part, config in (
+        *((part, MODEL.config(part)) for part, name in COMPONENTS.items() if name in MODEL.configs),
+        *published_parts(),
+    )
+    if part not in (*CONTROLLED_LEVELS, "control_hint")  # TensorRT builds none of these
 ]
 
 
