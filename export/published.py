@@ -25,8 +25,8 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
             config for family in FAMILIES.values() for config in family.published.get(component, ())
         )
         yield from ((part, config) for config in dict.fromkeys(configs))
-    for name in CONTROLLED:
-        unet = FAMILIES[name].published["unet"][0]  # as first trained
+    for family in (family for name, family in FAMILIES.items() if name in CONTROLLED):
+        unet = family.published["unet"][0]  # as first trained
         assert isinstance(unet, UNetConfig)
         yield "step_controlled", unet
         yield "step_shallow_controlled", unet

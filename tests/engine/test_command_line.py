@@ -28,7 +28,7 @@ def said(capsys, *arguments):
         (("--steps", "3"), "give a PROMPT, or --again with a picture"),
         (("serve", "--prot", "3"), "did you mean --port? (`latentrt serve --help`"),
         (("info",), "the following arguments are required: FILE"),
-        (("export",), "the following arguments are required: MODEL"),
+        (("export", "info"), "the following arguments are required: FILE"),
         (("calibrate",), "arguments are required"),
     ],
 )

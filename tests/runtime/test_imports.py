@@ -59,6 +59,7 @@ def test_public_names():
     import runtime
 
     names = {
+        "Control",
         "DrawnImage",
         "Hires",
         "Pipeline",

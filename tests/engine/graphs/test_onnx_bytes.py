@@ -207,6 +207,7 @@ def test_damage_is_a_graph_error_wherever_it_is(tmp_path):
         precision="float32",
         inputs=(),
         outputs=(),
+        shapes={},
         weights={},
     )
     for data in list(damaged())[::7]:

@@ -138,7 +138,7 @@ def test_a_schedule_is_frozen_and_its_table_read_only():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'; known are linear"),
+        ({"beta_schedule": "quadratic"}, "beta_schedule='quadratic'; known are linear"),
         ({"beta_schedule": None, "_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch"),
         ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
