@@ -22,11 +22,12 @@ from runtime.images.upscaling import MODES, PIXELS, is_trained
 from runtime.samplers import SAMPLERS, TRAINED_TIMESTEPS, resolve
 
 __all__ = [
-    *("PARAMETERS_KEY", "SAMPLER_LABELS", "SCHEDULE_LABELS"),
+    *("AUTOMATIC", "PARAMETERS_KEY", "SAMPLER_LABELS", "SCHEDULE_LABELS"),
     *("a1111_method", "format_parameters", "parameter_fields", "parse_parameters"),
 ]
 
 PARAMETERS_KEY = "parameters"
+AUTOMATIC = "Automatic"
 
 # Automatic1111's names; what it lacks keeps ours.
 SAMPLER_LABELS: Mapping[str, str] = {
@@ -36,7 +37,7 @@ SAMPLER_LABELS: Mapping[str, str] = {
     **{"dpmpp_sde": "DPM++ SDE", "dpmpp_2s_a": "DPM++ 2S a", "unipc": "UniPC"},
 }
 SCHEDULE_LABELS: Mapping[str | None, str] = {
-    None: "Automatic",
+    None: AUTOMATIC,
     **{name: name.title() for name in ("karras", "exponential", "beta", "simple", "normal")},
     **{"sgm_uniform": "SGM Uniform", "a1111_kl_optimal": "KL Optimal"},
     "a1111_align_your_steps": "Align Your Steps",
@@ -76,6 +77,12 @@ _SILENT = {
 _RESOURCES = re.compile(r"Civitai resources: (\[.*)")
 _ADAPTER = re.compile(r"<lora:([^:>]{1,200})")
 _STABLE_DIFFUSION_CPP = "stable-diffusion.cpp"
+# The schedules of samplers that do not take the model's own where the type is "Automatic"
+# (modules/sd_samplers_kdiffusion.py)
+_OWN_SCHEDULES: Mapping[str, str] = {
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
+}
 _OWN_SPACING = ("ddim", "plms", "unipc")  # whatever schedule Automatic1111 writes beside them
 _OTHER_SCHEDULES = {
     **{"DDIM": "leading", "Turbo": "trailing"},
@@ -277,7 +284,7 @@ def _method(fields: Mapping[str, str]) -> tuple[str, str | None]:
 
 def _schedule_of(label: str) -> str | None:
     given = _OTHER_SCHEDULES.get(label, label)
-    return None if given in ("", "Automatic") else given
+    return None if given in ("", AUTOMATIC) else given
 
 
 def a1111_method(sampler: str, label: str = "") -> tuple[str, str | None]:
@@ -294,7 +301,9 @@ def a1111_method(sampler: str, label: str = "") -> tuple[str, str | None]:
     if sampler in _OWN_SPACING:
         return sampler, None
     if schedule is None and SAMPLERS[sampler] not in TRAINED_TIMESTEPS:
-        return sampler, "normal"  # its "Automatic" and "Uniform", whatever the model says
+        # Without a label a text is of before version 1.9, whose samplers had none of their own.
+        own = _OWN_SCHEDULES.get(sampler) if label == AUTOMATIC else None
+        return sampler, own or "normal"  # its "Uniform", whatever the model says
     return sampler, schedule
 
 

@@ -6,13 +6,12 @@ Facts of its `modules/sd_samplers_kdiffusion.py` and `modules/sd_schedulers.py`.
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.images.a1111 import SAMPLER_LABELS, a1111_method
+from runtime.images.a1111 import AUTOMATIC, SAMPLER_LABELS, a1111_method
 from runtime.images.upscaling import MODES, PIXELS
 from runtime.samplers import SAMPLERS
 from serving.errors import BadRequestError
 
 DEFAULT_SAMPLER = "Euler"
-AUTOMATIC = "Automatic"
 SCHEDULERS: Mapping[str, str] = {
     **{name: name.title() for name in ("automatic", "uniform", "karras", "exponential")},
     **{"sgm_uniform": "SGM Uniform", "kl_optimal": "KL Optimal"},
@@ -24,11 +23,6 @@ ALIASES: Mapping[str, str] = {
     "polyexponential": "Exponential",  # with the rho of 1 that it has there, the same numbers
 }
 RHO: Mapping[str, float] = {"karras": 7.0}
-# The schedule of samplers that do not take the model's own where the scheduler is "Automatic".
-OWN_SCHEDULES: Mapping[str, str] = {
-    **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
-    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
-}
 LATENT_MODES = {name.capitalize(): ours for name, ours in MODES.items()}
 UPSCALERS = ("None", "Lanczos")  # both resize by Lanczos in hires fix
 
@@ -43,10 +37,7 @@ def method(name: str | None, scheduler: str | None) -> tuple[str | None, str | N
     label = labels.get(given.lower(), given)
     if not name and label == AUTOMATIC:
         return None, None
-    sampler, schedule = a1111_method(name or DEFAULT_SAMPLER, label)
-    if label == AUTOMATIC and schedule == "normal":
-        schedule = OWN_SCHEDULES.get(sampler, schedule)
-    return sampler, schedule
+    return a1111_method(name or DEFAULT_SAMPLER, label)
 
 
 def upscaler(name: str | None) -> str:

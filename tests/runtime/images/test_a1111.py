@@ -240,6 +240,10 @@ def test_a_text_of_forge_with_a_hires_fix():
     [
         ("Sampler: Euler a", "euler_a", "normal"),
         ("Sampler: Euler, Schedule type: Automatic", "euler", "normal"),
+        ("Sampler: DPM++ 2M, Schedule type: Automatic", "dpmpp_2m", "karras"),
+        ("Sampler: DPM++ 2M SDE, Schedule type: Automatic", "dpmpp_2m_sde", "exponential"),
+        ("Sampler: DPM++ 2M, Schedule type: Uniform", "dpmpp_2m", "normal"),
+        ("Sampler: DPM++ 2M", "dpmpp_2m", "normal"),
         ("Sampler: Euler, Schedule type: Uniform", "euler", "normal"),
         ("Sampler: DPM++ 2M, Schedule type: Normal", "dpmpp_2m", "normal"),
         ("Sampler: Euler, Schedule type: KL Optimal", "euler", "a1111_kl_optimal"),
