@@ -14,7 +14,7 @@ from PIL import Image
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from runtime.again import made_with, settings_of
-from runtime.control_options import CONTROL_FIELDS, control_files, controls_of
+from runtime.control_options import CONTROL_FIELDS, controls_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, write_image
 from runtime.images.previews import check_animation, parse_steps
@@ -226,7 +226,6 @@ def _load(options: argparse.Namespace, request: Request, loading: Loading) -> tu
         options.model,
         **load_arguments(options),
         preview_decoder=Path(tiny) if tiny and tiny != OWN else None,
-        controls=control_files(options) if options.controls else None,
         fast_start=True,
     )
     chosen = pipeline.engines  # what was chosen makes the same picture again

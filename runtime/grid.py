@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import RequestError, exit_status
-from runtime.control_options import control_files, controls_of
+from runtime.control_options import controls_of
 from runtime.images.files import SOURCE_KEY, check_output, write_image
 from runtime.images.previews import side_by_side
 from runtime.images.upscaling import Hires
@@ -74,9 +74,7 @@ def _draw(arguments: Sequence[str] | None, prog: str) -> None:
     if base.seed is None:
         given = ["--seed", "0", *given]  # cells differ by their axes alone
     requests = [_cell(parser, given, axes, values) for values in cells]
-    pipeline = Pipeline.load(
-        base.model, **load_arguments(base), controls=control_files(base) if base.controls else None
-    )
+    pipeline = Pipeline.load(base.model, **load_arguments(base))
     found = {image.request: image for image in pipeline.draw(requests)}
     notes = dict.fromkeys([*pipeline.notes, *(note for i in found for note in found[i].notes)])
     for note in notes:
@@ -129,7 +127,6 @@ def _cell(
     fields["controls"] = controls_of(options)
     fields["regions"] = tuple(parse_region(*pair) for pair in options.regions)
     hires = {field: getattr(options, name) for name, field in HIRES.items()}
-    fields["regions"] = tuple(parse_region(*pair) for pair in options.regions)
     if options.hires_scale is not None:
         fields["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
     return Request(**fields)

@@ -13,7 +13,7 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
-from runtime.control_options import CONTROL_FIELDS, CONTROL_OPTIONS
+from runtime.control_options import CONTROL_FIELDS, CONTROL_OPTIONS, control_files
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, MODES, PIXELS, Hires
 from runtime.noise import NOISES
@@ -342,4 +342,5 @@ def backend_settings(options: argparse.Namespace) -> BackendSettings:
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return what `Pipeline.load` takes beside the model, as all commands that draw are told."""
     named = {name: getattr(options, name) for name in (*_LOADED, "precision")}
-    return {**named, "settings": backend_settings(options)}
+    controls = control_files(options) if options.controls else None
+    return {**named, "controls": controls, "settings": backend_settings(options)}

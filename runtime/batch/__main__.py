@@ -28,7 +28,7 @@ from runtime.batch.progress import Progress
 from runtime.batch.requests import ANY_SEED, Defaults
 from runtime.batch.work import Work, works
 from runtime.checks import check_choice, check_number
-from runtime.control_options import CONTROL_FIELDS, control_files
+from runtime.control_options import CONTROL_FIELDS
 from runtime.images.files import FORMATS as PICTURES
 from runtime.noise import MAX_SEED
 from runtime.options import (
@@ -193,11 +193,7 @@ def _load(options: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     """Load the model; return it, and what makes its pictures again beside their requests."""
     loading = Loading(options.model)
     with loading:
-        pipeline = Pipeline.load(
-            options.model,
-            **load_arguments(options),
-            controls=control_files(options) if options.controls else None,
-        )
+        pipeline = Pipeline.load(options.model, **load_arguments(options))
         loading.note(*pipeline.notes)
     chosen = pipeline.engines
     options.backend, options.precision = chosen.settings.backend, chosen.precision
