@@ -1,5 +1,7 @@
 """Training of the autoencoder on random crops, then on whole pictures."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ from torch import Tensor, nn
 
 from engine.configs.diffusion import AutoencoderConfig
 from export.modules.autoencoder import Autoencoder
+from training import devices
+from training.devices import share
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, autocast, draw
+from training.store import ArrayWriter, mapped
 
 CONFIG = AutoencoderConfig(
     block_out_channels=(32, 48, 96, 128),
@@ -25,6 +30,7 @@ WHOLE_PICTURES_FROM = 0.85
 MOVE = 8  # pixels at most that a whole picture is moved by, its edge repeated
 KL_WEIGHT = 1e-4  # keeps the latents near unit scale; far too weak to blur
 GRADIENT_WEIGHT = 1.0
+NORMALISED_BY = 8192  # pictures at least, of a set that has more
 
 
 def train(
@@ -63,7 +69,8 @@ def train(
         with autocast(settings.device):
             with torch.set_grad_enabled(not decoder_only):
                 mean, std = module.encode(batch)
-            latents = mean + std * torch.randn_like(mean)
+            noise = torch.randn(devices.count() * len(mean), *mean.shape[1:], device=mean.device)
+            latents = mean + std * share(noise).to(mean)
             output = module.decode(latents).float()
         return _losses(output, batch, mean.float(), std.float())
 
@@ -100,12 +107,31 @@ def moved(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return result
 
 
-@torch.no_grad()
 def encode(autoencoder: Autoencoder, images: np.ndarray) -> Tensor:
     """Return the means of the latents of images (n, H, W, 3) uint8, unscaled, float32."""
+    return torch.cat(list(_encoded(autoencoder, images)))
+
+
+def encode_into(autoencoder: Autoencoder, images: np.ndarray, path: Path) -> Tensor:
+    """Write the latents of images (n, H, W, 3) uint8 into a file and map it: (n, C, h, w) float16.
+
+    What an earlier run wrote of as many images is taken as it is.
+    """
+    if not path.exists() or len(mapped(path)) != len(images):
+        partial, batches = path.with_suffix(".partial"), _encoded(autoencoder, images)
+        first = next(batches)
+        with ArrayWriter(partial, tuple(first.shape[1:]), np.float16) as writer:
+            for latents in itertools.chain([first], batches):
+                writer.append(latents.numpy())
+        partial.replace(path)
+    return torch.from_numpy(mapped(path))
+
+
+@torch.no_grad()
+def _encoded(autoencoder: Autoencoder, images: np.ndarray) -> Iterator[Tensor]:
     device = next(autoencoder.parameters()).device
-    batches = torch.from_numpy(images).split(32)
-    return torch.cat([autoencoder.encode(_to_pixels(b).to(device))[0].cpu() for b in batches])
+    for batch in torch.from_numpy(images).split(32):
+        yield autoencoder.encode(_to_pixels(batch).to(device))[0].cpu()
 
 
 @torch.no_grad()
@@ -117,7 +143,7 @@ def normalise(autoencoder: Autoencoder, images: np.ndarray) -> None:
     The shift and the scale go into the 1x1 convolutions on both sides of the latents, so the
     autoencoder draws what it drew before, and diffusion starts from what it expects.
     """
-    latents = encode(autoencoder, images)
+    latents = encode(autoencoder, images[:: max(len(images) // NORMALISED_BY, 1)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     inner, outer = autoencoder.quant_conv, autoencoder.post_quant_conv
     channels = len(mean)
@@ -146,12 +172,14 @@ def _crops(images: Tensor, count: int, weights: Tensor | None, *, whole: bool) -
     """Draw crops, mirrored half of the time; a quarter as many whole pictures cost the same."""
     device, size = images.device, images.shape[1]
     crop = size if whole else min(CROP, size)
-    count = max(count * CROP**2 // size**2, 1) if whole else count
-    chosen = draw(len(images), count, weights, device)
+    if whole:
+        together = devices.count()
+        count = max(count * CROP**2 // size**2 // together, 1) * together
+    chosen = share(draw(len(images), count, weights, device))
     first, last = (-MOVE, MOVE) if whole else (0, size - crop)
-    corners = torch.randint(first, last + 1, (2, count, 1), device=device)
+    corners = share(torch.randint(first, last + 1, (count, 2, 1), device=device)).swapaxes(0, 1)
     rows, columns = (corners + torch.arange(crop, device=device)).clamp(0, size - 1)
-    mirrored = torch.rand(count, 1, device=device) < 0.5
+    mirrored = share(torch.rand(count, 1, device=device) < 0.5)
     columns = torch.where(mirrored, columns.flip(1), columns)
     return _to_pixels(images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]])
 

@@ -1,6 +1,6 @@
 """Training of the text encoder and the UNet together, in the autoencoder's latents."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from export.modules.unet_blocks import SpatialTransformer
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.samplers import program
 from runtime.samplers.noise_schedule import NoiseSchedule
+from training.devices import share
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, attention, autocast, draw
 
@@ -69,20 +70,59 @@ UNCONDITIONAL = 0.1  # share of captions replaced by nothing (Ho & Salimans 2022
 UNIFORM_TIMESTEPS = 0.3  # the others favour noise, where the text decides what is drawn
 PREVIEW_STEPS = (1, 5, 10, 15, 20)
 GUIDANCE_SCALE = 5.0
-CAPTIONS = 32  # of each picture, drawn once before the training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
     """What the training draws from.
 
-    latents: (n, C, h, w) float32, normalised; caption: (index, rng) -> one text of that picture
+    latents: (n, C, h, w) float32, or float16 of a mapped file, normalised
+    captions: (index, rng) -> the texts of that picture, of which each step draws one
     draws: (n,), how often each is drawn beside the others; None draws all alike
     """
 
     latents: Tensor
-    caption: Callable[[int, np.random.Generator], str]
+    captions: Callable[[int, np.random.Generator], Sequence[str]]
     draws: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """The tokens of all captions; of picture i they are the `counts[i]` rows from `starts[i]` on.
+
+    input_ids: (captions, MAX_TOKENS) int32; starts, counts: (n,) int64
+    """
+
+    input_ids: Tensor
+    starts: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, examples: Examples, tokenizer: Tokenizer, rng: np.random.Generator) -> "Texts":
+        """Tokenise every picture's captions."""
+        rows, counts = [], []
+        for index in range(len(examples.latents)):
+            texts = examples.captions(index, rng)
+            rows.append(tokenizer(texts).input_ids.astype(np.int32))
+            counts.append(len(texts))
+        ends = torch.tensor(counts).cumsum(0)
+        starts = ends - torch.tensor(counts)
+        ids = torch.from_numpy(np.concatenate(rows))
+        return cls(input_ids=ids, starts=starts, counts=ends - starts)
+
+    def to(self, device: torch.device) -> "Texts":
+        """Return the same on a device."""
+        return Texts(
+            input_ids=self.input_ids.to(device),
+            starts=self.starts.to(device),
+            counts=self.counts.to(device),
+        )
+
+    def drawn(self, chosen: Tensor) -> Tensor:
+        """Draw a caption of each of the pictures (B,): (B, MAX_TOKENS) int64."""
+        counts = self.counts[chosen]
+        at = (torch.rand(len(chosen), device=chosen.device) * counts).long().minimum(counts - 1)
+        return self.input_ids[self.starts[chosen] + at].long()
 
 
 class Denoiser(nn.Module):
@@ -160,18 +200,18 @@ def train(
     latents, weights = examples.latents.to(device), None
     if examples.draws is not None:
         weights = torch.from_numpy(examples.draws).to(device)
-    texts = _texts(examples, tokenizer, rng).to(device)
+    texts = Texts.of(examples, tokenizer, rng).to(device)
     empty = torch.from_numpy(tokenizer([""]).input_ids).to(device)
 
     def losses(step: int) -> Losses:
         chosen = draw(len(latents), batch, weights, device)
-        input_ids = texts[chosen, torch.randint(CAPTIONS, (batch,), device=device)]
-        dropped = torch.rand(batch, 1, device=device) < UNCONDITIONAL
-        x0 = latents[chosen]
-        timesteps = draw_timesteps(batch, len(alphas), device)
+        input_ids = share(texts.drawn(chosen))
+        dropped = share(torch.rand(batch, 1, device=device) < UNCONDITIONAL)
+        timesteps = share(draw_timesteps(batch, len(alphas), device))
+        noise = share(torch.randn(batch, *latents.shape[1:], device=device))
+        x0 = latents[share(chosen)].float()
         alpha = alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - alpha**2).sqrt()
-        noise = torch.randn_like(x0)
         x = (alpha * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
         with autocast(settings.device), attention(settings.device):
             out = denoiser(x, timesteps, torch.where(dropped, empty, input_ids))
@@ -187,15 +227,6 @@ def train(
     ema = loop.run(losses, sample=sample, name="diffusion")
     assert isinstance(ema, Denoiser)
     return ema
-
-
-def _texts(examples: Examples, tokenizer: Tokenizer, rng: np.random.Generator) -> Tensor:
-    """Draw captions of each picture: their tokens, (n, CAPTIONS, MAX_TOKENS) int64."""
-    rows = []
-    for index in range(len(examples.latents)):
-        texts = [examples.caption(index, rng) for _ in range(CAPTIONS)]
-        rows.append(tokenizer(texts).input_ids)
-    return torch.from_numpy(np.stack(rows))
 
 
 def draw_timesteps(

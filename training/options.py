@@ -4,9 +4,13 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
 from engine.command_line import CommandParser
 from training.ddpm import LOSSES, PREDICTIONS, SCHEDULES
 from training.idx import DIGITS
+from training.loop import LoopSettings
+from training.lora import NAMINGS
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -39,8 +43,14 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
         source.add_argument(
             "--flickr30k", type=Path, metavar="FILE", help="captions as Flickr30k has them"
         )
+        source.add_argument(
+            "--shards", type=Path, nargs="+", metavar="TAR", help="tar files, or a folder of them"
+        )
         data.add_argument(
-            "--images", type=Path, metavar="FOLDER", help="the pictures they describe"
+            "--images",
+            type=Path,
+            metavar="FOLDER",
+            help="the pictures they describe; alone, with .txt files or metadata.jsonl in it",
         )
 
     def machine(train: argparse.ArgumentParser) -> None:
@@ -82,6 +92,7 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
             )
             vocabulary(train)
     _add_classes(command)
+    _add_tuning(command)
     everything = command("all", "data, autoencoder, diffusion and ship, what is not done yet")
     sources(everything)
     everything.add_argument(
@@ -101,6 +112,21 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
     )
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
     return program
+
+
+def loop_settings(options: argparse.Namespace) -> LoopSettings:
+    """Return what the options say of the optimisation; raises RequestError."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return LoopSettings(
+        steps=options.steps,
+        minutes=options.minutes,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        device=options.device,
+        seed=options.seed,
+        sample_steps=options.sample_steps,
+    )
 
 
 def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -134,3 +160,59 @@ def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None
     added.add_argument("--sampler", default="ddpm", help="(default: %(default)s)")
     added.add_argument("--sampler-steps", type=int, default=50, help="(default: %(default)s)")
     added.add_argument("--guidance-scale", type=float, default=1.0, help="(default: %(default)s)")
+
+
+def _add_tuning(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add the trainings that begin with a Stable Diffusion of someone's."""
+    lora = command("lora", "train a LoRA of a Stable Diffusion on captioned pictures")
+    whole = command("fine-tune", "train a Stable Diffusion on with captioned pictures")
+    for added, rate in ((lora, 1e-4), (whole, 1e-5)):
+        added.add_argument("--model", required=True, help="a checkpoint file, or a model's folder")
+        source = added.add_mutually_exclusive_group(required=True)
+        source.add_argument(
+            "--images", type=Path, metavar="FOLDER", help="with .txt files or metadata.jsonl in it"
+        )
+        source.add_argument(
+            "--shards", type=Path, nargs="+", metavar="TAR", help="tar files, or a folder of them"
+        )
+        added.add_argument("--prompt", help="caption of pictures that have none")
+        added.add_argument("--size", type=int, help="of pictures in pixels (default: the model's)")
+        added.add_argument("--steps", type=int, default=1000, help="(default: %(default)s)")
+        added.add_argument("--minutes", type=float, help="end sooner, after this much computing")
+        added.add_argument("--batch-size", type=int, default=1, help="(default: %(default)s)")
+        added.add_argument(
+            "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
+        )
+        added.add_argument(
+            "--text-encoder", action="store_true", help="train the text encoders as well"
+        )
+        added.add_argument("--prediction-type", help="instead of what the model says")
+        added.add_argument(
+            "--min-snr-gamma", type=float, help="weigh easy timesteps less (5 is usual)"
+        )
+        added.add_argument("--ema", type=float, metavar="DECAY", help="average the weights (0.999)")
+        added.add_argument(
+            "--drop-captions", type=float, default=0.1, help="share of steps (default: %(default)s)"
+        )
+        added.add_argument(
+            "--no-recompute", action="store_true", help="keep activations: faster, more memory"
+        )
+        added.add_argument(
+            "--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of layers"
+        )
+        added.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        added.add_argument("--threads", type=int, help="processor threads")
+        added.add_argument("--seed", type=int, default=0)
+        added.add_argument("--save-minutes", type=float, default=10, help="between checkpoints")
+        added.set_defaults(sample_steps=1000)
+    lora.add_argument("--rank", type=int, default=8, help="(default: %(default)s)")
+    lora.add_argument("--alpha", type=float, help="scale times the rank (default: the rank)")
+    lora.add_argument(
+        "--layers",
+        choices=("attention", "all"),
+        default="attention",
+        help="of the UNet: those of its transformers, or also its convolutions",
+    )
+    lora.add_argument("--naming", choices=NAMINGS, default="kohya", help="(default: %(default)s)")
+    lora.add_argument("--out", type=Path, required=True, help="the LoRA, .safetensors")
+    whole.add_argument("--out", type=Path, required=True, help="the model's folder")

@@ -184,7 +184,12 @@ def cut_vocabulary(
 
 
 def write_tokenizer(
-    folder: Path, vocab: dict[str, int], merges: Sequence[Merge], model_max_length: int = 77
+    folder: Path,
+    vocab: dict[str, int],
+    merges: Sequence[Merge],
+    model_max_length: int = 77,
+    *,
+    pad_token: str = EOS_TOKEN,
 ) -> None:
     """Write a `tokenizer/` folder that transformers' CLIPTokenizer loads, as Stable Diffusion 1.5.
 
@@ -194,7 +199,7 @@ def write_tokenizer(
     special_tokens: dict[str, object] = {
         "bos_token": {"content": BOS_TOKEN, **edges},
         "eos_token": {"content": EOS_TOKEN, **edges},
-        "pad_token": EOS_TOKEN,
+        "pad_token": pad_token,
         "unk_token": {"content": EOS_TOKEN, **edges},
     }
     config: dict[str, object] = {

@@ -49,7 +49,7 @@ def shipped(coco, tmp_path_factory):
 
 def test_all_goes_on_where_it_was_stopped(shipped, tmp_path, capsys):
     work, _ = shipped
-    names = ("data.npz", "autoencoder-final.pt", "autoencoder.json", "tokenizer")
+    names = ("data", "autoencoder-final.pt", "autoencoder.json", "tokenizer")
     for name in names:
         copy = shutil.copytree if (work / name).is_dir() else shutil.copy
         copy(work / name, tmp_path / name)
@@ -83,10 +83,11 @@ def test_the_working_folder_holds_what_is_named(shipped):
         "autoencoder-final.pt",
         "autoencoder.json",
         "autoencoder.pt",
-        "data.npz",
+        "data",
         "diffusion-final.pt",
         "diffusion.json",
         "diffusion.pt",
+        "latents.npy",
         "preview.pt",
         "tokenizer",
     }
@@ -140,6 +141,6 @@ def test_a_lora_of_few_steps_is_made_from_any_model(shipped, tmp_path):
     work, out = shipped
     lora = tmp_path / "few-steps.safetensors"
     asked = [*STEPS, "--pictures", "2", "--model", str(out), "--out", str(lora)]
-    shutil.copy(work / "data.npz", tmp_path)
+    shutil.copytree(work / "data", tmp_path / "data")
     assert main(["few-steps", *asked, "--work", str(tmp_path)]) == 0
     assert 0 < lora.stat().st_size <= 2_000_000

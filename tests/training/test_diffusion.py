@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def examples():
     latents = torch.randn(3, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
-    return Examples(latents=latents, caption=lambda index, rng: TEXTS[index])
+    return Examples(latents=latents, captions=lambda index, rng: [TEXTS[index]])
 
 
 def train(examples, tokenizer, folder, *, steps, batch_size=4, sample_steps=1000, seed=0):
