@@ -5,7 +5,8 @@ working folder, beside the picture and where adapters are kept.
 """
 
 import argparse
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -16,12 +17,15 @@ from engine.errors import ModelError, RequestError
 from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
 from runtime.control import parse_control
+from runtime.control_options import CONTROL_FIELDS
 from runtime.images.canvas import ALPHA
 from runtime.images.files import program_version, read_settings
 from runtime.images.upscaling import PIXELS, UPSCALERS, is_trained, parse_upscaler
+from runtime.options import MADE_WITH, PIECES
 from runtime.regions import split_region
+from runtime.terminal import say
 
-__all__ = ["made_with", "settings_of"]
+__all__ = ["AXES", "made_with", "parse_again", "settings_of"]
 
 # The options that name files, and what a sentence calls them.
 FILES = {
@@ -39,10 +43,45 @@ FILES = {
     "mask": ("--mask", "mask"),
     "upscale": ("--upscale", "upscaler"),
     "regions": ("--region", "mask of a region"),
+    "wildcard_dir": ("--wildcard-dir", "folder of wildcards"),
 }
+AXES = ("x", "y", "z")  # the options of a sheet, of which it has the first
 UPSCALER_FILES = ("", ".pth", ".safetensors", ".pt")
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
 BARE = ("model", "loras", "controls")  # a server's names have no endings
+
+
+def parse_again(
+    make_parser: Callable[[], argparse.ArgumentParser],
+    arguments: Sequence[str] | None,
+    names: Collection[str],
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read a command line; with `--again` what a picture was made with stands in for the rest.
+
+    make_parser: makes the command's parser; names: of the options that a file may give
+    Returns the parser, whose defaults are the picture's, and the options; says notes on them.
+    Raises RequestError as `settings_of` does.
+    """
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.again:
+        actions = [action for action in parser._actions if action.dest in names]
+        folders = [options.lora_dir] if options.lora_dir else []
+        given = _given(make_parser(), arguments)
+        found, notes = settings_of(options.again, actions, given, folders)
+        for note in notes:
+            say(f"note: {note}", sys.stderr)
+        parser.set_defaults(**found)
+        options = parser.parse_args(arguments)
+    return parser, options
+
+
+def _given(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> set[str]:
+    """Return the names of the options that the user gives himself."""
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(arguments)))
 
 
 def settings_of(
@@ -64,7 +103,11 @@ def settings_of(
             f"{path} does not say what it was made with; give a PNG, JPEG or WebP of this program, "
             "or of Automatic1111, Forge, ComfyUI, InvokeAI, Fooocus or stable-diffusion.cpp"
         )
-    found: dict[str, Any] = {}
+    actions, found = list(actions), dict[str, Any]()
+    if AXES[0] in settings and AXES[0] not in [action.dest for action in actions]:
+        raise RequestError(
+            f"{path} is a sheet of pictures; `latentrt grid --again {path}` draws it again"
+        )
     hires = settings.get("hires")
     if isinstance(hires, dict):
         settings = {**settings, **{f"hires_{name}": value for name, value in hires.items()}}
@@ -79,6 +122,7 @@ def settings_of(
             )
         found[action.dest] = value
     places = [Path(), path.parent, *folders]
+    _find_axes(found, path, places)
     notes = [
         *_find_files(found, path, settings, places),
         *_find_names(found, path, settings, given, places),
@@ -117,6 +161,24 @@ def _find_files(
             if known is not None and known != _hash(place):
                 yield f"{place} is another {noun} than {path} was drawn with"
         found[name] = paths if several else paths[0]
+
+
+def _find_axes(found: dict[str, Any], path: Path, places: list[Path]) -> None:
+    """Put the places of the files of a sheet's axes for their names. Raises RequestError."""
+
+    def place_of(name: str) -> str:
+        if (place := _find(name, places, UPSCALER_FILES)) is None:
+            raise RequestError(
+                f"{path} was drawn with the upscaler {_base(name)}, which is neither in the "
+                "working folder nor beside the picture; give the axis anew"
+            )
+        return str(place)
+
+    from runtime.axes import read_axis  # which a prompt alone does not need
+
+    for name in AXES:
+        if name in found:
+            found[name] = read_axis(found[name]).with_files(place_of).text
 
 
 def _find_names(
@@ -180,11 +242,16 @@ def _base(name: str) -> str:
     return PureWindowsPath(PurePosixPath(name).name).name
 
 
-def made_with(options: argparse.Namespace, names: Iterable[str], model: Path) -> dict[str, Any]:
+def made_with(options: argparse.Namespace, model: Path, *more: str) -> dict[str, Any]:
     """Collect what makes a picture again beside the request: files by their names and hashes.
 
-    names: of the options that count; model: the file or folder of the model that was loaded
+    model: the file or folder of the model that was loaded
+    more: names of options that count where they are given, beside those of every command
     """
+    asked = ("upscale", "watermark", "regions", *PIECES, *more)
+    names = [*MADE_WITH, *(name for name in asked if getattr(options, name, None))]
+    names += ("image", "mask") if options.image else ()
+    names += CONTROL_FIELDS if options.controls else ()
     given = {name: getattr(options, name) for name in names}
     files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
     given |= {name: _base_names(value) for name, value in files.items()}

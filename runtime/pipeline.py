@@ -38,7 +38,7 @@ from runtime.denoising.latents import (
 from runtime.denoising.row_loop import finished_rows
 from runtime.denoising.rows import rows_of
 from runtime.diffusers_arguments import CallArguments, OnStepEnd
-from runtime.images.files import SOURCE_KEY, as_floats
+from runtime.images.files import SOURCE_KEY, SPACING_KEY, as_floats
 from runtime.plan import Array, Plan, StepInputs, make_plan
 from runtime.regions import check_backend
 from runtime.request import Request
@@ -302,6 +302,7 @@ class Pipeline(AdaptedModel):
             images = [plan.frame.restore(image, blur) for image in images]
         for image in images:
             image.info[SOURCE_KEY] = plan.source_type
+            image.info[SPACING_KEY] = self.schedule.timestep_spacing
         return images
 
     def _draw(self, plan: Plan, on_step_end: OnStepEnd | None = None) -> HostOrDeviceArray:

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.images.a1111 import SAMPLER_LABELS, parameter_fields
+from runtime.images.a1111 import SAMPLER_LABELS
+from runtime.images.a1111_reader import parameter_fields
 from runtime.images.exif import texts_of
 from runtime.images.files import program_version
 from serving.http.automatic1111.fields import DrawingBody, ImageBody
