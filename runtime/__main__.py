@@ -272,7 +272,7 @@ def _request(options: argparse.Namespace) -> Request:
         by_alpha = name == "mask" and path == Path(ALPHA)
         given[name] = ALPHA if by_alpha else path and open_image(path)
     given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
-    steered = options.controls or options.control_images or options.control_modes
+    steered = any(getattr(options, name) for name in CONTROL_FIELDS)
     given["controls"] = controls_of(options) if steered else ()
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}
