@@ -39,6 +39,7 @@ FILES = {
     "embeddings": ("--embedding", "textual inversion"),
     "controls": ("--control", "ControlNet"),
     "control_images": ("--control-image", "control picture"),
+    "control_preprocessors": ("--preprocessor", "preprocessor"),
     "image": ("--image", "picture"),
     "mask": ("--mask", "mask"),
     "upscale": ("--upscale", "upscaler"),
@@ -48,6 +49,7 @@ FILES = {
 AXES = ("x", "y", "z")  # the options of a sheet, of which it has the first
 UPSCALER_FILES = ("", ".pth", ".safetensors", ".pt")
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
+ONNX = ".onnx"
 BARE = ("model", "loras", "controls")  # a server's names have no endings
 
 
@@ -146,6 +148,9 @@ def _find_files(
         several = isinstance(value, list)
         paths = list[Any]()
         for each in value if several else [value]:
+            if name == "control_preprocessors" and not each.lower().endswith(ONNX):
+                paths.append(each)  # one without a file
+                continue
             file, weight = parted(name, each)
             ships = name == "model" and file in shipped_models()
             endings = CHECKPOINTS if name in BARE else [""]
@@ -257,6 +262,7 @@ def made_with(options: argparse.Namespace, model: Path, *more: str) -> dict[str,
     given |= {name: _base_names(value) for name, value in files.items()}
     model = model.resolve()
     each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
+    each = [(n, one) for n, one in each if n != "control_preprocessors" or str(one).endswith(ONNX)]
     if options.hires_upscaler and is_trained(options.hires_upscaler):
         each.append(("hires_upscaler", options.hires_upscaler))
     paths = [model, *(Path(parted(name, one)[0]) for name, one in each)]

@@ -7,8 +7,9 @@ guidance moves away from without control, so that guidance strengthens it.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,14 @@ from PIL import Image
 
 from engine.errors import RequestError
 from runtime.checks import check_choice, check_image, check_number
-from runtime.images.files import upright
+from runtime.images.files import as_rgb, upright
+
+if TYPE_CHECKING:
+    from runtime.preprocessors.named import Preprocessor
 
 __all__ = [
     "MODES",
+    "NONE",
     "Control",
     "StepControl",
     "checked_controls",
@@ -27,6 +32,7 @@ __all__ = [
     "parse_control",
 ]
 
+NONE = "none"  # as a preprocessor
 BALANCED, PROMPT, CONTROL = MODES = ("balanced", "prompt", "control")
 MAX_WEIGHT = 10
 MAX_CONTROLS = 16
@@ -50,6 +56,9 @@ class Control:
     start, end: the part of the run in which it steers, at the calls that lie whole in it, as
         diffusers' `control_guidance_start` and `control_guidance_end`
     mode: "balanced", "prompt" or "control": what is more important
+    preprocessor: makes what the net sees of the picture, at the size of what is drawn: a name as
+        "canny" or "canny:low=50", an ONNX file, or what `runtime.preprocessors.named` makes; "none"
+        and None take the picture as it is
     """
 
     net: str
@@ -58,6 +67,8 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     mode: str = BALANCED
+    preprocessor: "str | Preprocessor | None" = None
+    _made: "Preprocessor | None" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what no net could do."""
@@ -75,6 +86,29 @@ class Control:
                 "it starts"
             )
         check_choice("a control's mode", self.mode, MODES)
+        if isinstance(self.preprocessor, str):
+            self._find_preprocessor(self.preprocessor)
+        elif self.preprocessor is not None and not callable(self.preprocessor):
+            raise RequestError(
+                f"a control's preprocessor is {self.preprocessor!r}; give a name, such as 'canny', "
+                "or what makes a hint of pixels"
+            )
+        else:
+            object.__setattr__(self, "_made", self.preprocessor)
+
+    def _find_preprocessor(self, text: str) -> None:
+        from runtime.preprocessors.choice import find_preprocessor  # no plain prompt needs them
+
+        object.__setattr__(self, "_made", None if text == NONE else find_preprocessor(text))
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return what the net sees of its picture, which lies over what is drawn.
+
+        Raises RequestError or BackendError where the preprocessor cannot make it.
+        """
+        if self._made is None:
+            return image
+        return Image.fromarray(self._made(np.asarray(as_rgb(image))))
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -89,6 +123,13 @@ class Control:
         """The control as the command line writes it: NET:WEIGHT@START:END."""
         weights = ",".join(f"{weight:g}" for weight in self.weights)
         return f"{self.net}:{weights}@{self.start:g}:{self.end:g}"
+
+    @property
+    def preprocessor_text(self) -> str:
+        """The preprocessor as the command line writes it; of one that has no name its type's."""
+        if isinstance(self.preprocessor, str):
+            return self.preprocessor
+        return NONE if self.preprocessor is None else type(self.preprocessor).__name__
 
     def over(self, calls: int) -> NDArray[np.float64]:
         """Return its weight at each call of a run: (calls,) float64."""

@@ -280,7 +280,7 @@ def read_pictures(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises RequestError.
     """
-    steered = options.controls or options.control_images or options.control_modes
+    steered = any(getattr(options, name) for name in CONTROL_FIELDS)
     by_alpha = options.mask == Path(ALPHA)
     return {
         "image": options.image and open_image(options.image),

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from runtime.control import NONE
 from runtime.request import OF_AN_IMAGE, Request
 
 __all__ = ["picture_settings"]
@@ -30,6 +31,9 @@ def picture_settings(
     if request.controls:
         shared["controls"] = [control.text for control in request.controls]
         shared["control_modes"] = [control.mode for control in request.controls]
+        made = [control.preprocessor_text for control in request.controls]
+        if any(text != NONE for text in made):
+            shared["control_preprocessors"] = made
     if request.image is None:  # with one, its own size is drawn where none is given
         shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
         shared |= {"height": size[0], "width": size[1]}

@@ -80,13 +80,15 @@ class ControlledSteps:
         A picture that the run gives the same net twice is encoded once.
         Raises GraphError or BackendError.
         """
-        made: dict[tuple[str, int], Array] = {}
+        made: dict[tuple[str, int, str], Array] = {}
+        hints = list[Array]()
         for control in plan.controls:
-            key = control.net, id(control.image)
+            key = control.net, id(control.image), control.preprocessor_text
             if key not in made:
-                pixels = hint_pixels(plan.hint_image(control.image))
+                pixels = hint_pixels(control.shown(plan.hint_image(control.image)))
                 made[key] = self._run(control.net, "control_hint", {"picture": pixels})["hint"]
-        return tuple(made[control.net, id(control.image)] for control in plan.controls)
+            hints.append(made[key])
+        return tuple(hints)
 
     def open(self, plan: Plan) -> None:
         """Open every engine that a run's controls need; raises GraphError or BackendError."""

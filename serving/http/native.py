@@ -8,6 +8,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response
 
+from runtime.control import MODES
+from runtime.preprocessors.named import PREPROCESSORS
 from runtime.presets import PRESETS
 from runtime.samplers import SAMPLERS, SCHEDULES
 from serving.errors import BusyError, NotFoundError
@@ -101,6 +103,9 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
         return {
             "models": list(catalog.models),
             "loras": list(catalog.loras),
+            "controls": list(catalog.controls),
+            "control_modes": list(MODES),
+            "preprocessors": list(PREPROCESSORS),
             "samplers": list(SAMPLERS),
             "schedules": list(SCHEDULES),
             "presets": list(PRESETS),
@@ -108,6 +113,7 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
             "limits": {
                 "pictures": limits.pictures,
                 "steps": limits.steps,
+                "controls": limits.controls,
                 "side": limits.side,
                 "pixels": limits.pixels,
                 "body_bytes": limits.body_bytes,
