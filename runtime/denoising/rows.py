@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from engine.backends.base import Engine
 from engine.devices.device import HostOrDeviceArray
-from engine.graphs.graph import MAX_LEVELS, Part
+from engine.graphs.graph import Part
+from engine.graphs.steering import MAX_LEVELS
 from runtime.denoising.controls import CallControl, Residuals, call_controls
 from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
