@@ -119,6 +119,13 @@ class Engines:
         """Whether a picture is the same bits whatever is beside it in a batch of guided ones."""
         return (self.settings.backend or DEFAULT, self.precision) == ("cpu", "float32")
 
+    @property
+    def precision_beside(self) -> ComputePrecision:
+        """What networks beside the model compute in: as it does, or without int8."""
+        if self.precision != "int8":
+            return self.precision
+        return "bfloat16" if "BF16" in capabilities() else "float32"
+
     def graph(self, part: Part) -> Graph:
         """Find a part's graph; raises GraphError."""
         precision = graph_precision(self.settings, self.precision)

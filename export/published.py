@@ -10,7 +10,8 @@ from engine.configs.diffusion import (
     TinyDecoderConfig,
     UNetConfig,
 )
-from engine.graphs.graph import CONTROLLED_LEVELS, Part
+from engine.graphs.graph import Part
+from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS
 
 CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship

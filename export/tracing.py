@@ -125,6 +125,7 @@ def trace(part: Part, config: Config, precision: Precision) -> TracedPart:
     described = signature(part, config)
     side = config.latent_multiple
     sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "p": 3, "e": 3, "h": 2 * side, "w": 3 * side}
+    sizes |= {"k": 2, "t": 3}
     real = example_inputs(part, config, sizes, torch.Generator().manual_seed(0))
     auto = torch.export.Dim.AUTO
     dynamic = {

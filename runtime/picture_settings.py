@@ -20,7 +20,7 @@ def picture_settings(
     seeds, variation_seeds: of each picture, the latter empty where none varies
     """
     own = {"prompt", "negative_prompt", "num_images_per_prompt", "preset", "image", "mask"}
-    own |= {"regions", "controls", "seed", "variation_seed"}
+    own |= {"regions", "controls", "image_prompts", "seed", "variation_seed"}
     own |= set() if variation_seeds else {"variation_strength"}
     shared = {
         f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
@@ -34,6 +34,8 @@ def picture_settings(
         made = [control.preprocessor_text for control in request.controls]
         if any(text != NONE for text in made):
             shared["control_preprocessors"] = made
+    if request.image_prompts:
+        shared["image_prompts"] = [prompt.text for prompt in request.image_prompts]
     if request.image is None:  # with one, its own size is drawn where none is given
         shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
         shared |= {"height": size[0], "width": size[1]}

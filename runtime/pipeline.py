@@ -90,6 +90,8 @@ class Pipeline(AdaptedModel):
         wildcard_dir: str | Path | None = None,
         embeddings: OneOrMore[str | Path] | None = None,
         controls: Mapping[str, str | Path] | OneOrMore[str | Path] | None = None,
+        ip_adapters: Mapping[str, str | Path] | OneOrMore[str | Path] | None = None,
+        image_encoder: Mapping[str, str | Path] | str | Path | None = None,
         strict: bool = False,
         prediction_type: str | None = None,
         graphs: str | Path | None = None,
@@ -104,8 +106,8 @@ class Pipeline(AdaptedModel):
             and "own" take the model's own, if it has one
         unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
             where no model is named, of a UNet and its text encoders with a vae
-        loras, embeddings, controls, strict: as `set_loras`, `set_embeddings`, `set_controls` take
-            them
+        loras, embeddings, controls, ip_adapters, image_encoder, strict: as `set_loras`,
+            `set_embeddings`, `set_controls`, `set_ip_adapters` take them
         lora_dir: a folder of adapters that prompts may name, as `<lora:name:0.8>`: they are on for
             that call, beside `loras`
         wildcard_dir: a folder of text files whose lines prompts may choose from, as `__name__`
@@ -143,6 +145,8 @@ class Pipeline(AdaptedModel):
             pipeline.set_embeddings(embeddings)
         if controls:
             pipeline.set_controls(controls)
+        if ip_adapters:
+            pipeline.set_ip_adapters(ip_adapters, image_encoder)
         return pipeline
 
     def __call__(
@@ -213,8 +217,7 @@ class Pipeline(AdaptedModel):
         if request.regions:
             check_backend(self.engines.settings.backend)
         chosen, notes = request, list[str]()
-        if request.controls:
-            self._controlled.check(request.controls)
+        self._check_steering(request)
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)
         if self._named or chosen.names_files:
@@ -250,16 +253,14 @@ class Pipeline(AdaptedModel):
         Raises GraphError, ModelError or BackendError.
         """
         self.open_engines(plan)
-        state = self._latents.start(plan, latents)
-        return replace(state, hints=self._controlled.hints(plan)) if plan.controls else state
+        return self._steered(self._latents.start(plan, latents), plan)
 
     def open_engines(self, plan: Plan) -> None:
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
         self._latents.open_upscalers(plan)
         for part in parts_of(plan, self.model):
             self.engine(part)
-        if plan.controls:
-            self._controlled.open(plan)
+        self._open_steering(plan)
 
     def step(self, state: State, inputs: StepInputs) -> State:
         """Call the UNet once; returns the state after it, and leaves the one before as it was.

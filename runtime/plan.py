@@ -19,6 +19,7 @@ from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.control import Control, StepControl, control_calls
 from runtime.framing import frame_of
+from runtime.image_prompt import ImagePrompt, attention_maps, with_image_prompts
 from runtime.images.canvas import BLUR, latent_mask
 from runtime.images.files import SourceType
 from runtime.images.frame import Frame
@@ -35,6 +36,7 @@ __all__ = ["Plan", "StepInputs", "make_plan"]
 
 Array = NDArray[np.float32]
 
+PER_STEP = ("matrices", "outside", "timestep", "input_scale")
 STEPS, GUIDANCE_SCALE = 20, 5.0
 A1111_STEPS = "a1111_align_your_steps"
 STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
@@ -62,6 +64,7 @@ class Plan:
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
     controls: what steers the run; control_calls: how much, at each of its calls
+    image_prompts: pictures that are attended to; is_guided: whether calls move away from something
     """
 
     program: Program
@@ -91,11 +94,13 @@ class Plan:
     upscaler: str = ""
     controls: Sequence[Control] = ()
     control_calls: Sequence[Sequence[StepControl]] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
+    is_guided: bool = False
 
     @property
     def step_parts(self) -> list[StepPart]:
         """The parts that make the run's calls of the UNet: the whole, and around deep features."""
-        whole, shallow = STEP_PARTS[bool(self.controls)]
+        whole, shallow = STEP_PARTS[bool(self.controls), bool(self.image_prompts)]
         return [whole] if all(self.full_calls) else [whole, shallow]
 
     def hint_image(self, image: Image.Image) -> Image.Image:
@@ -145,26 +150,15 @@ class Plan:
         return [
             StepInputs(
                 conditioning=conditioning,
-                per_step={
-                    "matrices": matrix,
-                    "outside": kept,
-                    "timestep": timestep,
-                    "input_scale": input_scale,
-                },
+                per_step=dict(zip(PER_STEP, rows, strict=True)),
                 is_full=is_full,
                 signal_scale=signal,
                 noise_scale=noise,
                 controls=steering,
                 is_controlled=bool(self.controls),
+                has_images=bool(self.image_prompts),
             )
-            for conditioning, (
-                matrix,
-                kept,
-                timestep,
-                input_scale,
-                signal,
-                noise,
-            ), is_full, steering in calls
+            for conditioning, (*rows, signal, noise), is_full, steering in calls
         ]
 
     @property
@@ -318,6 +312,10 @@ def _run(
         clip_skip=request.clip_skip,
         clean_prompt=request.clean_prompt,
     )
+    pictures = [each for each in request.image_prompts if each.over(len(conditioning)).any()]
+    if pictures:
+        places = attention_maps(pictures, encoder.model, frame, size)
+        conditioning = with_image_prompts(conditioning, pictures, len(prompts), places)
     controls = [control for control in request.controls if control.over(len(conditioning)).any()]
     groups = [len(call["guidance"]) for call in conditioning]
     residuals = sum(map(len, encoder.model.unet.residual_widths()))
@@ -326,6 +324,8 @@ def _run(
         conditioning=conditioning,
         controls=controls,
         control_calls=control_calls(controls, groups, len(prompts), residuals) if controls else (),
+        image_prompts=pictures,
+        is_guided=max(groups) > len(prompts),
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
         seeds=list(request.seeds),

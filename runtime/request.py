@@ -24,6 +24,7 @@ from runtime.conditioning import alternatives
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
 from runtime.control import Control, checked_controls
+from runtime.image_prompt import ImagePrompt, checked_image_prompts
 from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
 from runtime.images.image_noise import check_image_noise
@@ -97,6 +98,7 @@ class Request:
         something is painted anew
     image_noise: that the image gets first, "gaussian:VARIANCE" or "salt-pepper:SHARE", 0 to 1
     hires: a second, larger run; controls: pictures that steer, by ControlNets of the pipeline
+    image_prompts: pictures that are attended to beside the text, by IP-Adapters of the pipeline
     regions: areas that have texts of their own; elsewhere the prompt counts
     cache_interval: the UNet runs whole at every so many calls and around the deep features of the
         last of these in between (DeepCache): from 3 on twice as fast or more, and less exact; 1
@@ -142,6 +144,7 @@ class Request:
     hires: Hires | None = None
     regions: Sequence[Region] = ()
     controls: Sequence[Control] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
     cache_interval: int = 1
     eta: float = 0.0
     prompt_syntax: bool = True
@@ -174,6 +177,8 @@ class Request:
             check_regions(self.regions, prompt_syntax=self.prompt_syntax)
         controls = checked_controls(self.controls) if self.controls != () else ()
         object.__setattr__(self, "controls", controls)
+        if self.image_prompts != ():
+            object.__setattr__(self, "image_prompts", checked_image_prompts(self.image_prompts))
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
         check_number("variation_strength", self.variation_strength, Real, 0, 1)

@@ -12,12 +12,24 @@ from runtime.control import StepControl
 __all__ = ["STEP_PARTS", "StepInputs", "StepPart"]
 
 Array = NDArray[np.float32]
-StepPart = Literal["step", "step_shallow", "step_controlled", "step_shallow_controlled"]
-# The parts that make calls of the UNet, whole and shallow, by whether a run is controlled.
-STEP_PARTS: tuple[tuple[StepPart, StepPart], ...] = (
-    ("step", "step_shallow"),
-    ("step_controlled", "step_shallow_controlled"),
-)
+StepPart = Literal[
+    "step",
+    "step_shallow",
+    "step_controlled",
+    "step_shallow_controlled",
+    "step_ip",
+    "step_shallow_ip",
+    "step_controlled_ip",
+    "step_shallow_controlled_ip",
+]
+# The parts that make calls of the UNet, whole and shallow, by whether a run is controlled and has
+# image prompts.
+STEP_PARTS: Mapping[tuple[bool, bool], tuple[StepPart, StepPart]] = {
+    (False, False): ("step", "step_shallow"),
+    (True, False): ("step_controlled", "step_shallow_controlled"),
+    (False, True): ("step_ip", "step_shallow_ip"),
+    (True, True): ("step_controlled_ip", "step_shallow_controlled_ip"),
+}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)  # frozen, one a call would take twice as long
@@ -32,7 +44,7 @@ class StepInputs:
     is_full: whether the UNet runs whole, or around the deep features of a call before
     signal_scale, noise_scale: alpha and sigma of the latents that go in
     controls: what steers this call; is_controlled: whether any call of the run is steered, so that
-        all have one graph
+        all have one graph; has_images: whether the run has image prompts, likewise
     """
 
     conditioning: Mapping[str, Array]
@@ -42,9 +54,10 @@ class StepInputs:
     noise_scale: float
     controls: Sequence[StepControl] = ()
     is_controlled: bool = False
+    has_images: bool = False
 
     @property
     def part(self) -> StepPart:
         """The part whose engine is called."""
-        whole, shallow = STEP_PARTS[self.is_controlled]
+        whole, shallow = STEP_PARTS[self.is_controlled, self.has_images]
         return whole if self.is_full else shallow

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
+from engine.configs.cross_attentions import CrossAttention
 from engine.errors import ModelError
 
 ADVICE = "use a Stable Diffusion 1.x, 2.x or XL model"
@@ -70,6 +71,10 @@ class Config:
     def residual_widths(self) -> list[list[int]]:
         """Return the channels of every map that a ControlNet adds to one, level by level."""
         return []
+
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        """Return the layers that an IP-Adapter gives keys and values, in its order."""
+        return ()
 
     @property
     def extra_inputs(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from engine.backends.base import Engine
 from engine.configs.unet import UNetConfig
 from engine.control_nets import ControlNets, ControlPart
 from engine.errors import RequestError
-from engine.graphs.graph import residual_names
+from engine.graphs.steering import residual_names
 from runtime.control import Control
 from runtime.plan import Plan
 from runtime.step_inputs import StepInputs

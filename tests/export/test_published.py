@@ -11,7 +11,8 @@ from engine.configs.diffusion import (
     TinyAutoencoderConfig,
     UNetConfig,
 )
-from engine.graphs.graph import CONTROLLED_LEVELS, find_graph
+from engine.graphs.graph import find_graph
+from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model
 from engine.shipped import GRAPHS
 from export.published import published_parts
