@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response
 
+from runtime.images.upscaling import UPSCALERS
 from runtime.presets import PRESETS
 from runtime.samplers import SAMPLERS, SCHEDULES
 from serving.errors import BusyError, NotFoundError
@@ -104,12 +105,15 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
             "samplers": list(SAMPLERS),
             "schedules": list(SCHEDULES),
             "presets": list(PRESETS),
+            "upscalers": list(UPSCALERS),
             "formats": [name.lower() for name in MEDIA],
             "limits": {
                 "pictures": limits.pictures,
                 "steps": limits.steps,
                 "side": limits.side,
                 "pixels": limits.pixels,
+                "prompt_characters": limits.prompt_characters,
+                "loras": limits.loras,
                 "body_bytes": limits.body_bytes,
             },
         }
@@ -123,6 +127,7 @@ def describe(job: Job) -> dict[str, Any]:
         "id": job.id,
         "state": job.state,
         "model": job.picture_request.model,
+        **({"position": job.position, "eta_s": job.eta} if job.state == "queued" else {}),
         "pictures": [
             {
                 "index": index,
