@@ -28,6 +28,7 @@ from serving.http.documents import invalid
 from serving.http.fields import Catalog
 from serving.http.native import native_routes
 from serving.http.openai import openai_routes
+from serving.http.page import page_routes
 from serving.http.request_log import RequestLog
 from serving.jobs import Jobs
 from serving.limits import Limits
@@ -77,6 +78,7 @@ def make_service(
     app.include_router(native_routes(jobs, catalog, limits))
     app.include_router(automatic1111_routes(jobs, engine, catalog, limits))
     app.include_router(controlnet_routes(catalog, limits))
+    app.include_router(page_routes())
     _add_state(app, engine, jobs, metrics)
     _add_refusals(app, metrics)
     guarded: ASGIApp = BodyReader(app, limits)

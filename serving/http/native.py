@@ -9,6 +9,7 @@ from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response
 
 from runtime.control import MODES
+from runtime.images.upscaling import UPSCALERS
 from runtime.preprocessors.named import PREPROCESSORS
 from runtime.presets import PRESETS
 from runtime.samplers import SAMPLERS, SCHEDULES
@@ -109,6 +110,7 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
             "samplers": list(SAMPLERS),
             "schedules": list(SCHEDULES),
             "presets": list(PRESETS),
+            "upscalers": list(UPSCALERS),
             "formats": [name.lower() for name in MEDIA],
             "limits": {
                 "pictures": limits.pictures,
@@ -116,6 +118,8 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
                 "controls": limits.controls,
                 "side": limits.side,
                 "pixels": limits.pixels,
+                "prompt_characters": limits.prompt_characters,
+                "loras": limits.loras,
                 "body_bytes": limits.body_bytes,
             },
         }
@@ -129,6 +133,7 @@ def describe(job: Job) -> dict[str, Any]:
         "id": job.id,
         "state": job.state,
         "model": job.picture_request.model,
+        **({"position": job.position, "eta_s": job.eta} if job.state == "queued" else {}),
         "pictures": [
             {
                 "index": index,

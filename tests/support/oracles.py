@@ -28,6 +28,7 @@ ORACLES = frozenset(
         "openai",
         "openvino",
         "peft",
+        "playwright",
         "prometheus_client",
         "resvg_py",
         "safetensors",
