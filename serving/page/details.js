@@ -53,7 +53,7 @@ export class Details {
       "div",
       { class: "buttons" },
       button("Again", () => again(record, index)),
-      button("Use settings", () => use(record, index)),
+      button("Reuse settings", () => use(record, index)),
       button("Start from this", () => start(picture.file)),
       make("a", { class: "button", href: this.#url, download: name }, "Download"),
       this.#turn(record, index, -1, "Previous"),

@@ -119,15 +119,16 @@ class Card {
   }
 
   #buttonsOf(record) {
-    const button = (text, act, kind = "quiet") => {
+    const button = (text, act, kind = "quiet", name = text) => {
       const press = () => this.#actions.run(() => act(record));
-      const label = `${text}: ${shortened(record.body.prompt)}`;
+      const label = `${name}: ${shortened(record.body.prompt)}`;
       return make("button", { type: "button", class: kind, "aria-label": label, onclick: press }, text);
     };
     const { again, use, cancel, remove } = this.#actions;
     if (isUnfinished(record)) return [button("Cancel", cancel, "")];
     const repeat = record.state === "done" ? "Again" : "Try again";
-    return [button(repeat, again, ""), button("Use settings", use), button("Remove", remove)];
+    const reuse = button("Reuse", use, "quiet", "Reuse settings");
+    return [button(repeat, again, ""), reuse, button("Remove", remove)];
   }
 }
 

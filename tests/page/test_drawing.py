@@ -91,9 +91,9 @@ def test_every_setting_is_what_is_asked_for(page, runner):
     wanted |= {"loras": {"ink": 0.75}, "hires": {"scale": 1.5}, "num_images_per_prompt": 1}
     wanted |= {"prompt": "a hat", "num_inference_steps": 4, "format": "png", "preview_every": 2}
     assert body == wanted
-    page.get_by_role("button", name="Reset settings").click()
+    page.get_by_role("button", name="Reset").click()
     expect(page.locator("#width")).to_have_value("")
-    page.get_by_role("button", name="Use settings").click()
+    page.get_by_role("button", name="Reuse settings").click()
     for name, value in {**texts, **chosen}.items():
         expect(page.locator(f"[name='{name}']")).to_have_value(str(value))
     expect(page.get_by_label("ink", exact=True)).to_have_value("0.75")

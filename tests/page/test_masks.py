@@ -170,7 +170,7 @@ def test_a_mask_comes_back_with_its_settings(page, runner):
     by_mouse(page, LINE)
     first = sent(page, runner)
     page.reload()
-    card(page, "a cat").get_by_role("button", name="Use settings").click()
+    card(page, "a cat").get_by_role("button", name="Reuse settings").click()
     expect(page.get_by_label("Paint what is to change")).to_be_checked()
     np.testing.assert_array_equal(sent(page, runner), first)
     again, before = kept(page)
