@@ -1,7 +1,7 @@
 """`python -m training`: make the model that ships, or one from your own captioned pictures.
 
 data, autoencoder, diffusion and ship are run in this order over one working folder, by `all` too;
-preview adds a tiny decoder to a model, few-steps a LoRA that draws in 4 calls.
+finish sharpens a model's decoder, preview adds a tiny one, few-steps a LoRA that draws in 4 calls.
 """
 
 import argparse
@@ -33,7 +33,9 @@ from training import (
     ddpm,
     diffusion,
     distillation,
+    finish,
     judge,
+    perceptual,
     pictograms,
     preview,
     quality,
@@ -43,10 +45,12 @@ from training.captions import read_coco, read_flickr30k
 from training.dataset import PictogramTrainingSet, TrainingSet, load_training_set
 from training.idx import LabelledPictures
 from training.loop import LoopSettings
+from training.mobilenet import MobileNet
 from training.options import DEFAULTS, parser
 from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
 
 MOVED = 3  # copies of each picture that are moved a little, where encoding them takes seconds
+CLASSIFIER = LoopSettings(steps=2000, batch_size=64, learning_rate=2e-3)  # whose eyes finish has
 AUTOENCODER_SHARE = 0.3  # of the minutes of `all`
 
 
@@ -134,6 +138,32 @@ def _preview(options: argparse.Namespace) -> None:
     denoiser, trained, tokenizer = _read_model(find_model(options.model))
     decoded = preview.examples(data, denoiser, trained, tokenizer, settings.seed)
     print(preview.write(preview.train(decoded, settings, options.work), options.out))
+
+
+def _finish(options: argparse.Namespace) -> None:
+    data = load_training_set(options.work / "data.npz")
+    if not isinstance(data, PictogramTrainingSet):
+        raise RequestError("finish learns from pictograms, whose subjects and styles are known")
+    folder, settings = find_model(options.model), _settings(options)
+    classifier = perceptual.train(
+        data.images,
+        data.pairs,
+        dataclasses.replace(CLASSIFIER, device=options.device, seed=options.seed),
+        options.work,
+        draws=data.draws,
+    )
+    before, start = (_read_model(folder)[1] for _ in range(2))
+    finished = finish.train(
+        start, data.images, classifier, settings, options.work, draws=data.draws
+    )
+    (options.out / "vae").mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "vae" / "config.json", options.out / "vae")
+    ship.write_weights(finished.cpu(), options.out / "vae" / ship.WEIGHTS["vae"])
+    held_out = data.pictograms.images[data.pictograms.held_out]
+    judge = MobileNet.load(options.work / "packages")
+    found = finish.compare(before, finished, held_out, judge).asdict()
+    _record(options, "finish", **found)
+    print(json.dumps({"held_out": len(held_out), **found}, indent=2))
 
 
 def _few_steps(options: argparse.Namespace) -> None:
@@ -242,7 +272,7 @@ def _final_state(options: argparse.Namespace, command: str) -> dict[str, torch.T
     return state
 
 
-def _record(options: argparse.Namespace, command: str, **measured: float) -> None:
+def _record(options: argparse.Namespace, command: str, **measured: object) -> None:
     """Note how a training was asked for and what came of it, for the model's card."""
     names = (
         "start", "steps", "minutes", "batch_size", "learning_rate", "device", "seed", "vocab_size",
@@ -322,6 +352,7 @@ COMMANDS = {
     "data": _data,
     "autoencoder": _autoencoder,
     "diffusion": _diffusion,
+    "finish": _finish,
     "preview": _preview,
     "few-steps": _few_steps,
     "all": _all,
