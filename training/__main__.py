@@ -1,7 +1,7 @@
 """`python -m training`: make the model that ships, or one from your own captioned pictures.
 
 data, autoencoder, diffusion and ship are run in this order over one working folder, by `all` too;
-preview adds a tiny decoder to a model, few-steps a LoRA that draws in 4 calls.
+finish sharpens a model's decoder, preview adds a tiny one, few-steps a LoRA that draws in 4 calls.
 """
 
 import argparse
@@ -49,6 +49,7 @@ from training.dataset import (
     load_training_set,
 )
 from training.diffusers_folder import write_json
+from training.finish_command import run_finish
 from training.options import DEFAULTS, loop_settings, parser
 from training.shards import read_shards
 from training.tuning_commands import run_fine_tune, run_lora
@@ -309,6 +310,7 @@ COMMANDS = {
     "data": _data,
     "autoencoder": _autoencoder,
     "diffusion": _diffusion,
+    "finish": run_finish,
     "preview": _preview,
     "few-steps": _few_steps,
     "all": _all,

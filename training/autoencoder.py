@@ -40,23 +40,16 @@ def train(
     *,
     config: AutoencoderConfig = CONFIG,
     draws: np.ndarray | None = None,
-    decoder_only: bool = False,
 ) -> Autoencoder:
     """Train on images (n, H, W, 3) uint8; checkpoints and sample grids go to `folder`.
 
     draws: (n,), how often each is drawn beside the others; None draws all alike
-    `decoder_only` leaves the encoder as it is, so that latents made before stay true.
     """
     torch.manual_seed(settings.seed)
     pixels = torch.from_numpy(images).to(settings.device)
     module = Autoencoder(config)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
-    if decoder_only:
-        state = torch.load(folder / "autoencoder.pt", weights_only=True)
-        module.load_state_dict(state["ema"])
-        module.encoder.requires_grad_(False)
-        module.quant_conv.requires_grad_(False)
-    loop = Loop(module, settings, folder / ("decoder.pt" if decoder_only else "autoencoder.pt"))
+    loop = Loop(module, settings, folder / "autoencoder.pt")
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no crop twice
     weights = None if draws is None else torch.from_numpy(draws).to(settings.device)
@@ -65,10 +58,9 @@ def train(
         return settings.device != "cpu" or loop.fraction() > WHOLE_PICTURES_FROM
 
     def losses(step: int) -> Losses:
-        batch = _crops(pixels, settings.batch_size, weights, whole=whole())
+        batch = crops(pixels, settings.batch_size, weights, whole=whole())
         with autocast(settings.device):
-            with torch.set_grad_enabled(not decoder_only):
-                mean, std = module.encode(batch)
+            mean, std = module.encode(batch)
             noise = torch.randn(devices.count() * len(mean), *mean.shape[1:], device=mean.device)
             latents = mean + std * share(noise).to(mean)
             output = module.decode(latents).float()
@@ -168,8 +160,11 @@ def _to_pixels(images: Tensor) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def _crops(images: Tensor, count: int, weights: Tensor | None, *, whole: bool) -> Tensor:
-    """Draw crops, mirrored half of the time; a quarter as many whole pictures cost the same."""
+def crops(images: Tensor, count: int, weights: Tensor | None, *, whole: bool) -> Tensor:
+    """Draw crops of images (n, H, W, 3) uint8, mirrored half of the time: (B, 3, h, w) of -1 to 1.
+
+    weights: (n,), how often each is drawn; a quarter as many whole pictures cost the same
+    """
     device, size = images.device, images.shape[1]
     crop = size if whole else min(CROP, size)
     if whole:
@@ -184,13 +179,18 @@ def _crops(images: Tensor, count: int, weights: Tensor | None, *, whole: bool) -
     return _to_pixels(images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]])
 
 
-def _losses(output: Tensor, target: Tensor, mean: Tensor, std: Tensor) -> Losses:
+def picture_loss(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare images (B, 3, H, W) of -1 to 1; returns the loss and their mean squared error."""
     error = output - target
-    gradients = _gradients(output, target)
-    kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()  # Kingma & Welling 2013, appendix B
     mse = error.square().mean()
-    loss = error.abs().mean() + mse + GRADIENT_WEIGHT * gradients + KL_WEIGHT * kl
-    return {"loss": loss, "psnr": 10 * torch.log10(4.0 / mse.detach()), "kl": kl.detach()}
+    return error.abs().mean() + mse + GRADIENT_WEIGHT * _gradients(output, target), mse
+
+
+def _losses(output: Tensor, target: Tensor, mean: Tensor, std: Tensor) -> Losses:
+    kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()  # Kingma & Welling 2013, appendix B
+    loss, mse = picture_loss(output, target)
+    psnr_db = 10 * torch.log10(4.0 / mse.detach())
+    return {"loss": loss + KL_WEIGHT * kl, "psnr": psnr_db, "kl": kl.detach()}
 
 
 def _gradients(output: Tensor, target: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ Run = Callable[[argparse.Namespace], None]
 DEFAULTS = {
     "autoencoder": ("train the autoencoder", 30_000, 16, 2e-3, 192),
     "diffusion": ("train text encoder and UNet", 100_000, 48, 3e-3, 512),
+    "finish": ("sharpen a model's decoder against a discriminator", 4000, 16, 5e-4, 96),
     "preview": ("distil a model's tiny decoder for previews", 5000, 8, 5e-3, 8),
     "few-steps": ("distil a LoRA that draws in 4 calls without guidance", 6000, 64, 2e-3, 512),
 }
@@ -72,8 +73,10 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
             "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
         )
         machine(train)
-        if name in ("preview", "few-steps"):
+        if name in ("finish", "preview", "few-steps"):
             train.add_argument("--model", default="pictogram", help="(default: %(default)s)")
+        if name == "finish":
+            train.add_argument("--out", type=Path, required=True, help="the folder for vae/")
         if name == "preview":
             train.add_argument(
                 "--out", type=Path, required=True, help="the folder to put preview_decoder/ into"

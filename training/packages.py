@@ -79,6 +79,13 @@ NAMES = Package(
     author="Mu-An Chiou",
 )
 PACKAGES = (*ICON_SETS, KEYWORDS, NAMES)
+JUDGE = Package(  # its networks compare pictures; nothing of it gets into a model
+    name="nsfwjs",
+    version="4.3.0",
+    integrity="WTKDte0vp1X97N1h34P79G/hG+sVT3+TnDz9di1WseIJR93v11E4viNX7Vg9WsO6HYoR772Nzq2iM8jo3XBZ+g==",
+    licence="MIT",
+    author="Infinite Red, Inc.",
+)
 
 
 def fetch(package: Package, folder: Path) -> Path:
