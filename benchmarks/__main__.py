@@ -171,12 +171,12 @@ def _add_compared(added: argparse.ArgumentParser, repeats: int) -> None:
     )
 
 
-def _add_model(added: argparse.ArgumentParser) -> None:
+def _add_model(added: argparse.ArgumentParser, *more: str) -> None:
     added.add_argument(
         "--model",
         default="pictogram",
-        choices=tuple(SCENARIOS),
-        help="the model that ships, or random weights of Stable Diffusion 1.5's size "
+        choices=(*SCENARIOS, *more),
+        help="the model that ships, or random weights of a published model's size "
         "(default: %(default)s)",
     )
 
@@ -192,7 +192,7 @@ def _add_only(added: argparse.ArgumentParser) -> None:
 
 
 def _add_latency(added: argparse.ArgumentParser) -> None:
-    _add_model(added)
+    _add_model(added, "sdturbo")
     _add_only(added)
     added.add_argument(
         "--whole", action="store_true", help="run whole requests of sd15 instead of adding up parts"

@@ -5,8 +5,9 @@ They take a scenario and a number of threads last, and raise whatever their libr
 
 import subprocess
 import sys
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,7 @@ def export_by_optimum(kind: str, stored: str, prompt: str, source: str, target: 
             quantization = OVWeightQuantizationConfig(
                 bits=8, quant_method="hybrid", dataset=[prompt], num_samples=4
             )
+        _describe_tiny_autoencoders()
         pipe = OVStableDiffusionPipeline.from_pretrained(
             source,
             export=True,
@@ -138,6 +140,19 @@ def export_by_optimum(kind: str, stored: str, prompt: str, source: str, target: 
 
         pipe = ORTStableDiffusionPipeline.from_pretrained(source, export=True)
     pipe.save_pretrained(target)
+
+
+def _describe_tiny_autoencoders() -> None:
+    """Let a tiny autoencoder encode to a distribution, as optimum's exporter asks of every one."""
+    from diffusers import AutoencoderTiny
+
+    library: Any = AutoencoderTiny
+    encode = library.encode
+
+    def as_distribution(self: Any, x: Any) -> dict[str, Any]:
+        return {"latent_dist": SimpleNamespace(parameters=encode(self, x).latents)}
+
+    library.encode = as_distribution
 
 
 def cpp_parts(scenario: Scenario, threads: int) -> Parts:
@@ -198,12 +213,14 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
 
     def guided() -> Any:
         out = pipe.unet(
-            torch.cat([x, x]),
+            torch.cat([x, x]) if scenario.is_guided else x,
             timestep,
             encoder_hidden_states=context,
             return_dict=False,
             **conditions,
         )[0]
+        if not scenario.is_guided:
+            return out
         uncond, cond = out.chunk(2)
         return uncond + scale * (cond - uncond)
 
@@ -227,7 +244,10 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         "text": text,
         "step": lambda: _numpy(guided()),
         "decode": decode,
-        WHOLE: whole,
+        **{
+            name: partial(whole, num_inference_steps=steps)
+            for name, steps in scenario.wholes.items()
+        },
         STEPS: steps,
         LONGER: lambda: whole(num_inference_steps=LONGER_STEPS),
     }

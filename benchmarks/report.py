@@ -20,6 +20,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
     README: ("speed",),
     README.parent / "docs" / "benchmarks.md": (
         "latency-sd15",
+        "latency-sdturbo",
         "latency",
         "prompt",
         "quality",
@@ -145,6 +146,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     **{name: partial(table, name) for name in ROWS},
     "latency": latency_table,
     "latency-sd15": latency_table,
+    "latency-sdturbo": latency_table,
     "quality": quality_table,
     "memory": memory_table,
     "memory-sd15": memory_table,
