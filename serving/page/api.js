@@ -37,7 +37,7 @@ export function setKey(key) {
   if (key) sessionStorage.setItem(KEY, key);
   else sessionStorage.removeItem(KEY);
   isLocked = false;
-  connection.dispatchEvent(new Event("found"));
+  if (!isLost) connection.dispatchEvent(new Event("found"));
 }
 
 /** Whether this tab has a key. */

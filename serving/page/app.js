@@ -108,7 +108,9 @@ async function start() {
 
 async function removeAll() {
   if (!window.confirm("Remove all pictures from this browser?")) return;
-  for (const record of [...jobs.records.values()]) await jobs.remove(record);
+  const removing = [...jobs.records.values()].map((record) => jobs.remove(record));
+  const failed = (await Promise.allSettled(removing)).find(({ reason }) => reason);
+  if (failed) throw failed.reason;
 }
 
 byId("request").addEventListener("submit", (event) => {

@@ -22,9 +22,7 @@ export class Gallery {
     if (!card) {
       card = new Card(record, this.#actions);
       this.#cards.set(record.key, card);
-      const later = [...this.#cards.values()].filter((each) => each.created > record.created);
-      const next = later.at(-1)?.element.nextSibling ?? (later.length ? null : this.#list.firstChild);
-      this.#list.insertBefore(card.element, next);
+      this.#list.prepend(card.element);
     }
     card.update();
     this.#count();
@@ -71,10 +69,6 @@ class Card {
     const title = make("h3", { class: "prompt", dir: "auto" }, record.body.prompt || "(no prompt)");
     const below = make("div", { class: "below" }, title, this.#status, this.#progress, this.#buttons);
     this.element = make("li", { class: "card" }, several, below);
-  }
-
-  get created() {
-    return this.record.created;
   }
 
   /** Shows the record as it is now. */

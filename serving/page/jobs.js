@@ -23,6 +23,7 @@ export function isUnfinished(record) {
 /** Returns the body that draws a record's pictures, or one of them, bit for bit again. */
 export function bodyAgain(record, index = null) {
   const seeds = record.pictures.map((picture) => picture.seed);
+  if (seeds.includes(undefined)) return record.body; // it never came to the server
   const { seed: _, ...body } = record.body;
   if (index === null) return { ...body, seed: seeds };
   const { num_images_per_prompt: __, ...single } = body;
@@ -70,8 +71,8 @@ export class Jobs {
     const record = { key: newKey(), created: Date.now(), body: sent, image, mask, job: null };
     Object.assign(record, { state: "unsent", position: null, eta: null, error: null, pictures });
     await this.#keep(record);
-    this.records.set(record.key, record);
     await this.#letOldestGo();
+    this.records.set(record.key, record);
     try {
       await this.#send(record);
     } catch (error) {
@@ -116,7 +117,8 @@ export class Jobs {
       const sent = { method: "POST", body: JSON.stringify(body), headers };
       const described = await (await ask(PICTURES, sent)).json();
       record.job = described.id;
-      await this.#settle(record, described);
+      if (this.records.has(record.key)) await this.#settle(record, described);
+      else await ask(`${PICTURES}/${record.job}`, { method: "DELETE" }); // removed meanwhile
     } finally {
       this.#sending.delete(record.key);
     }
@@ -238,9 +240,10 @@ export class Jobs {
     }
   }
 
+  /** Makes room for one more. */
   async #letOldestGo() {
     const over = [...this.records.values()].filter((record) => !isUnfinished(record));
-    const surplus = Math.max(this.records.size - MOST_KEPT, 0);
+    const surplus = Math.max(this.records.size + 1 - MOST_KEPT, 0);
     for (const record of over.slice(0, surplus)) await this.remove(record);
   }
 }

@@ -24,11 +24,9 @@ export class Source {
     byId("source-longest").addEventListener("change", (event) => this.#shrink(event.target.valueAsNumber));
     byId("mask-on").addEventListener("change", () => this.#showMask());
     document.addEventListener("paste", (event) => this.#receive(event, event.clipboardData));
-    document.addEventListener("dragover", (event) => event.preventDefault());
-    document.addEventListener("drop", (event) => {
-      event.preventDefault(); // the browser would leave the page for the picture
-      this.#receive(event, event.dataTransfer);
-    });
+    for (const name of ["dragover", "drop"]) {
+      document.addEventListener(name, (event) => this.#receiveDropped(event));
+    }
   }
 
   /** Takes a file; says so if it is no picture. */
@@ -90,6 +88,12 @@ export class Source {
     if (!this.isMasked) return null;
     if (this.#mask.isEmpty) throw new Error("Nothing is painted in the mask; paint what is to change.");
     return this.#mask.file();
+  }
+
+  #receiveDropped(event) {
+    if (!event.dataTransfer.types.includes("Files")) return; // texts go where they are dropped
+    event.preventDefault(); // the browser would leave the page for the picture
+    if (event.type === "drop") this.#receive(event, event.dataTransfer);
   }
 
   #receive(event, data) {

@@ -1,7 +1,6 @@
 """The page draws: by mouse and by keys, cancelled, again, over reloads and lost servers."""
 
 import hashlib
-import json
 import re
 
 import pytest
@@ -178,6 +177,33 @@ def test_again_is_the_same_picture_bit_for_bit(browser, real):
     assert all(file.startswith(b"\x89PNG") for file in first["files"])
 
 
+def test_the_oldest_go_where_there_are_too_many(page):
+    """Never what is unfinished; a full gallery is shown whole."""
+    page.evaluate(
+        """async () => {
+          const { Store } = await import("/page/store.js");
+          const store = await Store.open();
+          for (let number = 0; number < 200; number += 1) {
+            const state = number ? "cancelled" : "unsent";
+            const body = { prompt: `old ${number}`, num_inference_steps: 1 };
+            const pictures = [{ step: 0, total: 0, file: null }];
+            const record = { key: `key-${number}`, created: number, body, state, pictures };
+            await store.put({ ...record, image: null, mask: null, job: null, error: null });
+          }
+        }"""
+    )
+    page.reload()
+    expect(page.locator(".card")).to_have_count(200)
+    expect(card(page, "old 0")).to_have_attribute("data-state", "done")
+    draw(page, "new", num_inference_steps=1)
+    expect(card(page, "new")).to_have_attribute("data-state", "done")
+    expect(page.locator(".card")).to_have_count(200)
+    prompts = [record["body"]["prompt"] for record in kept(page)]
+    assert prompts == ["new", *(f"old {number}" for number in range(199, 0, -1))]
+    card(page, "old 7").get_by_role("button", name="Try again").click()
+    expect(card(page, "old 7")).to_have_attribute("data-state", "done")
+
+
 def test_a_downloaded_picture_is_the_servers_file(page):
     draw(page, "A café, <fluent> style!", num_inference_steps=2, seed=9)
     page.get_by_role("button", name="Picture: A café").click()
@@ -265,11 +291,33 @@ def test_a_server_that_was_started_anew(browser):
         lost.get_by_role("button", name="Try again").click()
         expect(card(page, "a cat")).to_have_attribute("data-state", "done")
         again, before = kept(page)
-        assert again["body"]["seed"] == json.loads(json.dumps(again["body"]["seed"]))
-        assert before["state"] == "lost"
+        assert again["body"]["seed"] == again["seeds"] == before["seeds"]
+        assert (before["state"], before["files"]) == ("lost", [None])
         opened.__exit__(None, None, None)
     (asked,) = [prompt for stage, prompt in second.done if stage == "finish"]
     assert asked == "a cat"
+
+
+def test_a_tab_that_nobody_looks_at_holds_no_connection(page, runner):
+    """A browser has six to a server for all of its tabs; such a tab asks now and then instead."""
+    watched = []
+    page.on("request", lambda request: watched.append(request.url.endswith("/events")))
+    page.evaluate(
+        """() => {
+          Object.defineProperty(document, "hidden", { configurable: true, get: () => true });
+          document.dispatchEvent(new Event("visibilitychange"));
+        }"""
+    )
+    draw(page, "a cat", num_inference_steps=2)
+    expect(card(page, "a cat")).to_have_attribute("data-state", "done")
+    assert not any(watched)
+    runner.goes_on.clear()
+    draw(page, "a dog", num_inference_steps=2)
+    page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+    expect(card(page, "a dog")).to_have_attribute("data-state", "running")
+    runner.goes_on.set()
+    expect(card(page, "a dog")).to_have_attribute("data-state", "done")
+    assert any(watched)
 
 
 def test_keys(browser, runner):

@@ -1,5 +1,6 @@
 """Pictures to start from and masks: what is sent is what was chosen and painted."""
 
+import base64
 import io
 
 import numpy as np
@@ -199,6 +200,33 @@ def test_pictures_are_sent_as_they_are_or_shrunk_to_what_is_taken(browser, url, 
         expect(page.locator("#source-size")).to_have_text("24 × 40 pixels")
         page.get_by_label("Picture file").set_input_files(tmp_path / "text.png")
         expect(page.get_by_role("alert").filter(has_text="no picture")).to_be_visible()
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_a_picture_is_dropped_or_pasted_and_a_text_is_not_in_its_way(browser, url, photo, way):
+    with visiting(browser, url) as page:
+        expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+        taken = page.evaluate(
+            """([way, file]) => {
+              const bytes = Uint8Array.from(atob(file), (character) => character.charCodeAt(0));
+              const tell = (data) => {
+                const told = { bubbles: true, cancelable: true };
+                const event = way === "drop"
+                  ? new DragEvent("drop", { ...told, dataTransfer: data })
+                  : new ClipboardEvent("paste", { ...told, clipboardData: data });
+                return !document.getElementById("prompt").dispatchEvent(event);
+              };
+              const text = new DataTransfer();
+              text.setData("text/plain", "a cat");
+              const picture = new DataTransfer();
+              picture.items.add(new File([bytes], "photo.png", { type: "image/png" }));
+              return [tell(text), tell(picture)];
+            }""",
+            [way, base64.b64encode(photo.read_bytes()).decode()],
+        )
+        assert taken == [False, True]
+        expect(page.locator("#source-size")).to_have_text(f"{SIZE[0]} × {SIZE[1]} pixels")
+        expect(page.get_by_label("Prompt", exact=True)).to_have_value("")
 
 
 def test_an_edit_is_the_pipelines_picture_and_starts_the_next(browser, photo, tmp_path):

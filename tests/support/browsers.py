@@ -25,7 +25,7 @@ KEPT = """async () => {
   const { Store } = await import("/page/store.js");
   const records = (await (await Store.open()).all()).reverse();
   return Promise.all(records.map(async ({ body, state, mask, pictures }) => ({
-    body, state, mask: await encoded(mask),
+    body, state, mask: await encoded(mask), seeds: pictures.map(({ seed }) => seed),
     files: await Promise.all(pictures.map(({ file }) => encoded(file))),
   })));
 }"""
@@ -99,7 +99,7 @@ def card(page, prompt):
 
 
 def kept(page):
-    """Return what the browser keeps, the newest first: prompts, states, files and masks."""
+    """Return what the browser keeps, the newest first: requests, states, seeds, files and masks."""
     records = page.evaluate(KEPT)
     for record in records:
         record["files"] = [file and base64.b64decode(file) for file in record["files"]]
