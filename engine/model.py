@@ -5,6 +5,7 @@ code. Neither is converted: the parts' weights are found under their graphs' nam
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -335,6 +336,11 @@ def find_model(model: str | Path) -> Path:
     if str(model) in shipped_models():
         return MODELS / str(model)
     close = difflib.get_close_matches(str(model), shipped_models(), n=1)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not close:
+        raise ModelError(
+            f"the model {str(model)!r} is neither a folder nor a file, and nothing is fetched; "
+            "download it first, and give the path of its folder or file"
+        )
     raise ModelError(
         f"the model {str(model)!r} is neither a folder or file nor one that ships "
         f"({', '.join(shipped_models()) or 'none'}); "

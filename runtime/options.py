@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
 from engine.errors import RequestError
+from runtime.checks import FOREIGN_NAMES
 from runtime.control_options import CONTROL_FIELDS, CONTROL_OPTIONS, control_files, controls_of
 from runtime.image_options import IMAGE_OPTIONS
 from runtime.images.canvas import ALPHA
@@ -48,8 +50,25 @@ _LOADED = ("vae", *PIECES, *_FILES[2:], "wildcard_dir", "strict", "prediction_ty
 AGAIN = {*MADE_WITH, *PIECES, *CONTROL_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
 
 
+# What other programs' command lines call options that have none of the fields' foreign names.
+FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        **FOREIGN_NAMES,
+        **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "model_path", "pretrained"), "model"),
+        **dict.fromkeys(("output", "outdir", "outfile", "save_path"), "out"),
+        **{"w": "width", "W": "width", "h": "height", "H": "height", "p": "prompt"},
+        **{"init_img": "image", "i": "image", "mask_img": "mask", "n_samples": FOREIGN_NAMES["n"]},
+        **{"sampling_method": "sampler", "scheduler": "schedule", "schedule_type": "schedule"},
+        **{"lora_path": "loras", "lora_model_dir": "lora_dir", "embd_dir": "embeddings"},
+        **{"controlnet": "controls", "control_net": "controls", "denoising": "strength"},
+    }
+)
+
+
 class _Parser(CommandParser):
     """A parser that describes the presets when it is asked for help, and not before."""
+
+    foreign = FOREIGN_OPTIONS
 
     def format_help(self) -> str:
         """Return the help with the presets and an example below it."""
