@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.comparison_tables import latency_table, quality_table, speed_table
 from benchmarks.gpu_summary import gpu_table
 from benchmarks.image_noise import noise_table
-from benchmarks.resource_tables import build_table, memory_table, scale_table
+from benchmarks.resource_tables import bfloat16_table, build_table, memory_table, scale_table
 from benchmarks.serving.tables import costs_table, load_table, simulation_table, steps_table
 from engine.errors import OutputError
 
@@ -35,6 +35,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
     README.parent / "docs" / "gpu.md": ("gpu",),
     README.parent / "docs" / "modes.md": ("image-noise",),
     README.parent / "docs" / "marking.md": ("watermark",),
+    README.parent / "docs" / "performance.md": ("bfloat16-sd15", "bfloat16"),
     README.parent / "docs" / "serving.md": (
         "serving-steps",
         "serving",
@@ -150,6 +151,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "quality": quality_table,
     "memory": memory_table,
     "memory-sd15": memory_table,
+    "bfloat16": bfloat16_table,
+    "bfloat16-sd15": bfloat16_table,
     "build": build_table,
     "gpu": gpu_table,
     "image-noise": noise_table,
