@@ -14,7 +14,6 @@ from PIL import Image
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from runtime.again import made_with, settings_of
-from runtime.control_options import CONTROL_FIELDS, controls_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import Sign, check_output, open_image, write_image
 from runtime.images.previews import check_animation, parse_steps
@@ -35,6 +34,7 @@ from runtime.pipeline import Pipeline
 from runtime.plan import Plan
 from runtime.regions import parse_region
 from runtime.request import Request
+from runtime.steering_options import STEERING_FIELDS, steering_of
 from runtime.terminal import Loading, say, show_progress
 
 if TYPE_CHECKING:
@@ -272,8 +272,8 @@ def _request(options: argparse.Namespace) -> Request:
         by_alpha = name == "mask" and path == Path(ALPHA)
         given[name] = ALPHA if by_alpha else path and open_image(path)
     given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
-    steered = options.controls or options.control_images or options.control_modes
-    given["controls"] = controls_of(options) if steered else ()
+    steered = any(getattr(options, name) for name in STEERING_FIELDS)
+    given |= steering_of(options) if steered else {"controls": (), "image_prompts": ()}
     if options.hires_scale is not None:
         hires = {f: getattr(options, name) for name, f in HIRES.items()}
         given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
@@ -318,7 +318,7 @@ def _numbered(path: Path, count: int) -> list[Path]:
 def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """Return what makes a picture again beside the request, by the options' names."""
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += CONTROL_FIELDS if options.controls else ()
+    names += tuple(name for name in STEERING_FIELDS if getattr(options, name))
     names += tuple(name for name in ("upscale", "watermark", "regions") if getattr(options, name))
     names += tuple(name for name in PIECES if getattr(options, name))
     return made_with(options, names, pipeline.model_path)

@@ -16,6 +16,7 @@ from engine.errors import ModelError, RequestError
 from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
 from runtime.control import parse_control
+from runtime.image_prompt import NO_MASK, parse_image_prompt
 from runtime.images.canvas import ALPHA
 from runtime.images.files import program_version, read_settings
 from runtime.images.upscaling import PIXELS, UPSCALERS, is_trained, parse_upscaler
@@ -35,6 +36,10 @@ FILES = {
     "embeddings": ("--embedding", "textual inversion"),
     "controls": ("--control", "ControlNet"),
     "control_images": ("--control-image", "control picture"),
+    "image_prompts": ("--image-prompt", "image prompt"),
+    "ip_adapters": ("--ip-adapter", "IP-Adapter"),
+    "image_encoders": ("--image-encoder", "image encoder"),
+    "image_prompt_masks": ("--image-prompt-mask", "mask of an image prompt"),
     "image": ("--image", "picture"),
     "mask": ("--mask", "mask"),
     "upscale": ("--upscale", "upscaler"),
@@ -102,6 +107,9 @@ def _find_files(
         several = isinstance(value, list)
         paths = list[Any]()
         for each in value if several else [value]:
+            if (name, each) == ("image_prompt_masks", NO_MASK):
+                paths.append(each)
+                continue
             file, weight = parted(name, each)
             ships = name == "model" and file in shipped_models()
             endings = CHECKPOINTS if name in BARE else [""]
@@ -217,6 +225,9 @@ def parted(name: str, said: str | Path | Sequence[str]) -> tuple[str, str]:
     elif name == "controls":
         with suppress(RequestError):
             file = parse_control(text)[0]
+    elif name == "image_prompts":
+        with suppress(RequestError):
+            file = parse_image_prompt(text)[0]
     elif name == "embeddings":
         file = str(parse_embedding(text)[0])
     elif name == "upscale":

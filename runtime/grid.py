@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import RequestError, exit_status
-from runtime.control_options import controls_of
 from runtime.images.files import SOURCE_KEY, check_output, write_image
 from runtime.images.previews import side_by_side
 from runtime.images.upscaling import Hires
@@ -22,6 +21,7 @@ from runtime.options import FIELDS, HIRES, load_arguments, make_parser
 from runtime.pipeline import Pipeline
 from runtime.regions import parse_region
 from runtime.request import Request
+from runtime.steering_options import steering_of
 from runtime.terminal import say
 
 MAX_CELLS = 256
@@ -29,7 +29,8 @@ NOT_HERE = (
     *("again", "expand", "preview_steps", "preview_decoder", "animation"),
     *("upscale", "safety_checker", "watermark", "c2pa_cert", "c2pa_key"),
 )
-FILES = ("image", "mask", "controls", "regions")  # fields that the command line gives as files
+# fields that the command line gives as files
+FILES = ("image", "mask", "controls", "image_prompts", "regions")
 PROMPT = "prompt"  # the axis whose first value is replaced in the texts by each of its values
 
 
@@ -124,7 +125,7 @@ def _cell(
         options.prompt = options.prompt.replace(searched, value)
         options.negative_prompt = options.negative_prompt.replace(searched, value)
     fields = {name: getattr(options, name) for name in FIELDS}
-    fields["controls"] = controls_of(options)
+    fields |= steering_of(options)
     fields["regions"] = tuple(parse_region(*pair) for pair in options.regions)
     hires = {field: getattr(options, name) for name, field in HIRES.items()}
     if options.hires_scale is not None:

@@ -13,7 +13,6 @@ from typing import Any, get_args
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
-from runtime.control_options import CONTROL_FIELDS, CONTROL_OPTIONS, control_files
 from runtime.images.canvas import ALPHA, BLUR
 from runtime.images.upscaling import HIRES_STRENGTH, MODES, PIXELS, Hires
 from runtime.noise import NOISES
@@ -23,6 +22,7 @@ from runtime.presets import PRESETS, describe_presets
 from runtime.request import AREAS, PADDING, WHOLE, Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
+from runtime.steering_options import STEERING_FIELDS, STEERING_OPTIONS, steering_arguments
 from runtime.text_options import TEXT_OPTIONS, read_numbers
 
 __all__ = [
@@ -40,7 +40,7 @@ FIELDS = tuple(f.name for f in fields(Request) if f.init)
 OF_RESULTS = ("upscale", "watermark", "batch_size")
 _BACKEND = tuple(field.name for field in fields(BackendSettings))  # the options that settle it
 _LOADED = ("vae", *PIECES, *_FILES[2:], "wildcard_dir", "strict", "prediction_type", "graphs")
-AGAIN = {*MADE_WITH, *PIECES, *CONTROL_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
+AGAIN = {*MADE_WITH, *PIECES, *STEERING_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
 
 
 class _Parser(CommandParser):
@@ -97,7 +97,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         text.add_argument(name, **option)
     _add_images(parser.add_argument_group("pictures to start from"))
     steering = parser.add_argument_group("pictures that steer")
-    for name, option in CONTROL_OPTIONS.items():
+    for name, option in STEERING_OPTIONS.items():
         steering.add_argument(name, **option)
 
 
@@ -342,5 +342,6 @@ def backend_settings(options: argparse.Namespace) -> BackendSettings:
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return what `Pipeline.load` takes beside the model, as all commands that draw are told."""
     named = {name: getattr(options, name) for name in (*_LOADED, "precision")}
-    controls = control_files(options) if options.controls else None
-    return {**named, "controls": controls, "settings": backend_settings(options)}
+    steered = any(getattr(options, name) for name in STEERING_FIELDS)
+    steering = steering_arguments(options) if steered else {}
+    return {**named, **steering, "settings": backend_settings(options)}

@@ -28,7 +28,6 @@ from runtime.batch.progress import Progress
 from runtime.batch.requests import ANY_SEED, Defaults
 from runtime.batch.work import Work, works
 from runtime.checks import check_choice, check_number
-from runtime.control_options import CONTROL_FIELDS
 from runtime.images.files import FORMATS as PICTURES
 from runtime.noise import MAX_SEED
 from runtime.options import (
@@ -41,6 +40,7 @@ from runtime.options import (
 )
 from runtime.pipeline import Pipeline
 from runtime.request import MAX_IMAGES
+from runtime.steering_options import STEERING_FIELDS
 from runtime.terminal import Loading, say
 
 PASSED_OVER = 1  # the status where a line was no request or could not be drawn
@@ -198,7 +198,7 @@ def _load(options: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
     chosen = pipeline.engines
     options.backend, options.precision = chosen.settings.backend, chosen.precision
     names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += CONTROL_FIELDS if options.controls else ()
+    names += tuple(name for name in STEERING_FIELDS if getattr(options, name))
     names += tuple(name for name in ("regions", *PIECES) if getattr(options, name))
     return pipeline, made_with(options, names, pipeline.model_path)
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 from engine.errors import RequestError
 from runtime.batch.lines import Line
-from runtime.control_options import controls_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import open_image
 from runtime.images.upscaling import Hires
 from runtime.options import FIELDS, HIRES
 from runtime.regions import parse_region
 from runtime.request import OF_AN_IMAGE, Request
+from runtime.steering_options import steering_of
 
 __all__ = ["ANY_SEED", "Defaults", "digest"]
 
@@ -51,7 +51,7 @@ class Defaults:
             if given[name] not in (None, Path(ALPHA)):
                 given[name] = open_image(given[name])
         given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
-        given["controls"] = controls_of(options)
+        given |= steering_of(options)
         given["mask"] = ALPHA if given["mask"] == Path(ALPHA) else given["mask"]
         hires = {field: getattr(options, name) for name, field in HIRES.items()}
         return cls(
