@@ -11,9 +11,12 @@ from engine.adapters.adapter import FILES as ADAPTER_FILES
 from engine.adapters.adapter import read_adapter
 from engine.adapters.textual_inversion import FILES as EMBEDDING_FILES
 from engine.adapters.textual_inversion import read_embedding
+from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.families.sd import SD1_FAMILY
 from engine.checkpoints.few_steps import find_variant_of_adapter
 from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.image_encoder import is_image_encoder, open_image_encoder
+from engine.checkpoints.ip_adapter import is_ip_adapter, open_ip_adapter
 from engine.checkpoints.pieces import open_piece
 from engine.checkpoints.single_file import open_vae
 from engine.checkpoints.upscaler import is_upscaler, open_upscaler
@@ -52,6 +55,8 @@ def describe(file: str | Path) -> dict[str, Any]:
     if path.is_dir() and any((path / name).is_file() for name in ADAPTER_FILES):
         return _adapter(path, read_adapter(path).weights)
     weights = open_weights(path)
+    if path.is_dir() and is_image_encoder(path):
+        return _image_encoder(path, weights)
     kind = _KINDS[_kind(weights)]
     facts: dict[str, Any] = kind(path, weights)
     return facts
@@ -60,6 +65,8 @@ def describe(file: str | Path) -> dict[str, Any]:
 def _kind(weights: Weights) -> str:
     """Tell what a file seems to be by the names of its tensors."""
     names = list(weights)
+    if is_ip_adapter(names):
+        return "IP-Adapter"
     if any(name.startswith("model.diffusion_model.") for name in names):
         return "checkpoint"
     if any(name.removeprefix("first_stage_model.") == "encoder.conv_in.weight" for name in names):
@@ -163,6 +170,42 @@ def _upscaler(path: Path, weights: Weights) -> dict[str, Any]:
     return facts | _numbers(weights, used) | {"notes": list(file.notes)}
 
 
+def _ip_adapter(path: Path, weights: Weights) -> dict[str, Any]:
+    config, component = open_ip_adapter(path)
+    families = [
+        family.title
+        for family in FAMILIES.values()
+        if any(
+            config.cross_attention_dim == unet.symbols()["D"]
+            and config.layer_widths == tuple(layer.width for layer in unet.cross_attentions())
+            for unet in family.published.get("unet", ())
+        )
+    ]
+    what = "tokens" if config.sees_tokens else "embedding"
+    facts = {
+        "kind": "IP-Adapter",
+        "file": str(path),
+        "family": families[0] if families else f"another (context of {config.cross_attention_dim})",
+        "projection": config.kind,
+        "image_encoder": f"one whose {what} has the width {config.embed_dim}",
+        "tokens": config.tokens or "as many as the image encoder's",
+        "use": "give it as --ip-adapter, with --image-prompt and --image-encoder",
+    }
+    return facts | _numbers(weights, {"ip_adapter": component.shapes})
+
+
+def _image_encoder(path: Path, weights: Weights) -> dict[str, Any]:
+    config, component = open_image_encoder(path)
+    facts = {
+        "kind": "image encoder",
+        "file": str(path),
+        "picture": [config.image_size] * 2,
+        "widths": {"tokens": config.hidden_size, "embedding": config.projection_dim},
+        "use": "give it as --image-encoder, with --ip-adapter",
+    }
+    return facts | _numbers(weights, {"image_encoder": component.shapes})
+
+
 def _adapter(path: Path, weights: Weights) -> dict[str, Any]:
     facts = {"kind": "adapter", "file": str(path), **read_adapter(path).describe()}
     variant = find_variant_of_adapter(path, SD1_FAMILY.variants)
@@ -192,6 +235,7 @@ _KINDS = {
     "adapter": _adapter,
     "embedding": _embedding,
     "piece": _piece,
+    "IP-Adapter": _ip_adapter,
     "upscaler": _upscaler,
 }
 

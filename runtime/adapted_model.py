@@ -12,12 +12,12 @@ from engine.adapters.few_steps import with_few_steps
 from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import Embedding, read_embedding
 from engine.backends.base import DeviceEngine, Engine
-from engine.control_nets import ControlNets
 from engine.engines import Engines
 from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
-from engine.ip_adapters import IPAdapters
 from engine.model import Model
+from engine.steering.control_nets import ControlNets
+from engine.steering.ip_adapters import IPAdapters
 from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.names import named_adapters

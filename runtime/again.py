@@ -17,12 +17,13 @@ from engine.errors import ModelError, RequestError
 from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
 from runtime.control import parse_control
-from runtime.control_options import CONTROL_FIELDS
+from runtime.image_prompt import NO_MASK, parse_image_prompt
 from runtime.images.canvas import ALPHA
 from runtime.images.files import program_version, read_settings
 from runtime.images.upscaling import PIXELS, UPSCALERS, is_trained, parse_upscaler
 from runtime.options import MADE_WITH, PIECES
 from runtime.regions import split_region
+from runtime.steering_options import STEERING_FIELDS
 from runtime.terminal import say
 
 __all__ = ["AXES", "made_with", "parse_again", "settings_of"]
@@ -40,6 +41,10 @@ FILES = {
     "controls": ("--control", "ControlNet"),
     "control_images": ("--control-image", "control picture"),
     "control_preprocessors": ("--preprocessor", "preprocessor"),
+    "image_prompts": ("--image-prompt", "image prompt"),
+    "ip_adapters": ("--ip-adapter", "IP-Adapter"),
+    "image_encoders": ("--image-encoder", "image encoder"),
+    "image_prompt_masks": ("--image-prompt-mask", "mask of an image prompt"),
     "image": ("--image", "picture"),
     "mask": ("--mask", "mask"),
     "upscale": ("--upscale", "upscaler"),
@@ -151,6 +156,9 @@ def _find_files(
             if name == "control_preprocessors" and not each.lower().endswith(ONNX):
                 paths.append(each)  # one without a file
                 continue
+            if (name, each) == ("image_prompt_masks", NO_MASK):
+                paths.append(each)
+                continue
             file, weight = parted(name, each)
             ships = name == "model" and file in shipped_models()
             endings = CHECKPOINTS if name in BARE else [""]
@@ -256,7 +264,7 @@ def made_with(options: argparse.Namespace, model: Path, *more: str) -> dict[str,
     asked = ("upscale", "watermark", "regions", *PIECES, *more)
     names = [*MADE_WITH, *(name for name in asked if getattr(options, name, None))]
     names += ("image", "mask") if options.image else ()
-    names += CONTROL_FIELDS if options.controls else ()
+    names += [name for name in STEERING_FIELDS if getattr(options, name)]
     given = {name: getattr(options, name) for name in names}
     files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
     given |= {name: _base_names(value) for name, value in files.items()}
@@ -290,6 +298,9 @@ def parted(name: str, said: str | Path | Sequence[str]) -> tuple[str, str]:
     elif name == "controls":
         with suppress(RequestError):
             file = parse_control(text)[0]
+    elif name == "image_prompts":
+        with suppress(RequestError):
+            file = parse_image_prompt(text)[0]
     elif name == "embeddings":
         file = str(parse_embedding(text)[0])
     elif name == "upscale":

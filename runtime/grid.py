@@ -43,7 +43,8 @@ NOT_HERE = (
     *("expand", "preview_steps", "preview_decoder", "animation"),
     *("upscale", "safety_checker", "safety_action", "watermark", "c2pa_cert", "c2pa_key"),
 )
-FILES = ("image", "mask", "controls", "regions")  # fields that the command line gives as files
+# fields that the command line gives as files
+FILES = ("image", "mask", "controls", "image_prompts", "regions")
 PROMPT = "prompt"  # the axis whose first value is replaced in the texts by each of its values
 KEPT = {*AGAIN, *AXES, "wildcard_dir"} - {*NOT_HERE}  # what a sheet's file gives again
 

@@ -22,6 +22,7 @@ from runtime.images.frame import Frame
 from runtime.images.upscaling import upscale_latents
 
 __all__ = [
+    "NO_MASK",
     "ImagePrompt",
     "attention_maps",
     "checked_image_prompts",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float32]
+NO_MASK = "none"  # what the command line says where a picture counts everywhere
 MAX_PROMPTS = 16
 MAX_PICTURES = 16  # of one prompt
 HALF = 128  # of 255: where a mask is lighter, the picture counts

@@ -17,7 +17,6 @@ from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
 from engine.errors import RequestError
 from runtime.checks import FOREIGN_NAMES
-from runtime.control_options import CONTROL_FIELDS, CONTROL_OPTIONS, control_files, controls_of
 from runtime.image_options import IMAGE_OPTIONS
 from runtime.images.canvas import ALPHA
 from runtime.images.files import open_image
@@ -30,6 +29,12 @@ from runtime.regions import parse_region
 from runtime.request import Request
 from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
+from runtime.steering_options import (
+    STEERING_FIELDS,
+    STEERING_OPTIONS,
+    steering_arguments,
+    steering_of,
+)
 from runtime.text_options import TEXT_OPTIONS, read_numbers
 
 __all__ = [
@@ -47,7 +52,7 @@ FIELDS = tuple(f.name for f in fields(Request) if f.init)
 OF_RESULTS = ("upscale", "watermark", "batch_size")
 _BACKEND = tuple(field.name for field in fields(BackendSettings))  # the options that settle it
 _LOADED = ("vae", *PIECES, *_FILES[2:], "wildcard_dir", "strict", "prediction_type", "graphs")
-AGAIN = {*MADE_WITH, *PIECES, *CONTROL_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
+AGAIN = {*MADE_WITH, *PIECES, *STEERING_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
 
 
 # What other programs' command lines call options that have none of the fields' foreign names.
@@ -123,7 +128,7 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     for name, option in IMAGE_OPTIONS.items():
         images.add_argument(name, **option)
     steering = parser.add_argument_group("pictures that steer")
-    for name, option in CONTROL_OPTIONS.items():
+    for name, option in STEERING_OPTIONS.items():
         steering.add_argument(name, **option)
 
 
@@ -290,8 +295,9 @@ def backend_settings(options: argparse.Namespace) -> BackendSettings:
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return what `Pipeline.load` takes beside the model, as all commands that draw are told."""
     named = {name: getattr(options, name) for name in (*_LOADED, "precision")}
-    controls = control_files(options) if options.controls else None
-    return {**named, "controls": controls, "settings": backend_settings(options)}
+    steered = any(getattr(options, name) for name in STEERING_FIELDS)
+    steering = steering_arguments(options) if steered else {}
+    return {**named, **steering, "settings": backend_settings(options)}
 
 
 def read_pictures(options: argparse.Namespace) -> dict[str, Any]:
@@ -299,13 +305,14 @@ def read_pictures(options: argparse.Namespace) -> dict[str, Any]:
 
     Raises RequestError.
     """
-    steered = any(getattr(options, name) for name in CONTROL_FIELDS)
+    steered = any(getattr(options, name) for name in STEERING_FIELDS)
+    steering = steering_of(options) if steered else {"controls": (), "image_prompts": ()}
     by_alpha = options.mask == Path(ALPHA)
     return {
         "image": options.image and open_image(options.image),
         "mask": ALPHA if by_alpha else options.mask and open_image(options.mask),
         "regions": tuple(parse_region(*pair) for pair in options.regions),
-        "controls": tuple(controls_of(options)) if steered else (),
+        **steering,
     }
 
 

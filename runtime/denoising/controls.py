@@ -15,9 +15,9 @@ from PIL import Image
 
 from engine.backends.base import Engine
 from engine.configs.unet import UNetConfig
-from engine.control_nets import ControlNets, ControlPart
 from engine.errors import RequestError
 from engine.graphs.steering import residual_names
+from engine.steering.control_nets import ControlNets, ControlPart
 from runtime.control import Control
 from runtime.plan import Plan
 from runtime.step_inputs import StepInputs

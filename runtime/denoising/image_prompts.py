@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import RequestError
-from engine.ip_adapters import IPAdapters, KeysAndValues
+from engine.steering.ip_adapters import IPAdapters, KeysAndValues
 from runtime.image_prompt import ImagePrompt
 from runtime.images.clip_pixels import clip_pixels
 from runtime.plan import Plan

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from engine.checkpoints.families.sd import SD1_FAMILY
 from engine.checkpoints.formats.files import open_weights
+from engine.configs.image_encoder import ImageEncoderConfig
 from engine.errors import ModelError
 from engine.model import find_model
 from export.__main__ import main
@@ -299,3 +302,30 @@ def test_what_of_a_checkpoint_is_not_used_is_said(tmp_path, capsys):
     assert facts["picture"] == [512, 512]
     assert "those under 'optimizer' are not used" in facts["notes"]
     assert "512 × 512" in shown(capsys, path)
+
+
+def test_an_ip_adapter_and_an_image_encoder(tmp_path, capsys):
+    unet = SD1_FAMILY.published["unet"][0]
+    names = {"image_proj.proj.weight": (4 * 768, 1024), "image_proj.proj.bias": (4 * 768,)}
+    names |= {f"image_proj.norm.{end}": (768,) for end in ("weight", "bias")}
+    for i, layer in enumerate(unet.cross_attentions()):
+        for kind in ("to_k_ip", "to_v_ip"):
+            names[f"ip_adapter.{2 * i + 1}.{kind}.weight"] = (layer.width, 768)
+    facts = describe(write_sparse(tmp_path / "ip-adapter_sd15.safetensors", names))
+    assert facts["kind"] == "IP-Adapter"
+    assert facts["family"] == SD1_FAMILY.title
+    assert (facts["projection"], facts["tokens"]) == ("linear", 4)
+    assert facts["image_encoder"] == "one whose embedding has the width 1024"
+    assert facts["parameters"] == {"ip_adapter": 22_319_616}
+    assert "--ip-adapter" in as_table(facts)
+    folder = tmp_path / "image_encoder"
+    folder.mkdir()
+    config = ImageEncoderConfig(num_hidden_layers=1, patch_size=112)
+    write_sparse(folder / "model.safetensors", config.tensor_shapes())
+    written = {**asdict(config), "architectures": ["CLIPVisionModelWithProjection"]}
+    (folder / "config.json").write_text(json.dumps(written))
+    facts = describe(folder)
+    assert facts["kind"] == "image encoder"
+    assert facts["widths"] == {"tokens": 768, "embedding": 512}
+    assert main(["info", str(folder)]) == 0
+    assert "--image-encoder" in capsys.readouterr().out

@@ -92,10 +92,10 @@ def write_ip_adapter(state, path):
     return path
 
 
-def reference_pipeline(kind, small, states, encoder, scales=1.0):
+def reference_pipeline(kind, small, states, encoder, scales=1.0, **more):
     """Return diffusers' pipeline of a small model with IP-Adapters."""
     own = small.reference
-    parts = {**own.components, "unet": deepcopy(own.unet), "image_encoder": encoder}
+    parts = {**own.components, "unet": deepcopy(own.unet), "image_encoder": encoder, **more}
     side = encoder.config.image_size
     parts["feature_extractor"] = CLIPImageProcessor(size=side, crop_size=side)
     if not small.is_xl:
