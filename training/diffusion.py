@@ -160,7 +160,7 @@ def train(
     latents, weights = examples.latents.to(device), None
     if examples.draws is not None:
         weights = torch.from_numpy(examples.draws).to(device)
-    texts = _texts(examples, tokenizer, rng).to(device)
+    texts = caption_ids(examples, tokenizer, rng).to(device)
     empty = torch.from_numpy(tokenizer([""]).input_ids).to(device)
 
     def losses(step: int) -> Losses:
@@ -189,7 +189,7 @@ def train(
     return ema
 
 
-def _texts(examples: Examples, tokenizer: Tokenizer, rng: np.random.Generator) -> Tensor:
+def caption_ids(examples: Examples, tokenizer: Tokenizer, rng: np.random.Generator) -> Tensor:
     """Draw captions of each picture: their tokens, (n, CAPTIONS, MAX_TOKENS) int64."""
     rows = []
     for index in range(len(examples.latents)):
