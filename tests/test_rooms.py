@@ -36,7 +36,7 @@ ROOMS = {
     "engine.checkpoints": (
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
         *("families", "few_steps", "likeness", "pipeline_index", "unsupported", "prediction"),
-        *("gpt2", "single_file", "diffusers_unet", "pieces", "control_net"),
+        *("gpt2", "single_file", "diffusers_unet", "pieces", "control_lora", "control_net"),
         *("upscaler", "image_encoder", "safety_checker", "ip_adapter"),
     ),
     "runtime": (

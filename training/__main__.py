@@ -1,7 +1,8 @@
 """`python -m training`: make the model that ships, or one from your own captioned pictures.
 
 data, autoencoder, diffusion and ship are run in this order over one working folder, by `all` too;
-finish sharpens a model's decoder, preview adds a tiny one, few-steps a LoRA that draws in 4 calls.
+finish sharpens a model's decoder, preview adds a tiny one, few-steps a LoRA that draws in 4 calls,
+control a ControlNet that follows edges.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from runtime.conditioning.tokenizer import Tokenizer
 from training import (
     autoencoder,
     card,
+    control,
     devices,
     diffusion,
     distillation,
@@ -172,6 +174,14 @@ def _preview(options: argparse.Namespace) -> None:
     print(preview.write(preview.train(decoded, settings, options.work), options.out))
 
 
+def _control(options: argparse.Namespace) -> None:
+    data, settings = _training_set(options), loop_settings(options)
+    denoiser, trained, tokenizer = _read_model(find_model(options.model))
+    made = control.train(data, denoiser, trained, tokenizer, settings, options.work)
+    control.write(made.cpu(), options.out)
+    print(options.out)
+
+
 def _few_steps(options: argparse.Namespace) -> None:
     data = _training_set(options)
     denoiser, trained, tokenizer = _read_model(find_model(options.model))
@@ -230,9 +240,13 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"{options.work} holds captioned pictures, of which none is held out; "
             "evaluate measures pictograms: run `python -m training data` without captions"
         )
-    report = quality.evaluate(options.model, data.pictograms, few_steps=options.few_steps)
-    write_json(options.work / "quality.json", report)
-    found = quality.figures(report)
+    if options.control:
+        report = control.evaluate(options.model, options.control, data.pictograms)
+        found = {name: report[name] for name in ("f1", "f1_without", "gain")}
+    else:
+        report = quality.evaluate(options.model, data.pictograms, few_steps=options.few_steps)
+        found = quality.figures(report)
+    write_json(options.work / ("control.json" if options.control else "quality.json"), report)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -312,6 +326,7 @@ COMMANDS = {
     "diffusion": _diffusion,
     "finish": run_finish,
     "preview": _preview,
+    "control": _control,
     "few-steps": _few_steps,
     "all": _all,
     "ship": _ship,

@@ -20,6 +20,7 @@ DEFAULTS = {
     "diffusion": ("train text encoder and UNet", 100_000, 48, 3e-3, 512),
     "finish": ("sharpen a model's decoder against a discriminator", 4000, 16, 5e-4, 96),
     "preview": ("distil a model's tiny decoder for previews", 5000, 8, 5e-3, 8),
+    "control": ("train a control on the edges of pictures", 20_000, 32, 1e-3, 256),
     "few-steps": ("distil a LoRA that draws in 4 calls without guidance", 6000, 64, 2e-3, 512),
 }
 
@@ -73,7 +74,7 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
             "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
         )
         machine(train)
-        if name in ("finish", "preview", "few-steps"):
+        if name in ("finish", "preview", "control", "few-steps"):
             train.add_argument("--model", default="pictogram", help="(default: %(default)s)")
         if name == "finish":
             train.add_argument("--out", type=Path, required=True, help="the folder for vae/")
@@ -81,6 +82,8 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
             train.add_argument(
                 "--out", type=Path, required=True, help="the folder to put preview_decoder/ into"
             )
+        if name == "control":
+            train.add_argument("--out", type=Path, required=True, help="the control, .safetensors")
         if name == "few-steps":
             train.add_argument("--out", type=Path, required=True, help="the LoRA, .safetensors")
             train.add_argument(
@@ -112,6 +115,12 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
     evaluate.add_argument("--model", default="pictogram")
     evaluate.add_argument(
         "--few-steps", type=Path, metavar="LORA", help="what few-steps wrote, to draw in 4 steps"
+    )
+    evaluate.add_argument(
+        "--control",
+        type=Path,
+        metavar="FILE",
+        help="what control wrote: measure how far pictures follow edges with it and without",
     )
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
     return program

@@ -8,6 +8,7 @@ from typing import Literal
 from engine.backends.base import Engine
 from engine.backends.settings import ON_GPU, graph_precision
 from engine.checkpoints.component import Component
+from engine.checkpoints.control_lora import ControlLora
 from engine.checkpoints.control_net import open_control_net
 from engine.configs.control_net import ControlNetConfig
 from engine.engines import Engines, open_engine
@@ -25,7 +26,7 @@ class _ControlNet:
 
     path: Path
     config: ControlNetConfig
-    weights: Component
+    weights: Component | ControlLora
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
 
 
@@ -64,7 +65,7 @@ class ControlNets:
                 continue
             if not path.exists():
                 raise ModelError(f"the ControlNet {path} does not exist; give a file or a folder")
-            config, weights = open_control_net(path, model.unet)
+            config, weights = open_control_net(path, model.unet, model.weights("step"))
             nets[name] = _ControlNet(path=path, config=config, weights=weights)
         self._nets = nets
 

@@ -17,7 +17,12 @@ from engine.model import Model
 from runtime import Control, Hires, Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.files import read_settings
-from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
+from tests.support.controls import (
+    small_control_net,
+    trace_control_graphs,
+    write_control_lora,
+    write_control_net,
+)
 from tests.support.pictures import drawing, psnr
 from tests.support.small_models import SIDE, SMALL, trace_graphs
 from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
@@ -111,6 +116,17 @@ def test_pictures_are_diffusers_own(loaded, name):
     ours = draw(pipeline, first(start=0.2, end=0.8), second)
     assert psnr(ours, theirs) >= SMALL_PICTURE_PSNR_DB
     assert psnr(draw(pipeline, first(), second), theirs) < SMALL_PICTURE_PSNR_DB
+
+
+def test_a_control_lora_is_diffusers_own_once_it_is_merged(loaded, place):
+    small, pipeline, nets, file, graphs = loaded("sd1")
+    merged = small_control_net(small, 2)
+    lora = write_control_lora(small, merged, place / "control-lora.safetensors")
+    other = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls={"a": lora})
+    ours = draw(other, Control(net="a", image=HINT))
+    assert psnr(ours, reference(small, merged, HINT)) >= SMALL_PICTURE_PSNR_DB
+    assert psnr(ours, reference(small, nets["a"], HINT)) < SMALL_PICTURE_PSNR_DB / 2
+    assert same(draw(other), draw(pipeline)), "no weight of the model has changed"
 
 
 def test_image_to_image_is_diffusers_own(loaded):

@@ -117,7 +117,7 @@ def test_numbers_come_from_where_they_are(whole, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"lora_controlnet": ()}, "is a control-LoRA, which cannot be used"),
+        ({"lora_controlnet": ()}, "is a control-LoRA, which is read with its model's UNet"),
         ({"task_embedding": (6, 8)}, "is a union of ControlNets"),
         ({"difference": ()}, "is the difference of a ControlNet"),
         ({"another.weight": (1,)}, r"holds another\.weight, for which this architecture has no"),
