@@ -5,6 +5,7 @@ They take a scenario and a number of threads last, and raise whatever their libr
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
