@@ -18,9 +18,10 @@ from typing import Any
 from PIL import Image
 
 from engine.errors import RequestError, exit_status
-from runtime.again import AXES, made_with, parse_again
+from runtime.again import made_with, parse_again
 from runtime.axes import Axis, read_axis
 from runtime.checks import FOREIGN_NAMES
+from runtime.found_settings import AXES
 from runtime.images.files import SOURCE_KEY, check_output, write_image
 from runtime.images.previews import side_by_side
 from runtime.options import (

@@ -45,8 +45,9 @@ ROOMS = {
         *("request_options", "framing", "step_inputs", "plan", "templates", "denoising"),
         *("adapted_model", "diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("axes", "control_options", "image_prompt_options", "steering_options"),
-        *("output_options", "text_options", "image_options", "options", "terminal", "again"),
-        *("watched_steps", "finishing", "upscale", "grid", "batch", "preprocess"),
+        *("output_options", "text_options", "image_options", "options", "terminal"),
+        *("found_settings", "again", "watched_steps", "finishing", "upscale", "grid", "batch"),
+        "preprocess",
         *("public", "__main__"),
     ),
     "serving": (

@@ -39,6 +39,7 @@ _NUMBERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
     "Clip skip": ("clip_skip", int),
     "Mask blur": ("mask_blur", float),
 }
+_OF_AN_AREA = {"Masked area padding": ("mask_padding", int)}
 _KNOWN = {*_NUMBERS, "Sampler", "Schedule type", "Size", "Model", "Model hash", "RNG", "Version"}
 # Fields that change no picture, or that other fields repeat.
 _SILENT = {
@@ -88,6 +89,10 @@ def parse_parameters(text: str) -> dict[str, Any]:
         "noise": "cpu" if fields.get("RNG", "").upper() == "CPU" else "cuda",
     }
     settings |= _numbers(fields, _NUMBERS)
+    if fields.get("Inpaint area") == "Only masked":
+        settings |= {"inpaint_area": "masked"} | _numbers(fields, _OF_AN_AREA)
+    if "First pass size" in fields:
+        settings.pop("strength", None)  # of a second run, as it was before version 1.0
     if "Hires upscale" in fields:
         settings.pop("strength", None)  # of the second run
         label = fields.get("Hires upscaler", "Latent")
