@@ -16,8 +16,6 @@ from tests.support.browsers import (
     visiting,
 )
 from tests.support.named_requests import IMAGE
-from tests.support.painted_runners import PaintedRunner
-from tests.support.servers import serving
 
 need_browser()
 
@@ -32,27 +30,16 @@ def photo(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def runner():
-    return PaintedRunner()
-
-
-@pytest.fixture
-def url(runner):
-    with serving(runner, rows=1) as started:
-        yield started.url
-
-
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_and_nothing_overflows(browser, url, runner, photo, scheme, size):
+def test_axe_finds_nothing_and_nothing_overflows(browser, running, runner, photo, scheme, size):
     """Empty, filled in, drawing, waiting, failed, cancelled, full, one picture, no server."""
 
     def check(page, state):
         assert violations(page) == [], state
         assert page.evaluate(OVERFLOW) <= 0, state
 
-    with visiting(browser, url, color_scheme=scheme, viewport=size) as page:
+    with visiting(browser, running.url, color_scheme=scheme, viewport=size) as page:
         expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
         check(page, "empty")
         page.get_by_text("More settings").click()
@@ -86,65 +73,64 @@ def test_axe_finds_nothing_and_nothing_overflows(browser, url, runner, photo, sc
         check(page, "no server")
 
 
-def test_the_page_is_used_by_keys_alone(browser, url, photo):
+def test_the_page_is_used_by_keys_alone(page, photo):
     """From the first Tab to a picture drawn over a painted mask, again, and removed."""
-    with visiting(browser, url) as page:
-        keys = page.keyboard
+    keys = page.keyboard
 
-        def focused():
-            return page.evaluate(
-                "document.activeElement.getAttribute('aria-label') "
-                "|| document.activeElement.labels?.[0]?.textContent "
-                "|| document.activeElement.textContent"
-            ).strip()
+    def focused():
+        return page.evaluate(
+            "document.activeElement.getAttribute('aria-label') "
+            "|| document.activeElement.labels?.[0]?.textContent "
+            "|| document.activeElement.textContent"
+        ).strip()
 
-        def walk_to(name, back=False):
-            for _ in range(60):
-                keys.press("Shift+Tab" if back else "Tab")
-                if re.fullmatch(name, focused()):
-                    return
-            raise AssertionError(f"no way to {name}")
+    def walk_to(name, back=False):
+        for _ in range(60):
+            keys.press("Shift+Tab" if back else "Tab")
+            if re.fullmatch(name, focused()):
+                return
+        raise AssertionError(f"no way to {name}")
 
-        expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
-        walk_to("Skip to the pictures")
-        walk_to("Prompt")
-        keys.type("a cat")
-        walk_to("Steps")
-        keys.type("3")
-        walk_to("More settings")
+    expect(page.get_by_role("button", name="Draw", exact=True)).to_be_enabled()
+    walk_to("Skip to the pictures")
+    walk_to("Prompt")
+    keys.type("a cat")
+    walk_to("Steps")
+    keys.type("3")
+    walk_to("More settings")
+    keys.press("Enter")
+    walk_to("Sampler")
+    keys.type("eul")
+    expect(page.locator("#sampler")).to_have_value("euler")
+    walk_to("Picture file")
+    page.locator(":focus").set_input_files(photo)  # the window that opens is the system's own
+    expect(page.get_by_text(f"{IMAGE.width} × {IMAGE.height} pixels")).to_be_visible()
+    walk_to("Paint what is to change")
+    keys.press("Space")
+    walk_to("Mask")
+    keys.press("ArrowLeft")
+    keys.press("Space")
+    keys.press("Shift+ArrowDown")
+    expect(page.get_by_role("status").filter(has_text="from the left")).to_have_count(1)
+    walk_to("Erase")
+    walk_to("Draw")
+    keys.press("Enter")
+    expect(card(page, "a cat")).to_have_attribute("data-state", "done")
+    assert kept(page)[0]["mask"].startswith(b"\x89PNG")
+    assert kept(page)[0]["body"]["sampler"] == "euler"
+    walk_to("Picture: a cat|")  # the button of a picture has its text as its alternative
+    expect(page.locator(".picture button:focus")).to_have_count(1)
+    keys.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    walk_to("Again")
+    keys.press("Enter")
+    expect(page.locator(".card[data-state=done]")).to_have_count(2)
+    assert kept(page)[0]["mask"] == kept(page)[1]["mask"]
+    walk_to("Prompt", back=True)
+    keys.press("Control+Enter")
+    expect(page.locator(".card[data-state=done]")).to_have_count(3)
+    for left in (2, 1, 0):
+        walk_to("Remove: a cat")
         keys.press("Enter")
-        walk_to("Sampler")
-        keys.type("eul")
-        expect(page.locator("#sampler")).to_have_value("euler")
-        walk_to("Picture file")
-        page.locator(":focus").set_input_files(photo)  # the window that opens is the system's own
-        expect(page.get_by_text(f"{IMAGE.width} × {IMAGE.height} pixels")).to_be_visible()
-        walk_to("Paint what is to change")
-        keys.press("Space")
-        walk_to("Mask")
-        keys.press("ArrowLeft")
-        keys.press("Space")
-        keys.press("Shift+ArrowDown")
-        expect(page.get_by_role("status").filter(has_text="from the left")).to_have_count(1)
-        walk_to("Erase")
-        walk_to("Draw")
-        keys.press("Enter")
-        expect(card(page, "a cat")).to_have_attribute("data-state", "done")
-        assert kept(page)[0]["mask"].startswith(b"\x89PNG")
-        assert kept(page)[0]["body"]["sampler"] == "euler"
-        walk_to("Picture: a cat|")  # the button of a picture has its text as its alternative
-        expect(page.locator(".picture button:focus")).to_have_count(1)
-        keys.press("Enter")
-        expect(page.get_by_role("dialog")).to_be_visible()
-        walk_to("Again")
-        keys.press("Enter")
-        expect(page.locator(".card[data-state=done]")).to_have_count(2)
-        assert kept(page)[0]["mask"] == kept(page)[1]["mask"]
-        walk_to("Prompt", back=True)
-        keys.press("Control+Enter")
-        expect(page.locator(".card[data-state=done]")).to_have_count(3)
-        for left in (2, 1, 0):
-            walk_to("Remove: a cat")
-            keys.press("Enter")
-            expect(page.locator(".card")).to_have_count(left)
-            assert page.evaluate("document.activeElement !== document.body")
+        expect(page.locator(".card")).to_have_count(left)
+        assert page.evaluate("document.activeElement !== document.body")
