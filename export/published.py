@@ -14,7 +14,7 @@ from engine.graphs.graph import Part
 from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS
 
-STEERED = ("sd1",)  # the families whose graphs for ControlNets and IP-Adapters ship
+CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship
 
 
 def published_parts() -> Iterator[tuple[Part, Config]]:
@@ -26,12 +26,11 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
             config for family in FAMILIES.values() for config in family.published.get(component, ())
         )
         yield from ((part, config) for config in dict.fromkeys(configs))
-    for family in (family for name, family in FAMILIES.items() if name in STEERED):
+    for family in (family for name, family in FAMILIES.items() if name in CONTROLLED):
         unet = family.published["unet"][0]  # as first trained
         assert isinstance(unet, UNetConfig)
-        for part in COMPONENTS:
-            if part in CONTROLLED_LEVELS:
-                yield part, unet
+        yield "step_controlled", unet
+        yield "step_shallow_controlled", unet
         yield "control_hint", control_net_of(unet)
         yield "control", control_net_of(unet)
     # TAESD, for every family: in the place of its autoencoder, and for previews

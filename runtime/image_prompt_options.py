@@ -51,7 +51,7 @@ IMAGE_PROMPT_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-IMAGE_PROMPT_FIELDS = tuple(option["dest"] for option in IMAGE_PROMPT_OPTIONS.values())
+IMAGE_PROMPT_FIELDS = ("image_prompts", "ip_adapters", "image_encoders", "image_prompt_masks")
 
 
 def ip_adapter_arguments(options: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Literal, Self, get_args
 from engine.configs.base import Config
 from engine.errors import GraphError, OutputError
 from engine.graphs.onnx_bytes import input_shapes, metadata, outputs
-from engine.graphs.steering import IP_PARTS, steering_inputs
+from engine.graphs.steering import CONTROLLED_LEVELS, IP_PARTS, steering_inputs
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
 
@@ -210,7 +210,7 @@ def signature(part: Part, config: Config) -> Signature:
     described = SIGNATURES[part]
     told = config.extra_inputs if "context" in described.inputs else ()
     extra = {name: EXTRA_INPUTS[name] for name in told}
-    shapes = steering_inputs(part, config)
+    shapes = steering_inputs(part, config) if part in CONTROLLED_LEVELS else {}
     steering = {name: _tensor("float32", *shape) for name, shape in shapes.items()}
     outputs = dict(described.outputs)
     if part == "control":

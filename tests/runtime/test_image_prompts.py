@@ -353,9 +353,9 @@ def test_a_plain_step_has_the_operations_that_it_had(loaded):
 
 def test_what_cannot_be_is_one_sentence(loaded, place, tmp_path):
     _, pipeline, _, _, file = loaded("sd1")
-    loaded("xl")
+    write_ip_adapter(small_ip_adapter(SMALL["xl"], "plus"), place / "other.bin")
     with pytest.raises(ModelError, match=r"another family: it makes tokens of the width 128"):
-        pipeline.set_ip_adapters({"a": place / "xl-plus.bin"})
+        pipeline.set_ip_adapters({"a": place / "other.bin"})
     with pytest.raises(ModelError, match="is a model or a UNet, which cannot be used as one"):
         pipeline.set_ip_adapters([file])
     with pytest.raises(ModelError, match="does not exist"):
