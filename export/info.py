@@ -11,6 +11,7 @@ from engine.adapters.adapter import FILES as ADAPTER_FILES
 from engine.adapters.adapter import read_adapter
 from engine.adapters.textual_inversion import FILES as EMBEDDING_FILES
 from engine.adapters.textual_inversion import read_embedding
+from engine.checkpoints.control_net import is_control_net
 from engine.checkpoints.families.sd import SD1_FAMILY
 from engine.checkpoints.few_steps import find_variant_of_adapter
 from engine.checkpoints.formats.files import Weights, open_weights
@@ -18,6 +19,7 @@ from engine.checkpoints.pieces import open_piece
 from engine.checkpoints.single_file import open_vae
 from engine.checkpoints.upscaler import is_upscaler, open_upscaler
 from engine.model import Model, find_model
+from export.control_info import describe_control_net
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
 # Formats of numbers by their names in files; GGML's (Q8_0 and so on) keep theirs.
@@ -60,6 +62,8 @@ def describe(file: str | Path) -> dict[str, Any]:
 def _kind(weights: Weights) -> str:
     """Tell what a file seems to be by the names of its tensors."""
     names = list(weights)
+    if is_control_net(names):
+        return "control net"
     if any(name.startswith("model.diffusion_model.") for name in names):
         return "checkpoint"
     if any(name.removeprefix("first_stage_model.") == "encoder.conv_in.weight" for name in names):
@@ -163,6 +167,11 @@ def _upscaler(path: Path, weights: Weights) -> dict[str, Any]:
     return facts | _numbers(weights, used) | {"notes": list(file.notes)}
 
 
+def _control_net(path: Path, weights: Weights) -> dict[str, Any]:
+    facts, shapes, notes = describe_control_net(path, weights)
+    return facts | _numbers(weights, {"control": shapes}) | {"notes": notes}
+
+
 def _adapter(path: Path, weights: Weights) -> dict[str, Any]:
     facts = {"kind": "adapter", "file": str(path), **read_adapter(path).describe()}
     variant = find_variant_of_adapter(path, SD1_FAMILY.variants)
@@ -193,6 +202,7 @@ _KINDS = {
     "embedding": _embedding,
     "piece": _piece,
     "upscaler": _upscaler,
+    "control net": _control_net,
 }
 
 
