@@ -11,6 +11,7 @@ from engine.adapters.adapter import FILES as ADAPTER_FILES
 from engine.adapters.adapter import read_adapter
 from engine.adapters.textual_inversion import FILES as EMBEDDING_FILES
 from engine.adapters.textual_inversion import read_embedding
+from engine.checkpoints.control_net import is_control_net
 from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.families.sd import SD1_FAMILY
 from engine.checkpoints.few_steps import find_variant_of_adapter
@@ -21,6 +22,7 @@ from engine.checkpoints.pieces import open_piece
 from engine.checkpoints.single_file import open_vae
 from engine.checkpoints.upscaler import is_upscaler, open_upscaler
 from engine.model import Model, find_model
+from export.control_info import describe_control_net
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
 # Formats of numbers by their names in files; GGML's (Q8_0 and so on) keep theirs.
@@ -67,6 +69,8 @@ def _kind(weights: Weights) -> str:
     names = list(weights)
     if is_ip_adapter(names):
         return "IP-Adapter"
+    if is_control_net(names):
+        return "control net"
     if any(name.startswith("model.diffusion_model.") for name in names):
         return "checkpoint"
     if any(name.removeprefix("first_stage_model.") == "encoder.conv_in.weight" for name in names):
@@ -206,6 +210,11 @@ def _image_encoder(path: Path, weights: Weights) -> dict[str, Any]:
     return facts | _numbers(weights, {"image_encoder": component.shapes})
 
 
+def _control_net(path: Path, weights: Weights) -> dict[str, Any]:
+    facts, shapes, notes = describe_control_net(path, weights)
+    return facts | _numbers(weights, {"control": shapes}) | {"notes": notes}
+
+
 def _adapter(path: Path, weights: Weights) -> dict[str, Any]:
     facts = {"kind": "adapter", "file": str(path), **read_adapter(path).describe()}
     variant = find_variant_of_adapter(path, SD1_FAMILY.variants)
@@ -237,6 +246,7 @@ _KINDS = {
     "piece": _piece,
     "IP-Adapter": _ip_adapter,
     "upscaler": _upscaler,
+    "control net": _control_net,
 }
 
 

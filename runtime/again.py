@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.store.cache import fingerprint
-from runtime.found_settings import FILES, parted, settings_of
+from runtime.found_settings import FILES, ONNX, parted, settings_of
 from runtime.images.files import program_version
 from runtime.images.upscaling import is_trained
 from runtime.options import MADE_WITH, PIECES

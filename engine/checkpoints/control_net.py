@@ -6,7 +6,7 @@ What no shape tells (heads, groups of norms) is as in the UNet.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -66,8 +66,8 @@ MODEL = r"(model\.diffusion_model|cond_stage_model|first_stage_model|model_ema)\
 # pattern found in a name: what the file is, of those that have a ControlNet's names and more
 KINDS: Mapping[str, str] = MappingProxyType(
     {
-        r"^task_embedding$|^control_add_embedding\.": "a union of ControlNets",
-        r"^difference$": "the difference of a ControlNet from the model that it was trained on",
+        r"(^|\.)(task_embedding$|control_add_embedding\.)": "a union of ControlNets",
+        r"(^|\.)difference$": "the difference of a ControlNet from a model",
     }
 )
 # and of others that are given in a ControlNet's place
@@ -84,7 +84,7 @@ OTHERS: Mapping[str, str] = MappingProxyType(
 )
 
 
-def is_control_net(names: Mapping[str, Any]) -> bool:
+def is_control_net(names: Container[str]) -> bool:
     """Tell whether tensors of these names are a ControlNet's."""
     return _layout(names) is not None
 
@@ -122,7 +122,7 @@ def open_control_net(
     return config, component
 
 
-def _layout(names: Mapping[str, Any]) -> tuple[_Layout, str] | None:
+def _layout(names: Container[str]) -> tuple[_Layout, str] | None:
     held = ((layout, p) for layout in LAYOUTS for p in layout.prefixes if p + layout.hint in names)
     return next(held, None)
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,11 @@ from safetensors.numpy import save_file
 from engine.checkpoints.families.sd import SD1_FAMILY
 from engine.checkpoints.formats.files import open_weights
 from engine.configs.image_encoder import ImageEncoderConfig
+from engine.checkpoints.families.sd import SD1
+from engine.checkpoints.families.xl import XL
+from engine.checkpoints.formats.files import open_weights
+from engine.checkpoints.ldm_names import control_net_sources
+from engine.configs.control_net import control_net_of
 from engine.errors import ModelError
 from engine.model import find_model
 from export.__main__ import main
@@ -151,6 +157,48 @@ def test_the_parameters_of_sd15(tmp_path, unhashed):
     assert facts["parameters"]["vae"] == 83_653_863
     assert facts["parameters"]["text_encoder"] == 123_060_480
     assert "859,520,964 (859.5 million)" in as_table(facts)
+
+
+def control_net(folder, unet, more=()):
+    """A ControlNet of a UNet in the original layout, of full size and without numbers."""
+    config = control_net_of(unet)
+    shapes = config.tensor_shapes()
+    names = {source.name: shapes[name] for name, source in control_net_sources(config).items()}
+    names = {f"control_model.{name}": shape for name, shape in names.items()}
+    return write_sparse(folder / "net.safetensors", names | dict(more))
+
+
+@pytest.mark.parametrize(
+    ("unet", "family"), [(SD1, "Stable Diffusion 1.x"), (XL, "Stable Diffusion XL")]
+)
+def test_a_control_net(unet, family, tmp_path, unhashed):
+    facts = describe(control_net(tmp_path, unet))
+    assert (facts["kind"], facts["family"]) == ("ControlNet", family)
+    count = len(control_net_of(unet).tensor_shapes())
+    assert facts["used_tensors"] == sum(facts["tensors"].values()) == count
+    assert facts["notes"] == []
+    more = {"model.diffusion_model.out.2.bias": (4,), "betas": (1000,)}
+    facts = describe(control_net(tmp_path, unet, more))
+    assert facts["notes"] == ["not used: betas and 1 more"]
+
+
+def test_a_control_lora_and_what_no_model_here_takes(tmp_path, unhashed):
+    config = control_net_of(XL)
+    shapes = {"lora_controlnet": (1,)}
+    for name, source in control_net_sources(config).items():
+        shape, unet = config.tensor_shapes()[name], XL.tensor_shapes()
+        if name not in unet or len(shape) == 1:
+            shapes[source.name] = shape
+        else:
+            module, ones = source.name.removesuffix(".weight"), (1,) * len(shape[2:])
+            shapes |= {f"{module}.up": (shape[0], 8, *ones), f"{module}.down": (8, *shape[1:])}
+    facts = describe(write_sparse(tmp_path / "lora.safetensors", shapes))
+    assert (facts["kind"], facts["family"]) == ("control-LoRA", "Stable Diffusion XL")
+    assert facts["notes"] == ["not used: lora_controlnet"]
+    with pytest.raises(ModelError, match="of another family"):
+        describe(control_net(tmp_path, replace(SD1, cross_attention_dim=512)))
+    with pytest.raises(ModelError, match="is a union of ControlNets"):
+        describe(control_net(tmp_path, XL, {"control_model.task_embedding": (6, 320)}))
 
 
 def test_a_lora(tmp_path):

@@ -1,15 +1,14 @@
 """A control on edges: what it begins as, what it learns, its file, and how it is measured."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from engine.backends.settings import BackendSettings
 from engine.checkpoints.control_lora import MARK
 from engine.checkpoints.formats.files import open_weights
 from engine.model import Model, find_model
-from runtime import Control, Pipeline
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.preprocessors.named import Canny
 from training import control, ship
@@ -110,23 +109,26 @@ def test_its_file_is_a_control_lora_of_the_model(trained):
         np.testing.assert_allclose(value, wanted.detach(), rtol=2e-2, atol=2e-3, err_msg=name)
 
 
-def test_the_pipeline_draws_with_it(trained, tmp_path):
-    """The graphs that `evaluate` makes are of the net; a picture of it changes what is drawn."""
+@pytest.mark.slow
+def test_what_is_drawn_along_edges_is_measured(trained, tmp_path, monkeypatch):
+    """Three held-out pictures; the graphs are made once, and a picture's score is its own."""
     _, folder = trained
-    path = folder / "edges.safetensors"
-    control.write_graphs(Model.open(find_model("pictogram")), path, tmp_path)
-    settings = BackendSettings(backend="cpu", threads=1)
-    pipeline = Pipeline.load(settings=settings)
-    pipeline.engines.folders = [tmp_path, *pipeline.engines.folders]
-    pipeline.set_controls({"edges": path})
-    image = Image.fromarray(Shapes().images[0])
-    steers = Control(net="edges", image=image, preprocessor="canny", weight=5)
-    fields = {"num_inference_steps": 2, "seed": 1}
-    plain, drawn = (
-        np.asarray(pipeline("a red disc", controls=given, **fields).images[0])
-        for given in ([], [steers])
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
+    monkeypatch.setattr(control, "STEPS", 2)
+    data = SimpleNamespace(
+        names=["red disc", "red kite", "red half"],
+        held_out=np.eye(3, len(control.STYLES), dtype=bool),
+        images=np.repeat(Shapes().images[:, None], len(control.STYLES), axis=1),
     )
-    assert not np.array_equal(plain, drawn)
+    path = folder / "edges.safetensors"
+    report = control.evaluate("pictogram", path, data, pictures=3)
+    assert report["pictures"] == len(report["scores"]["with"]) == 3
+    assert report["f1"] == pytest.approx(np.mean(report["scores"]["with"]))
+    assert report["gain"] == pytest.approx(report["f1"] - report["f1_without"])
+    assert report["scores"]["with"] != report["scores"]["without"], "the net moves the pictures"
+    monkeypatch.setattr(control, "export_part", None)
+    monkeypatch.setattr(control, "export_control_net", None)
+    assert control.evaluate("pictogram", path, data, pictures=3) == report
 
 
 def test_edges_are_packed_and_kept(tmp_path):
