@@ -181,7 +181,7 @@ class Model:
         alone = not (path / TEXT_ENCODERS[1]).is_dir()  # XL's refiner has the second and no first
         for name in TEXT_ENCODERS:
             if (name == TEXT_ENCODERS[0] and alone) or (path / name).is_dir():
-                configs[name] = TextEncoderConfig.load(path / name)
+                configs[name] = _text_encoder(path / name)
         if "text_embeds" in config.extra_inputs:
             *_, pooling = configs.values()  # the last text encoder
             configs["unet"] = config = with_pooled_text(config, pooling.symbols()["P"])
@@ -320,6 +320,15 @@ class Model:
                 f"and text encoders that make {' and '.join(map(str, widths)) or 'none'}; use "
                 "parts of one model, all of them"
             )
+
+
+def _text_encoder(folder: Path) -> TextEncoderConfig:
+    kind = read_json(folder / "config.json").get("model_type")
+    if not isinstance(kind, str) or "clip" in kind:
+        return TextEncoderConfig.load(folder)
+    from engine.configs.text_encoders import OTHER_TEXT_ENCODERS  # most models have CLIP
+
+    return OTHER_TEXT_ENCODERS.get(kind, (TextEncoderConfig,))[0].load(folder)
 
 
 def shipped_models() -> list[str]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from export.modules.autoencoder import Autoencoder
-from export.modules.clip import TextEncoder
 from export.modules.unet import UNet
 
 TINY = 1e-12  # below any spread of an output
@@ -17,7 +16,7 @@ TINY = 1e-12  # below any spread of an output
 class TextEncode(nn.Module):
     """input_ids (B, n) int64, extra_embeddings (e, D) -> hidden states, pooled text, float32."""
 
-    def __init__(self, text_encoder: TextEncoder) -> None:
+    def __init__(self, text_encoder: nn.Module) -> None:
         super().__init__()
         self.model = text_encoder
 

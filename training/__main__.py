@@ -39,6 +39,7 @@ from training import (
     quality,
     ship,
     store,
+    text_encoders,
 )
 from training.captions import read_coco, read_flickr30k, read_folder
 from training.class_commands import run_ddpm, run_judge
@@ -54,8 +55,8 @@ from training.diffusers_folder import write_json
 from training.finish_command import run_finish
 from training.options import DEFAULTS, loop_settings, parser
 from training.shards import read_shards
+from training.text_commands import TEXT_ENCODER, prepare_text, run_synonyms
 from training.tuning_commands import run_fine_tune, run_lora
-from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
 
 MOVED = 3  # copies of each picture that are moved a little, where encoding them takes seconds
 LATENTS = "latents.npy"  # in the working folder
@@ -127,7 +128,7 @@ def _diffusion(options: argparse.Namespace) -> None:
     start = _begin_from(options) if options.start else None
     trained = _load_autoencoder(options)
     settings = dataclasses.replace(loop_settings(options), muon=True, weight_decay=0.2)
-    tokenizer = _tokenizer(options, data)
+    text, frozen, tokenizer = prepare_text(options, data)
     denoiser = diffusion.train(
         _examples(options, data, trained.to(settings.device)),
         tokenizer,
@@ -136,6 +137,8 @@ def _diffusion(options: argparse.Namespace) -> None:
         options.work,
         prompts=data.prompts,
         start=start,
+        text=text,
+        frozen=frozen,
     )
     _finish(options, "diffusion", denoiser)
 
@@ -205,7 +208,9 @@ def _few_steps(options: argparse.Namespace) -> None:
 def _ship(options: argparse.Namespace) -> None:
     state = _final_state(options, "diffusion")
     tokenizer = Tokenizer.load(options.work / "tokenizer")
-    denoiser = diffusion.Denoiser(tokenizer.vocab_size)
+    other = options.work / TEXT_ENCODER
+    text = text_encoders.read_config(other) if other.exists() else None
+    denoiser = diffusion.Denoiser(tokenizer.vocab_size, text=text)
     denoiser.load_state_dict(state)
     ship.write_model(options.out, denoiser, _load_autoencoder(options), options.work / "tokenizer")
     card.write_card(options.out, options.work)
@@ -266,7 +271,8 @@ def _read_model(folder: Path) -> tuple[diffusion.Denoiser, Autoencoder, Tokenize
     """Return a model that `ship` wrote as modules, to go on from."""
     denoiser_state, autoencoder_state = ship.read_model(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    denoiser = diffusion.Denoiser(tokenizer.vocab_size).eval()
+    text = text_encoders.read_config(folder / "text_encoder" / "config.json")
+    denoiser = diffusion.Denoiser(tokenizer.vocab_size, text=text).eval()
     denoiser.load_state_dict(denoiser_state)
     trained = Autoencoder(autoencoder.CONFIG).eval()
     trained.load_state_dict(autoencoder_state)
@@ -274,7 +280,8 @@ def _read_model(folder: Path) -> tuple[diffusion.Denoiser, Autoencoder, Tokenize
 
 
 def _training_set(options: argparse.Namespace) -> TrainingSet:
-    return load_training_set(options.work)
+    hidden = getattr(options, "unseen_synonyms", False)
+    return load_training_set(options.work, without_synonyms=hidden)
 
 
 def _load_autoencoder(options: argparse.Namespace) -> Autoencoder:
@@ -310,16 +317,6 @@ def _record(options: argparse.Namespace, command: str, **measured: float) -> Non
     write_json(options.work / f"{command}.json", {"options": asked, **measured})
 
 
-def _tokenizer(options: argparse.Namespace, data: TrainingSet) -> Tokenizer:
-    folder = options.work / "tokenizer"
-    with devices.first_alone() as first:
-        if first and not (folder / "vocab.json").exists():
-            merges = download_merges(options.work / "packages")
-            vocabulary, kept = cut_vocabulary(data.vocabulary_texts(), options.vocab_size, merges)
-            write_tokenizer(folder, vocabulary, kept, diffusion.MAX_TOKENS)
-    return Tokenizer.load(folder)
-
-
 COMMANDS = {
     "data": _data,
     "autoencoder": _autoencoder,
@@ -331,6 +328,7 @@ COMMANDS = {
     "all": _all,
     "ship": _ship,
     "evaluate": _evaluate,
+    "synonyms": run_synonyms,
     "ddpm": run_ddpm,
     "judge": run_judge,
     "lora": run_lora,

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from engine.errors import RequestError
-from training.pictograms import Pictograms, all_captions, random_caption
+from training.pictograms import Pictograms, all_captions, hide_synonyms, random_caption
 from training.store import CaptionedImages
 
 EVERYDAY_SHARE = 0.7  # of the draws, where a data set has all subjects
@@ -125,14 +125,16 @@ def _draws(everyday: np.ndarray) -> np.ndarray | None:
     return draws
 
 
-def load_training_set(work: Path) -> TrainingSet:
+def load_training_set(work: Path, *, without_synonyms: bool = False) -> TrainingSet:
     """Read what `python -m training data` wrote: pictograms, or a folder of captioned pictures.
 
+    without_synonyms: leave the words of `unseen_synonyms` out of the captions
     Raises RequestError when it has not run yet.
     """
     pictograms, captioned = work / PICTOGRAMS, work / CAPTIONED
     if pictograms.exists():
-        return PictogramTrainingSet.of(Pictograms.load(pictograms))
+        loaded = Pictograms.load(pictograms)
+        return PictogramTrainingSet.of(hide_synonyms(loaded) if without_synonyms else loaded)
     if captioned.exists():
         return CaptionedTrainingSet.of(CaptionedImages.load(captioned))
     raise RequestError(f"there is no data in {work}; run `python -m training data` first")

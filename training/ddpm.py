@@ -18,10 +18,11 @@ from export.modules.identity_autoencoder import IdentityAutoencoder
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.samplers.noise_schedule import NoiseSchedule
 from training.devices import share
-from training.diffusion import MAX_TOKENS, UNCONDITIONAL, Denoiser, initialise
+from training.diffusion import UNCONDITIONAL, Denoiser, initialise
 from training.idx import LabelledPictures
 from training.loop import Loop, LoopSettings, Losses, attention, autocast
 from training.ship import write_model
+from training.text_encoders import MAX_TOKENS
 from training.vocabulary import cut_vocabulary, write_tokenizer
 
 TIMESTEPS = 300

@@ -85,7 +85,7 @@ def agreed(seconds: float) -> float:
 
 
 def mean(value: Tensor) -> float:
-    """Return the mean of what each process has of one number."""
+    """Return the mean of what each process has of one number, of shape ()."""
     value = value.detach().double().clone()
     if dist.is_initialized():
         dist.all_reduce(value)

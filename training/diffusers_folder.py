@@ -17,6 +17,7 @@ from engine.configs.diffusion import (
     UNetConfig,
 )
 from engine.configs.identity_autoencoder import IDENTITY_CLASS
+from engine.configs.text_encoders import OTHER_TEXT_ENCODERS, T5Config
 
 WEIGHTS = {
     "text_encoder": "model.safetensors",
@@ -72,6 +73,17 @@ def model_index(
 def text_encoder_config(config: TextEncoderConfig) -> dict[str, Any]:
     """Return the `config.json` of a text encoder."""
     values = dataclasses.asdict(config)
+    for name, (cls, architecture, names) in OTHER_TEXT_ENCODERS.items():
+        if isinstance(config, cls):
+            theirs = {ours: their for their, ours in names.items()}
+            return {
+                **{theirs.get(key, key): value for key, value in values.items()},
+                "architectures": [architecture],
+                "model_type": name,
+                "vocab_size": config.vocab_size,
+                "eos_token_id": config.vocab_size - 1,
+                **_own_fields(config),
+            }
     kind = "CLIPTextModelWithProjection" if config.projection_dim else "CLIPTextModel"
     return {
         **values,
@@ -82,6 +94,12 @@ def text_encoder_config(config: TextEncoderConfig) -> dict[str, Any]:
         "pad_token_id": config.vocab_size - 1,
         "projection_dim": config.projection_dim or config.hidden_size,
     }
+
+
+def _own_fields(config: TextEncoderConfig) -> dict[str, Any]:
+    if isinstance(config, T5Config):  # its end of the text has the second id
+        return {"feed_forward_proj": config.feed_forward_proj, "eos_token_id": 1}
+    return {}
 
 
 def unet_config(config: UNetConfig, sample_size: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Training of the text encoder and the UNet together, in the autoencoder's latents."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from engine.configs.diffusion import TextEncoderConfig, UNetConfig
 from export.modules.autoencoder import Autoencoder
-from export.modules.clip import TextEncoder
 from export.modules.layers import ResnetBlock
 from export.modules.unet import UNet
 from export.modules.unet_blocks import SpatialTransformer
@@ -20,8 +19,8 @@ from runtime.samplers.noise_schedule import NoiseSchedule
 from training.devices import share
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, attention, autocast, draw
+from training.text_encoders import initialise_text, make_config, make_module
 
-MAX_TOKENS = 32
 UNET = UNetConfig(
     block_out_channels=(96, 144, 128),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -126,31 +125,24 @@ class Texts:
 
 
 class Denoiser(nn.Module):
-    """Text encoder and UNet as one module, so that one optimiser and one EMA hold both."""
+    """Text encoder and UNet as one module, so that one optimiser and one EMA hold both.
 
-    def __init__(self, vocab_size: int, unet: UNetConfig = UNET) -> None:
+    text: of another encoder than CLIP's, whose states the UNet attends to
+    """
+
+    def __init__(
+        self, vocab_size: int, unet: UNetConfig = UNET, text: TextEncoderConfig | None = None
+    ) -> None:
         super().__init__()
-        width = unet.cross_attention_dim
-        self.text_encoder = TextEncoder(text_encoder_config(vocab_size, width))
-        self.unet = UNet(unet)
+        if text is None:
+            text = make_config("clip", vocab_size, unet.cross_attention_dim)
+        self.text_encoder = make_module(text)
+        self.unet = UNet(replace(unet, cross_attention_dim=text.hidden_size))
 
     def forward(self, latents: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
         """Predict v: (B, C, h, w), (B,), (B, MAX_TOKENS) int64 -> (B, C, h, w)."""
         context, _, _ = self.text_encoder(input_ids)
         return self.unet(latents, timesteps, context)
-
-
-def text_encoder_config(vocab_size: int, width: int) -> TextEncoderConfig:
-    """Describe the text encoder that fits a vocabulary and the UNet's `cross_attention_dim`."""
-    return TextEncoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=2,
-        num_attention_heads=width // 32,
-        max_position_embeddings=MAX_TOKENS,
-        eos_token_id=vocab_size - 1,
-    )
 
 
 def initialise(denoiser: Denoiser) -> None:
@@ -164,8 +156,7 @@ def initialise(denoiser: Denoiser) -> None:
     for layer in last:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
-    nn.init.normal_(denoiser.text_encoder.text_model.embeddings.token_embedding.weight, std=0.5)
-    nn.init.normal_(denoiser.text_encoder.text_model.embeddings.position_embedding.weight, std=0.1)
+    initialise_text(denoiser.text_encoder)
 
 
 def train(
@@ -178,20 +169,26 @@ def train(
     prompts: list[str],
     unet: UNetConfig = UNET,
     start: Mapping[str, Tensor] | None = None,
+    text: TextEncoderConfig | None = None,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> Denoiser:
     """Train on the examples; checkpoints and sample grids of `prompts` go to `folder`.
 
     `start` is the state of a denoiser to train on from, tensors by their names and of their shapes;
-    without it, training begins anew.
+    without it, training begins anew. text: of another encoder than CLIP's; frozen: its weights,
+    (of their shapes), which then do not learn.
     """
     autoencoder = autoencoder.to(settings.device)
     torch.manual_seed(settings.seed)
-    denoiser = Denoiser(tokenizer.vocab_size, unet)
+    denoiser = Denoiser(tokenizer.vocab_size, unet, text)
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
     if start is None:
         initialise(denoiser)
     else:
         denoiser.load_state_dict(start)
+    if frozen is not None:
+        denoiser.text_encoder.load_state_dict(frozen)
+        denoiser.text_encoder.requires_grad_(False)
     loop = Loop(denoiser, settings, folder / "diffusion.pt")
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no noise twice

@@ -11,6 +11,7 @@ from training.ddpm import LOSSES, PREDICTIONS, SCHEDULES
 from training.idx import DIGITS
 from training.loop import LoopSettings
 from training.lora import NAMINGS
+from training.text_encoders import KINDS
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -97,6 +98,17 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
                 "--start", metavar="MODEL", help="train on from this model, with its autoencoder"
             )
             vocabulary(train)
+            train.add_argument(
+                "--text-encoder",
+                choices=KINDS,
+                default="clip",
+                help="what reads the text; minilm is trained and stays so (default: %(default)s)",
+            )
+            train.add_argument(
+                "--unseen-synonyms",
+                action="store_true",
+                help="leave words out of the captions that `synonyms` asks for",
+            )
     _add_classes(command)
     _add_tuning(command)
     everything = command("all", "data, autoencoder, diffusion and ship, what is not done yet")
@@ -105,7 +117,7 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
         "--minutes", type=float, required=True, help="of computing, for both trainings together"
     )
     everything.add_argument("--out", type=Path, required=True, help="the model's folder")
-    everything.set_defaults(start=None)
+    everything.set_defaults(start=None, text_encoder="clip", unseen_synonyms=False)
     machine(everything)
     vocabulary(everything)
 
@@ -123,6 +135,9 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
         help="what control wrote: measure how far pictures follow edges with it and without",
     )
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
+    synonyms = command("synonyms", "measure a model by words that no caption had")
+    synonyms.add_argument("--model", required=True, help="trained with --unseen-synonyms, exported")
+    synonyms.add_argument("--seeds", type=int, default=4, help="pictures of a word")
     return program
 
 

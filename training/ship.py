@@ -21,6 +21,7 @@ from training.diffusers_folder import (
     write_weights,
 )
 from training.diffusion import SCHEDULER, Denoiser
+from training.text_encoders import CLASSES
 
 LATENT_SIDE = 16  # the pictures are 128 pixels wide and the autoencoder makes 8 of them one
 SHIPPED = ("text_encoder", "unet", "vae")
@@ -40,11 +41,13 @@ def write_model(
     """Write everything that a pipeline needs to `out`; sample_size: side of the latents."""
     vae = vae_config(autoencoder.config, sample_size)
     index = model_index(scheduler, vae["_class_name"], ["text_encoder"])
+    text = text_encoder_config(denoiser.text_encoder.config)
+    if text["model_type"] != "clip_text_model":
+        index["text_encoder"] = ["transformers", text["architectures"][0]]
+        index["tokenizer"] = ["transformers", CLASSES[text["model_type"]]]
     write_json(out / "model_index.json", index)
     write_json(out / "scheduler" / "scheduler_config.json", scheduler, indent=None)
-    write_json(
-        out / "text_encoder" / "config.json", text_encoder_config(denoiser.text_encoder.config)
-    )
+    write_json(out / "text_encoder" / "config.json", text)
     write_json(out / "unet" / "config.json", unet_config(denoiser.unet.config, sample_size))
     write_json(out / "vae" / "config.json", vae)
     modules = (denoiser.text_encoder, denoiser.unet, autoencoder)

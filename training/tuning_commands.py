@@ -26,7 +26,7 @@ ENCODED = "encoded"  # in the working folder
 
 
 def run_lora(options: argparse.Namespace) -> None:
-    """Train a LoRA and write it."""
+    """Train a LoRA and write it; raises RequestError for what cannot be trained."""
     if options.rank < 1:
         raise RequestError(f"--rank is {options.rank}; give a number from 1 on")
     model, tuning, data = _prepare(options)
@@ -46,7 +46,7 @@ def run_lora(options: argparse.Namespace) -> None:
 
 
 def run_fine_tune(options: argparse.Namespace) -> None:
-    """Train a whole model and write it in diffusers' layout."""
+    """Train a whole model and write it in diffusers' layout; raises RequestError likewise."""
     model, tuning, data = _prepare(options)
     module = StableDiffusion(model)
     stable_diffusion.learn_all(module, tuning)

@@ -241,5 +241,5 @@ def diffusers_component(path: Path, weights: Weights, config: Config) -> Compone
             stored = stored.replace(ours, theirs)
         sources[name] = Source(name=stored)
     component = assemble(path, weights, config, sources)
-    refuse_left_over(path, weights, component.used())
+    refuse_left_over(path, weights, component.used(), config.unused)
     return component

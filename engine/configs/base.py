@@ -82,6 +82,11 @@ class Config:
         return ()
 
     @property
+    def unused(self) -> str | None:
+        """A pattern of tensors that a file may hold beside those that are used."""
+        return None
+
+    @property
     def overflows_float16(self) -> bool:
         """Whether activations leave float16's range, so that all is computed in float32."""
         return False

@@ -3,22 +3,19 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from engine.checkpoints.families.sd import SD1_FAMILY
-from engine.checkpoints.formats.files import open_weights
-from engine.configs.image_encoder import ImageEncoderConfig
-from engine.checkpoints.families.sd import SD1
+from engine.checkpoints.families.sd import SD1, SD1_FAMILY
 from engine.checkpoints.families.xl import XL
 from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.ldm_names import control_net_sources
 from engine.configs.control_net import control_net_of
+from engine.configs.image_encoder import ImageEncoderConfig
 from engine.errors import ModelError
 from engine.model import find_model
 from export.__main__ import main

@@ -14,6 +14,7 @@ from export.modules.autoencoder import Autoencoder
 from runtime.conditioning.tokenizer import Tokenizer
 from training import autoencoder, devices, diffusion
 from training.loop import Loop, LoopSettings
+from training.text_encoders import MAX_TOKENS
 from training.vocabulary import cut_vocabulary, write_tokenizer
 
 STEPS = 3
@@ -59,7 +60,7 @@ def _train(folder: Path, device: str) -> None:
     with devices.first_alone() as first:
         if first:
             vocabulary, merges = cut_vocabulary(["red"], 514, [])
-            write_tokenizer(folder / "tokenizer", vocabulary, merges, diffusion.MAX_TOKENS)
+            write_tokenizer(folder / "tokenizer", vocabulary, merges, MAX_TOKENS)
     latents = torch.randn(5, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     small = dataclasses.replace(autoencoder.CONFIG, block_out_channels=(8, 8, 8, 8))
     diffusion.train(

@@ -13,7 +13,6 @@ from runtime.samplers.noise_schedule import NoiseSchedule
 from tests.support import tolerances
 from training import autoencoder, diffusion
 from training.diffusion import (
-    MAX_TOKENS,
     PREVIEW_STEPS,
     SCHEDULER,
     TERMINAL_SNR,
@@ -25,6 +24,7 @@ from training.diffusion import (
     initialise,
 )
 from training.loop import LoopSettings
+from training.text_encoders import MAX_TOKENS
 from training.vocabulary import cut_vocabulary, write_tokenizer
 
 TINY = dataclasses.replace(
