@@ -45,8 +45,8 @@ ROOMS = {
         *("step_inputs", "plan", "templates", "denoising", "adapted_model"),
         *("diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("again", "control_options", "output_options", "text_options", "options"),
-        *("watched_steps", "terminal", "finishing", "upscale", "grid", "batch", "preprocess"),
-        *("public", "__main__"),
+        *("watched_steps", "terminal", "backend_note", "finishing", "upscale", "grid", "batch"),
+        *("preprocess", "public", "__main__"),
     ),
     "serving": (
         *(
