@@ -22,6 +22,7 @@ from benchmarks import (
     memory,
     overhead,
     plots,
+    processors,
     prompt,
     quality,
     report,
@@ -56,6 +57,7 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "gpu": gpu.measure,
     "image-noise": image_noise.measure,
     "bfloat16": bfloat16.measure,
+    "processors": processors.measure,
 }
 
 
@@ -155,6 +157,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             _add_bfloat16,
             "what float32 in places brings, beside bfloat16",
         ),
+        ("processors", _add_processors, "backends on fewer instructions, and which is chosen"),
         ("image-noise", _add_image_noise, "noise that image-to-image removes, by its strength"),
     ):
         add(commands.add_parser(name, help=text))
@@ -245,6 +248,12 @@ def _add_bfloat16(added: argparse.ArgumentParser) -> None:
     add_model(added)
     add_only(added)
     add_compared(added, repeats=5)
+
+
+def _add_processors(added: argparse.ArgumentParser) -> None:
+    add_model(added)
+    add_only(added)
+    add_compared(added, repeats=2)
 
 
 def _add_build(added: argparse.ArgumentParser) -> None:

@@ -199,6 +199,10 @@ def _load(options: argparse.Namespace, request: Request, loading: Loading) -> tu
         fast_start=True,
     )
     chosen = pipeline.engines  # what was chosen makes the same picture again
+    if options.backend is None and not chosen.is_small:
+        from runtime.backend_note import openvino_note
+
+        loading.note(*openvino_note(chosen))
     options.backend, options.precision = chosen.settings.backend, chosen.precision
     building = ["engines that the cache lacks are built first, which takes up to minutes each"]
     told = pipeline.notes

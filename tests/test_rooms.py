@@ -46,9 +46,8 @@ ROOMS = {
         *("adapted_model", "diffusers_arguments", "result", "pipeline", "calibration", "expansion"),
         *("axes", "control_options", "image_prompt_options", "steering_options"),
         *("output_options", "text_options", "image_options", "options", "terminal"),
-        *("found_settings", "again", "watched_steps", "finishing", "upscale", "grid", "batch"),
-        "preprocess",
-        *("public", "__main__"),
+        *("backend_note", "found_settings", "again", "watched_steps", "finishing", "upscale"),
+        *("grid", "batch", "preprocess", "public", "__main__"),
     ),
     "serving": (
         *(

@@ -8,7 +8,7 @@ if find_spec("openvino") is None:
 
 from benchmarks import bfloat16
 from benchmarks.resource_tables import bfloat16_table
-from engine.backends.openvino.engine import capabilities
+from engine.backends.openvino.library import capabilities
 from engine.errors import RequestError
 from tests.support.openvino_engines import MODEL, graph_of, step_inputs
 

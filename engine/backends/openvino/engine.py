@@ -4,7 +4,6 @@ On a GPU or an NPU, none of which has run it yet, what is particular to the CPU 
 """
 
 import math
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,20 +20,18 @@ from engine.backends.openvino.float32_ends import UNREAD, keep_ends
 from engine.backends.openvino.gates import part_gates
 from engine.backends.openvino.int8 import QuantizedWeight, is_quantized, quantize
 from engine.backends.openvino.layers import put_weight, round_inputs
+from engine.backends.openvino.library import CAPABILITIES, CPU, import_library
 from engine.backends.openvino.winograd import transform_convolutions
 from engine.backends.settings import ComputePrecision, cpu_count
 from engine.checkpoints.formats.files import release
 from engine.checkpoints.formats.tensors import is_mapped
-from engine.errors import BackendError, GraphError, LatentrtError, install, memory_hint
+from engine.errors import BackendError, GraphError, LatentrtError, memory_hint
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.store.scratch import Scratch
 
 FILE_BYTES = 2**26  # of weights in memory alone, from where on they are put into a file
 RELEASE_S = 0.1  # between two times that this is done
-CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
-CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
-CPU = "CPU"
 HINTS = {"float32": "f32", "float16": "f16"}  # to other devices
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -79,7 +76,7 @@ class OpenVinoEngine:
         ranges: Ranges | None = None,
         device: str = CPU,
     ) -> None:
-        self._library = _import()
+        self._library = import_library()
         self._graph = graph
         self._core = self._library.Core()
         self._device = device
@@ -312,29 +309,6 @@ def _joined(some: Shapes, others: Shapes) -> Shapes:
         name: tuple(a if a == b else ANY for a, b in zip(shape, others[name], strict=True))
         for name, shape in some.items()
     }
-
-
-def capabilities() -> frozenset[str]:
-    """Return what the library can compute in on this processor, such as "BF16" and "INT8"."""
-    return frozenset(_import().Core().get_property("CPU", CAPABILITIES))
-
-
-def _import() -> Any:
-    """Import the library without its model converter, whose import sends usage statistics."""
-    absent = CONVERTER not in sys.modules
-    if absent:
-        sys.modules[CONVERTER] = None  # type: ignore[assignment]
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(
-            "the backend 'openvino' needs openvino, which is not installed; "
-            + install("openvino", "openvino")
-        ) from error
-    finally:
-        if absent:
-            sys.modules.pop(CONVERTER, None)
-    return openvino
 
 
 def _reason(error: Exception) -> str:

@@ -8,8 +8,8 @@ from tests.support.openvino_engines import MODEL, counted, opened, step_inputs
 if find_spec("openvino") is None:
     pytest.skip("openvino is not installed", allow_module_level=True)
 
-from engine.backends.openvino.engine import CPU, _import, capabilities
 from engine.backends.openvino.float32_ends import UNREAD, _last_products, keep_ends
+from engine.backends.openvino.library import CPU, capabilities, import_library
 from engine.checkpoints.families.sd import SD1
 from engine.checkpoints.families.xl import XL
 from engine.graphs.graph import find_graph, graph_folders
@@ -18,7 +18,7 @@ from engine.graphs.onnx_bytes import weights_as_inputs
 if "BF16" not in capabilities():
     pytest.skip("no bfloat16 arithmetic", allow_module_level=True)
 
-LIBRARY = _import()
+LIBRARY = import_library()
 OPS = LIBRARY.opset13
 WIDTH = 64
 ANGLE_RTOL = 5e-3  # of what waves of exact angles give, rounded once, and a product with weights
