@@ -30,6 +30,7 @@ from engine.errors import BackendError, ModelError
 from engine.graphs.graph import Graph, Part, find_graph, graph_folders
 from engine.model import COMPONENTS, Model
 
+OWN_ACTIVATIONS = ("cuda", "webgpu")  # backends whose engines keep theirs, each its own
 X86 = ("x86_64", "amd64")
 SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a picture takes
 # The parts whose layers compute in int8, each with the component that has its weights. (A shallow
@@ -172,7 +173,9 @@ class Engines:
         graphs = {part: self.graph(part) for part in parts}
         configs = {part: self.model.config(part) for part in parts}
         opened = [part for part in parts if part in self.opened]
-        require_memory(_device(self.settings.backend), graphs, configs, Sizes(**sizes), opened)
+        shared = self.settings.backend not in OWN_ACTIVATIONS
+        device = _device(self.settings.backend)
+        require_memory(device, graphs, configs, Sizes(**sizes), opened, shared=shared)
 
     def set_loras(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
         """Put these adapters on in place of those that are on; none gives the base back.
