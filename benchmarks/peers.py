@@ -6,7 +6,7 @@ They take a scenario and a number of threads last, and raise whatever their libr
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial, partialmethod
+from functools import partial, partialmethod, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,16 +144,25 @@ def export_by_optimum(kind: str, stored: str, prompt: str, source: str, target: 
 
 
 def _describe_tiny_autoencoders() -> None:
-    """Let a tiny autoencoder encode to a distribution, as optimum's exporter asks of every one."""
+    """Let tiny autoencoders say what optimum's exporter asks of every one.
+
+    That is a distribution of what they encode, and levels by the names of their blocks.
+    """
     from diffusers import AutoencoderTiny
 
     library: Any = AutoencoderTiny
-    encode = library.encode
+    encode, init = library.encode, library.__init__
 
     def as_distribution(self: Any, x: Any) -> dict[str, Any]:
         return {"latent_dist": SimpleNamespace(parameters=encode(self, x).latents)}
 
-    library.encode = as_distribution
+    @wraps(init)  # whose arguments are those of a configuration
+    def with_levels(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        levels = len(self.config.encoder_block_out_channels)
+        self.register_to_config(down_block_types=["DownEncoderBlock2D"] * levels)
+
+    library.encode, library.__init__ = as_distribution, with_levels
 
 
 def cpp_parts(scenario: Scenario, threads: int) -> Parts:

@@ -18,8 +18,10 @@ from engine.checkpoints.few_steps import find_variant_of_adapter
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.image_encoder import is_image_encoder, open_image_encoder
 from engine.checkpoints.ip_adapter import is_ip_adapter, open_ip_adapter
-from engine.checkpoints.pieces import open_piece
+from engine.checkpoints.parts import VAE
+from engine.checkpoints.pieces import is_piece, open_piece
 from engine.checkpoints.single_file import open_vae
+from engine.checkpoints.tiny_autoencoder import find_halves, has_tiny_decoder
 from engine.checkpoints.upscaler import is_upscaler, open_upscaler
 from engine.model import Model, find_model
 from export.control_info import describe_control_net
@@ -37,14 +39,10 @@ DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "I8": "int8",
 }
-PIECE_MARKS = (  # names of a UNet and of text encoders that stand alone
-    *("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
-    *("embeddings.token_embedding.weight", "token_embedding.weight"),
-)
 
 
 def describe(file: str | Path) -> dict[str, Any]:
-    """Say what a checkpoint, an autoencoder, an adapter or a textual inversion is.
+    """Say what a checkpoint, a part of one, an adapter or a textual inversion is.
 
     file: its path, a folder, or the name of a model that ships
     Returns values of JSON, `kind` first. Raises ModelError when it is nothing that is known here.
@@ -69,13 +67,15 @@ def _kind(weights: Weights) -> str:
     names = list(weights)
     if is_ip_adapter(names):
         return "IP-Adapter"
-    if is_control_net(names):
-        return "control net"
+    if is_control_net(weights):  # beside which there may be the model of its training
+        return "ControlNet"
     if any(name.startswith("model.diffusion_model.") for name in names):
         return "checkpoint"
-    if any(name.removeprefix("first_stage_model.") == "encoder.conv_in.weight" for name in names):
+    if any(f"{prefix}encoder.conv_in.weight" in weights for prefix in (*VAE, "")):
         return "autoencoder"
-    if any(name.removeprefix("text_model.") in PIECE_MARKS for name in names):
+    if has_tiny_decoder(weights):
+        return "tiny autoencoder"
+    if is_piece(weights):
         return "piece"
     if is_upscaler(names):
         return "upscaler"
@@ -157,6 +157,22 @@ def _autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
     return facts | _numbers(weights, {"vae": component.shapes})
 
 
+def _tiny_autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
+    """Describe TAESD and its kin, of which a file may hold one half."""
+    halves = find_halves(path)
+    facts = {"kind": "tiny autoencoder", "file": str(path), "halves": list(halves)}
+    if "decoder" not in halves:
+        advice = "put it beside the file of its decoder, which --vae takes"
+        return facts | {"use": advice} | _numbers(weights, halves)
+    config, _ = open_vae(path)
+    facts |= {
+        "use": "give it as --vae, or as --preview-decoder",
+        "latent_channels": config.latent_channels,
+        "compression": config.compression,
+    }
+    return facts | _numbers(weights, halves)
+
+
 def _upscaler(path: Path, weights: Weights) -> dict[str, Any]:
     file = open_upscaler(path)
     facts = {
@@ -234,6 +250,7 @@ def _embedding(path: Path, weights: Weights) -> dict[str, Any]:
         "word": embedding.name,
         "words": list(embedding.rows),
         "vectors": {name: list(array.shape) for name, array in embedding.vectors.items()},
+        "unused": list(embedding.unused),
     }
     return facts | _numbers(weights, {})
 
@@ -241,12 +258,13 @@ def _embedding(path: Path, weights: Weights) -> dict[str, Any]:
 _KINDS = {
     "checkpoint": _checkpoint,
     "autoencoder": _autoencoder,
+    "tiny autoencoder": _tiny_autoencoder,
+    "ControlNet": _control_net,
     "adapter": _adapter,
     "embedding": _embedding,
     "piece": _piece,
     "IP-Adapter": _ip_adapter,
     "upscaler": _upscaler,
-    "control net": _control_net,
 }
 
 

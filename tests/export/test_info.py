@@ -1,6 +1,7 @@
 """What a file is, told by `python -m export info`."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from engine.checkpoints.families.xl import XL
 from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.ldm_names import control_net_sources
 from engine.configs.control_net import control_net_of
+from engine.configs.diffusion import TinyAutoencoderConfig
 from engine.configs.image_encoder import ImageEncoderConfig
 from engine.errors import ModelError
 from engine.model import find_model
@@ -24,6 +26,7 @@ from tests.support.original_layout import (
     FULL,
     SMALL,
     autoencoder_names,
+    clip_names,
     inpainting,
     model_names,
     random_tensors,
@@ -347,6 +350,112 @@ def test_what_of_a_checkpoint_is_not_used_is_said(tmp_path, capsys):
     assert facts["picture"] == [512, 512]
     assert "those under 'optimizer' are not used" in facts["notes"]
     assert "512 × 512" in shown(capsys, path)
+
+
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+HALVES = {
+    "taesd_decoder": ("1.weight", "3.conv.0.weight"),
+    "taesd_encoder": ("0.weight", "1.conv.0.weight"),
+}
+
+
+def tiny_halves():
+    """TAESD's two files, by its names: the decoder's count the limiting of the latents first."""
+    shapes = TinyAutoencoderConfig().tensor_shapes()
+    halves = {name: {} for name in HALVES}
+    for name, shape in shapes.items():
+        half, _, number, rest = name.split(".", 3)
+        shift = 1 if half == "decoder" else 0
+        halves[f"taesd_{half}"][f"{int(number) + shift}.{rest}"] = shape
+    return halves
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_tiny_half_alone(name, tmp_path, capsys):
+    held = tiny_halves()[name]
+    assert set(HALVES[name]) <= held.keys()
+    path = write_sparse(tmp_path / f"{name}.safetensors", held)
+    facts = json.loads(shown(capsys, path, "--json"))
+    half = name.removeprefix("taesd_")
+    assert (facts["kind"], facts["halves"]) == ("tiny autoencoder", [half])
+    assert list(facts["parameters"]) == [half]
+    assert facts["parameters"][half] == sum(math.prod(shape) for shape in held.values())
+    assert ("--vae, or as --preview-decoder" in facts["use"]) == (half == "decoder")
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "folder"),
+    [
+        (("decoder.layers.", "encoder.layers."), False),
+        (("decoder.layers.", "encoder.layers."), True),
+        (("taesd_decoder.", "taesd_encoder."), False),
+        (("tae.decoder.", "tae.encoder."), False),
+    ],
+)
+def test_a_tiny_autoencoder_of_both_halves(prefixes, folder, tmp_path, capsys):
+    decoder, encoder = tiny_halves().values()
+    if prefixes[0] == "decoder.layers.":
+        decoder = {
+            f"{int(n.split('.')[0]) - 1}.{n.split('.', 1)[1]}": s for n, s in decoder.items()
+        }
+    shapes = {**under(prefixes[0], decoder), **under(prefixes[1], encoder)}
+    path = tmp_path / "tiny"
+    path.mkdir()
+    file = write_sparse(path / "diffusion_pytorch_model.safetensors", shapes)
+    (path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    facts = json.loads(shown(capsys, path if folder else file, "--json"))
+    assert (facts["kind"], facts["halves"]) == ("tiny autoencoder", ["encoder", "decoder"])
+    assert (facts["latent_channels"], facts["compression"]) == (4, 8)
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", "controlnet.", ""])
+def test_a_control_net_by_its_family(prefix, tmp_path, capsys, unhashed):
+    config = control_net_of(SD1)
+    names = {s.name: config.tensor_shapes()[n] for n, s in control_net_sources(config).items()}
+    path = write_sparse(tmp_path / "canny.safetensors", under(prefix, names))
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert (facts["kind"], facts["family"]) == ("ControlNet", "Stable Diffusion 1.x")
+    assert "--control-image" in facts["use"]
+    odd = {n: (*s[:-1], 640) if n.endswith("attn2.to_k.weight") else s for n, s in names.items()}
+    path = write_sparse(tmp_path / "odd.safetensors", under(prefix, odd))
+    assert main(["info", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "kind"),
+    [
+        ("diffusion_model.", "unet"),
+        ("unet.", "unet"),
+        ("clip_l.transformer.", "text encoder"),
+        ("text_encoders.clip_l.transformer.", "text encoder"),
+        ("text_encoder.", "text encoder"),
+        ("vae.", "autoencoder"),
+        ("first_stage_model.", "autoencoder"),
+    ],
+)
+def test_pieces_under_every_prefix(prefix, kind, tmp_path, capsys):
+    own = {"unet": "model.diffusion_model.", "text encoder": "cond_stage_model.transformer."}
+    state = random_tensors(model_names(SMALL["sd1"]))
+    whole = own.get(kind, "first_stage_model.")
+    held = {n.removeprefix(whole): v for n, v in state.items() if n.startswith(whole)}
+    path = tmp_path / "piece.safetensors"
+    save_file(under(prefix, held), path)
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert facts["kind"] == kind
+    assert sum(facts["parameters"].values()) == sum(value.size for value in held.values())
+
+
+def test_clips_own_projection_makes_no_second_text_encoder(tmp_path, capsys, unhashed):
+    names = {f"text_model.{name}": s for name, s in clip_names(FULL["sd1"].clip).items()}
+    names |= {"text_projection.weight": (768, 768), "logit_scale": ()}
+    names |= {"vision_model.embeddings.class_embedding": (1024,)}
+    path = write_sparse(tmp_path / "clip_l.safetensors", names)
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert (facts["kind"], facts["use"]) == ("text encoder", "give it as --text-encoder")
 
 
 def test_an_ip_adapter_and_an_image_encoder(tmp_path, capsys):
