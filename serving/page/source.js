@@ -5,6 +5,7 @@ import { byId, showProblem } from "./elements.js";
 import { Mask } from "./mask.js";
 
 const SENT_AS_THEY_ARE = new Set(["image/png", "image/jpeg", "image/webp"]);
+const BESIDE = 2 ** 16; // bytes of a body beside its pictures, about
 const MULTIPLE = 8; // pixels, of a picture that is shrunk
 
 /** The picture to start from, of the page's form. */
@@ -15,13 +16,16 @@ export class Source {
   #bitmap = null;
   #sent = null; // as it is sent
   #url = null;
+  #ready = Promise.resolve(); // once what was chosen last is what is sent
 
   constructor(limits) {
     this.#limits = limits;
     const input = byId("source-file");
     input.addEventListener("change", () => input.files[0] && this.choose(input.files[0]));
     byId("source-remove").addEventListener("click", () => this.remove());
-    byId("source-longest").addEventListener("change", (event) => this.#shrink(event.target.valueAsNumber));
+    byId("source-longest").addEventListener("change", ({ target }) => {
+      this.#ready = this.#shrink(target.valueAsNumber);
+    });
     byId("mask-on").addEventListener("change", () => this.#showMask());
     document.addEventListener("paste", (event) => this.#receive(event, event.clipboardData));
     for (const name of ["dragover", "drop"]) {
@@ -30,7 +34,12 @@ export class Source {
   }
 
   /** Takes a file; says so if it is no picture. */
-  async choose(file) {
+  choose(file) {
+    this.#ready = this.#choose(file);
+    return this.#ready;
+  }
+
+  async #choose(file) {
     let bitmap;
     try {
       bitmap = await createImageBitmap(file); // turned as its camera says, as the server turns it
@@ -83,8 +92,15 @@ export class Source {
     return this.#sent !== null && byId("mask-on").checked;
   }
 
-  /** Returns the mask as a Blob, null for none. Throws an Error where nothing is painted. */
+  /**
+   * Returns the mask as a Blob, null for none. Throws an Error where nothing is painted, or where
+   * the server would break off while it is sent.
+   */
   async mask() {
+    await this.#ready;
+    if (((this.#sent?.size ?? 0) * 4) / 3 + BESIDE > this.#limits.body_bytes) {
+      throw new Error("The picture's file is too large to be sent; give a smaller longest side.");
+    }
     if (!this.isMasked) return null;
     if (this.#mask.isEmpty) throw new Error("Nothing is painted in the mask; paint what is to change.");
     return this.#mask.file();

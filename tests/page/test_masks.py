@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serving.limits import Limits
 from tests.support.browsers import WIDE, card, draw, expect, kept, need_browser, visiting
 from tests.support.named_requests import IMAGE
 from tests.support.painted_runners import PaintedRunner
@@ -200,6 +201,22 @@ def test_pictures_are_sent_as_they_are_or_shrunk_to_what_is_taken(browser, url, 
         expect(page.locator("#source-size")).to_have_text("24 × 40 pixels")
         page.get_by_label("Picture file").set_input_files(tmp_path / "text.png")
         expect(page.get_by_role("alert").filter(has_text="no picture")).to_be_visible()
+
+
+def test_a_file_that_is_too_large_to_be_sent(browser, runner, tmp_path):
+    """The server would break off, which looks as if it were gone, and so on without an end."""
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    limits = Limits(body_bytes=200_000)
+    with serving(runner, limits=limits) as started, visiting(browser, started.url) as page:
+        page.get_by_label("Picture file").set_input_files(tmp_path / "noise.png")
+        expect(page.locator("#source-size")).to_have_text("256 × 256 pixels")
+        draw(page, "a cat")
+        expect(page.get_by_role("alert").filter(has_text="too large to be sent")).to_be_visible()
+        page.get_by_label("Longest side").fill("64")
+        page.get_by_role("button", name="Draw", exact=True).click()  # while it is made smaller
+        expect(card(page, "a cat")).to_have_attribute("data-state", "done")
+        assert runner.request.image.size == (64, 64)
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
