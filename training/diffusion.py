@@ -136,6 +136,7 @@ class Denoiser(nn.Module):
         super().__init__()
         if text is None:
             text = make_config("clip", vocab_size, unet.cross_attention_dim)
+        self.text = text
         self.text_encoder = make_module(text)
         self.unet = UNet(replace(unet, cross_attention_dim=text.hidden_size))
 

@@ -41,7 +41,7 @@ def write_model(
     """Write everything that a pipeline needs to `out`; sample_size: side of the latents."""
     vae = vae_config(autoencoder.config, sample_size)
     index = model_index(scheduler, vae["_class_name"], ["text_encoder"])
-    text = text_encoder_config(denoiser.text_encoder.config)
+    text = text_encoder_config(denoiser.text)
     if text["model_type"] != "clip_text_model":
         index["text_encoder"] = ["transformers", text["architectures"][0]]
         index["tokenizer"] = ["transformers", CLASSES[text["model_type"]]]

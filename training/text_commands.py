@@ -35,7 +35,8 @@ def prepare_text(
     The weights have their tensors' shapes, float32; None where they learn.
     """
     kind, folder = options.text_encoder, options.work / "tokenizer"
-    text, frozen = None, None
+    text: TextEncoderConfig | None = None
+    frozen: dict[str, torch.Tensor] | None = None
     with devices.first_alone() as first:
         text_encoders.check_tokenizer(kind, folder)
         if kind == "minilm":

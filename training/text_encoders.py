@@ -62,7 +62,7 @@ SPECIAL = {
 
 def make_config(kind: str, vocab_size: int, width: int) -> TextEncoderConfig:
     """Describe an encoder of random weights; kind: of KINDS; width: of its states."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": 4 * width,
@@ -94,7 +94,7 @@ def initialise_text(module: nn.Module) -> None:
         elif isinstance(module, T5TextEncoder):
             for name, parameter in module.named_parameters():
                 if name.endswith("SelfAttention.q.weight"):
-                    parameter /= module.config.d_kv**0.5  # its scores have no scale
+                    parameter.mul_(module.config.d_kv**-0.5)  # its scores have no scale
 
 
 def learn_tokenizer(kind: str, texts: Iterable[str], size: int, folder: Path) -> None:
@@ -137,7 +137,7 @@ def learn_tokenizer(kind: str, texts: Iterable[str], size: int, folder: Path) ->
         encoder.decoder = decoders.ByteLevel()
     encoder.train_from_iterator(texts, trainer)
     encoder.add_special_tokens(special)
-    ids = {token: encoder.token_to_id(token) for token in special}
+    ids: dict[str, Any] = {token: encoder.token_to_id(token) for token in special}
     if kind == "bert":
         encoder.post_processor = processors.BertProcessing(
             ("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])

@@ -15,6 +15,7 @@ from engine.configs.gpt2 import GPT2Config
 from engine.configs.text_encoders import BertConfig, GPT2TextConfig, T5Config
 from export.modules.clip import embed_tokens
 from export.modules.gpt2 import Attention as GPT2Attention
+from export.modules.gpt2 import Block as GPT2Block
 from export.modules.gpt2 import Transformer as GPT2Transformer
 
 Encoded = tuple[Tensor, Tensor, Tensor]
@@ -111,7 +112,7 @@ class BertTextEncoder(nn.Module):
         known = (input_ids != self.config.pad_token_id)[:, None, None]
         mask = known.expand(-1, 1, input_ids.shape[1], -1)  # ONNX Runtime's kernel repeats no row
         x = before = self.embeddings(input_ids, extra_embeddings)
-        for layer in self.encoder["layer"]:
+        for layer in self.get_submodule("encoder.layer").children():
             before, x = x, layer(x, mask)
         return x, before, mean_of(x, input_ids, self.config.pad_token_id)
 
@@ -165,8 +166,9 @@ class T5FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, D)."""
         if self.gated:
-            return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
-        return self.wo(F.relu(self.wi(x)))
+            gate, value = (self.get_submodule(name)(x) for name in ("wi_0", "wi_1"))
+            return self.wo(F.gelu(gate, approximate="tanh") * value)
+        return self.wo(F.relu(self.get_submodule("wi")(x)))
 
 
 class T5Block(nn.Module):
@@ -183,9 +185,9 @@ class T5Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """(B, n, D), bias (B, heads, n, n) -> (B, n, D)."""
-        attention, feed_forward = self.layer
-        x = x + attention["SelfAttention"](attention["layer_norm"](x), bias)
-        return x + feed_forward["DenseReluDense"](feed_forward["layer_norm"](x))
+        part = self.layer.get_submodule
+        x = x + part("0.SelfAttention")(part("0.layer_norm")(x), bias)
+        return x + part("1.DenseReluDense")(part("1.layer_norm")(x))
 
 
 class T5TextEncoder(nn.Module):
@@ -205,7 +207,7 @@ class T5TextEncoder(nn.Module):
         known = input_ids != self.config.pad_token_id
         hidden = torch.where(known, 0.0, -1e9)[:, None, None].to(x.dtype)
         bias = self._distances(input_ids.shape[1], input_ids.device)[None].to(x.dtype) + hidden
-        for block in self.encoder["block"]:
+        for block in self.get_submodule("encoder.block").children():
             before, x = x, block(x, bias)
         norm = self.encoder["final_layer_norm"]
         last = norm(x)
@@ -221,8 +223,8 @@ class T5TextEncoder(nn.Module):
         ratio = torch.log(size.clamp(min=1).float() / exact) / math.log(far / exact)
         large = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
         bucket = torch.where(size < exact, size, large) + (distance > 0).long() * half
-        first = self.encoder["block"][0].layer[0]["SelfAttention"]
-        return first.relative_attention_bias(bucket).permute(2, 0, 1)
+        place = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+        return self.get_submodule(place)(bucket).permute(2, 0, 1)
 
 
 class GPT2TextEncoder(GPT2Transformer):
@@ -247,6 +249,7 @@ class GPT2TextEncoder(GPT2Transformer):
         words = embed_tokens(self.wte, input_ids, extra_embeddings)
         x = before = words + self.wpe.weight[: input_ids.shape[1]]
         for block in self.h:
+            assert isinstance(block, GPT2Block)
             before = x
             x = x + _attend(block.attn, block.ln_1(x))
             x = x + block.mlp(block.ln_2(x))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from engine.errors import INTERRUPTED, USER_ERROR
 from training import __main__ as command
-from training import finish_command, ship
+from training import finish_command, ship, text_commands
 from training.__main__ import main
 from training.pictograms import STYLES, Pictograms
 
@@ -37,7 +37,7 @@ def shipped(coco, tmp_path_factory):
     work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("models") / "tiny"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(
-            command, "download_merges", lambda folder: [("r", "e"), ("re", "d</w>")]
+            text_commands, "download_merges", lambda folder: [("r", "e"), ("re", "d</w>")]
         )
         for arguments in (
             ["data", "--coco", str(coco), "--images", str(coco.parent)],
