@@ -318,7 +318,7 @@ def test_a_picture_of_a_sampler_that_is_not_here_is_enlarged(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     chunk = PngInfo()
     chunk.add_text("parameters", "a\nSteps: 2, Sampler: Restart, Seed: 1, Size: 8x8, Version: v1.9")
-    drawing(16, 16).save("theirs.png", pnginfo=chunk)
+    drawing(64, 64).save("theirs.png", pnginfo=chunk)
     write_upscaler(tmp_path / "up.safetensors")
     given = ["theirs.png", "--upscaler", "up.safetensors", "--threads", "1", "-o", "a.png"]
     assert upscale.main(given) == 0
