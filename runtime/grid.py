@@ -22,7 +22,13 @@ from runtime.again import made_with, parse_again
 from runtime.axes import Axis, read_axis
 from runtime.checks import FOREIGN_NAMES
 from runtime.found_settings import AXES
-from runtime.images.files import SOURCE_KEY, check_output, write_image
+from runtime.images.files import (
+    FIRST_CELL,
+    SOURCE_KEY,
+    SPACING_KEY,
+    check_output,
+    write_image,
+)
 from runtime.images.previews import side_by_side
 from runtime.options import (
     AGAIN,
@@ -35,6 +41,7 @@ from runtime.options import (
 )
 from runtime.pipeline import Pipeline
 from runtime.request import OF_AN_IMAGE, Request
+from runtime.result import DrawnImage
 from runtime.terminal import Loading, say, show_progress
 
 MAX_CELLS = 256
@@ -96,9 +103,10 @@ def _draw(arguments: list[str], prog: str) -> None:
     told = {*pipeline.notes}
     for path, z in zip(paths, axes[2].values, strict=True):
         asked = {cell: request for cell, request in requests.items() if cell[2] == z}
-        sheet = _sheet(pipeline, asked, axes, told, batch_size=options.batch_size)
+        sheet, first = _sheet(pipeline, asked, axes, told, batch_size=options.batch_size)
+        kept = {**settings, FIRST_CELL: {**first, "model": settings["model"]}}
         replaces = options.out is not None
-        written = write_image(sheet, path, settings, mark=options.mark, replaces=replaces)
+        written = write_image(sheet, path, kept, mark=options.mark, replaces=replaces)
         say(str(written), sys.stdout)
 
 
@@ -220,14 +228,14 @@ def _sheet(
     axes: Sequence[Axis],
     told: set[str],
     batch_size: int | None,
-) -> Image.Image:
-    """Draw the cells of one value of the z axis; returns them side by side, with labels.
+) -> tuple[Image.Image, Mapping[str, Any]]:
+    """Draw the cells of one value of the z axis; returns them on a sheet, and the first's settings.
 
     told: notes that were said, to which new ones are added
     """
-    cells, drawn = list(requests), dict[Cell, Image.Image]()
+    cells, drawn = list(requests), dict[Cell, DrawnImage]()
     for each in pipeline.draw(list(requests.values()), batch_size=batch_size):
-        drawn[cells[each.request]] = each.image
+        drawn[cells[each.request]] = each
         show_progress(len(drawn), len(cells), noun="picture")
         for note in (note for note in each.notes if note not in told):
             told.add(note)
@@ -237,10 +245,10 @@ def _sheet(
     (shown,) = z._replace(values=(page,)).named.values
     captions = [f"{x.name} {value} {z.name} {shown}".strip() for value in x.named.values]
     labels = [f"{y.name} {value}".strip() for value in y.named.values]
-    rows = [[drawn[across, down, page] for across in x.values] for down in y.values]
+    rows = [[drawn[across, down, page].image for across in x.values] for down in y.values]
     sheet = side_by_side(rows, captions, labels if any(labels) else ())
-    sheet.info[SOURCE_KEY] = rows[0][0].info[SOURCE_KEY]
-    return sheet
+    sheet.info |= {key: rows[0][0].info[key] for key in (SOURCE_KEY, SPACING_KEY)}
+    return sheet, drawn[cells[0]].settings
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline, Request, adapted_model, grid
 from runtime import __main__ as command
+from runtime.images.a1111_reader import parse_parameters
+from runtime.images.exif import texts_of
 from runtime.images.files import read_settings, read_source_type
 from runtime.images.previews import side_by_side
 from runtime.options import FIELDS
@@ -151,7 +153,11 @@ def test_a_sheet_says_what_makes_it_again(asked, axes, options):
     for sheet in sheets:
         assert sheet.read_bytes() == Path(f"b{sheet.name[1:]}").read_bytes()
         assert read_source_type(sheet) == "trainedAlgorithmicMedia"
+        with Image.open(sheet) as file:
+            parameters = parse_parameters(texts_of(file)["parameters"])
+        assert (parameters["width"], parameters["height"]) == (32, 32), "of its first cell"
         settings = read_settings(sheet)
+        assert parameters["seed"] == settings["first_cell"]["seed"]
         assert settings["x"].startswith(axes[1].partition("=")[0])
         assert settings["hashes"].keys() == {"pictogram"}
 
