@@ -123,6 +123,7 @@ class Engines:
         """Whether engines of the model open in less time than a picture takes."""
         return _is_small(self.model)
 
+    @property
     def precision_beside(self) -> ComputePrecision:
         """What networks beside the model compute in: as it does, or without int8."""
         if self.precision != "int8":
