@@ -1,7 +1,7 @@
 """A model: its architectures, its noise schedule and where its weights are.
 
-It comes as a folder in diffusers' layout or as one file in the layout of the original training
-code. Neither is converted: the parts' weights are found under their graphs' names on access.
+It is a folder in diffusers' layout or one file in that of the original training code. Neither is
+converted: the parts' weights are found under their graphs' names on access.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 from engine.checkpoints.component import Component, ComponentName, diffusers_component
 from engine.checkpoints.families import FAMILIES, Family, family_of
@@ -38,19 +38,12 @@ from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
 from engine.shipped import MODELS
 
+_STEPS: list[Part] = [part for part in get_args(Part) if part.startswith("step")]
 # The component of a model that holds a part's architecture and weights.
 COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
     {
-        "text_encoder": "text_encoder",
-        "text_encoder_2": "text_encoder_2",
-        "step": "unet",
-        "step_shallow": "unet",
-        "step_controlled": "unet",
-        "step_shallow_controlled": "unet",
-        "step_ip": "unet",
-        "step_shallow_ip": "unet",
-        "step_controlled_ip": "unet",
-        "step_shallow_controlled_ip": "unet",
+        **{"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"},
+        **dict.fromkeys(_STEPS, "unet"),
         "vae_decoder": "vae",
         "vae_encoder": "vae",
         "preview_decoder": "preview_decoder",
