@@ -83,6 +83,11 @@ def optimum_parts(kind: str, precision: str, scenario: Scenario, threads: int) -
         pipe.reshape(
             batch_size=1, height=scenario.size, width=scenario.size, num_images_per_prompt=1
         )
+        if not scenario.is_guided:  # for which it reshapes the UNet whatever is asked for
+            shapes = {given: given.get_partial_shape() for given in pipe.unet.model.inputs}
+            for shape in (shape for shape in shapes.values() if len(shape) > 1):
+                shape[0] = 1
+            pipe.unet.model.reshape(shapes)
         pipe.compile()
     else:
         import onnxruntime
