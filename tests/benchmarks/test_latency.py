@@ -222,7 +222,7 @@ def small_model(name):
         "text_encoder": text,
         "unet": replace(
             unet,
-            block_out_channels=(32,) * levels,
+            block_out_channels=(64,) * levels,
             attention_head_dim=(1,) * levels,
             cross_attention_dim=64,
         ),
