@@ -5,6 +5,7 @@ They take a scenario and a number of threads last, and raise whatever their libr
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial, partialmethod, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,7 +262,7 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         drawn = pipe(scenario.prompt, generator=noise if noise[1:] else noise[0], **options)
         return np.stack([np.asarray(image) for image in drawn.images])
 
-    parts = {
+    parts: dict[str, Callable[[], NDArray[Any]]] = {
         "text": text,
         "step": lambda: _numpy(guided()),
         "decode": decode,

@@ -155,7 +155,11 @@ def _autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
 def _tiny_autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
     """Describe TAESD and its kin, of which a file may hold one half."""
     halves = find_halves(path)
-    facts = {"kind": "tiny autoencoder", "file": str(path), "halves": list(halves)}
+    facts: dict[str, Any] = {
+        "kind": "tiny autoencoder",
+        "file": str(path),
+        "halves": list(halves),
+    }
     if "decoder" not in halves:
         advice = "put it beside the file of its decoder, which --vae takes"
         return facts | {"use": advice} | _numbers(weights, halves)
