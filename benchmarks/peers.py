@@ -262,7 +262,7 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         drawn = pipe(scenario.prompt, generator=noise if noise[1:] else noise[0], **options)
         return np.stack([np.asarray(image) for image in drawn.images])
 
-    parts: dict[str, Callable[[], Any]] = {
+    parts: dict[str, Callable[[], NDArray[Any]]] = {
         "text": text,
         "step": lambda: _numpy(guided()),
         "decode": decode,
