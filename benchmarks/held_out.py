@@ -17,15 +17,15 @@ def read_pictograms(path: Path) -> Any:
             f"there is no data set {path}; make it with `python -m training data --work "
             f"{path.parent}` (it needs the extra 'train'), or leave --match out"
         )
-    from training.dataset import PictogramTrainingSet, load_training_set
+    from training.pictograms import Pictograms
 
-    data = load_training_set(path)
-    if not isinstance(data, PictogramTrainingSet):
+    try:
+        return Pictograms.load(path)
+    except (KeyError, ValueError, OSError) as error:
         raise RequestError(
-            f"{path} holds captioned pictures, of which none is held out; run "
-            "`python -m training data` without captions"
-        )
-    return data.pictograms
+            f"{path} holds no pictograms, of which some are held out ({error}); run `python -m "
+            "training data` without captions"
+        ) from error
 
 
 def held_out_match(pipeline: Pipeline, options: Mapping[str, Any], data: Any) -> dict[str, float]:

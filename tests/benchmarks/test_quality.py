@@ -17,7 +17,6 @@ from engine.model import Model, find_model
 from runtime import Pipeline, Request
 from tests.support import pictures
 from tests.support.tolerances import FEATURES_RTOL
-from training.captions import CaptionedImages
 from training.pictograms import STYLES
 
 
@@ -150,14 +149,15 @@ def test_the_held_out_match_of_a_setting(settings, monkeypatch, tmp_path):
     assert "100.0%, in five 100.0% of 3" in comparison_tables.quality_table(measured)
 
 
-def test_a_data_set_that_is_not_there_or_holds_captions_is_one_sentence(tmp_path, capsys):
+def test_a_data_set_that_is_not_there_or_holds_something_else_is_one_sentence(tmp_path, capsys):
     path = tmp_path / "data.npz"
     assert main(["quality", "--match", str(path)]) == 2
     assert "make it with `python -m training data" in (error := capsys.readouterr().err)
     assert error.count("\n") == 1
-    CaptionedImages(images=np.zeros((1, 8, 8, 3), np.uint8), captions=[["a"]]).save(path)
+    np.savez(path, images=np.zeros((1, 8, 8, 3), np.uint8), captions=["a"])
     assert main(["quality", "--match", str(path)]) == 2
-    assert "none is held out" in capsys.readouterr().err
+    assert "holds no pictograms" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("pictures", ["0", "21"])

@@ -9,8 +9,9 @@ from engine.configs.base import Config
 from engine.configs.control_net import control_net_of
 from engine.configs.diffusion import AutoencoderConfig
 from engine.devices.device import Shape
-from engine.graphs.graph import MAX_LEVELS, Graph, Part, find_graph, graph_folders
+from engine.graphs.graph import Graph, Part, find_graph, graph_folders
 from engine.graphs.onnx_bytes import input_shapes
+from engine.graphs.steering import MAX_LEVELS
 from engine.model import Model, find_model
 
 COMPRESSION = 8  # pixels of a ControlNet's picture for one of the latents

@@ -133,7 +133,7 @@ def test_commands_out_of_order_say_what_to_run(tmp_path, capsys, arguments, mess
 
 
 def test_a_key_press_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
-    def interrupted(path):
+    def interrupted(work, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "load_training_set", interrupted)

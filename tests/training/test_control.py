@@ -35,6 +35,9 @@ class Shapes:
     def caption(self, index, rng):
         return ("a red disc", "a red kite", "a red half")[index]
 
+    def captions(self, index, rng):
+        return [self.caption(index, rng)]
+
 
 @pytest.fixture(scope="module")
 def parts():

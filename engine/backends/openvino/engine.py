@@ -133,8 +133,13 @@ class OpenVinoEngine:
         if compiled is self._compiled and not self._settled:  # weights of any size are packed now
             self._release()
             self._settled = True
-        found = {output.get_any_name(): results[output] for output in compiled.outputs}
+        found = {self._name(output): results[output] for output in compiled.outputs}
         return {name: array for name, array in found.items() if not name.startswith(UNREAD)}
+
+    def _name(self, output: Any) -> str:
+        """Return an output's name in the graph, beside which it may have those of other nodes."""
+        name: str = next(iter(output.get_names() & {*self._graph.outputs}), output.get_any_name())
+        return name
 
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
         """Take the weights anew; see `engine.backends.base.Engine`."""

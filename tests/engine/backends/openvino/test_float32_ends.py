@@ -15,8 +15,7 @@ from engine.checkpoints.families.xl import XL
 from engine.graphs.graph import find_graph, graph_folders
 from engine.graphs.onnx_bytes import weights_as_inputs
 
-if "BF16" not in capabilities():
-    pytest.skip("no bfloat16 arithmetic", allow_module_level=True)
+pytestmark = pytest.mark.skipif("BF16" not in capabilities(), reason="no bfloat16 arithmetic")
 
 LIBRARY = import_library()
 OPS = LIBRARY.opset13
