@@ -9,7 +9,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from engine.adapters.adapter import Adapted, Adapter, AdapterChoice, apply_adapters
 from engine.backends.base import Arrays, Engine, EngineSpec, Ranges
@@ -24,11 +24,14 @@ from engine.backends.settings import (
     graph_precision,
     precisions,
 )
-from engine.checkpoints.component import ComponentName
+from engine.checkpoints.component import Component, ComponentName
 from engine.devices.device import Device
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import Graph, Part, find_graph, graph_folders
 from engine.model import COMPONENTS, Model
+
+if TYPE_CHECKING:
+    from engine.checkpoints.control_lora import ControlLora
 
 OWN_ACTIVATIONS = ("cuda", "webgpu")  # backends whose engines keep theirs, each its own
 X86 = ("x86_64", "amd64")
@@ -129,6 +132,12 @@ class Engines:
         if self.precision != "int8":
             return self.precision
         return "bfloat16" if "BF16" in capabilities() else "float32"
+
+    def open_beside(self, graph: Graph, weights: "Component | ControlLora") -> Engine:
+        """Open a network beside the model, and let go of its file's pages; raises BackendError."""
+        engine = open_engine(graph, weights, self.settings, self.precision_beside)
+        weights.release()
+        return engine
 
     def graph(self, part: Part) -> Graph:
         """Find a part's graph; raises GraphError."""

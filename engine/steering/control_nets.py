@@ -11,7 +11,7 @@ from engine.checkpoints.component import Component
 from engine.checkpoints.control_lora import ControlLora
 from engine.checkpoints.control_net import open_control_net
 from engine.configs.control_net import ControlNetConfig
-from engine.engines import Engines, open_engine
+from engine.engines import Engines
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import find_graph
 
@@ -89,8 +89,7 @@ class ControlNets:
                 self._engines.folders,
                 net.path,
             )
-            net.opened[part] = open_engine(graph, net.weights, settings, precision)
-            net.weights.release()
+            net.opened[part] = self._engines.open_beside(graph, net.weights)
         return net.opened[part]
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from engine.checkpoints.image_encoder import IMAGE_ENCODER, open_image_encoder
 from engine.checkpoints.ip_adapter import check_unet, open_ip_adapter
 from engine.configs.image_encoder import ImageEncoderConfig
 from engine.configs.ip_adapter import IPAdapterConfig
-from engine.engines import Engines, open_engine
+from engine.engines import Engines
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import Graph
 from engine.graphs.image_encoder import image_encoder_graph
@@ -39,9 +39,7 @@ class _Network:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Any]:
         if not self.opened:
-            settings, precision = self.engines.settings, self.engines.precision_beside
-            self.opened.append(open_engine(self.graph, self.weights, settings, precision))
-            self.weights.release()
+            self.opened.append(self.engines.open_beside(self.graph, self.weights))
         return self.opened[0].run(inputs)
 
 
