@@ -157,9 +157,6 @@ def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
     plain, steered = draw(pipeline), draw(pipeline, one())
     opened, rebound = [], []
     monkeypatch.setattr(engine.engines, "_open", lambda spec: opened.append(spec))
-    monkeypatch.setattr(
-        engine.steering.control_nets, "open_engine", lambda *spec: opened.append(spec)
-    )
     for part in pipeline.engines.opened.values():
         monkeypatch.setattr(part, "rebind", lambda *_: rebound.append(1), raising=False)
     assert same(draw(pipeline), plain)

@@ -273,9 +273,6 @@ def test_on_and_off_and_in_other_scales_nothing_is_opened(loaded, monkeypatch):
     draw(pipeline, one(adapter="linear"))
     opened, rebound = [], []
     monkeypatch.setattr(engine.engines, "_open", lambda spec: opened.append(spec))
-    monkeypatch.setattr(
-        engine.steering.ip_adapters, "open_engine", lambda *spec: opened.append(spec)
-    )
     for part in pipeline.engines.opened.values():
         monkeypatch.setattr(part, "rebind", lambda *_: rebound.append(1), raising=False)
     assert same(draw(pipeline), plain)
