@@ -46,6 +46,7 @@ COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
         "step_shallow": "unet",
         "step_controlled": "unet",
         "step_shallow_controlled": "unet",
+        "step_shrunk": "unet",
         "vae_decoder": "vae",
         "vae_encoder": "vae",
         "preview_decoder": "preview_decoder",
@@ -259,6 +260,11 @@ class Model:
         """Whether the UNet also sees a mask and the masked picture's latents."""
         return "image_conditioning" in self.unet.extra_inputs
 
+    @property
+    def is_editing(self) -> bool:
+        """Whether the UNet also sees the latents of a picture, which a text says how to change."""
+        return "edited_image" in self.unet.extra_inputs
+
     def config(self, part: Part) -> Config:
         """Return the architecture of a part."""
         return self._config(COMPONENTS[part], Config)
@@ -296,7 +302,7 @@ class Model:
                 f"{self.path} has a UNet that makes {unet.out_channels} channels and an "
                 f"autoencoder that takes {latent}; use parts of one model"
             )
-        if unet.in_channels not in (latent, 2 * latent + 1):
+        if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1):
             raise foreign_channels(self.path, unet.in_channels, latent)
         if all(name in self.configs for name in TEXT_ENCODERS if name in self.family.parts):
             self._check_texts()

@@ -76,7 +76,7 @@ def _model(options: argparse.Namespace) -> None:
         preview_decoder=options.preview_decoder,
         prediction_type=options.prediction_type,
     )
-    usual = [part for part in COMPONENTS if part not in CONTROLLED_LEVELS]
+    usual = [part for part in COMPONENTS if part not in (*CONTROLLED_LEVELS, "step_shrunk")]
     parts = options.parts or [part for part in usual if COMPONENTS[part] in model.configs]
     if options.backend:
         for line in build_engines(model, parts, engine_choices(model, options)):

@@ -19,7 +19,7 @@ CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship
 def published_parts() -> Iterator[tuple[Part, Config]]:
     """List the parts whose graphs ship, the model that ships aside."""
     for part, component in COMPONENTS.items():
-        if part in CONTROLLED_LEVELS:
+        if part in (*CONTROLLED_LEVELS, "step_shrunk"):
             continue
         configs = (
             config for family in FAMILIES.values() for config in family.published.get(component, ())

@@ -62,7 +62,7 @@ class TracedPart:
 # What computes a part, by the class of its architecture: torch is imported in this package alone.
 MODULES: Mapping[type[Config], Callable[[Part, Any], nn.Module]] = {
     TextEncoderConfig: lambda part, config: TextEncode(TextEncoder(config)),
-    UNetConfig: lambda part, config: Step(UNet(config)),
+    UNetConfig: lambda part, config: Step(UNet(config), shrinks=part == "step_shrunk"),
     ControlNetConfig: lambda part, config: (ControlHint if part == "control_hint" else Control)(
         ControlNet(config)
     ),
@@ -123,7 +123,7 @@ def trace(part: Part, config: Config, precision: Precision) -> TracedPart:
     names of the checkpoint and hold nothing.
     """
     described = signature(part, config)
-    side = config.latent_multiple
+    side = config.latent_multiple * (1 + (part == "step_shrunk"))
     sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "p": 3, "e": 3, "h": 2 * side, "w": 3 * side}
     real = example_inputs(part, config, sizes, torch.Generator().manual_seed(0))
     auto = torch.export.Dim.AUTO

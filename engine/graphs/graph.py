@@ -36,6 +36,7 @@ Part = Literal[
     "step_shallow",
     "step_controlled",
     "step_shallow_controlled",
+    "step_shrunk",
     "control_hint",
     "control",
     "vae_decoder",
@@ -99,31 +100,27 @@ _STEP_INPUTS = {
 _NEXT_REGISTERS = _tensor("float32", "B", "r", "C", "h", "w")
 # What enters the last residual block of the UNet: a step gives it, a shallow step begins there.
 _DEEP = _tensor("float32", "g", "B", "F", "h", "w")
+_STEP = Signature(inputs=_STEP_INPUTS, outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP})
+_SHALLOW_STEP = Signature(
+    inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
+)
 
 # How many levels of the UNet have residuals among a part's inputs.
 MAX_LEVELS = 4
 CONTROLLED_LEVELS: Mapping[str, int] = MappingProxyType(
     {"step_controlled": MAX_LEVELS, "step_shallow_controlled": 1, "control": MAX_LEVELS}
 )
-# What a ControlNet sees of a step.
 _CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
         "text_encoder": _TEXT_ENCODER,
         "text_encoder_2": _TEXT_ENCODER,
-        "step": Signature(
-            inputs=_STEP_INPUTS, outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP}
-        ),
-        "step_shallow": Signature(
-            inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
-        ),
+        "step": _STEP,
+        "step_shallow": _SHALLOW_STEP,
+        "step_shrunk": _STEP,  # whose lower levels see half the width and height (deep shrink)
         # These and `control` also take residuals, by level: `signature` adds them.
-        "step_controlled": Signature(
-            inputs=_STEP_INPUTS, outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP}
-        ),
-        "step_shallow_controlled": Signature(
-            inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
-        ),
+        "step_controlled": _STEP,
+        "step_shallow_controlled": _SHALLOW_STEP,
         "control_hint": Signature(
             inputs={"picture": _tensor("float32", "B", 3, "H", "W")},
             outputs={"hint": _tensor("float32", "B", "F", "h", "w")},
@@ -187,6 +184,8 @@ EXTRA_INPUTS: Mapping[str, Tensor] = MappingProxyType(
         "timestep_cond": _tensor("float32", "B", "E"),
         # What an inpainting model sees unscaled: the mask, the masked picture's latents.
         "image_conditioning": _tensor("float32", "B", "X", "h", "w"),
+        # What a model that follows instructions edits: its latents, zeros in the first group.
+        "edited_image": _tensor("float32", "g", "B", "X", "h", "w"),
     }
 )
 
@@ -312,6 +311,7 @@ def graph_folders(chosen: str | Path | None = None) -> Sequence[Path]:
 MAKES: Mapping[Part, str] = MappingProxyType(
     {
         "language_model": "export language-model {}",
+        "step_shrunk": "export {} --parts step_shrunk",
         "step_controlled": "export control-net CONTROLNET --model {}",
         "step_shallow_controlled": "export control-net CONTROLNET --model {}",
         "control_hint": "export control-net {} --model MODEL",
