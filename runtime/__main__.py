@@ -153,7 +153,7 @@ def _write(
             show_progress(done, total)
             if watched:
                 watched.see(progress)
-        images = pipeline.finish(group, pipeline.decode(progress.latents))
+        images = pipeline.finish(group, pipeline.decode(progress.latents, group))
         finished = zip(_finished(finisher, images), group.settings, strict=True)
         for (image, more, note), settings in finished:
             path = next(paths)
@@ -259,7 +259,7 @@ def _sign(options: argparse.Namespace) -> Sign | None:
 def _request(options: argparse.Namespace) -> Request:
     """Make the request; reads the pictures. Raises RequestError."""
     given = {name: getattr(options, name) for name in FIELDS}
-    for name in ("strength", "mask", "extend", "image_noise"):
+    for name in ("strength", "mask", "extend", "image_noise", "image_guidance_scale"):
         if getattr(options, name) is not None and not options.image:
             option = name.replace("_", "-")
             raise RequestError(f"--{option} came without --image; give the picture to start from")

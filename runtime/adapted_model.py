@@ -1,6 +1,7 @@
 """A model with its engines, and what is put on it: adapters, words, and those that prompts name."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -12,9 +13,11 @@ from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import Embedding, read_embedding
 from engine.backends.base import DeviceEngine, Engine
 from engine.control_nets import ControlNets
+from engine.devices.device import HostOrDeviceArray
 from engine.engines import Engines
 from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
+from engine.graphs.variants import Variant
 from engine.model import Model
 from runtime.checks import OneOrMore, several
 from runtime.conditioning.encoder import Encoder
@@ -23,10 +26,11 @@ from runtime.conditioning.tokenizer import Tokenizer
 from runtime.denoising.controls import ControlledSteps
 from runtime.denoising.device_loop import DeviceLoop
 from runtime.denoising.device_rows import DeviceRows
+from runtime.denoising.latents import LatentSpace
 from runtime.denoising.rows import Row, step_rows
 from runtime.images import tiles
 from runtime.images.previews import finite
-from runtime.plan import Array
+from runtime.plan import Array, Plan
 from runtime.request import Request
 from runtime.samplers.noise_schedule import NoiseSchedule
 
@@ -55,6 +59,9 @@ class AdaptedModel:
         self._device_loop, self._device_rows = DeviceLoop(), DeviceRows()
         self._distilled = engines.model  # as its adapters distil it, where they do
         self._few_steps = ""
+        self._latents = LatentSpace(
+            model=engines.model, engine=engines.engine, threads=engines.settings.threads
+        )
         # The adapters that were given, beside those that prompts name, and the words they bring.
         self._loras: Sequence[tuple[Adapter, AdapterChoice]] = ()
         self._named: Sequence[AdapterChoice] = ()
@@ -131,9 +138,9 @@ class AdaptedModel:
         """The folder or the file that the model came from."""
         return self.model.path
 
-    def engine(self, part: Part) -> Engine:
-        """Return a part's engine, opening it at the first call."""
-        return self.engines.engine(part)
+    def engine(self, part: Part, variant: Variant | None = None) -> Engine:
+        """Return a part's engine, or that of a variant of it, opening it at the first call."""
+        return self.engines.engine(part, variant)
 
     def previews(self, latents: Array) -> list[Image.Image]:
         """Draw what latents (B, C, h, w) are about to become, by the tiny decoder.
@@ -143,13 +150,20 @@ class AdaptedModel:
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
+    def decode(self, latents: HostOrDeviceArray, plan: Plan | None = None) -> list[Image.Image]:
+        """Decode latents (B, C, h, w) into images of 8 h by 8 w pixels; plan: whose they are."""
+        space = self._latents
+        if plan is not None and plan.seamless:
+            space = replace(space, seamless=plan.seamless)
+        return [Image.fromarray(pixels) for pixels in space.decode(latents)]
+
     def step_rows(self, rows: Sequence[Row], *, filled_to: int = 0) -> None:
         """Make the next call of rows of one bucket together, on a device where engines live there.
 
         filled_to: rows that the call has at least, by repeats
         Raises BackendError, and then every row is where it was.
         """
-        engine = self.engine(rows[0].part)
+        engine = self.engine(rows[0].part, rows[0].variant)
         if isinstance(engine, DeviceEngine) and engine.device.has_addresses:
             self._device_rows.step(rows, engine, filled_to=filled_to)
         else:
@@ -178,6 +192,10 @@ class AdaptedModel:
     def __exit__(self, *error: object) -> None:
         """Close the pipeline."""
         self.close()
+
+    def _is_on_device(self, plan: Plan) -> bool:
+        part = plan.step_parts[0]
+        return hasattr(self.engine(part, plan.variants.get(part)), "device")
 
     def _put_on(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
         bundled = [embedding for adapter, _ in adapters for embedding in adapter.embeddings]

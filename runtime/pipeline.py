@@ -28,7 +28,6 @@ from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.controls import call_controls
 from runtime.denoising.groups import batch_limit, groups_of
 from runtime.denoising.latents import (
-    LatentSpace,
     Progress,
     State,
     parts_of,
@@ -45,6 +44,7 @@ from runtime.request import Request
 from runtime.request_options import CallOptions
 from runtime.result import ArrayResult, DrawnImage, Result
 from runtime.templates import expand_request, with_templates
+from runtime.variants import check_variants
 
 OWN = "own"  # as a preview decoder: the model's
 SHIPPED = "pictogram"
@@ -71,9 +71,6 @@ class Pipeline(AdaptedModel):
     ) -> None:
         super().__init__(engines, tokenizers, lora_dir=lora_dir)
         self.wildcards = wildcards
-        self._latents = LatentSpace(
-            model=engines.model, engine=engines.engine, threads=engines.settings.threads
-        )
 
     @classmethod
     def load(
@@ -165,7 +162,7 @@ class Pipeline(AdaptedModel):
         images = [
             image
             for group, latents in zip(groups, drawn, strict=True)
-            for image in self.finish(group, self.decode(latents))
+            for image in self.finish(group, self.decode(latents, group))
         ]
         if call.output_type == "np":
             return ArrayResult.of(np.stack([as_floats(image) for image in images]), plan)
@@ -198,7 +195,7 @@ class Pipeline(AdaptedModel):
             for row in finished_rows(
                 list(rows), self.step_rows, self.start, limit, is_exact=is_exact
             ):
-                (image,) = self.finish(row.plan, self.decode(row.latents))
+                (image,) = self.finish(row.plan, self.decode(row.latents, row.plan))
                 (settings,) = row.plan.settings
                 notes = row.plan.notes
                 yield DrawnImage(image=image, request=rows[row], settings=settings, notes=notes)
@@ -220,6 +217,8 @@ class Pipeline(AdaptedModel):
         if self._named or chosen.names_files:
             notes += self._heed_names(chosen)
         plan = make_plan(chosen, self._distilled, self.schedule, self.encoder)
+        if (asked := bool(plan.variants or plan.shrunk_calls)) or self.model.is_editing:
+            check_variants(asked, self.model, self.engines.settings.backend)
         plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})
@@ -257,7 +256,7 @@ class Pipeline(AdaptedModel):
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
         self._latents.open_upscalers(plan)
         for part in parts_of(plan, self.model):
-            self.engine(part)
+            self.engine(part, plan.variants.get(part))
         if plan.controls:
             self._controlled.open(plan)
 
@@ -270,7 +269,7 @@ class Pipeline(AdaptedModel):
         if inputs.is_controlled and inputs.is_full:
             steering = call_controls(inputs, state.hints)
             given |= self._controlled.residuals(given, [steering] * len(given["noise"]))
-        outputs = self.engine(inputs.part).run(given)
+        outputs = self.engine(inputs.part, inputs.variant).run(given)
         return state.after(outputs, given)
 
     def denoise(self, plan: Plan) -> Iterator[Progress]:
@@ -286,10 +285,6 @@ class Pipeline(AdaptedModel):
                     state=state,
                 )
             latents = state.latents if run.hires is not None else None
-
-    def decode(self, latents: HostOrDeviceArray) -> list[Image.Image]:
-        """Decode latents (B, C, h, w) into images of 8 h by 8 w pixels."""
-        return [Image.fromarray(pixels) for pixels in self._latents.decode(latents)]
 
     def finish(self, plan: Plan, images: list[Image.Image]) -> list[Image.Image]:
         """Bring a plan's decoded images to its image's size, with its own pixels outside the mask.
@@ -332,7 +327,7 @@ class Pipeline(AdaptedModel):
 
     def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
         """Make all calls of a run that nobody watches; returns the latents, where they are."""
-        if hasattr(self.engine(plan.step_parts[0]), "device"):
+        if self._is_on_device(plan):
             return self._device_loop.finish(state, plan.steps(), self.engines.engine)
         for inputs in plan.steps():
             state = self.step(state, inputs)
@@ -340,7 +335,7 @@ class Pipeline(AdaptedModel):
 
     def _steps(self, plan: Plan, state: State) -> Iterator[tuple[StepInputs, State]]:
         """Make the calls of a run one by one; yields each with the state after it."""
-        if hasattr(self.engine(plan.step_parts[0]), "device"):
+        if self._is_on_device(plan):
             yield from self._device_loop.steps(state, plan.steps(), self.engines.engine)
             return
         for inputs in plan.steps():

@@ -5,7 +5,7 @@ recommend, then from the defaults here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.graphs.graph import Part
+from engine.graphs.variants import Variant
 from engine.model import Model
 from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.control import Control, StepControl, control_calls
+from runtime.editing import IMAGE_GUIDANCE_SCALE, check_editing, edited_calls
 from runtime.framing import frame_of
 from runtime.images.canvas import BLUR, latent_mask
 from runtime.images.files import SourceType
@@ -27,9 +30,10 @@ from runtime.picture_settings import picture_settings
 from runtime.presets import preset, variant_sampler
 from runtime.regions import shares_of, with_regions
 from runtime.request import Request
-from runtime.samplers import DEFAULT_SAMPLER, Program, program, resolve
+from runtime.samplers import CFG_PP_SCALE, DEFAULT_SAMPLER, Program, is_cfg_pp, program, resolve
 from runtime.samplers.noise_schedule import NoiseSchedule
-from runtime.step_inputs import STEP_PARTS, StepInputs, StepPart
+from runtime.step_inputs import STEP_PARTS, StepInputs, StepPart, rows_of_calls
+from runtime.variants import fields_of_plan, with_kept_image
 
 __all__ = ["Plan", "StepInputs", "make_plan"]
 
@@ -62,6 +66,9 @@ class Plan:
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
     controls: what steers the run; control_calls: how much, at each of its calls
+    seamless: the axes along which opposite edges join
+    shrunk_calls: how many calls, the first, have lower levels of half the sides
+    variants: what parts compute beside what they always do; tables: what that is told, (N, ...)
     """
 
     program: Program
@@ -91,19 +98,17 @@ class Plan:
     upscaler: str = ""
     controls: Sequence[Control] = ()
     control_calls: Sequence[Sequence[StepControl]] = ()
+    seamless: str | None = None
+    shrunk_calls: int = 0
+    variants: Mapping[Part, Variant] = field(default_factory=dict)
+    tables: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
     def step_parts(self) -> list[StepPart]:
         """The parts that make the run's calls of the UNet: the whole, and around deep features."""
         whole, shallow = STEP_PARTS[bool(self.controls)]
-        return [whole] if all(self.full_calls) else [whole, shallow]
-
-    def hint_image(self, image: Image.Image) -> Image.Image:
-        """Return a control's picture as it lies over what is drawn, of the run's sides."""
-        if self.frame is not None:
-            image = self.frame.drawn(image)
-        size = self.width, self.height
-        return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+        parts = [whole] if all(self.full_calls) else [whole, shallow]
+        return ["step_shrunk", *parts] if self.shrunk_calls else parts
 
     def runs(self) -> Iterator["Plan"]:
         """Yield this run and what follows it."""
@@ -129,42 +134,38 @@ class Plan:
 
     def steps(self) -> list[StepInputs]:
         """Return what each call of the UNet in this run is given beside the latents."""
-        program, batch = self.program, len(self.seeds)
+        program = self.program
         matrices, outside = program.matrices, np.zeros(program.matrices.shape[::2])
+        tables = self.tables
         if self.blends:
             matrices, outside = program.blended()
-        tables = matrices, outside, program.timesteps, program.input_scales
-        numbers = zip(
-            *(_rows(table, batch) for table in tables),
-            program.signal_scales.tolist(),
-            program.noise_scales.tolist(),
-            strict=True,
+            tables = with_kept_image(tables) if tables else tables
+        rows = rows_of_calls(
+            {
+                "matrices": matrices,
+                "outside": outside,
+                "timestep": program.timesteps,
+                "input_scale": program.input_scales,
+                **tables,
+            },
+            len(self.seeds),
         )
         controls = self.control_calls or [()] * len(self.conditioning)
-        calls = zip(self.conditioning, numbers, self.full_calls, controls, strict=False)
+        scales = zip(program.signal_scales.tolist(), program.noise_scales.tolist(), strict=True)
+        calls = zip(self.conditioning, rows, self.full_calls, controls, scales, strict=False)
         return [
             StepInputs(
                 conditioning=conditioning,
-                per_step={
-                    "matrices": matrix,
-                    "outside": kept,
-                    "timestep": timestep,
-                    "input_scale": input_scale,
-                },
+                per_step=per_step,
                 is_full=is_full,
                 signal_scale=signal,
                 noise_scale=noise,
                 controls=steering,
                 is_controlled=bool(self.controls),
+                is_shrunk=at < self.shrunk_calls,
+                variants=self.variants,
             )
-            for conditioning, (
-                matrix,
-                kept,
-                timestep,
-                input_scale,
-                signal,
-                noise,
-            ), is_full, steering in calls
+            for at, (conditioning, per_step, is_full, steering, (signal, noise)) in enumerate(calls)
         ]
 
     @property
@@ -190,6 +191,8 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     Raises RequestError for what the model cannot do.
     """
     wanted, multiple = _filled_in(request, model), model.vae.compression
+    if model.is_editing or wanted.image_guidance_scale is not None:
+        check_editing(request, model)
     frame = None
     if wanted.image is not None:
         frame = frame_of(wanted, model.sample_size * multiple, multiple)
@@ -215,7 +218,7 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             mask_blur=wanted.mask_blur,
             blends=mask is not None and not model.is_inpainting,
             image_noise=ImageNoise.read(wanted.image_noise) if wanted.image_noise else None,
-            from_noise=mask is not None and strength == 1,
+            from_noise=model.is_editing or (mask is not None and strength == 1),
             paste_back=wanted.paste_back,
         )
     areas = (region.prompt for region in wanted.regions)
@@ -245,19 +248,19 @@ def _filled_in(request: Request, model: Model) -> Request:
         choices = (getattr(request, name), chosen.get(name), *others)
         return next((choice for choice in choices if choice is not None), None)
 
+    sampler = choose("sampler", variant_sampler(model) if model.variant else None, DEFAULT_SAMPLER)
+    usual = CFG_PP_SCALE if is_cfg_pp(sampler) else GUIDANCE_SCALE
     return replace(
         request,
         num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
-        guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
+        guidance_scale=choose("guidance_scale", model.guidance_scale, usual),
         guidance_rescale=choose("guidance_rescale", 0.0),
-        sampler=choose(
-            "sampler", variant_sampler(model) if model.variant else None, DEFAULT_SAMPLER
-        ),
+        sampler=sampler,
         schedule=choose("schedule"),
         height=choose("height", chosen.get("size")),
         width=choose("width", chosen.get("size")),
         strength=None
-        if request.image is None
+        if request.image is None or model.is_editing
         else choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
         seed=request.draw_seeds(),  # once for all runs
         variation_seed=request.draw_variation_seeds() or None,
@@ -294,6 +297,7 @@ def _run(
         len(matrices.timesteps),
         request.guidance_interval,
         request.negative_scale,
+        always=matrices.unconditional is not None,
     )
     prompts, parts = request.composed(encoder.words)
     maps = None
@@ -319,13 +323,20 @@ def _run(
         clean_prompt=request.clean_prompt,
     )
     controls = [control for control in request.controls if control.over(len(conditioning)).any()]
-    groups = [len(call["guidance"]) for call in conditioning]
+    if encoder.model.is_editing:
+        image_scale = request.image_guidance_scale or IMAGE_GUIDANCE_SCALE
+        conditioning = edited_calls(conditioning, image_scale, len(prompts))
+    fields: dict[str, Any] = {"program": matrices, "conditioning": conditioning}
+    asked = (request.seamless, request.pag_scale, request.apg, request.deep_shrink)
+    if any(asked) or matrices.unconditional is not None:
+        model, count = encoder.model, len(prompts)
+        fields |= fields_of_plan(request, model, schedule, guidance, matrices, conditioning, count)
+    groups = [len(call["guidance"]) for call in fields["conditioning"]]
+    seen = len(prompts) * (1 + bool(request.pag_scale))  # perturbed or not
     residuals = sum(map(len, encoder.model.unet.residual_widths()))
     return Plan(
-        program=matrices,
-        conditioning=conditioning,
         controls=controls,
-        control_calls=control_calls(controls, groups, len(prompts), residuals) if controls else (),
+        control_calls=control_calls(controls, groups, seen, residuals) if controls else (),
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
         seeds=list(request.seeds),
@@ -334,9 +345,5 @@ def _run(
         noise=request.noise,
         height=size[0],
         width=size[1],
+        **fields,
     )
-
-
-def _rows(table: NDArray[Any], batch: int) -> Array:
-    """Repeat one picture's numbers for the whole batch, call by call: (N, …) -> (N, B, …)."""
-    return np.repeat(np.asarray(table, np.float32)[:, None], batch, axis=1)
