@@ -34,6 +34,9 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
         "timestep_spacing": "schedule",
         "sigma_schedule": "schedule",
         "rng": "noise",
+        **dict.fromkeys(("tiling", "tile", "circular"), "seamless"),
+        **dict.fromkeys(("kohya_deep_shrink", "hidiffusion"), "deep_shrink"),
+        "image_cfg_scale": "image_guidance_scale",
     }
 )
 

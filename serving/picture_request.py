@@ -110,7 +110,8 @@ class PictureRequest:
         pixels = float(sides[0] or 512) * float(sides[1] or 512)
         steps = float(given.get("num_inference_steps") or DEFAULT_STEPS)
         parts = str(given.get("prompt", "")).count("AND") + 1
-        groups = 1 + parts + (given.get("negative_scale") is not None)
+        perturbed = parts if given.get("pag_scale") else 0
+        groups = 1 + parts + perturbed + (given.get("negative_scale") is not None)
         work = steps * pixels / PIXELS * groups / GROUPS
         if hires := given.get("hires"):
             again = float(hires.get("num_inference_steps") or steps) * hires.get("strength", 0.6)

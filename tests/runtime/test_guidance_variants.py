@@ -3,6 +3,7 @@
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -16,8 +17,10 @@ from engine.graphs.variants import Variant
 from engine.model import Model
 from runtime import Pipeline, Request
 from runtime.__main__ import main
+from runtime.conditioning.guidance import Guidance
 from runtime.images.files import read_settings
 from runtime.samplers import program
+from runtime.variants import fields_of_plan
 from tests.support.pictures import drawing, psnr
 from tests.support.small_models import SMALL, trace_graphs
 from tests.support.tolerances import LATENTS_ATOL, SMALL_PICTURE_PSNR_DB
@@ -293,18 +296,12 @@ def test_previews_are_what_was_guided(pictogram, sampler):
     assert not np.allclose(seen[0].denoised(), seen[0].latents, atol=0.1 * scale)
 
 
-def test_what_cannot_be_is_one_sentence(pictogram, loaded):
+def test_what_cannot_be_is_one_sentence(pictogram):
     for value in ((0, 15), "0:15:0", 3.0, (0, 15, 2.0), (0, -1, 0)):
         with pytest.raises(RequestError, match="apg"):
             Request(prompt=PROMPT, apg=value)
     with pytest.raises(RequestError, match="pag_scale is -1; give a number from 0 to 1000"):
         Request(prompt=PROMPT, pag_scale=-1)
-    _, pipeline = loaded("lcm")
-    draw(pipeline)
-    with pytest.raises(RequestError, match=r"is told its guidance .* which CFG\+\+ needs"):
-        draw(pipeline, sampler="euler_cfg_pp")
-    with pytest.raises(RequestError, match=r"is told its guidance .* which apg needs"):
-        draw(pipeline, apg=(0.0, 1.0, 0.0))
     for backend in ("cuda", "webgpu", "tensorrt"):
         pictogram.engines.settings = BackendSettings(backend=backend)
         try:
@@ -315,14 +312,23 @@ def test_what_cannot_be_is_one_sentence(pictogram, loaded):
             pictogram.engines.settings = SETTINGS
 
 
-def test_a_middle_that_attends_to_nothing_is_refused(loaded):
-    _, pipeline = loaded("sd1")
-    shapes = type(pipeline.model.unet).tensor_shapes
-    bare = {n: s for n, s in shapes(pipeline.model.unet).items() if "mid_block.att" not in n}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(pipeline.model.unet), "tensor_shapes", lambda self: bare)
-        with pytest.raises(RequestError, match=r"that of .* has none; leave it out"):
-            pipeline.plan(Request(prompt=PROMPT, pag_scale=1.0))
+@pytest.mark.parametrize(
+    ("told", "fields", "words"),
+    [
+        (0, {"pag_scale": 1.0}, "the attention of the UNet's middle, and that of lcm has none"),
+        (256, {"apg": (0.0, 1.0, 0.0)}, "lcm is told its guidance .* which apg needs"),
+        (256, {"sampler": "euler_cfg_pp"}, r"lcm is told its guidance .* which CFG\+\+ needs"),
+    ],
+)
+def test_models_without_what_it_takes(pictogram, told, fields, words):
+    unet = SimpleNamespace(time_cond_proj_dim=told, tensor_shapes=dict, block_out_channels=(8, 16))
+    model = SimpleNamespace(path="lcm", unet=unet, is_editing=False)
+    request = Request(prompt=PROMPT, **{"sampler": "ddim", **fields})
+    plan = pictogram.plan(Request(prompt=PROMPT, sampler=request.sampler, **FIELDS))
+    guidance = Guidance.over(5.0, 4)
+    given = (guidance, plan.program, plan.conditioning, 1)
+    with pytest.raises(RequestError, match=words):
+        fields_of_plan(request, model, pictogram.schedule, *given)
 
 
 def test_the_command_line_and_the_same_picture_again(tmp_path):
