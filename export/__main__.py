@@ -110,13 +110,13 @@ def _control_net(options: argparse.Namespace) -> None:
 
 
 def _graphs(options: argparse.Namespace) -> None:
-    from export.published import published_parts
+    from export.published import precisions, published_parts
     from export.writing import write_published
 
     folder = _made(options.out)
     parts = options.parts or COMPONENTS
     for part, config in (found for found in published_parts() if found[0] in parts):
-        for precision in get_args(Precision):
+        for precision in precisions(part, config):
             print(write_published(part, config, precision, folder), flush=True)
 
 

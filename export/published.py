@@ -1,6 +1,7 @@
 """The architectures whose graphs ship: those that the families publish, in all their forms."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 from engine.checkpoints.families import FAMILIES
 from engine.configs.control_net import control_net_of
@@ -10,10 +11,10 @@ from engine.configs.diffusion import (
     TinyDecoderConfig,
     UNetConfig,
 )
-from engine.graphs.graph import CONTROLLED_LEVELS, Part
+from engine.graphs.graph import CONTROLLED_LEVELS, Part, Precision
 from engine.model import COMPONENTS
 
-CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship
+CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship, and whose shrunk steps'
 
 
 def published_parts() -> Iterator[tuple[Part, Config]]:
@@ -28,6 +29,7 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
     for family in (family for name, family in FAMILIES.items() if name in CONTROLLED):
         unet = family.published["unet"][0]  # as first trained
         assert isinstance(unet, UNetConfig)
+        yield "step_shrunk", unet
         yield "step_controlled", unet
         yield "step_shallow_controlled", unet
         yield "control_hint", control_net_of(unet)
@@ -36,3 +38,9 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
     yield "vae_decoder", TinyAutoencoderConfig()
     yield "vae_encoder", TinyAutoencoderConfig()
     yield "preview_decoder", TinyDecoderConfig()
+
+
+def precisions(part: Part, config: Config) -> tuple[Precision, ...]:
+    """Return the precisions in which a part's graph ships: float32 alone where no GPU runs it."""
+    on_processor = part == "step_shrunk" or "edited_image" in config.extra_inputs
+    return ("float32",) if on_processor else get_args(Precision)

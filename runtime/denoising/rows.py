@@ -46,9 +46,8 @@ BY_GROUPS = frozenset(
         "deep",
     )
 )
-DIRECTED = {"recalled": 0, "directions": 1}  # and the rows that each has beyond the registers
-# Padded to the most of a call.
-BY_REGISTERS = frozenset(("registers", "matrices", "outside", *DIRECTED))
+BY_REGISTERS = frozenset(("registers", "matrices", "outside"))  # padded to the most of a call
+DIRECTED = {"recalled": 0, "directions": 1}  # too, and the rows that each has beyond the registers
 
 Start = Callable[[Plan, HostOrDeviceArray | None], State]
 """As `Pipeline.start`: a plan and the latents of the run before to the state before its first call.

@@ -203,7 +203,7 @@ def test_what_cannot_be_is_one_sentence(pictogram):
     pictogram.engines.settings = BackendSettings(backend="webgpu")
     try:
         with pytest.raises(
-            RequestError, match="webgpu draws with plain graphs alone, and seamless"
+            RequestError, match="webgpu draws with plain graphs alone, without seamless"
         ):
             plan(Request(prompt=PROMPT, seamless="x"))
     finally:
