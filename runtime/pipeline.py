@@ -15,12 +15,13 @@ import numpy as np
 from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
-from engine.backends.settings import BackendSettings, ComputePrecision
+from engine.backends.settings import ON_GPU, BackendSettings, ComputePrecision
 from engine.devices.device import HostOrDeviceArray, on_host
 from engine.engines import Engines
 from engine.errors import RequestError
 from engine.graphs.graph import TextPart
 from engine.model import Model, find_model
+from runtime import variants
 from runtime.adapted_model import AdaptedModel
 from runtime.checks import OneOrMore, path_of
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
@@ -44,7 +45,6 @@ from runtime.request import Request
 from runtime.request_options import CallOptions
 from runtime.result import ArrayResult, DrawnImage, Result
 from runtime.templates import expand_request, with_templates
-from runtime.variants import check_variants
 
 OWN = "own"  # as a preview decoder: the model's
 SHIPPED = "pictogram"
@@ -209,6 +209,8 @@ class Pipeline(AdaptedModel):
         """
         if request.regions:
             check_backend(self.engines.settings.backend)
+        if (backend := self.engines.settings.backend) in ON_GPU:
+            variants.check_backend(request, self.model, backend)
         chosen, notes = request, list[str]()
         if request.controls:
             self._controlled.check(request.controls)
@@ -217,8 +219,6 @@ class Pipeline(AdaptedModel):
         if self._named or chosen.names_files:
             notes += self._heed_names(chosen)
         plan = make_plan(chosen, self._distilled, self.schedule, self.encoder)
-        if (asked := bool(plan.variants or plan.shrunk_calls)) or self.model.is_editing:
-            check_variants(asked, self.model, self.engines.settings.backend)
         plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})

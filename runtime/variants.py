@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.settings import ON_GPU
 from engine.errors import RequestError
 from engine.graphs.graph import Part
 from engine.graphs.guidance import has_attention_to_perturb
@@ -25,11 +24,11 @@ from engine.graphs.variants import Variant
 from engine.model import Model
 from runtime.conditioning.guidance import Guidance
 from runtime.request import Request
-from runtime.samplers import Program
+from runtime.samplers import Program, is_cfg_pp
 from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
 
-__all__ = ["check_variants", "fields_of_plan", "with_kept_image"]
+__all__ = ["check_backend", "fields_of_plan", "with_kept_image"]
 
 Array = NDArray[np.float32]
 Conditioning = Mapping[str, Array]
@@ -95,16 +94,17 @@ def with_kept_image(tables: Mapping[str, NDArray[np.float64]]) -> dict[str, NDAr
     }
 
 
-def check_variants(asked: bool, model: Model, backend: str | None) -> None:
-    """Refuse a backend whose engines are built of plain graphs; raises RequestError.
+def check_backend(request: Request, model: Model, backend: str) -> None:
+    """Refuse what a GPU's backend, whose engines are built of plain graphs, does not draw.
 
-    asked: whether a run needs others
+    Raises RequestError.
     """
-    if model.is_editing and backend in ON_GPU:
+    if model.is_editing:
         raise RequestError(
             f"the backend {backend} runs no models that edit pictures yet; choose cpu or openvino"
         )
-    if asked and backend in ON_GPU:
+    asked = (request.seamless, request.pag_scale, request.apg, request.deep_shrink)
+    if any(asked) or (request.sampler is not None and is_cfg_pp(request.sampler)):
         raise RequestError(
             f"the backend {backend} draws with plain graphs alone, without seamless, pag_scale, "
             "apg, deep_shrink and CFG++'s samplers; choose cpu or openvino, or leave them out"
