@@ -21,7 +21,6 @@ from engine.engines import Engines
 from engine.errors import RequestError
 from engine.graphs.graph import TextPart
 from engine.model import Model, find_model
-from runtime import variants
 from runtime.adapted_model import AdaptedModel
 from runtime.checks import OneOrMore, path_of
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
@@ -45,6 +44,7 @@ from runtime.request import Request
 from runtime.request_options import CallOptions
 from runtime.result import ArrayResult, DrawnImage, Result
 from runtime.templates import expand_request, with_templates
+from runtime.variants import check_gpu
 
 OWN = "own"  # as a preview decoder: the model's
 SHIPPED = "pictogram"
@@ -210,7 +210,7 @@ class Pipeline(AdaptedModel):
         if request.regions:
             check_backend(self.engines.settings.backend)
         if (backend := self.engines.settings.backend) in ON_GPU:
-            variants.check_backend(request, self.model, backend)
+            check_gpu(request, self.model, backend)
         chosen, notes = request, list[str]()
         if request.controls:
             self._controlled.check(request.controls)

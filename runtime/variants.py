@@ -28,7 +28,7 @@ from runtime.samplers import Program, is_cfg_pp
 from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
 
-__all__ = ["check_backend", "fields_of_plan", "with_kept_image"]
+__all__ = ["check_gpu", "fields_of_plan", "with_kept_image"]
 
 Array = NDArray[np.float32]
 Conditioning = Mapping[str, Array]
@@ -94,7 +94,7 @@ def with_kept_image(tables: Mapping[str, NDArray[np.float64]]) -> dict[str, NDAr
     }
 
 
-def check_backend(request: Request, model: Model, backend: str) -> None:
+def check_gpu(request: Request, model: Model, backend: str) -> None:
     """Refuse what a GPU's backend, whose engines are built of plain graphs, does not draw.
 
     Raises RequestError.
