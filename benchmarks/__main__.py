@@ -11,6 +11,7 @@ from typing import Any, get_args
 from benchmarks import (
     agreement,
     batch,
+    bfloat16,
     build,
     card,
     gpu,
@@ -21,18 +22,19 @@ from benchmarks import (
     memory,
     overhead,
     plots,
+    processors,
     prompt,
     quality,
     report,
     scale,
     watermark,
 )
+from benchmarks.options import add_card, add_compared, add_gpu, add_model, add_only
 from benchmarks.resumable import read_report
-from benchmarks.scenarios import SCENARIOS
 from benchmarks.serving.load import CLOCKS, Drawing
 from benchmarks.serving.measure import PARTS, Choice
 from benchmarks.serving.measure import measure as measure_serving
-from engine.backends.settings import ON_GPU, PRECISIONS, ComputePrecision
+from engine.backends.settings import PRECISIONS, ComputePrecision
 from engine.command_line import CommandParser
 from engine.errors import RequestError, exit_status, libraries_of
 from engine.store.cache import write_atomically
@@ -54,6 +56,8 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "quality": quality.measure,
     "gpu": gpu.measure,
     "image-noise": image_noise.measure,
+    "bfloat16": bfloat16.measure,
+    "processors": processors.measure,
 }
 
 
@@ -148,12 +152,18 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ("build", _add_build, "tracing graphs and opening engines"),
         ("scale", _add_scale, "time against batch, size, steps and threads"),
         ("quality", _add_quality, "pictures beside those of float32"),
+        (
+            "bfloat16",
+            _add_bfloat16,
+            "what float32 in places brings, beside bfloat16",
+        ),
+        ("processors", _add_processors, "backends on fewer instructions, and which is chosen"),
         ("image-noise", _add_image_noise, "noise that image-to-image removes, by its strength"),
     ):
         add(commands.add_parser(name, help=text))
-    _add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
+    add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
     _add_serving(commands.add_parser("serving", help="batches under load, and a server's costs"))
-    _add_card(commands.add_parser("card", help="what one graphics card does, section by section"))
+    add_card(commands.add_parser("card", help="what one graphics card does, section by section"))
     agree = commands.add_parser("agree", help="whether two runs of latency say the same")
     agree.add_argument("first", type=Path, metavar="JSON")
     agree.add_argument("second", type=Path, metavar="JSON")
@@ -162,67 +172,19 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_compared(added: argparse.ArgumentParser, repeats: int) -> None:
-    """Add the options of a benchmark of several things, whose figures are added to a file."""
-    added.add_argument("--repeats", type=int, default=repeats, help="rounds (default: %(default)s)")
-    added.add_argument("--threads", type=int, help="at most (default: one for each processor core)")
-    added.add_argument(
-        "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
-    )
-
-
-def _add_model(added: argparse.ArgumentParser) -> None:
-    added.add_argument(
-        "--model",
-        default="pictogram",
-        choices=tuple(SCENARIOS),
-        help="the model that ships, or random weights of Stable Diffusion 1.5's size "
-        "(default: %(default)s)",
-    )
-
-
-def _add_only(added: argparse.ArgumentParser) -> None:
-    added.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="those whose name holds this, and no others; may be given several times",
-    )
-
-
 def _add_latency(added: argparse.ArgumentParser) -> None:
-    _add_model(added)
-    _add_only(added)
+    add_model(added, "sdturbo")
+    add_only(added)
     added.add_argument(
         "--whole", action="store_true", help="run whole requests of sd15 instead of adding up parts"
     )
-    _add_compared(added, repeats=5)
+    add_compared(added, repeats=5)
 
 
 def _add_memory(added: argparse.ArgumentParser) -> None:
-    _add_model(added)
-    _add_only(added)
-    _add_compared(added, repeats=2)
-
-
-def _add_gpu(added: argparse.ArgumentParser) -> None:
-    _add_only(added)
-    added.add_argument(
-        "--scenarios",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help=f"those whose name holds this, of {', '.join(gpu.SCENARIOS)}; may be given several "
-        "times",
-    )
-    added.add_argument(
-        "--minutes", type=float, help="stop after so many; the same command then goes on"
-    )
-    added.add_argument("--repeats", type=int, default=5, help="rounds (default: %(default)s)")
-    added.add_argument(
-        "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
-    )
+    add_model(added)
+    add_only(added)
+    add_compared(added, repeats=2)
 
 
 def _add_serving(added: argparse.ArgumentParser) -> None:
@@ -282,27 +244,25 @@ def _numbers(option: str, text: str) -> list[float]:
         raise RequestError(f"{option} is {text!r}; give numbers with commas between") from None
 
 
-def _add_card(added: argparse.ArgumentParser) -> None:
-    _add_only(added)
-    added.add_argument(
-        "--backend", choices=ON_GPU, default="cuda", help="of the card (default: %(default)s)"
-    )
-    added.add_argument(
-        "--seconds", type=float, help="for all sections; the same command then goes on"
-    )
-    added.add_argument("--dry", action="store_true", help="the smallest form of every section")
-    added.add_argument(
-        "--out", type=Path, metavar="JSON", help="write the figures here, or go on with those here"
-    )
+def _add_bfloat16(added: argparse.ArgumentParser) -> None:
+    add_model(added)
+    add_only(added)
+    add_compared(added, repeats=5)
+
+
+def _add_processors(added: argparse.ArgumentParser) -> None:
+    add_model(added)
+    add_only(added)
+    add_compared(added, repeats=2)
 
 
 def _add_build(added: argparse.ArgumentParser) -> None:
-    _add_only(added)
-    _add_compared(added, repeats=3)
+    add_only(added)
+    add_compared(added, repeats=3)
 
 
 def _add_scale(added: argparse.ArgumentParser) -> None:
-    _add_model(added)
+    add_model(added)
     for name, names, default in (
         ("backend", tuple(PRECISIONS), "cpu"),
         ("precision", get_args(ComputePrecision), "float32"),
@@ -310,7 +270,7 @@ def _add_scale(added: argparse.ArgumentParser) -> None:
         added.add_argument(
             f"--{name}", choices=names, default=default, help="(default: %(default)s)"
         )
-    _add_compared(added, repeats=3)
+    add_compared(added, repeats=3)
 
 
 def _add_quality(added: argparse.ArgumentParser) -> None:

@@ -1,12 +1,12 @@
 """Markdown tables of the benchmarks that compare contenders or settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.contenders import CONTENDERS, PEAK, REFERENCE
+from benchmarks.contenders import CONTENDERS, FULL, PEAK, REFERENCE
 from benchmarks.machine import summary
 from benchmarks.rounds import ratios
-from benchmarks.scenarios import PARTS, WHOLE
+from benchmarks.scenarios import PARTS, WHOLE, whole_of
 
 HEADS = {
     WHOLE: "whole request",
@@ -27,13 +27,14 @@ def latency_table(report: Mapping[str, Any]) -> str:
     """Render contenders with their medians, spreads and shares of the machine's peak."""
     contenders = {k: v for k, v in report["contenders"].items() if k != PEAK}
     measured = {name: found for name, found in contenders.items() if found["rounds"]}
-    heads = [*HEADS.values(), "memory", "error of a step"]
+    parts = _heads(report["request"])
+    heads = [*parts.values(), "memory", "error of a step"]
     lines = [
         _latency_heading(report),
         "",
         f"| | {' | '.join(heads)} |",
         "|---|" + "---|" * len(heads),
-        *(_row(name, found, measured) for name, found in measured.items()),
+        *(_row(name, found, measured, parts) for name, found in measured.items()),
         "",
         "Medians, smallest to largest; in brackets the share of that precision's peak, by the "
         "operations of the project's own graphs (latentrt's engines on OpenVINO convolve with "
@@ -75,15 +76,38 @@ def speed_table(report: Mapping[str, Any]) -> str:
 
 def _speedups(report: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
     """Say how many times faster the project's own contenders are than what they compare with."""
+    wholes = [part for part in _heads(report["request"]) if part.startswith(WHOLE)]
     rows = []
     for name in filter(_is_own, measured):
         for other in measured:
             if _compares(name, other):
-                faster = summary(ratios(report, other, name))
-                median, low, high = (f"{faster[key]:.2f}" for key in ("median", "min", "max"))
-                rows.append(f"| {name} | {other} | {median}, {low} to {high} |")
-    head = ["", "| | is faster than | times, by round |", "|---|---|---|"]
+                faster = (_times(ratios(report, other, name, whole)) for whole in wholes)
+                rows.append(f"| {name} | {other} | {' | '.join(faster)} |")
+    times = ["times, by round", *(HEADS[WHOLE] + of for of in map(_of_steps, wholes[1:]))]
+    head = ["", f"| | is faster than | {' | '.join(times)} |", "|---|---|" + "---|" * len(times)]
     return [*head, *rows] if rows else []
+
+
+def _times(factors: Sequence[float]) -> str:
+    found = summary(factors)
+    median, low, high = (f"{found[key]:.2f}" for key in ("median", "min", "max"))
+    return f"{median}, {low} to {high}"
+
+
+def _heads(request: Mapping[str, Any]) -> dict[str, str]:
+    """Return the columns of a request's parts: a second one of more steps behind the first."""
+    heads = dict(HEADS)
+    if request["guidance_scale"] <= 1:
+        heads["step"] = "UNet step"
+    if not (steps := request.get("more_steps")):
+        return heads
+    more = whole_of(steps)
+    whole = heads.pop(WHOLE)
+    return {WHOLE: whole, more: whole + _of_steps(more), **heads}
+
+
+def _of_steps(whole: str) -> str:
+    return whole.removeprefix(WHOLE)
 
 
 def _is_own(name: str) -> bool:
@@ -94,7 +118,10 @@ def _compares(name: str, other: str) -> bool:
     """Tell whether these compute in one precision, or one of two of the project's costs quality."""
     contender, theirs = CONTENDERS[name], CONTENDERS[other]
     if not _is_own(other):
-        return not contender.saves and contender.precision == theirs.precision
+        same = contender.precision == theirs.precision and contender.draws == theirs.draws
+        return same and not contender.saves
+    if contender.draws or theirs.draws:
+        return other == f"{name}, {FULL}"
     if contender.saves:
         return name.startswith(f"{other}, ")
     return (contender.precision, theirs.precision) in LOSSES and not theirs.saves
@@ -113,7 +140,8 @@ def _latency_heading(report: Mapping[str, Any]) -> str:
     machine, request, peaks = report["machine"], report["request"], report["peak_gflops"]
     rounds = [len(v["rounds"]) for k, v in report["contenders"].items() if k != PEAK]
     peak = ", ".join(f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in peaks.items())
-    flops = ", ".join(f"{_flops(report['flops'][part])} {HEADS[part]}" for part in PARTS)
+    heads = _heads(request)
+    flops = ", ".join(f"{_flops(report['flops'][part])} {heads[part]}" for part in PARTS)
     whole = f"; the whole request is the sum of its parts, {request['steps']} of them steps"
     return (
         f"{machine['processor']}, {request['threads']} threads, {peak}; {request['model']}, "
@@ -123,9 +151,11 @@ def _latency_heading(report: Mapping[str, Any]) -> str:
     )
 
 
-def _row(name: str, found: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
+def _row(
+    name: str, found: Mapping[str, Any], measured: Mapping[str, Any], parts: Iterable[str]
+) -> str:
     cells = []
-    for part in HEADS:
+    for part in parts:
         if part not in found["parts"]:
             cells.append("–")
             continue

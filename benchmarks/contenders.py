@@ -7,7 +7,7 @@ and returns float32 numbers or the bytes of a picture. Libraries are imported wh
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.peers import cpp_parts, diffusers_parts, optimum_parts
-from benchmarks.scenarios import ENGINES, MADE, SEED, WHOLE, Parts, Scenario, engine_inputs
+from benchmarks.scenarios import ENGINES, MADE, SEED, Parts, Scenario, engine_inputs
 from engine.backends.openvino.int8 import find_ranges
 from engine.backends.settings import PRECISIONS, BackendSettings
 from engine.engines import ranges_of
@@ -41,6 +41,8 @@ class Contender:
     whole_only: it draws requests of Stable Diffusion, with a sampler of its own, and no parts; its
         pictures are compared with nobody's
     saves: it leaves out some of the request's work, at a price; only whole requests tell of that
+    draws: the scenario of the model that it runs where that is not the one measured; its outputs
+        are compared with nobody's
     """
 
     open: Callable[[Scenario, int], Parts]
@@ -50,6 +52,7 @@ class Contender:
     modules: tuple[str, ...] = ()
     whole_only: bool = False
     saves: bool = False
+    draws: str = ""
 
 
 def _ours(
@@ -77,9 +80,9 @@ def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, options: Mapping[st
     """Return the parts of the project's own pipeline; options: of a whole request."""
     inputs = engine_inputs(scenario, pipeline.model)
 
-    def whole() -> NDArray[Any]:
+    def whole(steps: int = scenario.steps) -> NDArray[Any]:
         pipeline.encoder = pipeline.encoder.without_cache()  # the text is encoded each time
-        given = {**scenario.options(), **options}
+        given = {**scenario.options(), "num_inference_steps": steps, **options}
         drawn = pipeline(scenario.prompt, sampler="ddim", seed=SEED, **given)
         return np.stack([np.asarray(image) for image in drawn.images])
 
@@ -99,7 +102,7 @@ def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, options: Mapping[st
         "text": text,
         "step": lambda: pipeline.engine("step").run(inputs["step"])["next_registers"][:, 0],
         "decode": lambda: pipeline.engine("vae_decoder").run(inputs["vae_decoder"])["pixels"],
-        WHOLE: whole,
+        **{name: partial(whole, steps) for name, steps in scenario.wholes.items()},
     }
 
 
@@ -160,7 +163,17 @@ def _own(backend: str, precision: str) -> tuple[str, Contender]:
     )
 
 
-CONTENDERS: Mapping[str, Contender] = {
+def _another(draws: str, contender: Contender) -> Contender:
+    """Return a contender that runs another model than the one measured."""
+
+    def opened(scenario: Scenario, threads: int) -> Parts:
+        return contender.open(Scenario.of(draws), threads)
+
+    title = Scenario.of(draws).title
+    return replace(contender, open=opened, draws=draws, settings=f"{contender.settings}; {title}")
+
+
+_SAME_MODEL: Mapping[str, Contender] = {
     **dict(
         _own(backend, precision)
         for backend in _LIBRARIES
@@ -219,6 +232,18 @@ CONTENDERS: Mapping[str, Contender] = {
         whole_only=True,
     ),
 }
+# What is measured beside a tiny decoder, in the precision that is compared there.
+FULL = "full decoder"
+_OTHER_MODELS = {FULL: "sdturbo_full", "SDXS": "sdxs"}
+_WITH_OTHERS = ("latentrt, OpenVINO", "diffusers, eager", "optimum-intel, OpenVINO")
+CONTENDERS: Mapping[str, Contender] = {
+    **_SAME_MODEL,
+    **{
+        f"{name} bfloat16, {title}": _another(draws, _SAME_MODEL[f"{name} bfloat16"])
+        for title, draws in _OTHER_MODELS.items()
+        for name in _WITH_OTHERS
+    },
+}
 # Measured in each round like the contenders: what the machine can do at that time.
 PEAK = "the machine's peak"
 MEASURED: Mapping[str, Contender] = {
@@ -232,14 +257,23 @@ def contenders(scenario: Scenario, only: Sequence[str]) -> list[str]:
 
     Raises RequestError when there are none.
     """
-    quick = scenario.name == "pictogram"
     chosen = [
         name
         for name, contender in CONTENDERS.items()
-        if (any(text in name for text in only) if only else contender.quick or not quick)
+        if (contender.draws in scenario.beside if contender.draws else True)
+        and (any(text in name for text in only) if only else _is_usual(contender, scenario))
     ]
     if not chosen:
         raise RequestError(
             f"no contender is called {' or '.join(only)}; there are {'; '.join(CONTENDERS)}"
         )
     return chosen
+
+
+def _is_usual(contender: Contender, scenario: Scenario) -> bool:
+    """Tell whether a contender is measured where nobody chooses."""
+    if scenario.precisions and contender.precision not in scenario.precisions:
+        return False
+    if contender.saves and scenario.steps == 1:  # there is no step before
+        return False
+    return contender.quick or scenario.name != "pictogram"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.rounds import total
-from benchmarks.scenarios import ENGINES, WHOLE, Scenario, engine_inputs
+from benchmarks.scenarios import ENGINES, Scenario, engine_inputs
 from engine.graphs.graph import find_graph, graph_folders
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.model import Model
@@ -53,7 +53,7 @@ def count(graph: bytes, inputs: Mapping[str, Shape]) -> int:
 
 
 def request_flops(scenario: Scenario) -> dict[str, int]:
-    """Count the operations of every part of a request, and of the whole of it."""
+    """Count the operations of every part of a request, and of each whole request."""
     model = Model.open(scenario.model())
     counted = dict.fromkeys(ENGINES, 0)
     names = {part: name for name, part in ENGINES.items()}
@@ -61,7 +61,7 @@ def request_flops(scenario: Scenario) -> dict[str, int]:
         graph = find_graph(part, model.config(part), "float32", graph_folders(), model.path)
         shapes = {key: array.shape for key, array in inputs.items()}
         counted[names.get(part, "text")] += count(graph.data(), shapes)
-    return {**counted, WHOLE: total(counted, scenario.steps)}
+    return counted | {name: total(counted, steps) for name, steps in scenario.wholes.items()}
 
 
 def _convolution(node: "onnx_ir.Node") -> int:

@@ -42,7 +42,7 @@ class Choice:
     def of(cls, model: str, *, whole: bool, threads: int | None, **options: Any) -> Self:
         """Fill in the defaults of a model; raises RequestError for a model that is not known."""
         scenario = Scenario.of(model)
-        runs_whole = whole or scenario.name == "pictogram"
+        runs_whole = whole or scenario.runs_whole
         return cls(scenario=scenario, whole=runs_whole, threads=threads or cpu_count(), **options)
 
     def parts(self, contender: str) -> tuple[str, ...]:
@@ -51,12 +51,12 @@ class Choice:
             return tuple(name for names in PEAKS.values() for name in names)
         if CONTENDERS[contender].saves:
             return (WHOLE,)
-        return (*PARTS, WHOLE) if self.whole else PARTS
+        return (*PARTS, *self.scenario.wholes) if self.whole else PARTS
 
     def contenders(self) -> list[str]:
         """Return the names of those measured, in turn; raises RequestError when there are none."""
         names = contenders(self.scenario, self.only)
-        if not self.whole or self.scenario.name == "pictogram":
+        if not self.whole or self.scenario.runs_whole:
             names = [name for name in names if not CONTENDERS[name].whole_only]
         return [PEAK, *names]
 
@@ -69,6 +69,7 @@ class Choice:
             "prompt": scenario.prompt,
             "size": scenario.size,
             "steps": scenario.steps,
+            **({"more_steps": scenario.more_steps} if scenario.more_steps else {}),
             "guidance_scale": scenario.guidance_scale,
             "threads": self.threads,
             "warm_ups": WARM_UPS,

@@ -5,8 +5,10 @@ They take a scenario and a number of threads last, and raise whatever their libr
 
 import subprocess
 import sys
-from functools import partialmethod
+from collections.abc import Callable
+from functools import partial, partialmethod, wraps
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,6 +128,7 @@ def export_by_optimum(kind: str, stored: str, prompt: str, source: str, target: 
             quantization = OVWeightQuantizationConfig(
                 bits=8, quant_method="hybrid", dataset=[prompt], num_samples=4
             )
+        _describe_tiny_autoencoders()
         pipe = OVStableDiffusionPipeline.from_pretrained(
             source,
             export=True,
@@ -138,6 +141,28 @@ def export_by_optimum(kind: str, stored: str, prompt: str, source: str, target: 
 
         pipe = ORTStableDiffusionPipeline.from_pretrained(source, export=True)
     pipe.save_pretrained(target)
+
+
+def _describe_tiny_autoencoders() -> None:
+    """Let tiny autoencoders say what optimum's exporter asks of every one.
+
+    That is a distribution of what they encode, and levels by the names of their blocks.
+    """
+    from diffusers import AutoencoderTiny
+
+    library: Any = AutoencoderTiny
+    encode, init = library.encode, library.__init__
+
+    def as_distribution(self: Any, x: Any) -> dict[str, Any]:
+        return {"latent_dist": SimpleNamespace(parameters=encode(self, x).latents)}
+
+    @wraps(init)  # whose arguments are those of a configuration
+    def with_levels(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        levels = len(self.config.encoder_block_out_channels)
+        self.register_to_config(down_block_types=["DownEncoderBlock2D"] * levels)
+
+    library.encode, library.__init__ = as_distribution, with_levels
 
 
 def cpp_parts(scenario: Scenario, threads: int) -> Parts:
@@ -198,12 +223,14 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
 
     def guided() -> Any:
         out = pipe.unet(
-            torch.cat([x, x]),
+            torch.cat([x, x]) if scenario.is_guided else x,
             timestep,
             encoder_hidden_states=context,
             return_dict=False,
             **conditions,
         )[0]
+        if not scenario.is_guided:
+            return out
         uncond, cond = out.chunk(2)
         return uncond + scale * (cond - uncond)
 
@@ -223,11 +250,14 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         drawn = pipe(scenario.prompt, generator=noise if noise[1:] else noise[0], **options)
         return np.stack([np.asarray(image) for image in drawn.images])
 
-    parts = {
+    parts: dict[str, Callable[[], Any]] = {
         "text": text,
         "step": lambda: _numpy(guided()),
         "decode": decode,
-        WHOLE: whole,
+        **{
+            name: partial(whole, num_inference_steps=steps)
+            for name, steps in scenario.wholes.items()
+        },
         STEPS: steps,
         LONGER: lambda: whole(num_inference_steps=LONGER_STEPS),
     }

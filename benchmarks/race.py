@@ -73,7 +73,7 @@ class Race:
         taken["ready_s"] = round(time.monotonic() - start, 2)
         if name == self._reference:
             self._expected = outputs
-        elif chosen.precision and not (chosen.whole_only or chosen.saves):
+        elif chosen.precision and not (chosen.whole_only or chosen.saves or chosen.draws):
             taken["agreement"] = compare(outputs, self._expected, chosen.precision)
         return True
 

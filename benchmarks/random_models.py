@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.1 and XL of random weights in float16, as folders in diffusers' layout."""
+"""Published models of random weights in float16, as folders in diffusers' layout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 from benchmarks.diffusers_folder import write_folder
 from benchmarks.load import random_tensor
 from engine.checkpoints.families import Family
-from engine.checkpoints.families.sd import CLIP_L, OPEN_CLIP_H, SD2, SD2_FAMILY
+from engine.checkpoints.families.sd import CLIP_L, OPEN_CLIP_H, SD2, SD2_FAMILY, SDXS_OF_SD2
 from engine.checkpoints.families.xl import OPEN_CLIP_G, XL, XL_FAMILY
-from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig, Config
+from engine.configs.diffusion import (
+    XL_SCALING_FACTOR,
+    AutoencoderConfig,
+    Config,
+    TinyAutoencoderConfig,
+    UNetConfig,
+)
 from engine.model import Model
 
 
@@ -28,7 +34,24 @@ class RandomModel:
     sample_size: int
 
 
+def _of_one_step(unet: UNetConfig, vae: Config) -> RandomModel:
+    """Return a model distilled to one step, with the text encoder of Stable Diffusion 2.1."""
+    return RandomModel(
+        family=SD2_FAMILY,
+        configs={"text_encoder": OPEN_CLIP_H, "unet": unet, "vae": vae},
+        scheduler={
+            **SD2_FAMILY.scheduler,
+            "prediction_type": "epsilon",
+            "timestep_spacing": "trailing",
+        },
+        sample_size=64,
+    )
+
+
 RANDOM_MODELS: Mapping[str, RandomModel] = {
+    "sdturbo": _of_one_step(SD2, TinyAutoencoderConfig()),
+    "sdturbo_full": _of_one_step(SD2, AutoencoderConfig()),
+    "sdxs": _of_one_step(SDXS_OF_SD2, TinyAutoencoderConfig()),
     "sd21": RandomModel(
         family=SD2_FAMILY,
         configs={"text_encoder": OPEN_CLIP_H, "unet": SD2, "vae": AutoencoderConfig()},

@@ -9,7 +9,13 @@ from typing import Any
 from benchmarks.comparison_tables import latency_table, quality_table, speed_table
 from benchmarks.gpu_summary import gpu_table
 from benchmarks.image_noise import noise_table
-from benchmarks.resource_tables import build_table, memory_table, scale_table
+from benchmarks.resource_tables import (
+    bfloat16_table,
+    build_table,
+    memory_table,
+    processors_table,
+    scale_table,
+)
 from benchmarks.serving.tables import costs_table, load_table, simulation_table, steps_table
 from engine.errors import OutputError
 
@@ -20,6 +26,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
     README: ("speed",),
     README.parent / "docs" / "benchmarks.md": (
         "latency-sd15",
+        "latency-sdturbo",
         "latency",
         "prompt",
         "quality",
@@ -34,6 +41,12 @@ PAGES: Mapping[Path, Sequence[str]] = {
     README.parent / "docs" / "gpu.md": ("gpu",),
     README.parent / "docs" / "modes.md": ("image-noise",),
     README.parent / "docs" / "marking.md": ("watermark",),
+    README.parent / "docs" / "performance.md": (
+        "processors-sd15",
+        "processors",
+        "bfloat16-sd15",
+        "bfloat16",
+    ),
     README.parent / "docs" / "serving.md": (
         "serving-steps",
         "serving",
@@ -145,12 +158,17 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     **{name: partial(table, name) for name in ROWS},
     "latency": latency_table,
     "latency-sd15": latency_table,
+    "latency-sdturbo": latency_table,
     "quality": quality_table,
     "memory": memory_table,
     "memory-sd15": memory_table,
+    "bfloat16": bfloat16_table,
+    "bfloat16-sd15": bfloat16_table,
     "build": build_table,
     "gpu": gpu_table,
     "image-noise": noise_table,
+    "processors": processors_table,
+    "processors-sd15": processors_table,
     "scale": scale_table,
     "scale-sd15": scale_table,
     "speed": speed_table,

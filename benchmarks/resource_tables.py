@@ -120,5 +120,50 @@ def scale_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip()
 
 
+def bfloat16_table(report: Mapping[str, Any]) -> str:
+    """Render what float32 in places brings beside bfloat16: errors and times."""
+    request, cases = report["request"], report["cases"]
+    drawn = any("psnr_db" in found for found in cases.values())
+    lines = [
+        f"{report['machine']['processor']}, {request['threads']} threads; {request['model']}, "
+        f"{request['size']} × {request['size']}, guidance {request['guidance_scale']}, OpenVINO "
+        f"bfloat16, {request['repeats']} steps each.",
+        "",
+        "| in float32 | error of a guided step | a step |" + (" pictures |" if drawn else ""),
+        "|---|---|---|" + ("---|" if drawn else ""),
+    ]
+    for name, found in cases.items():
+        row = f"| {name} | {found['relative_error']:.3f} | {shown_spread(found['seconds'])} |"
+        if drawn:
+            decibels = found["psnr_db"]
+            row += f" {decibels['median']:.1f} dB, {decibels['min']:.1f} to {decibels['max']:.1f} |"
+        lines.append(row)
+    return "\n".join(lines)
+
+
+def processors_table(report: Mapping[str, Any]) -> str:
+    """Render the backends by instruction set, and what is chosen there."""
+    request = report["request"]
+    lines = [
+        f"{report['machine']['processor']}, {request['threads']} threads; {request['model']}, "
+        f"{request['size']} × {request['size']}, {request['steps']} guided steps and the decode, "
+        f"medians of {request['repeats']}, each in a process of its own.",
+        "",
+        "| instructions | backend | a request | a step | the decode | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in report["sets"].items():
+        for way, taken in found["ways"].items():
+            if "seconds" in taken:
+                times = [taken["seconds"][part]["median"] for part in ("step", "decode")]
+                cells = [shown_seconds(value) for value in (taken["request_s"], *times)]
+                mark = "chosen" if way == found.get("chosen") else ""
+                lines.append(f"| {name} | {way} | {' | '.join(cells)} | {mark} |")
+    lines.append("")
+    for name, found in report["sets"].items():
+        lines += [f"{line} on {name}" for line in not_measured(found["ways"])]
+    return "\n".join(lines).rstrip()
+
+
 def _bytes(value: float) -> str:
     return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"

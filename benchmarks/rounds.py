@@ -28,7 +28,8 @@ def summarised(report: Mapping[str, Any]) -> dict[str, Any]:
             keys = parts["step"].keys()
             sums = {key: total({p: parts[p][key] for p in PARTS}, steps) for key in keys}
             parts[WHOLE] = {key: round(value, 5) for key, value in sums.items()}
-        peak = None if contender.saves else peaks.get(contender.precision)
+        counted = not (contender.saves or contender.draws)
+        peak = peaks.get(contender.precision) if counted else None
         shown[name] |= {
             "precision": contender.precision,
             "settings": contender.settings,
@@ -59,12 +60,14 @@ def total(parts: Mapping[str, Any], steps: int) -> Any:
     return parts["text"] + steps * parts["step"] + parts["decode"]
 
 
-def ratios(report: Mapping[str, Any], name: str, other: str) -> list[float]:
+def ratios(report: Mapping[str, Any], name: str, other: str, whole: str = WHOLE) -> list[float]:
     """Return a contender's time of a request beside another's, round by round."""
     steps, contenders = report["request"]["steps"], report["contenders"]
     rounds = zip(contenders[name]["rounds"], contenders[other]["rounds"], strict=False)
-    return [_request(mine, steps) / _request(theirs, steps) for mine, theirs in rounds]
+    return [
+        _request(mine, whole, steps) / _request(theirs, whole, steps) for mine, theirs in rounds
+    ]
 
 
-def _request(seconds: Mapping[str, float], steps: int) -> float:
-    return float(seconds[WHOLE] if WHOLE in seconds else total(seconds, steps))
+def _request(seconds: Mapping[str, float], whole: str, steps: int) -> float:
+    return float(seconds[whole] if whole in seconds else total(seconds, steps))

@@ -23,9 +23,17 @@ WHOLE = "whole"
 # What is measured beside these on a GPU: steps queued in a row, which hide what a single call costs
 # the processor, and a longer request.
 QUEUED, STEPS = 10, "10 steps"
-LONGER_STEPS, LONGER = 50, "whole of 50 steps"
+LONGER_STEPS = 50
 ENGINES: Mapping[str, Part] = {"text": "text_encoder", "step": "step", "decode": "vae_decoder"}
 Parts = Mapping[str, Callable[[], NDArray[Any]]]
+
+
+def whole_of(steps: int) -> str:
+    """Name a request of another number of steps than its scenario's."""
+    return f"{WHOLE} of {steps} steps"
+
+
+LONGER = whole_of(LONGER_STEPS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +43,10 @@ class Scenario:
     size: pixels along one side; batch: pictures of one request
     ready_s, run_s, whole_s: a contender's time to open and warm up, for a part, for a request
     headroom_bytes: what must stay free on the machine for contenders to stay open side by side
+    more_steps: of a second request that is measured too, 0 for none
+    runs_whole: whether requests are soon enough drawn to be run, and not added up from parts
+    beside: scenarios of other models, which are measured in the same run
+    precisions: those that are compared; all where there is none
     """
 
     name: str
@@ -48,6 +60,10 @@ class Scenario:
     prompt: str = "a red apple, fluent style"
     steps: int = 20
     guidance_scale: float = 5.0
+    more_steps: int = 0
+    runs_whole: bool = False
+    beside: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, name: str) -> "Scenario":
@@ -66,6 +82,17 @@ class Scenario:
     def key(self) -> str:
         """The model, the size and the batch as a name, such as "sd15-768-x4"."""
         return f"{self.name}-{self.size}-x{self.batch}"
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether every step computes the UNet with and without the text."""
+        return self.guidance_scale > 1
+
+    @property
+    def wholes(self) -> dict[str, int]:
+        """Its requests, and the steps of each."""
+        more = {whole_of(self.more_steps): self.more_steps} if self.more_steps else {}
+        return {WHOLE: self.steps, **more}
 
     def options(self) -> dict[str, Any]:
         """Return the request as a pipeline's arguments, here and in diffusers."""
@@ -106,6 +133,7 @@ SCENARIOS = {
         run_s=10,
         whole_s=60,
         headroom_bytes=2**30,
+        runs_whole=True,
     ),
     "sd15": Scenario(
         name="sd15",
@@ -117,9 +145,35 @@ SCENARIOS = {
         headroom_bytes=8 * 2**30,
     ),
 }
+# Models distilled to few steps; the first has the tiny decoder, and is measured beside the others.
+SD_TURBO = replace(
+    SCENARIOS["sd15"],
+    name="sdturbo",
+    title="SD-Turbo with a tiny decoder, random weights",
+    whole_s=120,
+    steps=1,
+    guidance_scale=1.0,
+    more_steps=4,
+    runs_whole=True,
+    beside=("sdturbo_full", "sdxs"),
+    precisions=("bfloat16",),
+)
+FEW_STEPS = {
+    "sdturbo": SD_TURBO,
+    "sdturbo_full": replace(
+        SD_TURBO,
+        name="sdturbo_full",
+        title="SD-Turbo with its full decoder, random weights",
+        beside=(),
+    ),
+    "sdxs": replace(
+        SD_TURBO, name="sdxs", title="SDXS-512 with a tiny decoder, random weights", beside=()
+    ),
+}
 # With those that only a GPU draws in a time that somebody waits for.
 MODELS = {
     **SCENARIOS,
+    **FEW_STEPS,
     "sd21": replace(
         SCENARIOS["sd15"],
         name="sd21",
@@ -139,13 +193,14 @@ MADE = ("sd15", *RANDOM_MODELS)
 
 
 def arrays(scenario: Scenario, model: Model) -> dict[str, NDArray[Any]]:
-    """Return what all contenders are given: two rows of ids, latents and the text's states.
+    """Return what all contenders are given: rows of ids, latents and the text's states.
 
-    input_ids, and input_ids_2 of a second text encoder: (2, n), [uncond, cond];
-    latents: (B, C, h, w); context: (2, n, D); in XL text_embeds (2, P) and time_ids (2, T)
+    input_ids, and input_ids_2 of a second text encoder: (g, n), [uncond, cond], or cond alone where
+    nothing is guided; latents: (B, C, h, w); context: (g, n, D); in XL text_embeds (g, P) and
+    time_ids (g, T)
     """
     rng = np.random.default_rng(SEED)
-    texts = ["", scenario.prompt]
+    texts = ["", scenario.prompt] if scenario.is_guided else [scenario.prompt]
     given: dict[str, NDArray[Any]] = {
         name.replace("text_encoder", "input_ids"): tokenizer(texts).input_ids
         for name, tokenizer in load_tokenizers(model).items()
@@ -178,13 +233,14 @@ def engine_inputs(scenario: Scenario, model: Model) -> dict[Part, dict[str, NDAr
     def groups(name: str) -> NDArray[Any]:
         return np.repeat(given[name][:, None], scenario.batch, axis=1)
 
+    guidance = each(1 - scale, scale) if scenario.is_guided else each(1)
     step = {
         "registers": latents[:, None],
         "matrices": each(0, 1, 0)[:, None],
         "timestep": each(TIMESTEP)[:, 0],
         "input_scale": each(1)[:, 0],
         "context": groups("context"),
-        "guidance": np.ascontiguousarray(each(1 - scale, scale).T)[..., None, None, None],
+        "guidance": np.ascontiguousarray(guidance.T)[..., None, None, None],
         "guidance_rescale": each(0)[:, 0],
         "noise": np.zeros_like(latents),
         "mask": np.ones_like(latents[:, :1]),

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -127,17 +128,26 @@ def serve(contender: str, scenario: str, threads: str) -> None:
 
 
 def once(
-    module: str, function: str, *arguments: Any, threads: int, bound_s: float
+    module: str,
+    function: str,
+    *arguments: Any,
+    threads: int,
+    bound_s: float,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Call a function in a process of its own and return what it returns, through JSON.
 
+    variables: of its environment, beside this process's
     Raises ContenderError when it fails or takes longer than its bound.
     """
     code = "import sys; from benchmarks.worker import call; call(*sys.argv[1:])"
     command = [sys.executable, "-c", code, module, function, json.dumps(arguments)]
     try:
         done = subprocess.run(
-            command, capture_output=True, timeout=bound_s, env=_environment(threads)
+            command,
+            capture_output=True,
+            timeout=bound_s,
+            env={**_environment(threads), **variables},
         )
     except subprocess.TimeoutExpired:
         raise ContenderError(f"it took longer than its bound of {bound_s:.0f} s") from None

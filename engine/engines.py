@@ -1,6 +1,7 @@
 """The engines of one model: on which backend, in which precision, with which adapters."""
 
 import math
+import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,8 @@ from engine.graphs.graph import Graph, Part, find_graph, graph_folders
 from engine.graphs.variants import Variant
 from engine.model import COMPONENTS, Model
 
+OWN_ACTIVATIONS = ("cuda", "webgpu")  # backends whose engines keep theirs, each its own
+X86 = ("x86_64", "amd64")
 SMALL = 2**26  # numbers of weights: engines of fewer open in less time than a picture takes
 # The parts whose layers compute in int8, each with the component that has its weights. (A shallow
 # step has the weights of a step.)
@@ -80,9 +83,10 @@ class Engines:
 
         A GPU whose backend a card has run before is chosen where it passes a test of its own
         (`engine.backends.self_test`). On the processor the order is that of `python -m benchmarks
-        latency`: int8 where somebody has calibrated it, bfloat16 where the processor computes in
-        it, float32. By `python -m benchmarks quality` half of bfloat16's pictures are within 48 dB
-        of float32's, and half of int8's within 34.
+        processors`: int8 where somebody has calibrated it, bfloat16 where the processor computes
+        in it, float32; OpenVINO's wherever its kernels can be used. By `python -m benchmarks
+        quality` half of bfloat16's pictures are within 48 dB of float32's, and half of int8's
+        within 34.
 
         fast_start: whether it matters more that engines open soon, as ONNX Runtime's do; only for
             a small model, whose pictures take no longer than that
@@ -92,13 +96,8 @@ class Engines:
         small = fast_start and _is_small(model)
         if settings.backend is None and not small:
             settings = replace(settings, backend=_proven_gpu(precision))
-        if settings.backend is None and precision is not None:
-            offering = (name for name, offered in PRECISIONS.items() if precision in offered)
-            settings = replace(settings, backend=next(offering, None))
         if settings.backend is None:
-            # Asking what OpenVINO can do takes 50 ms, so it comes last.
-            fast = not small and "BF16" in capabilities()
-            settings = replace(settings, backend="openvino" if fast else "cpu")
+            settings = replace(settings, backend=_fastest(precision, small=small))
         if precision is None:
             on_processor = settings.backend == "openvino" and settings.device in (None, "CPU")
             fast = on_processor and "BF16" in capabilities()
@@ -120,6 +119,18 @@ class Engines:
     def is_exact(self) -> bool:
         """Whether a picture is the same bits whatever is beside it in a batch of guided ones."""
         return (self.settings.backend or DEFAULT, self.precision) == ("cpu", "float32")
+
+    @property
+    def is_small(self) -> bool:
+        """Whether engines of the model open in less time than a picture takes."""
+        return _is_small(self.model)
+
+    @property
+    def precision_beside(self) -> ComputePrecision:
+        """What networks beside the model compute in: as it does, or without int8."""
+        if self.precision != "int8":
+            return self.precision
+        return "bfloat16" if "BF16" in capabilities() else "float32"
 
     def graph(self, part: Part) -> Graph:
         """Find a part's graph; raises GraphError."""
@@ -165,7 +176,9 @@ class Engines:
         graphs = {part: self.graph(part) for part in parts}
         configs = {part: self.model.config(part) for part in parts}
         opened = [part for part in parts if part in self.opened]
-        require_memory(_device(self.settings.backend), graphs, configs, Sizes(**sizes), opened)
+        shared = self.settings.backend not in OWN_ACTIVATIONS
+        device = _device(self.settings.backend)
+        require_memory(device, graphs, configs, Sizes(**sizes), opened, shared=shared)
 
     def set_loras(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
         """Put these adapters on in place of those that are on; none gives the base back.
@@ -284,12 +297,26 @@ def _proven_gpu(precision: ComputePrecision | None) -> str | None:
     return found if found and precision in (None, *PRECISIONS[found]) else None
 
 
+def _fastest(precision: ComputePrecision | None, *, small: bool) -> str:
+    """Return the processor's backend that is fastest in a precision, or in its own.
+
+    OpenVINO's was with AVX2, AVX-512 and its bfloat16; without AVX2 it has no group norms. Where
+    neither has been measured, as on ARM, ONNX Runtime stays.
+    """
+    able = [name for name, offered in PRECISIONS.items() if precision in (None, *offered)]
+    if small or able[:1] != [DEFAULT] or "openvino" not in able:
+        return next(iter(able), DEFAULT)
+    there = capabilities()  # takes 50 ms, so it comes last
+    measured = platform.machine().lower() in X86 and "GROUP_NORM" in there
+    return "openvino" if measured or "BF16" in there else DEFAULT
+
+
 @cache
 def capabilities() -> frozenset[str]:
     """Return what OpenVINO can compute in on this processor; nothing when it is not installed."""
     if find_spec("openvino") is None:
         return frozenset()
-    from engine.backends.openvino.engine import capabilities
+    from engine.backends.openvino.library import capabilities
 
     return capabilities()
 

@@ -5,6 +5,7 @@ code. Neither is converted: the parts' weights are found under their graphs' nam
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,10 @@ COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
         "step_controlled": "unet",
         "step_shallow_controlled": "unet",
         "step_shrunk": "unet",
+        "step_ip": "unet",
+        "step_shallow_ip": "unet",
+        "step_controlled_ip": "unet",
+        "step_shallow_controlled_ip": "unet",
         "vae_decoder": "vae",
         "vae_encoder": "vae",
         "preview_decoder": "preview_decoder",
@@ -65,6 +70,7 @@ ADVICE: Mapping[ComponentName, str] = MappingProxyType(
     {"vae": "give one with --vae", "preview_decoder": "give one with --preview-decoder FILE"}
 )
 WHOLE = "use a file of the whole model"
+AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig
 C = TypeVar("C", bound=Config)
 
 
@@ -118,11 +124,8 @@ class Model:
         unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
             with the UNet's own path as the model's, there is no other model
         """
-        pieces: dict[ComponentName, Path] = {
-            name: piece
-            for name, piece in zip(PIECES, (text_encoder, text_encoder_2, unet), strict=True)
-            if piece is not None
-        }
+        parts = dict(zip(PIECES, (text_encoder, text_encoder_2, unet), strict=True))
+        pieces = {name: piece for name, piece in parts.items() if piece is not None}
         if path == unet:
             model = cls(path=path, **read_pieces(pieces, prediction_type))
         else:
@@ -134,14 +137,9 @@ class Model:
         if preview_decoder is not None:
             model = model._with_preview_decoder(preview_decoder)
         model._check_whole()
-        given = {
-            "unet": unet,
-            "text_encoder": text_encoder,
-            "text_encoder_2": text_encoder_2,
-            "prediction_type": prediction_type,
-            "vae": vae,
-            "preview_decoder": preview_decoder,
-        }
+        given: dict[str, Any] = {str(name): path for name, path in parts.items()}
+        given |= {"prediction_type": prediction_type, "vae": vae}
+        given["preview_decoder"] = preview_decoder
         return replace(model, given=MappingProxyType(given))
 
     @classmethod
@@ -165,9 +163,8 @@ class Model:
     @classmethod
     def _from_folder(cls, path: Path, *, needs_vae: bool) -> Self:
         index = read_json(path / "model_index.json")
-        notes = []
-        if index.get("_class_name") not in PIPELINES:
-            notes = check_index(path / "model_index.json", index)
+        known = index.get("_class_name") in PIPELINES
+        notes = [] if known else check_index(path / "model_index.json", index)
         unet = read_json(path / "unet" / "config.json")
         sample_size = unet.get("sample_size", 64)
         if type(sample_size) is not int or sample_size < 1:
@@ -177,7 +174,7 @@ class Model:
         alone = not (path / TEXT_ENCODERS[1]).is_dir()  # XL's refiner has the second and no first
         for name in TEXT_ENCODERS:
             if (name == TEXT_ENCODERS[0] and alone) or (path / name).is_dir():
-                configs[name] = TextEncoderConfig.load(path / name)
+                configs[name] = _text_encoder(path / name)
         if "text_embeds" in config.extra_inputs:
             *_, pooling = configs.values()  # the last text encoder
             configs["unet"] = config = with_pooled_text(config, pooling.symbols()["P"])
@@ -238,22 +235,17 @@ class Model:
         return self._config("unet", UNetConfig)
 
     @property
-    def vae(self) -> AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig:
+    def vae(self) -> AnyAutoencoder:
         """The autoencoder's architecture; raises ModelError when the model has none."""
         config = self._config("vae", Config)
-        assert isinstance(
-            config, AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig
-        )
+        assert isinstance(config, AnyAutoencoder)
         return config
 
     @property
     def text_encoders(self) -> dict[TextPart, TextEncoderConfig]:
         """The text encoders' architectures: one, or XL's two."""
-        return {
-            name: self._config(name, TextEncoderConfig)
-            for name in TEXT_ENCODERS
-            if name in self.configs
-        }
+        present = (name for name in TEXT_ENCODERS if name in self.configs)
+        return {name: self._config(name, TextEncoderConfig) for name in present}
 
     @property
     def is_inpainting(self) -> bool:
@@ -323,6 +315,15 @@ class Model:
             )
 
 
+def _text_encoder(folder: Path) -> TextEncoderConfig:
+    kind = read_json(folder / "config.json").get("model_type")
+    if not isinstance(kind, str) or "clip" in kind:
+        return TextEncoderConfig.load(folder)
+    from engine.configs.text_encoders import OTHER_TEXT_ENCODERS  # most models have CLIP
+
+    return OTHER_TEXT_ENCODERS.get(kind, (TextEncoderConfig,))[0].load(folder)
+
+
 def shipped_models() -> list[str]:
     """Return the names of the models that ship."""
     return sorted(path.parent.name for path in MODELS.glob("*/model_index.json"))
@@ -337,6 +338,11 @@ def find_model(model: str | Path) -> Path:
     if str(model) in shipped_models():
         return MODELS / str(model)
     close = difflib.get_close_matches(str(model), shipped_models(), n=1)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not close:
+        raise ModelError(
+            f"the model {str(model)!r} is neither a folder nor a file, and nothing is fetched; "
+            "download it first, and give the path of its folder or file"
+        )
     raise ModelError(
         f"the model {str(model)!r} is neither a folder or file nor one that ships "
         f"({', '.join(shipped_models()) or 'none'}); "

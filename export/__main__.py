@@ -19,7 +19,8 @@ from typing import get_args
 from engine.checkpoints.pieces import PIECES
 from engine.command_line import CommandParser
 from engine.errors import OutputError, RequestError, exit_status, libraries_of
-from engine.graphs.graph import CONTROLLED_LEVELS, Precision, graph_name
+from engine.graphs.graph import Precision, graph_name
+from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model, find_model
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder

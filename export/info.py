@@ -11,13 +11,20 @@ from engine.adapters.adapter import FILES as ADAPTER_FILES
 from engine.adapters.adapter import read_adapter
 from engine.adapters.textual_inversion import FILES as EMBEDDING_FILES
 from engine.adapters.textual_inversion import read_embedding
+from engine.checkpoints.control_net import is_control_net
+from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.families.sd import SD1_FAMILY
 from engine.checkpoints.few_steps import find_variant_of_adapter
 from engine.checkpoints.formats.files import Weights, open_weights
-from engine.checkpoints.pieces import open_piece
+from engine.checkpoints.image_encoder import is_image_encoder, open_image_encoder
+from engine.checkpoints.ip_adapter import is_ip_adapter, open_ip_adapter
+from engine.checkpoints.parts import VAE
+from engine.checkpoints.pieces import is_piece, open_piece
 from engine.checkpoints.single_file import open_vae
+from engine.checkpoints.tiny_autoencoder import find_halves, has_tiny_decoder
 from engine.checkpoints.upscaler import is_upscaler, open_upscaler
 from engine.model import Model, find_model
+from export.control_info import describe_control_net
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
 # Formats of numbers by their names in files; GGML's (Q8_0 and so on) keep theirs.
@@ -32,14 +39,10 @@ DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "I8": "int8",
 }
-PIECE_MARKS = (  # names of a UNet and of text encoders that stand alone
-    *("input_blocks.0.0.weight", "down_blocks.0.resnets.0.conv1.weight"),
-    *("embeddings.token_embedding.weight", "token_embedding.weight"),
-)
 
 
 def describe(file: str | Path) -> dict[str, Any]:
-    """Say what a checkpoint, an autoencoder, an adapter or a textual inversion is.
+    """Say what a checkpoint, a part of one, an adapter or a textual inversion is.
 
     file: its path, a folder, or the name of a model that ships
     Returns values of JSON, `kind` first. Raises ModelError when it is nothing that is known here.
@@ -52,6 +55,8 @@ def describe(file: str | Path) -> dict[str, Any]:
     if path.is_dir() and any((path / name).is_file() for name in ADAPTER_FILES):
         return _adapter(path, read_adapter(path).weights)
     weights = open_weights(path)
+    if path.is_dir() and is_image_encoder(path):
+        return _image_encoder(path, weights)
     kind = _KINDS[_kind(weights)]
     facts: dict[str, Any] = kind(path, weights)
     return facts
@@ -60,11 +65,17 @@ def describe(file: str | Path) -> dict[str, Any]:
 def _kind(weights: Weights) -> str:
     """Tell what a file seems to be by the names of its tensors."""
     names = list(weights)
+    if is_ip_adapter(names):
+        return "IP-Adapter"
+    if is_control_net(weights):  # beside which there may be the model of its training
+        return "ControlNet"
     if any(name.startswith("model.diffusion_model.") for name in names):
         return "checkpoint"
-    if any(name.removeprefix("first_stage_model.") == "encoder.conv_in.weight" for name in names):
+    if any(f"{prefix}encoder.conv_in.weight" in weights for prefix in (*VAE, "")):
         return "autoencoder"
-    if any(name.removeprefix("text_model.") in PIECE_MARKS for name in names):
+    if has_tiny_decoder(weights):
+        return "tiny autoencoder"
+    if is_piece(weights):
         return "piece"
     if is_upscaler(names):
         return "upscaler"
@@ -148,6 +159,26 @@ def _autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
     return facts | _numbers(weights, {"vae": component.shapes})
 
 
+def _tiny_autoencoder(path: Path, weights: Weights) -> dict[str, Any]:
+    """Describe TAESD and its kin, of which a file may hold one half."""
+    halves = find_halves(path)
+    facts: dict[str, Any] = {
+        "kind": "tiny autoencoder",
+        "file": str(path),
+        "halves": list(halves),
+    }
+    if "decoder" not in halves:
+        advice = "put it beside the file of its decoder, which --vae takes"
+        return facts | {"use": advice} | _numbers(weights, halves)
+    config, _ = open_vae(path)
+    facts |= {
+        "use": "give it as --vae, or as --preview-decoder",
+        "latent_channels": config.latent_channels,
+        "compression": config.compression,
+    }
+    return facts | _numbers(weights, halves)
+
+
 def _upscaler(path: Path, weights: Weights) -> dict[str, Any]:
     file = open_upscaler(path)
     facts = {
@@ -163,6 +194,47 @@ def _upscaler(path: Path, weights: Weights) -> dict[str, Any]:
     }
     used = {"upscaler": file.weights.shapes}
     return facts | _numbers(weights, used) | {"notes": list(file.notes)}
+
+
+def _ip_adapter(path: Path, weights: Weights) -> dict[str, Any]:
+    config, component = open_ip_adapter(path)
+    families = [
+        family.title
+        for family in FAMILIES.values()
+        if any(
+            config.cross_attention_dim == unet.symbols()["D"]
+            and config.layer_widths == tuple(layer.width for layer in unet.cross_attentions())
+            for unet in family.published.get("unet", ())
+        )
+    ]
+    what = "tokens" if config.sees_tokens else "embedding"
+    facts = {
+        "kind": "IP-Adapter",
+        "file": str(path),
+        "family": families[0] if families else f"another (context of {config.cross_attention_dim})",
+        "projection": config.kind,
+        "image_encoder": f"one whose {what} has the width {config.embed_dim}",
+        "tokens": config.tokens or "as many as the image encoder's",
+        "use": "give it as --ip-adapter, with --image-prompt and --image-encoder",
+    }
+    return facts | _numbers(weights, {"ip_adapter": component.shapes})
+
+
+def _image_encoder(path: Path, weights: Weights) -> dict[str, Any]:
+    config, component = open_image_encoder(path)
+    facts = {
+        "kind": "image encoder",
+        "file": str(path),
+        "picture": [config.image_size] * 2,
+        "widths": {"tokens": config.hidden_size, "embedding": config.projection_dim},
+        "use": "give it as --image-encoder, with --ip-adapter",
+    }
+    return facts | _numbers(weights, {"image_encoder": component.shapes})
+
+
+def _control_net(path: Path, weights: Weights) -> dict[str, Any]:
+    facts, shapes, notes = describe_control_net(path, weights)
+    return facts | _numbers(weights, {"control": shapes}) | {"notes": notes}
 
 
 def _adapter(path: Path, weights: Weights) -> dict[str, Any]:
@@ -184,6 +256,7 @@ def _embedding(path: Path, weights: Weights) -> dict[str, Any]:
         "word": embedding.name,
         "words": list(embedding.rows),
         "vectors": {name: list(array.shape) for name, array in embedding.vectors.items()},
+        "unused": list(embedding.unused),
     }
     return facts | _numbers(weights, {})
 
@@ -191,9 +264,12 @@ def _embedding(path: Path, weights: Weights) -> dict[str, Any]:
 _KINDS = {
     "checkpoint": _checkpoint,
     "autoencoder": _autoencoder,
+    "tiny autoencoder": _tiny_autoencoder,
+    "ControlNet": _control_net,
     "adapter": _adapter,
     "embedding": _embedding,
     "piece": _piece,
+    "IP-Adapter": _ip_adapter,
     "upscaler": _upscaler,
 }
 

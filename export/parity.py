@@ -63,8 +63,8 @@ def _sizes(traced: TracedPart) -> list[dict[str, int]]:
     side = traced.config.latent_multiple
     tokens = traced.config.tokens_per_row or 7
     return [
-        {"B": 1, "g": 1, "r": 1, "n": tokens, "e": 1, "h": side, "w": side},
-        {"B": 3, "g": 2, "r": 3, "n": tokens, "e": 2, "h": 2 * side, "w": side},
+        {"B": 1, "g": 1, "r": 1, "n": tokens, "e": 1, "h": side, "w": side} | {"k": 1, "t": 4},
+        {"B": 3, "g": 2, "r": 3, "n": tokens, "e": 2, "h": 2 * side, "w": side} | {"k": 3, "t": 2},
     ]
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from export.modules.autoencoder import Autoencoder
-from export.modules.clip import TextEncoder
 from export.modules.layers import for_groups
 from export.modules.unet import UNet
 
@@ -18,7 +17,7 @@ TINY = 1e-12  # below any spread of an output
 class TextEncode(nn.Module):
     """input_ids (B, n) int64, extra_embeddings (e, D) -> hidden states, pooled text, float32."""
 
-    def __init__(self, text_encoder: TextEncoder) -> None:
+    def __init__(self, text_encoder: nn.Module) -> None:
         super().__init__()
         self.model = text_encoder
 
@@ -41,7 +40,9 @@ class Step(nn.Module):
     deep: (g, B, F, h, w), the UNet's deep features of an earlier step, which makes it the part
     `step_shallow`. residuals_0 and so on: (g, B, C, h, w) of each level, what ControlNets add to
     the UNet's maps, which makes it `step_controlled` or, of the first alone,
-    `step_shallow_controlled`. shrinks: whether it is `step_shrunk`, see `UNet.with_deep`.
+    `step_shallow_controlled`. ip_keys and ip_values: (B, k, t, W), what IP-Adapters make of
+    pictures, with ip_bias and the weights (g, B, k, h, w) of each level, for `step_ip` and its kin.
+    shrinks: whether it is `step_shrunk`, see `UNet.with_deep`.
     """
 
     def __init__(self, unet: UNet, *, shrinks: bool = False) -> None:
@@ -71,11 +72,21 @@ class Step(nn.Module):
         residuals_1: Tensor | None = None,
         residuals_2: Tensor | None = None,
         residuals_3: Tensor | None = None,
+        ip_keys: Tensor | None = None,
+        ip_values: Tensor | None = None,
+        ip_bias: Tensor | None = None,
+        ip_weights_0: Tensor | None = None,
+        ip_weights_1: Tensor | None = None,
+        ip_weights_2: Tensor | None = None,
+        ip_weights_3: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the next registers, (B, r, C, h, w) float32, and deep features if none came."""
         dtype = self.model.conv_in.weight.dtype
         groups = context.shape[0]
         residuals = (residuals_0, residuals_1, residuals_2, residuals_3)
+        images = [i.to(dtype) for i in (ip_keys, ip_values, ip_bias) if i is not None]
+        weights = (ip_weights_0, ip_weights_1, ip_weights_2, ip_weights_3)
+        images += [w.flatten(0, 1).to(dtype) for w in weights if w is not None]
         x = registers[:, 0] * input_scale[:, None, None, None]
         if image_conditioning is not None:
             x = torch.cat([x, image_conditioning], dim=1)
@@ -91,6 +102,7 @@ class Step(nn.Module):
             shrinks=self.shrinks,
             deep=None if deep is None else deep.flatten(0, 1).to(dtype),
             residuals=[r.flatten(0, 1).to(dtype) for r in residuals if r is not None],
+            images=images,
             text_embeds=None if text_embeds is None else text_embeds.flatten(0, 1).to(dtype),
             time_ids=None if time_ids is None else time_ids.flatten(0, 1),
             timestep_cond=None if timestep_cond is None else timestep_cond.to(dtype),

@@ -11,7 +11,8 @@ from engine.configs.diffusion import (
     TinyDecoderConfig,
     UNetConfig,
 )
-from engine.graphs.graph import CONTROLLED_LEVELS, Part, Precision
+from engine.graphs.graph import Part, Precision
+from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS
 
 CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship, and whose shrunk steps'

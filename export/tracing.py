@@ -28,6 +28,7 @@ from engine.configs.diffusion import (
     UNetConfig,
 )
 from engine.configs.gpt2 import GPT2Config
+from engine.configs.text_encoders import BertConfig, GPT2TextConfig, T5Config
 from engine.graphs.graph import METADATA_KEY, Part, Precision, Symbol, signature
 from export.control import Control, ControlHint
 from export.islands import computed_in, keep_float32
@@ -40,6 +41,7 @@ from export.modules.identity_autoencoder import (
     IdentityDecode,
     IdentityEncode,
 )
+from export.modules.text_encoders import BertTextEncoder, GPT2TextEncoder, T5TextEncoder
 from export.modules.tiny_autoencoder import PreviewDecode, TinyAutoencoder, TinyEncode
 from export.modules.unet import UNet
 from export.parts import Step, TextEncode, VaeDecode, VaeEncode
@@ -62,6 +64,9 @@ class TracedPart:
 # What computes a part, by the class of its architecture: torch is imported in this package alone.
 MODULES: Mapping[type[Config], Callable[[Part, Any], nn.Module]] = {
     TextEncoderConfig: lambda part, config: TextEncode(TextEncoder(config)),
+    BertConfig: lambda part, config: TextEncode(BertTextEncoder(config)),
+    T5Config: lambda part, config: TextEncode(T5TextEncoder(config)),
+    GPT2TextConfig: lambda part, config: TextEncode(GPT2TextEncoder(config)),
     UNetConfig: lambda part, config: Step(UNet(config), shrinks=part == "step_shrunk"),
     ControlNetConfig: lambda part, config: (ControlHint if part == "control_hint" else Control)(
         ControlNet(config)
@@ -125,6 +130,7 @@ def trace(part: Part, config: Config, precision: Precision) -> TracedPart:
     described = signature(part, config)
     side = config.latent_multiple * (1 + (part == "step_shrunk"))
     sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "p": 3, "e": 3, "h": 2 * side, "w": 3 * side}
+    sizes |= {"k": 2, "t": 3}
     real = example_inputs(part, config, sizes, torch.Generator().manual_seed(0))
     auto = torch.export.Dim.AUTO
     dynamic = {

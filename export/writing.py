@@ -43,7 +43,7 @@ def export_control_net(
 
     model: that it steers; raises ModelError when it is not for this one.
     """
-    config, weights = open_control_net(path, model.unet)
+    config, weights = open_control_net(path, model.unet, model.weights("step"))
     for part in ("control_hint", "control"):
         yield _export(part, config, weights, f"ControlNet {path}", precision, folder)
 

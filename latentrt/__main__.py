@@ -6,12 +6,16 @@ latentrt "a red apple"     is short for     latentrt draw "a red apple"
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from types import MappingProxyType
 
-from engine.errors import exit_status
+from engine.errors import USER_ERROR, exit_status
 
 DRAW = "draw"
+# What other programs call subcommands.
+OTHERS = {**dict.fromkeys(("txt2img", "img2img", "generate", "run", "sample"), DRAW)}
+OTHERS |= {"xyz": "grid", "convert": "export", "server": "serve", "enlarge": "upscale"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +46,31 @@ SUBCOMMANDS: Mapping[str, Subcommand] = MappingProxyType(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given in (["-h"], ["--help"]):
+    if not given or given in (["-h"], ["--help"], ["help"]):
         return exit_status(lambda: print(usage()))
+    if given in (["-V"], ["--version"], ["version"]):
+        return exit_status(lambda: print(f"latentrt {_version()}"))
     if given[0] in SUBCOMMANDS:
         name, given = given[0], given[1:]
         return _run(name)(given, f"latentrt {name}")
+    if meant := _meant(*given):
+        said = f"error: {given[0]} is no subcommand; did you mean `latentrt {meant}`?"
+        print(said, file=sys.stderr)
+        return USER_ERROR
     return _run(DRAW)(given, "latentrt")
+
+
+def _meant(first: str, *rest: str) -> str:
+    """Return the subcommand that the first of several words stands for; "" where it is a prompt."""
+    if " " in first or first.startswith("-") or not rest or rest[0].startswith("-"):
+        return ""
+    return OTHERS.get(first) or next(iter(get_close_matches(first, SUBCOMMANDS, 1, 0.8)), "")
+
+
+def _version() -> str:
+    from runtime.images.files import program_version  # which a usage needs not
+
+    return program_version()
 
 
 def usage() -> str:

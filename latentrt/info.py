@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.command_line import CommandParser
-from engine.errors import exit_status
+from engine.errors import RequestError, exit_status
 from export.info import as_table, describe
-from runtime.images.files import is_image
+from runtime.images.files import FORMATS, is_image
 from runtime.images.info import describe_image
 
 
@@ -40,6 +40,8 @@ def find_facts(file: str) -> dict[str, Any]:
     with suppress(OSError):  # a name longer than the system allows
         if path.is_file() and is_image(path):
             return describe_image(path)
+        if path.suffix.lower() in FORMATS and not path.exists():
+            raise RequestError(f"the picture {file} does not exist")
     return describe(file)
 
 

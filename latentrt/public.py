@@ -16,6 +16,7 @@ from runtime.calibration import calibrate
 from runtime.control import Control
 from runtime.denoising.latents import Progress, State
 from runtime.expansion import PromptExpander
+from runtime.image_prompt import ImagePrompt
 from runtime.images.credentials import Credentials
 from runtime.images.files import read_image, read_settings, write_image
 from runtime.images.previews import Preview, probe
@@ -55,6 +56,7 @@ __all__ = [
     "Engines",
     "GraphError",
     "Hires",
+    "ImagePrompt",
     "LatentrtError",
     "Model",
     "ModelError",

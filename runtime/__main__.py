@@ -5,6 +5,7 @@ import re
 import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,27 +14,14 @@ from PIL import Image
 
 from engine.backends.settings import ON_GPU, BackendSettings
 from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
-from runtime.again import made_with, settings_of
-from runtime.control_options import CONTROL_FIELDS, controls_of
-from runtime.images.canvas import ALPHA
-from runtime.images.files import Sign, check_output, open_image, write_image
+from runtime.again import made_with, parse_again
+from runtime.images.files import Sign, check_output, write_image
 from runtime.images.previews import check_animation, parse_steps
-from runtime.images.upscaling import Hires
 from runtime.images.watermark import check_watermark, embed_watermark
-from runtime.options import (
-    AGAIN,
-    FIELDS,
-    HIRES,
-    MADE_WITH,
-    PIECES,
-    backend_settings,
-    load_arguments,
-    make_parser,
-)
+from runtime.options import AGAIN, backend_settings, load_arguments, make_parser, make_request
 from runtime.output_options import OWN
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
-from runtime.regions import parse_region
 from runtime.request import Request
 from runtime.terminal import Loading, say, show_progress
 
@@ -69,16 +57,7 @@ def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> 
 
     Raises RequestError when that picture does not say, and for an option without what it is for.
     """
-    parser = make_parser(prog)
-    options = parser.parse_args(arguments)
-    if options.again:
-        actions = [action for action in parser._actions if action.dest in AGAIN]
-        folders = [options.lora_dir] if options.lora_dir else []
-        found, notes = settings_of(options.again, actions, _given(arguments, prog), folders)
-        for note in notes:
-            say(f"note: {note}", sys.stderr)
-        parser.set_defaults(**found)
-        options = parser.parse_args(arguments)
+    parser, options = parse_again(partial(make_parser, prog), arguments, AGAIN)
     if options.prompt is None:
         parser.error("give a PROMPT, or --again with a picture")
     if options.preview_decoder and not (options.preview_steps or options.animation):
@@ -87,15 +66,6 @@ def _parse(arguments: Sequence[str] | None, prog: str = "python -m runtime") -> 
         )
     _settle_seeds(options)
     return options
-
-
-def _given(arguments: Sequence[str] | None, prog: str) -> set[str]:
-    """Return the names of the options that the user gives himself."""
-    parser = make_parser(prog)
-    parser._defaults.clear()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(arguments)))
 
 
 def _settle_seeds(options: argparse.Namespace) -> None:
@@ -118,7 +88,7 @@ def _draw(options: argparse.Namespace) -> None:
     backend = backend_settings(options)
     if options.expand:
         options.prompt = _expanded(options, backend)
-    request = _request(options)
+    request = make_request(options)
     finisher = _finisher(options, backend)
     loading = Loading(options.model)
     with loading:
@@ -144,9 +114,9 @@ def _write(
     groups = pipeline.groups(plan, options.batch_size)
     done, total = 0, sum(group.calls for group in groups)
     written: list[Path] = []
-    made_with = _made_with(options, pipeline)
+    kept = made_with(options, pipeline.model_path)
     if len(groups[0].seeds) > 1 and not pipeline.engines.is_exact:
-        made_with["batch_size"] = len(groups[0].seeds)
+        kept["batch_size"] = len(groups[0].seeds)
     for group in groups:
         for progress in pipeline.denoise(group):
             done += 1
@@ -161,7 +131,7 @@ def _write(
                 path = write_image(
                     image,
                     path,
-                    {**settings, **made_with, **more},
+                    {**settings, **kept, **more},
                     mark=options.mark,
                     sign=sign,
                     replaces=options.out is not None,
@@ -229,6 +199,10 @@ def _load(options: argparse.Namespace, request: Request, loading: Loading) -> tu
         fast_start=True,
     )
     chosen = pipeline.engines  # what was chosen makes the same picture again
+    if options.backend is None and not chosen.is_small:
+        from runtime.backend_note import openvino_note
+
+        loading.note(*openvino_note(chosen))
     options.backend, options.precision = chosen.settings.backend, chosen.precision
     building = ["engines that the cache lacks are built first, which takes up to minutes each"]
     told = pipeline.notes
@@ -254,30 +228,6 @@ def _sign(options: argparse.Namespace) -> Sign | None:
     from runtime.images.credentials import Credentials
 
     return Credentials.read(options.c2pa_cert, options.c2pa_key).sign
-
-
-def _request(options: argparse.Namespace) -> Request:
-    """Make the request; reads the pictures. Raises RequestError."""
-    given = {name: getattr(options, name) for name in FIELDS}
-    for name in ("strength", "mask", "extend", "image_noise", "image_guidance_scale"):
-        if getattr(options, name) is not None and not options.image:
-            option = name.replace("_", "-")
-            raise RequestError(f"--{option} came without --image; give the picture to start from")
-    for name in HIRES:
-        if getattr(options, name) is not None and options.hires_scale is None:
-            option = "--hires-" + name.removeprefix("hires_num_inference_").removeprefix("hires_")
-            raise RequestError(f"{option} came without --hires; give its scale")
-    for name in ("image", "mask"):
-        path = given[name]
-        by_alpha = name == "mask" and path == Path(ALPHA)
-        given[name] = ALPHA if by_alpha else path and open_image(path)
-    given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
-    steered = options.controls or options.control_images or options.control_modes
-    given["controls"] = controls_of(options) if steered else ()
-    if options.hires_scale is not None:
-        hires = {f: getattr(options, name) for name, f in HIRES.items()}
-        given["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
-    return Request(**given)
 
 
 def _expanded(options: argparse.Namespace, backend: BackendSettings) -> str:
@@ -313,15 +263,6 @@ def _numbered(path: Path, count: int) -> list[Path]:
     if count == 1:
         return [path]
     return [path.with_stem(f"{path.stem}-{i}") for i in range(1, count + 1)]
-
-
-def _made_with(options: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
-    """Return what makes a picture again beside the request, by the options' names."""
-    names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += CONTROL_FIELDS if options.controls else ()
-    names += tuple(name for name in ("upscale", "watermark", "regions") if getattr(options, name))
-    names += tuple(name for name in PIECES if getattr(options, name))
-    return made_with(options, names, pipeline.model_path)
 
 
 if __name__ == "__main__":

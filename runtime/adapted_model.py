@@ -12,21 +12,23 @@ from engine.adapters.few_steps import with_few_steps
 from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import Embedding, read_embedding
 from engine.backends.base import DeviceEngine, Engine
-from engine.control_nets import ControlNets
 from engine.devices.device import HostOrDeviceArray
 from engine.engines import Engines
 from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
 from engine.graphs.variants import Variant
 from engine.model import Model
-from runtime.checks import OneOrMore, several
+from engine.steering.control_nets import ControlNets
+from engine.steering.ip_adapters import IPAdapters
+from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.denoising.controls import ControlledSteps
 from runtime.denoising.device_loop import DeviceLoop
 from runtime.denoising.device_rows import DeviceRows
-from runtime.denoising.latents import LatentSpace
+from runtime.denoising.image_prompts import AttendedImages
+from runtime.denoising.latents import LatentSpace, State
 from runtime.denoising.rows import Row, step_rows
 from runtime.images import tiles
 from runtime.images.previews import finite
@@ -39,7 +41,7 @@ class AdaptedModel:
     """A model's engines and text encoders, with the adapters and the words that are on.
 
     engines: the engines, with the settings and the precision that were chosen for them
-    control_nets: the ControlNets that requests may name
+    control_nets, ip_adapters: the ControlNets and IP-Adapters that requests may name
     lora_dir: where adapters are that prompts name, as `<lora:name:0.8>`
     """
 
@@ -56,6 +58,8 @@ class AdaptedModel:
         self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
         self.control_nets = ControlNets(engines)
         self._controlled = ControlledSteps(unet=engines.model.unet, nets=self.control_nets)
+        self.ip_adapters = IPAdapters(engines)
+        self._attended_images = AttendedImages(adapters=self.ip_adapters)
         self._device_loop, self._device_rows = DeviceLoop(), DeviceRows()
         self._distilled = engines.model  # as its adapters distil it, where they do
         self._few_steps = ""
@@ -111,16 +115,33 @@ class AdaptedModel:
         it on or off or weighs it otherwise opens none. Raises ModelError for what is no ControlNet
         or one of another family, BackendError where the model runs on a GPU.
         """
-        if not isinstance(controls, Mapping):
-            given: Sequence[str | Path] = several(controls)
-            files = [Path(path) for path in given]
-            controls = {path.stem if path.is_file() else path.name: path for path in files}
-            if len(controls) < len(files):
+        self.control_nets.set(_by_name("ControlNets", controls))
+
+    def set_ip_adapters(
+        self,
+        ip_adapters: Mapping[str, str | Path] | OneOrMore[str | Path] | None,
+        image_encoder: Mapping[str, str | Path] | str | Path | None = None,
+    ) -> None:
+        """Make these IP-Adapters known to requests in place of others, as `set_controls` does.
+
+        image_encoder: the folder of the image encoder that they see pictures through, or one for
+            each by the adapters' names; None for image_encoder/ beside each or in the model's
+            folder
+        Raises ModelError for what is no IP-Adapter, or is one of another family or encoder,
+        BackendError where the model runs on a GPU.
+        """
+        files = _by_name("IP-Adapters", ip_adapters)
+        if isinstance(image_encoder, Mapping):
+            given = {name: path_of(folder) for name, folder in image_encoder.items()}
+            if unknown := given.keys() - files.keys():
                 raise ModelError(
-                    "two ControlNets have one name; give them others, as "
-                    '{"canny": "canny.safetensors"}'
+                    f"an image encoder is for {', '.join(map(repr, unknown))}, which is no "
+                    f"IP-Adapter of {', '.join(map(repr, files)) or 'none'}; name one of them"
                 )
-        self.control_nets.set({name: Path(path) for name, path in controls.items()})
+        else:
+            given = dict.fromkeys(files, path_of(image_encoder))
+        self.ip_adapters.set(files, given)
+        self._attended_images.forget()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -176,6 +197,8 @@ class AdaptedModel:
         self._device_rows.reset()
         self.engines.close()
         self.control_nets.close()
+        self.ip_adapters.close()
+        self._attended_images.forget()
         self.encoder = self.encoder.without_cache()
 
     def __reduce__(self) -> NoReturn:
@@ -196,6 +219,29 @@ class AdaptedModel:
     def _is_on_device(self, plan: Plan) -> bool:
         part = plan.step_parts[0]
         return hasattr(self.engine(part, plan.variants.get(part)), "device")
+
+    def _check_steering(self, request: Request) -> None:
+        """Raise RequestError for ControlNets or IP-Adapters that there are not."""
+        if request.controls:
+            self._controlled.check(request.controls)
+        if request.image_prompts:
+            self._attended_images.check(request.image_prompts)
+
+    def _open_steering(self, plan: Plan) -> None:
+        """Open the engines of a plan's pictures; raises GraphError or BackendError."""
+        if plan.controls:
+            self._controlled.open(plan)
+        if plan.image_prompts:
+            self._attended_images.open(plan)
+
+    def _steered(self, state: State, plan: Plan) -> State:
+        """Return a run's first state with what is made of its pictures."""
+        if plan.controls:
+            state = replace(state, hints=self._controlled.hints(plan))
+        if plan.image_prompts:
+            images = self._attended_images.constants(plan)
+            state = replace(state, constant={**state.constant, **images})
+        return state
 
     def _put_on(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
         bundled = [embedding for adapter, _ in adapters for embedding in adapter.embeddings]
@@ -227,3 +273,22 @@ class AdaptedModel:
             folder=self.lora_dir,
             given={choice.known_as for _, choice in self._loras},
         )
+
+
+def _by_name(
+    what: str, given: Mapping[str, str | Path] | OneOrMore[str | Path] | None
+) -> dict[str, Path]:
+    """Return files by their names: those that are given, or the files' without their endings.
+
+    what: they are; raises ModelError where two have one name.
+    """
+    if isinstance(given, Mapping):
+        return {name: Path(path) for name, path in given.items()}
+    listed: Sequence[str | Path] = several(given)
+    files = [Path(path) for path in listed]
+    named = {path.stem if path.is_file() else path.name: path for path in files}
+    if len(named) < len(files):
+        raise ModelError(
+            f'two {what} have one name; give them others, as {{"canny": "canny.safetensors"}}'
+        )
+    return named

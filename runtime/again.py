@@ -1,195 +1,94 @@
-"""Settings read back from a picture's file: what a stranger's file holds may be anything.
-
-No path of a file is followed: a model, an adapter or a picture is looked for by its name, in the
-working folder, beside the picture and where adapters are kept.
-"""
+"""`--again` on a command line, and what a file keeps for it."""
 
 import argparse
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from engine.adapters.choice import parse_adapter
-from engine.adapters.textual_inversion import parse_embedding
-from engine.errors import ModelError, RequestError
-from engine.model import find_model, shipped_models
 from engine.store.cache import fingerprint
-from runtime.control import parse_control
-from runtime.images.canvas import ALPHA
-from runtime.images.files import program_version, read_settings
-from runtime.images.upscaling import PIXELS, UPSCALERS, is_trained, parse_upscaler
-from runtime.regions import split_region
+from runtime.found_settings import FILES, ONNX, parted, settings_of
+from runtime.images.files import program_version
+from runtime.images.upscaling import is_trained
+from runtime.options import MADE_WITH, PIECES
+from runtime.samplers import takes, takes_eta
+from runtime.steering_options import STEERING_FIELDS
+from runtime.terminal import say
 
-__all__ = ["made_with", "settings_of"]
+__all__ = ["made_with", "parse_again"]
 
-# The options that name files, and what a sentence calls them.
-FILES = {
-    "model": ("--model", "model"),
-    "unet": ("--unet", "UNet"),
-    "text_encoder": ("--text-encoder", "text encoder"),
-    "text_encoder_2": ("--text-encoder-2", "second text encoder"),
-    "vae": ("--vae", "autoencoder"),
-    "loras": ("--lora", "adapter"),
-    "lora_dir": ("--lora-dir", "folder of adapters"),
-    "embeddings": ("--embedding", "textual inversion"),
-    "controls": ("--control", "ControlNet"),
-    "control_images": ("--control-image", "control picture"),
-    "image": ("--image", "picture"),
-    "mask": ("--mask", "mask"),
-    "upscale": ("--upscale", "upscaler"),
-    "regions": ("--region", "mask of a region"),
-}
-UPSCALER_FILES = ("", ".pth", ".safetensors", ".pt")
-CHECKPOINTS = ("", ".safetensors", ".ckpt")
-BARE = ("model", "loras", "controls")  # a server's names have no endings
+OF_A_PRESET = (
+    *("num_inference_steps", "guidance_scale", "guidance_rescale", "sampler", "schedule"),
+    *("height", "width"),
+)
 
 
-def settings_of(
-    path: Path,
-    actions: Iterable[argparse.Action],
-    given: Collection[str] = (),
-    folders: Sequence[Path] = (),
-) -> tuple[dict[str, Any], list[str]]:
-    """Return what a picture was made with, for these options, by their names; and notes on it.
+def parse_again(
+    make_parser: Callable[[], argparse.ArgumentParser],
+    arguments: Sequence[str] | None,
+    names: Collection[str],
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read a command line; with `--again` what a picture was made with stands in for the rest.
 
-    given: names of options that the user gives himself, which are not looked at
-    folders: where files are looked for beside the working folder and the picture's
-    Raises RequestError when the picture does not say, says what an option cannot be, or needs a
-    file that is not there.
+    make_parser: makes the command's parser; names: of the options that a file may give
+    Returns the parser, whose defaults are the picture's, and the options; says notes on them.
+    Raises RequestError as `settings_of` does.
     """
-    settings = read_settings(path)
-    if not settings:
-        raise RequestError(
-            f"{path} does not say what it was made with; give a PNG, JPEG or WebP of this program, "
-            "or of Automatic1111, Forge, ComfyUI, InvokeAI, Fooocus or stable-diffusion.cpp"
-        )
-    found: dict[str, Any] = {}
-    hires = settings.get("hires")
-    if isinstance(hires, dict):
-        settings = {**settings, **{f"hires_{name}": value for name, value in hires.items()}}
-    for action in actions:
-        value = settings.get(action.dest)
-        if value is None or action.dest in given:
-            continue
-        if not _fits(action, value):
-            raise RequestError(
-                f"{path} says that {action.dest} is {value!r}, which it cannot be; make the "
-                "picture anew from its prompt"
-            )
-        found[action.dest] = value
-    places = [Path(), path.parent, *folders]
-    notes = [
-        *_find_files(found, path, settings, places),
-        *_find_names(found, path, settings, given, places),
-        *_left_out(found, path, settings, places),
-    ]
-    return found, notes
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.again:
+        actions = [action for action in parser._actions if action.dest in names]
+        folders = [options.lora_dir] if options.lora_dir else []
+        given = _given(make_parser(), arguments)
+        found, notes = settings_of(options.again, actions, given, folders)
+        for note in [*notes, *_give_way(found, options, given)]:
+            say(f"note: {note}", sys.stderr)
+        parser.set_defaults(**found)
+        options = parser.parse_args(arguments)
+    return parser, options
 
 
-def _find_files(
-    found: dict[str, Any], path: Path, settings: Mapping[str, Any], places: list[Path]
+def _give_way(
+    found: dict[str, Any], options: argparse.Namespace, given: Collection[str]
 ) -> Iterator[str]:
-    """Put the places of files for their names; notes those that have changed.
-
-    Raises RequestError for one that is gone.
-    """
-    hashes = settings.get("hashes")
-    for name, (option, noun) in FILES.items():
-        value = found.get(name)
-        if value is None or (name == "mask" and value == ALPHA):
-            continue
-        several = isinstance(value, list)
-        paths = list[Any]()
-        for each in value if several else [value]:
-            file, weight = parted(name, each)
-            ships = name == "model" and file in shipped_models()
-            endings = CHECKPOINTS if name in BARE else [""]
-            place = find_model(file) if ships else _find(file, places, endings)
-            if place is None:
-                raise RequestError(
-                    f"{path} was drawn with the {noun} {_base(file)}, which is neither in the "
-                    f"working folder nor beside the picture; give it with {option}"
-                )
-            found_here = file if ships else f"{place}{weight}"
-            paths.append([found_here, each[1]] if name == "regions" else found_here)
-            known = hashes.get(_base(file)) if isinstance(hashes, dict) else None
-            if known is not None and known != _hash(place):
-                yield f"{place} is another {noun} than {path} was drawn with"
-        found[name] = paths if several else paths[0]
+    """Take out what was found and clashes with options that the user gives; yields notes."""
+    if options.preset:  # which fills in what nobody says
+        for name in {*OF_A_PRESET} - {*given}:
+            found.pop(name, None)
+    sampler, schedule = options.sampler, found.get("schedule")
+    if sampler and schedule and not takes(sampler, schedule):
+        del found["schedule"]
+        yield f"{options.again} has the schedule {schedule!r}, which {sampler} cannot take"
+    if sampler and not takes_eta(sampler):
+        found.pop("eta", None)
+    if "variation_strength" in given and not options.variation_strength:
+        found.pop("variation_seed", None)
 
 
-def _find_names(
-    found: dict[str, Any],
-    path: Path,
-    settings: Mapping[str, Any],
-    given: Collection[str],
-    places: list[Path],
-) -> Iterator[str]:
-    """Look for the model and the autoencoder that another program names; notes what is not here."""
-    for name, (option, noun) in (("model", FILES["model"]), ("vae", FILES["vae"])):
-        wanted = settings.get(f"{name}_name")
-        if not isinstance(wanted, str) or name in given or name in found:
-            continue
-        if (place := _find(wanted, places, CHECKPOINTS)) is not None:
-            found[name] = str(place)
-            continue
-        instead = "pictogram draws, the model that ships" if name == "model" else "the model's own"
-        yield (
-            f"{path} was drawn with the {noun} {wanted!r}, which is not here; {instead}, unless it "
-            f"is given with {option}"
-        )
+def _given(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> set[str]:
+    """Return the names of the options that the user gives himself."""
+    parser._defaults.clear()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(arguments)))
 
 
-def _left_out(
-    found: dict[str, Any], path: Path, settings: Mapping[str, Any], places: list[Path]
-) -> Iterator[str]:
-    """Note what a picture was made with beside these settings."""
-    upscaler = found.get("hires_upscaler")
-    if upscaler is not None and upscaler not in UPSCALERS:
-        place = _find(upscaler, places, UPSCALER_FILES)
-        found["hires_upscaler"] = PIXELS if place is None else str(place)
-        known = settings.get("hashes")
-        if place is None:
-            yield f"the upscaler {upscaler!r} of {path} is not here; {PIXELS} enlarges"
-        elif isinstance(known, dict) and known.get(_base(upscaler)) not in (None, _hash(place)):
-            yield f"{place} is another upscaler than {path} was drawn with"
-    left = settings.get("left_out")
-    if isinstance(left, dict) and left:
-        named = ", ".join(f"{name} ({value})" for name, value in left.items())
-        yield f"left out of what {path} was made with: {named[:1000]}"
-
-
-def _find(name: str, places: Iterable[Path], endings: Sequence[str]) -> Path | None:
-    """Return the file or folder of a name, or with one of the endings, in the first place."""
-    base = _base(name)
-    if not base or base == "..":
-        return None
-    for place in places:
-        for ending in endings:
-            try:
-                if (found := place / f"{base}{ending}").exists():
-                    return found
-            except (OSError, ValueError):
-                return None
-    return None
-
-
-def _base(name: str) -> str:
-    """Return the last part of a path of any system."""
-    return PureWindowsPath(PurePosixPath(name).name).name
-
-
-def made_with(options: argparse.Namespace, names: Iterable[str], model: Path) -> dict[str, Any]:
+def made_with(options: argparse.Namespace, model: Path, *more: str) -> dict[str, Any]:
     """Collect what makes a picture again beside the request: files by their names and hashes.
 
-    names: of the options that count; model: the file or folder of the model that was loaded
+    model: the file or folder of the model that was loaded
+    more: names of options that count where they are given, beside those of every command
     """
+    asked = ("upscale", "watermark", "regions", *PIECES, *more)
+    names = [*MADE_WITH, *(name for name in asked if getattr(options, name, None))]
+    names += ("image", "mask") if options.image else ()
+    names += [name for name in STEERING_FIELDS if getattr(options, name)]
     given = {name: getattr(options, name) for name in names}
     files = {name: value for name in FILES if (value := given.get(name)) and name != "model"}
     given |= {name: _base_names(value) for name, value in files.items()}
     model = model.resolve()
     each = [(n, one) for n, v in files.items() for one in (v if isinstance(v, list) else [v])]
+    each = [(n, one) for n, one in each if n != "control_preprocessors" or str(one).endswith(ONNX)]
     if options.hires_upscaler and is_trained(options.hires_upscaler):
         each.append(("hires_upscaler", options.hires_upscaler))
     paths = [model, *(Path(parted(name, one)[0]) for name, one in each)]
@@ -202,50 +101,3 @@ def _base_names(value: Any) -> Any:
     if isinstance(value, Path | str):
         return Path(value).name
     return [Path(o).name if isinstance(o, Path | str) else [Path(o[0]).name, *o[1:]] for o in value]
-
-
-def parted(name: str, said: str | Path | Sequence[str]) -> tuple[str, str]:
-    """Part a file from what an option says behind it: ":0.8", ":0.8@0:0.5", "=WORD".
-
-    said: of a region both texts of its option, the mask's first
-    """
-    text = str(said) if isinstance(said, str | Path) else said[0]
-    file = text
-    if name == "loras":
-        with suppress(ModelError):
-            file = str(parse_adapter(text).path)
-    elif name == "controls":
-        with suppress(RequestError):
-            file = parse_control(text)[0]
-    elif name == "embeddings":
-        file = str(parse_embedding(text)[0])
-    elif name == "upscale":
-        file = str(parse_upscaler(text).path)
-    elif name == "regions":
-        file, _ = split_region(text)
-    return file, text[len(file) :]
-
-
-def _hash(path: Path) -> str | None:
-    try:
-        return fingerprint(path)
-    except OSError:
-        return None
-
-
-def _fits(action: argparse.Action, value: object) -> bool:
-    """Tell whether a value from a file is of the kind that an option reads from its text."""
-    if isinstance(action.default, bool):
-        return isinstance(value, bool)
-    if isinstance(action.default, list):
-        items = value if isinstance(value, list) else [None]
-        if action.nargs is not None:
-            pairs = [item if isinstance(item, list) else [None] for item in items]
-            if any(len(pair) != action.nargs for pair in pairs):
-                return False
-            items = [text for pair in pairs for text in pair]
-        return all(isinstance(item, str) for item in items)
-    if action.type in (None, Path):
-        return isinstance(value, str) and (not action.choices or value in action.choices)
-    numbers = value if isinstance(value, list) and action.type not in (int, float) else [value]
-    return all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)

@@ -7,8 +7,9 @@ guidance moves away from without control, so that guidance strengthens it.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,24 +17,34 @@ from PIL import Image
 
 from engine.errors import RequestError
 from runtime.checks import check_choice, check_image, check_number
-from runtime.images.files import upright
+from runtime.images.files import as_rgb, upright
+
+if TYPE_CHECKING:
+    from runtime.preprocessors.named import Preprocessor
 
 __all__ = [
     "MODES",
+    "NONE",
     "Control",
     "StepControl",
+    "check_course",
     "checked_controls",
     "control_calls",
+    "course",
     "parse_control",
+    "parse_weighed",
+    "points_of",
+    "written",
 ]
 
+NONE = "none"  # as a preprocessor
 BALANCED, PROMPT, CONTROL = MODES = ("balanced", "prompt", "control")
 MAX_WEIGHT = 10
 MAX_CONTROLS = 16
 DECAY = 0.825  # from each residual to the one before it, the middle's counting whole
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
 _TEXT = re.compile(
-    rf"(?P<net>.+?)(?::(?P<weight>{_NUMBER}(?:,{_NUMBER})*)"
+    rf"(?P<name>.+?)(?::(?P<weight>{_NUMBER}(?:,{_NUMBER})*)"
     rf"(?:@(?P<start>{_NUMBER}):(?P<end>{_NUMBER}))?)?",
     re.ASCII | re.DOTALL,
 )
@@ -50,6 +61,9 @@ class Control:
     start, end: the part of the run in which it steers, at the calls that lie whole in it, as
         diffusers' `control_guidance_start` and `control_guidance_end`
     mode: "balanced", "prompt" or "control": what is more important
+    preprocessor: makes what the net sees of the picture, at the size of what is drawn: a name as
+        "canny" or "canny:low=50", an ONNX file, or what `runtime.preprocessors.named` makes; "none"
+        and None take the picture as it is
     """
 
     net: str
@@ -58,6 +72,8 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     mode: str = BALANCED
+    preprocessor: "str | Preprocessor | None" = None
+    _made: "Preprocessor | None" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse what no net could do."""
@@ -65,39 +81,52 @@ class Control:
             raise RequestError(f"a control's net is {self.net!r}; give a ControlNet's name")
         check_image("a control's image", self.image)
         object.__setattr__(self, "image", upright(self.image))
-        for weight in self.weights:
-            check_number("a control's weight", weight, Real, 0, MAX_WEIGHT)
-        check_number("a control's start", self.start, Real, 0, 1)
-        check_number("a control's end", self.end, Real, 0, 1)
-        if self.start > self.end:
-            raise RequestError(
-                f"a control starts at {self.start} and ends at {self.end}; it must not end before "
-                "it starts"
-            )
+        check_course("a control", "weight", self.weights, self.start, self.end)
         check_choice("a control's mode", self.mode, MODES)
+        if isinstance(self.preprocessor, str):
+            self._find_preprocessor(self.preprocessor)
+        elif self.preprocessor is not None and not callable(self.preprocessor):
+            raise RequestError(
+                f"a control's preprocessor is {self.preprocessor!r}; give a name, such as 'canny', "
+                "or what makes a hint of pixels"
+            )
+        else:
+            object.__setattr__(self, "_made", self.preprocessor)
+
+    def _find_preprocessor(self, text: str) -> None:
+        from runtime.preprocessors.choice import find_preprocessor  # no plain prompt needs them
+
+        object.__setattr__(self, "_made", None if text == NONE else find_preprocessor(text))
+
+    def shown(self, image: Image.Image) -> Image.Image:
+        """Return what the net sees of its picture, which lies over what is drawn.
+
+        Raises RequestError or BackendError where the preprocessor cannot make it.
+        """
+        if self._made is None:
+            return image
+        return Image.fromarray(self._made(np.asarray(as_rgb(image))))
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The points of the curve that the weight is."""
-        several = isinstance(self.weight, Sequence) and not isinstance(self.weight, str)
-        if several and len(self.weight):  # type: ignore[arg-type]
-            return tuple(self.weight)  # type: ignore[arg-type]
-        return (self.weight,)  # type: ignore[return-value]
+        return points_of(self.weight)
 
     @property
     def text(self) -> str:
         """The control as the command line writes it: NET:WEIGHT@START:END."""
-        weights = ",".join(f"{weight:g}" for weight in self.weights)
-        return f"{self.net}:{weights}@{self.start:g}:{self.end:g}"
+        return written(self.net, self.weights, self.start, self.end)
+
+    @property
+    def preprocessor_text(self) -> str:
+        """The preprocessor as the command line writes it; of one that has no name its type's."""
+        if isinstance(self.preprocessor, str):
+            return self.preprocessor
+        return NONE if self.preprocessor is None else type(self.preprocessor).__name__
 
     def over(self, calls: int) -> NDArray[np.float64]:
         """Return its weight at each call of a run: (calls,) float64."""
-        points = np.asarray(self.weights, np.float64)
-        places = np.linspace(0, points.size - 1, calls)
-        weights = np.interp(places, np.arange(points.size), points)
-        call = np.arange(calls)
-        steers = (call / calls >= self.start) & ((call + 1) / calls <= self.end)
-        return np.where(steers, weights, 0.0)
+        return course(self.weights, self.start, self.end, calls)
 
     def by_residual(self, residuals: int, groups: int, prompts: int) -> NDArray[np.float64]:
         """Return how much each residual counts in each group of guidance: (residuals, groups).
@@ -151,18 +180,62 @@ def control_calls(
     return calls
 
 
-def parse_control(text: str) -> tuple[str, tuple[float, ...], float, float]:
-    """Read NET, NET:WEIGHT or NET:WEIGHT@START:END; returns net, weights, start and end.
+def points_of(weight: float | Sequence[float]) -> tuple[float, ...]:
+    """Return the points of the curve that a weight is: one, or those that came."""
+    several = isinstance(weight, Sequence) and not isinstance(weight, str) and len(weight)
+    return tuple(weight) if several else (weight,)  # type: ignore[return-value, arg-type]
 
-    Colons in NET are its own unless such numbers follow. Raises RequestError.
+
+def check_course(what: str, name: str, points: Sequence[float], start: float, end: float) -> None:
+    """Refuse what is no curve over a part of a run; raises RequestError.
+
+    what: is weighed, as "a control"; name: of its weight
+    """
+    for point in points:
+        check_number(f"{what}'s {name}", point, Real, 0, MAX_WEIGHT)
+    check_number(f"{what}'s start", start, Real, 0, 1)
+    check_number(f"{what}'s end", end, Real, 0, 1)
+    if start > end:
+        raise RequestError(
+            f"{what} starts at {start} and ends at {end}; it must not end before it starts"
+        )
+
+
+def course(points: Sequence[float], start: float, end: float, calls: int) -> NDArray[np.float64]:
+    """Return a curve at each call of a run, (calls,), 0 at those that lie not whole in a part."""
+    places = np.linspace(0, len(points) - 1, calls)
+    weights = np.interp(places, np.arange(len(points)), np.asarray(points, np.float64))
+    call = np.arange(calls)
+    steers = (call / calls >= start) & ((call + 1) / calls <= end)
+    return np.where(steers, weights, 0.0)
+
+
+def written(name: str, points: Sequence[float], start: float, end: float) -> str:
+    """Write NAME:WEIGHT@START:END, as `parse_weighed` reads it."""
+    weights = ",".join(f"{point:g}" for point in points)
+    return f"{name}:{weights}@{start:g}:{end:g}"
+
+
+def parse_weighed(text: str) -> tuple[str, tuple[float, ...], float, float] | None:
+    """Read NAME, NAME:WEIGHT or NAME:WEIGHT@START:END: name, weights, start, end; None if neither.
+
+    Colons in NAME are its own unless such numbers follow.
     """
     match = _TEXT.fullmatch(text)
-    if match is None or not match["net"].strip() or "\0" in text:
+    if match is None or not match["name"].strip() or "\0" in text:
+        return None
+    weights = tuple(float(number) for number in (match["weight"] or "1").split(","))
+    return match["name"], weights, float(match["start"] or 0), float(match["end"] or 1)
+
+
+def parse_control(text: str) -> tuple[str, tuple[float, ...], float, float]:
+    """Read NET, NET:WEIGHT or NET:WEIGHT@START:END as `parse_weighed` does. RequestError."""
+    found = parse_weighed(text)
+    if found is None:
         raise RequestError(
             f"{text[:200]!r} names no ControlNet; give FILE or FILE:WEIGHT@START:END"
         )
-    weights = tuple(float(number) for number in (match["weight"] or "1").split(","))
-    return match["net"], weights, float(match["start"] or 0), float(match["end"] or 1)
+    return found
 
 
 def checked_controls(controls: object) -> tuple[Control, ...]:

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import RequestError
-from runtime.control import BALANCED, MODES, Control, parse_control
+from runtime.control import BALANCED, MODES, NONE, Control, parse_control
 from runtime.images.files import open_image
 
 __all__ = ["CONTROL_FIELDS", "CONTROL_OPTIONS", "control_files", "controls_of"]
@@ -39,9 +39,17 @@ CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "help": f"{', '.join(MODES)}: what is more important, for all or for each --control "
             f"(default: {BALANCED})",
         },
+        "--preprocessor": {
+            "dest": "control_preprocessors",
+            "action": "append",
+            "default": [],
+            "metavar": "NAME[:OPTION=X,…]",
+            "help": "what makes of --control-image what the --control sees, for all or for each: "
+            "canny, canny:low=50,high=120, FILE.onnx, none; see docs/preprocessors.md",
+        },
     }
 )
-CONTROL_FIELDS = ("controls", "control_images", "control_modes")
+CONTROL_FIELDS = ("controls", "control_images", "control_modes", "control_preprocessors")
 
 
 def control_files(options: argparse.Namespace) -> dict[str, Path]:
@@ -51,24 +59,38 @@ def control_files(options: argparse.Namespace) -> dict[str, Path]:
 
 def controls_of(options: argparse.Namespace) -> list[Control]:
     """Make the controls; reads the pictures. Raises RequestError where one lacks its picture."""
-    given, pictures, modes = options.controls, options.control_images, options.control_modes
+    given, pictures = options.controls, options.control_images
     if len(given) != len(pictures):
         raise RequestError(
             f"--control came {len(given)} times and --control-image {len(pictures)} times; give "
             "them in pairs"
         )
-    if len(modes) not in (0, 1, len(given)) or (modes and not given):
-        raise RequestError(
-            f"--control-mode came {len(modes)} times for {len(given)} of --control; give one for "
-            "all, or one for each"
-        )
-    modes = modes * len(given) if len(modes) == 1 else modes or [BALANCED] * len(given)
+    modes = _for_each("--control-mode", options.control_modes, len(given), BALANCED)
+    made = _for_each("--preprocessor", options.control_preprocessors, len(given), NONE)
     controls, opened = [], {}
-    for text, path, mode in zip(given, map(Path, pictures), modes, strict=True):
+    for text, path, mode, how in zip(given, map(Path, pictures), modes, made, strict=True):
         net, weights, start, end = parse_control(text)
         if path not in opened:
             opened[path] = open_image(path)
         controls.append(
-            Control(net=net, image=opened[path], weight=weights, start=start, end=end, mode=mode)
+            Control(
+                net=net,
+                image=opened[path],
+                weight=weights,
+                start=start,
+                end=end,
+                mode=mode,
+                preprocessor=None if how == NONE else how,
+            )
         )
     return controls
+
+
+def _for_each(option: str, said: list[str], count: int, default: str) -> list[str]:
+    """Return what an option says of each control; raises RequestError where it is not clear."""
+    if len(said) not in (0, 1, count) or (said and not count):
+        raise RequestError(
+            f"{option} came {len(said)} times for {count} of --control; give one for all, or one "
+            "for each"
+        )
+    return said * count if len(said) == 1 else said or [default] * count

@@ -21,7 +21,7 @@ from engine.model import Model
 from runtime.images import tiles
 from runtime.request import Request
 
-__all__ = ["IMAGE_GUIDANCE_SCALE", "check_editing", "edited_calls", "edited_latents"]
+__all__ = ["check_editing", "edited_calls", "edited_latents"]
 
 Array = NDArray[np.float32]
 IMAGE_GUIDANCE_SCALE = 1.5
@@ -45,7 +45,7 @@ def check_editing(request: Request, model: Model) -> None:
             f"{model.path} edits a picture as the prompt tells it; give image, the picture"
         )
     given = [name for name in OF_OTHERS if getattr(request, name) is not None]
-    given += ["controls"] if request.controls else []
+    given += [name for name in ("controls", "image_prompts") if getattr(request, name)]
     given += ["apg"] if request.apg else []
     if given:
         raise RequestError(
@@ -54,14 +54,15 @@ def check_editing(request: Request, model: Model) -> None:
 
 
 def edited_calls(
-    conditioning: Sequence[Mapping[str, Array]], scale: float, prompts: int
+    conditioning: Sequence[Mapping[str, Array]], scale: float | None, prompts: int
 ) -> list[Mapping[str, Array]]:
     """Add the group that sees neither text nor picture, and say which groups see the picture.
 
-    conditioning: of each call, [uncond, cond]; scale: s_I
+    conditioning: of each call, [uncond, cond]; scale: s_I, None for the usual
     prompts: groups that guidance moves to; a call with no others is not guided
     `shown` (g, B) is 1 where a group sees the picture, else 0.
     """
+    scale = IMAGE_GUIDANCE_SCALE if scale is None else scale
     doubled: dict[int, Array] = {}
 
     def with_first(array: Array) -> Array:

@@ -6,127 +6,250 @@ value is replaced in the texts by each of its values (Automatic1111's "Prompt S/
 """
 
 import argparse
-import csv
+import difflib
+import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+from PIL import Image
 
 from engine.errors import RequestError, exit_status
-from runtime.control_options import controls_of
-from runtime.images.files import SOURCE_KEY, check_output, write_image
+from runtime.again import made_with, parse_again
+from runtime.axes import Axis, read_axis
+from runtime.checks import FOREIGN_NAMES
+from runtime.found_settings import AXES
+from runtime.images.files import (
+    FIRST_CELL,
+    SOURCE_KEY,
+    SPACING_KEY,
+    check_output,
+    write_image,
+)
 from runtime.images.previews import side_by_side
-from runtime.images.upscaling import Hires
-from runtime.options import FIELDS, HIRES, load_arguments, make_parser
+from runtime.options import (
+    AGAIN,
+    FIELDS,
+    HIRES,
+    load_arguments,
+    make_parser,
+    make_request,
+    read_pictures,
+)
 from runtime.pipeline import Pipeline
-from runtime.regions import parse_region
-from runtime.request import Request
-from runtime.terminal import say
+from runtime.request import OF_AN_IMAGE, Request
+from runtime.result import DrawnImage
+from runtime.terminal import Loading, say, show_progress
 
 MAX_CELLS = 256
+ANY_SEED = -1
+SEEDS = ("seed", "variation_seed")
 NOT_HERE = (
-    *("again", "expand", "preview_steps", "preview_decoder", "animation"),
-    *("upscale", "safety_checker", "watermark", "c2pa_cert", "c2pa_key"),
+    *("expand", "preview_steps", "preview_decoder", "animation"),
+    *("upscale", "safety_checker", "safety_action", "watermark", "c2pa_cert", "c2pa_key"),
 )
-FILES = ("image", "mask", "controls", "regions")  # fields that the command line gives as files
+# fields that the command line gives as files
+FILES = ("image", "mask", "controls", "image_prompts", "regions")
 PROMPT = "prompt"  # the axis whose first value is replaced in the texts by each of its values
+KEPT = {*AGAIN, *AXES, "wildcard_dir"} - {*NOT_HERE}  # what a sheet's file gives again
 
 
-class Axis(NamedTuple):
-    """An option as the command line names it, and the values that it takes."""
-
-    name: str
-    values: tuple[str, ...]
+Cell = tuple[str, ...]  # the value of each axis
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "latentrt grid") -> int:
-    """Run the command; return its exit status: 0, or 2 for a user's mistake."""
-    return exit_status(lambda: _draw(arguments, prog))
+    """Run the command; return its exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    return exit_status(
+        lambda: _draw(list(sys.argv[1:] if arguments is None else arguments), prog),
+        cancelled="cancelled; only the sheets named above were written",
+    )
 
 
-def read_axis(text: str) -> Axis:
-    """Read NAME=VALUE,VALUE; a value with a comma stands in quotes. Raises RequestError."""
-    name, _, values = text.partition("=")
-    found = tuple(value.strip() for value in next(csv.reader([values], skipinitialspace=True), []))
-    if not name.strip() or not found or not all(found):
-        raise RequestError(f"{text!r} is no axis; write NAME=VALUE,VALUE, such as steps=10,20")
-    return Axis(name.strip().lstrip("-"), found)
-
-
-def _draw(arguments: Sequence[str] | None, prog: str) -> None:
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = make_parser(prog)
-    for name in "xyz":
+    for name in AXES:
         parser.add_argument(f"--{name}", metavar="NAME=V,V", help=f"the sheet's {name} axis")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    base = parser.parse_args(given)
-    if base.prompt is None or base.x is None:
-        parser.error("give a PROMPT and --x NAME=VALUE,VALUE")
+    return parser
+
+
+def _draw(arguments: list[str], prog: str) -> None:
+    parser, options = parse_again(partial(_parser, prog), arguments, KEPT)
+    if options.prompt is None or options.x is None:
+        parser.error("give a PROMPT and --x NAME=VALUE,VALUE, or --again with a sheet")
     for name in NOT_HERE:
-        if getattr(base, name):
+        if getattr(options, name):
             raise RequestError(f"--{name.replace('_', '-')} is for `latentrt draw`; leave it out")
-    axes = [read_axis(text) if text else Axis("", ("",)) for text in (base.x, base.y, base.z)]
-    out = base.out or Path("grid.png")
-    check_output(out)
+    axes = _axes(parser, options)
+    paths = _paths(options.out or Path("grid.png"), len(axes[2].values))
+    _settle_seeds(options)
     cells = list(product(*(axis.values for axis in axes)))
     if len(cells) > MAX_CELLS:
         raise RequestError(f"the sheet has {len(cells)} cells; up to {MAX_CELLS} are drawn")
-    if base.seed is None:
-        given = ["--seed", "0", *given]  # cells differ by their axes alone
-    requests = [_cell(parser, given, axes, values) for values in cells]
-    pipeline = Pipeline.load(base.model, **load_arguments(base))
-    found = {image.request: image for image in pipeline.draw(requests)}
-    notes = dict.fromkeys([*pipeline.notes, *(note for i in found for note in found[i].notes)])
-    for note in notes:
-        say(f"note: {note}", sys.stderr)
-    drawn = {cell: found[index].image for index, cell in enumerate(cells)}
-    for page, z in enumerate(axes[2].values, start=1):
-        rows = [[drawn[x, y, z] for x in axes[0].values] for y in axes[1].values]
-        captions = [f"{axes[0].name} {x} {axes[2].name} {z}".strip() for x in axes[0].values]
-        labels = [f"{axes[1].name} {y}".strip() for y in axes[1].values]
-        sheet = side_by_side(rows, captions, labels if any(labels) else ())
-        sheet.info[SOURCE_KEY] = rows[0][0].info[SOURCE_KEY]
-        path = out if len(axes[2].values) == 1 else out.with_stem(f"{out.stem}-{page}")
-        write_image(sheet, path, {}, mark=base.mark)
-        print(path)
+    pictures = read_pictures(options)
+    requests = {
+        cell: make_request(_cell(parser, arguments, options, axes, cell), pictures)
+        for cell in cells
+    }
+    loading = Loading(options.model)
+    with loading:
+        pipeline = Pipeline.load(options.model, **load_arguments(options))
+        loading.note(*pipeline.notes)
+    chosen = pipeline.engines  # what was chosen makes the same sheet again
+    options.backend, options.precision = chosen.settings.backend, chosen.precision
+    settings = _settings(options, pipeline, axes)
+    told = {*pipeline.notes}
+    for path, z in zip(paths, axes[2].values, strict=True):
+        asked = {cell: request for cell, request in requests.items() if cell[2] == z}
+        sheet, first = _sheet(pipeline, asked, axes, told, batch_size=options.batch_size)
+        kept = {**settings, FIRST_CELL: {**first, "model": settings["model"]}}
+        replaces = options.out is not None
+        written = write_image(sheet, path, kept, mark=options.mark, replaces=replaces)
+        say(str(written), sys.stdout)
+
+
+def _axes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Axis]:
+    """Return the three axes, one without a name for each that is not given. Raises RequestError."""
+    axes: list[Axis] = []
+    for text in (getattr(options, name) for name in AXES):
+        axis = read_axis(text) if text else Axis("", ("",))
+        if axis.name and axis.name != PROMPT:
+            axis = axis._replace(name=_option(parser, axis.name))
+            if axis.name != PROMPT and axis.name in [other.name for other in axes]:
+                raise RequestError(f"{axis.name} is two axes; give each option once")
+        if axis.name.replace("-", "_") in SEEDS:
+            values = (str(_any_seed(value)) for value in axis.values)
+            axis = axis._replace(values=tuple(values))
+        axes.append(axis)
+    return axes
+
+
+def _option(parser: argparse.ArgumentParser, name: str) -> str:
+    """Return the option that an axis names, without its dashes. Raises RequestError."""
+    known: dict[str, str] = {}
+    for action in parser._actions:
+        if (
+            action.dest in {*FIELDS, *HIRES} - {*FILES, "num_images_per_prompt"}
+            and action.nargs != 0
+        ):
+            long = next((o[2:] for o in action.option_strings if o.startswith("--")), "")
+            if long:
+                known |= {long: long, action.dest.replace("_", "-"): long}
+    if name in known:
+        return known[name]
+    meant = FOREIGN_NAMES.get(name.replace("-", "_").replace(" ", "_"), "").replace("_", "-")
+    close = known.get(meant) or next(iter(difflib.get_close_matches(name, known, 1)), "")
+    hint = f"did you mean {close}? An axis is" if close else "take"
+    raise RequestError(
+        f"{name} is no axis; {hint} prompt or an option of one picture that has a value, such as "
+        "sampler, steps, guidance-scale or seed"
+    )
+
+
+def _any_seed(value: str) -> str | int:
+    """Return a value of an axis of seeds, one that is drawn for -1."""
+    return secrets.randbelow(2**32) if value == str(ANY_SEED) else value
+
+
+def _settle_seeds(options: argparse.Namespace) -> None:
+    """Give the options the seeds that cells without their own have: cells differ by their axes."""
+    for name in SEEDS:
+        if getattr(options, name) == ANY_SEED:
+            setattr(options, name, secrets.randbelow(2**32))
+    options.seed = 0 if options.seed is None else options.seed
+
+
+def _paths(out: Path, count: int) -> list[Path]:
+    """Return where the sheets go, numbered if there are several. Raises OutputError."""
+    paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i + 1}") for i in range(count)]
+    for path in paths:
+        check_output(path)
+    return paths
 
 
 def _cell(
-    parser: argparse.ArgumentParser, given: list[str], axes: Sequence[Axis], values: Sequence[str]
-) -> Request:
-    """Make a cell's request, of the command line with the axes' options behind it."""
-    actions = {option: a for a in parser._actions for option in a.option_strings}
-    extra: list[str] = []
-    replaced: dict[str, str] = {}
-    for axis, value in zip(axes, values, strict=True):
-        if not axis.name:
-            continue
+    parser: argparse.ArgumentParser,
+    arguments: list[str],
+    base: argparse.Namespace,
+    axes: Sequence[Axis],
+    cell: Cell,
+) -> argparse.Namespace:
+    """Return a cell's options: the command line with the axes' behind it. Raises RequestError."""
+    given = [(axis, value) for axis, value in zip(axes, cell, strict=True) if axis.name]
+    own = [f"--{axis.name}={value}" for axis, value in given if axis.name != PROMPT]
+    options = parser.parse_args([*arguments, *own])
+    for name in SEEDS:
+        if getattr(options, name) in (None, ANY_SEED):
+            setattr(options, name, getattr(base, name))
+    if options.variation_strength and options.variation_seed is None:
+        options.variation_seed = 0
+    if options.num_images_per_prompt != 1 or isinstance(options.seed, tuple):
+        raise RequestError(
+            "a sheet has one picture a cell; draw several seeds as an axis, such as --y seed=7,9"
+        )
+    for axis, value in given:
         if axis.name == PROMPT:
-            replaced[axis.values[0]] = value
-            continue
-        action = actions.get(f"--{axis.name}")
-        belongs = action is not None and action.dest in {*FIELDS, *HIRES} - {*FILES}
-        if not belongs or action is None or action.nargs == 0 or axis.name == "num-images":
-            raise RequestError(
-                f"{axis.name} is no axis; take prompt or an option of one picture that has a "
-                "value, such as sampler, steps, guidance-scale or seed"
-            )
-        extra.append(f"--{axis.name}={value}")
-    options = parser.parse_args([*given, *extra])
-    if options.image or options.mask or options.num_images_per_prompt != 1:
-        raise RequestError("a sheet has one picture a cell, drawn from a text alone")
-    for searched, value in replaced.items():
-        if searched not in options.prompt + options.negative_prompt:
-            raise RequestError(
-                f"{searched!r} is in neither the prompt nor the negative prompt; an axis of the "
-                "prompt begins with words of theirs, whose place its other values take"
-            )
-        options.prompt = options.prompt.replace(searched, value)
-        options.negative_prompt = options.negative_prompt.replace(searched, value)
-    fields = {name: getattr(options, name) for name in FIELDS}
-    fields["controls"] = controls_of(options)
-    fields["regions"] = tuple(parse_region(*pair) for pair in options.regions)
-    hires = {field: getattr(options, name) for name, field in HIRES.items()}
-    if options.hires_scale is not None:
-        fields["hires"] = Hires(**{k: v for k, v in hires.items() if v is not None})
-    return Request(**fields)
+            _replace_in_texts(options, axis.values[0], value)
+    return options
+
+
+def _replace_in_texts(options: argparse.Namespace, searched: str, value: str) -> None:
+    """Put a value in the place of the words that the axis begins with. Raises RequestError."""
+    if searched not in options.prompt + options.negative_prompt:
+        raise RequestError(
+            f"{searched!r} is in neither the prompt nor the negative prompt; an axis of the "
+            "prompt begins with words of theirs, whose place its other values take"
+        )
+    options.prompt = options.prompt.replace(searched, value)
+    options.negative_prompt = options.negative_prompt.replace(searched, value)
+
+
+def _settings(
+    options: argparse.Namespace, pipeline: Pipeline, axes: Sequence[Axis]
+) -> dict[str, Any]:
+    """Return what makes the sheet again: its axes, and the options that hold for every cell."""
+    named = {name: axis.named.text for name, axis in zip(AXES, axes, strict=True) if axis.name}
+    without = {*FILES, "num_images_per_prompt", *(() if options.image else OF_AN_IMAGE)}
+    shared = {
+        name: value
+        for name in (*FIELDS, *HIRES)
+        if name not in without and (value := getattr(options, name)) is not None
+    }
+    if options.hires_upscaler is not None:
+        shared["hires_upscaler"] = Path(options.hires_upscaler).name
+    return {**named, **shared, **made_with(options, pipeline.model_path, "wildcard_dir")}
+
+
+def _sheet(
+    pipeline: Pipeline,
+    requests: Mapping[Cell, Request],
+    axes: Sequence[Axis],
+    told: set[str],
+    batch_size: int | None,
+) -> tuple[Image.Image, Mapping[str, Any]]:
+    """Draw the cells of one value of the z axis; returns them on a sheet, and the first's settings.
+
+    told: notes that were said, to which new ones are added
+    """
+    cells, drawn = list(requests), dict[Cell, DrawnImage]()
+    for each in pipeline.draw(list(requests.values()), batch_size=batch_size):
+        drawn[cells[each.request]] = each
+        show_progress(len(drawn), len(cells), noun="picture")
+        for note in (note for note in each.notes if note not in told):
+            told.add(note)
+            say(f"note: {note}", sys.stderr)
+    x, y, z = axes
+    (page,) = {cell[2] for cell in cells}
+    (shown,) = z._replace(values=(page,)).named.values
+    captions = [f"{x.name} {value} {z.name} {shown}".strip() for value in x.named.values]
+    labels = [f"{y.name} {value}".strip() for value in y.named.values]
+    rows = [[drawn[across, down, page].image for across in x.values] for down in y.values]
+    sheet = side_by_side(rows, captions, labels if any(labels) else ())
+    sheet.info |= {key: rows[0][0].info[key] for key in (SOURCE_KEY, SPACING_KEY)}
+    return sheet, drawn[cells[0]].settings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,29 +5,39 @@ a picture's file are options too.
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args
 
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
-from runtime.control_options import CONTROL_FIELDS, CONTROL_OPTIONS, control_files
+from engine.errors import RequestError
+from runtime.checks import FOREIGN_NAMES
 from runtime.drawing_options import DRAWING_OPTIONS
-from runtime.images.canvas import ALPHA, BLUR
-from runtime.images.upscaling import HIRES_STRENGTH, MODES, PIXELS, Hires
+from runtime.image_options import IMAGE_OPTIONS
+from runtime.images.canvas import ALPHA
+from runtime.images.files import open_image
+from runtime.images.upscaling import Hires
 from runtime.output_options import OUTPUT_OPTIONS
-from runtime.plan import PAINTED_STRENGTH, STRENGTH
 from runtime.presets import describe_presets
-from runtime.request import AREAS, PADDING, WHOLE, Request
+from runtime.regions import parse_region
+from runtime.request import Request
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
-from runtime.text_options import TEXT_OPTIONS, read_numbers
+from runtime.steering_options import (
+    STEERING_FIELDS,
+    STEERING_OPTIONS,
+    steering_arguments,
+    steering_of,
+)
+from runtime.text_options import TEXT_OPTIONS
 
 __all__ = [
     *("AGAIN", "FIELDS", "HIRES", "MADE_WITH"),
-    *("add_engine_options", "add_request_options", "backend_settings", "load_arguments"),
-    "make_parser",
+    *("add_engine_options", "add_request_options", "backend_settings", "hires_fields"),
+    *("load_arguments", "make_parser", "make_request", "read_pictures"),
 ]
 
 # What makes a picture again beside the request, by the options' names.
@@ -39,11 +49,28 @@ FIELDS = tuple(f.name for f in fields(Request) if f.init)
 OF_RESULTS = ("upscale", "watermark", "batch_size")
 _BACKEND = tuple(field.name for field in fields(BackendSettings))  # the options that settle it
 _LOADED = ("vae", *PIECES, *_FILES[2:], "wildcard_dir", "strict", "prediction_type", "graphs")
-AGAIN = {*MADE_WITH, *PIECES, *CONTROL_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
+AGAIN = {*MADE_WITH, *PIECES, *STEERING_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else
+
+
+# What other programs' command lines call options that have none of the fields' foreign names.
+FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        **FOREIGN_NAMES,
+        **dict.fromkeys(("ckpt", "ckpt_path", "checkpoint", "model_path", "pretrained"), "model"),
+        **dict.fromkeys(("output", "outdir", "outfile", "save_path"), "out"),
+        **{"w": "width", "W": "width", "h": "height", "H": "height", "p": "prompt"},
+        **{"init_img": "image", "i": "image", "mask_img": "mask", "n_samples": FOREIGN_NAMES["n"]},
+        **{"sampling_method": "sampler", "scheduler": "schedule", "schedule_type": "schedule"},
+        **{"lora_path": "loras", "lora_model_dir": "lora_dir", "embd_dir": "embeddings"},
+        **{"controlnet": "controls", "control_net": "controls", "denoising": "strength"},
+    }
+)
 
 
 class _Parser(CommandParser):
     """A parser that describes the presets when it is asked for help, and not before."""
+
+    foreign = FOREIGN_OPTIONS
 
     def format_help(self) -> str:
         """Return the help with the presets and an example below it."""
@@ -96,9 +123,11 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     )
     for name, option in TEXT_OPTIONS.items():
         text.add_argument(name, **option)
-    _add_images(parser.add_argument_group("pictures to start from"))
+    images = parser.add_argument_group("pictures to start from")
+    for name, option in IMAGE_OPTIONS.items():
+        images.add_argument(name, **option)
     steering = parser.add_argument_group("pictures that steer")
-    for name, option in CONTROL_OPTIONS.items():
+    for name, option in STEERING_OPTIONS.items():
         steering.add_argument(name, **option)
 
 
@@ -176,90 +205,6 @@ def add_engine_options(group: Any) -> None:
     add("--threads", type=int, metavar="N", help="processor threads (default: one for each core)")
 
 
-def _add_images(group: Any) -> None:
-    add = group.add_argument
-    add("--image", type=Path, metavar="FILE", help="a picture to start from (image-to-image)")
-    add(
-        "--strength",
-        type=float,
-        metavar="X",
-        help=f"how far to go from --image, above 0 and up to 1 (default: {STRENGTH}; "
-        f"{PAINTED_STRENGTH:.0f} where something is painted anew)",
-    )
-    add(
-        "--image-noise",
-        metavar="KIND:AMOUNT",
-        help="noise that --image gets first: gaussian:VARIANCE or salt-pepper:SHARE, 0 to 1",
-    )
-    add(
-        "--image-guidance-scale",
-        type=float,
-        metavar="S",
-        help="how closely a model that edits keeps to --image, 1 or more (default: 1.5)",
-    )
-    add(
-        "--mask",
-        type=Path,
-        metavar="FILE",
-        help=f"a picture that is white where to paint anew, or {ALPHA} for where --image is "
-        "transparent",
-    )
-    add(
-        "--inpaint-area",
-        choices=AREAS,
-        default=WHOLE,
-        help="what is drawn: the whole image, or only what is masked, enlarged to --height and "
-        "--width and laid back (default: %(default)s)",
-    )
-    add(
-        "--mask-padding",
-        type=int,
-        default=PADDING,
-        metavar="PIXELS",
-        help="around what is masked, which that draws too (default: %(default)s)",
-    )
-    add(
-        "--mask-blur",
-        type=float,
-        default=BLUR,
-        metavar="PIXELS",
-        help="over which the new fades into the old (default: %(default)s)",
-    )
-    add(
-        "--no-paste-back",
-        dest="paste_back",
-        action="store_false",
-        help="hand out what the model made outside the mask too, not the image's own pixels",
-    )
-    add(
-        "--extend",
-        type=partial(read_numbers, int, ",", 4),
-        metavar="L,T,R,B",
-        help="pixels to paint beyond --image: left, top, right, bottom",
-    )
-    add(
-        "--hires",
-        dest="hires_scale",
-        type=float,
-        metavar="SCALE",
-        help="draw, enlarge so many times, and draw over it",
-    )
-    add("--hires-strength", type=float, metavar="X", help=f"(default: {HIRES_STRENGTH})")
-    add(
-        "--hires-steps",
-        dest="hires_num_inference_steps",
-        type=int,
-        metavar="N",
-        help="(default: --steps)",
-    )
-    add(
-        "--hires-upscaler",
-        metavar="NAME",
-        help=f"of the pixels (lanczos, or an upscaler's file) or of the latents "
-        f"({', '.join(MODES.values())}; default: {PIXELS})",
-    )
-
-
 def backend_settings(options: argparse.Namespace) -> BackendSettings:
     """Return the settings of the backend that the options of the engines give."""
     return BackendSettings(**{name: getattr(options, name) for name in _BACKEND})
@@ -268,5 +213,49 @@ def backend_settings(options: argparse.Namespace) -> BackendSettings:
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:
     """Return what `Pipeline.load` takes beside the model, as all commands that draw are told."""
     named = {name: getattr(options, name) for name in (*_LOADED, "precision")}
-    controls = control_files(options) if options.controls else None
-    return {**named, "controls": controls, "settings": backend_settings(options)}
+    steered = any(getattr(options, name) for name in STEERING_FIELDS)
+    steering = steering_arguments(options) if steered else {}
+    return {**named, **steering, "settings": backend_settings(options)}
+
+
+def read_pictures(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a request that options give as files, which are read here.
+
+    Raises RequestError.
+    """
+    steered = any(getattr(options, name) for name in STEERING_FIELDS)
+    steering = steering_of(options) if steered else {"controls": (), "image_prompts": ()}
+    by_alpha = options.mask == Path(ALPHA)
+    return {
+        "image": options.image and open_image(options.image),
+        "mask": ALPHA if by_alpha else options.mask and open_image(options.mask),
+        "regions": tuple(parse_region(*pair) for pair in options.regions),
+        **steering,
+    }
+
+
+def hires_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `Hires` that options give."""
+    given = {field: getattr(options, name) for name, field in HIRES.items()}
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def make_request(options: argparse.Namespace, pictures: Mapping[str, Any] | None = None) -> Request:
+    """Make the request that options ask for.
+
+    pictures: what `read_pictures` gives for these options; None reads it
+    Raises RequestError, also for an option without what it is for.
+    """
+    for name in ("strength", "mask", "extend", "image_noise", "image_guidance_scale"):
+        if getattr(options, name) is not None and not options.image:
+            option = name.replace("_", "-")
+            raise RequestError(f"--{option} came without --image; give the picture to start from")
+    for name in HIRES:
+        if getattr(options, name) is not None and options.hires_scale is None:
+            option = "--hires-" + name.removeprefix("hires_num_inference_").removeprefix("hires_")
+            raise RequestError(f"{option} came without --hires; give its scale")
+    given = {name: getattr(options, name) for name in FIELDS}
+    given |= read_pictures(options) if pictures is None else pictures
+    if options.hires_scale is not None:
+        given["hires"] = Hires(**hires_fields(options))
+    return Request(**given)

@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from runtime.control import NONE
 from runtime.request import OF_AN_IMAGE, Request
 
 __all__ = ["picture_settings"]
@@ -19,7 +20,7 @@ def picture_settings(
     seeds, variation_seeds: of each picture, the latter empty where none varies
     """
     own = {"prompt", "negative_prompt", "num_images_per_prompt", "preset", "image", "mask"}
-    own |= {"regions", "controls", "seed", "variation_seed"}
+    own |= {"regions", "controls", "image_prompts", "seed", "variation_seed"}
     own |= set() if variation_seeds else {"variation_strength"}
     shared = {
         f.name: getattr(request, f.name) for f in fields(request) if f.init and f.name not in own
@@ -30,6 +31,11 @@ def picture_settings(
     if request.controls:
         shared["controls"] = [control.text for control in request.controls]
         shared["control_modes"] = [control.mode for control in request.controls]
+        made = [control.preprocessor_text for control in request.controls]
+        if any(text != NONE for text in made):
+            shared["control_preprocessors"] = made
+    if request.image_prompts:
+        shared["image_prompts"] = [prompt.text for prompt in request.image_prompts]
     if request.image is None:  # with one, its own size is drawn where none is given
         shared = {k: v for k, v in shared.items() if k not in OF_AN_IMAGE}
         shared |= {"height": size[0], "width": size[1]}

@@ -37,7 +37,7 @@ from runtime.denoising.latents import (
 from runtime.denoising.row_loop import finished_rows
 from runtime.denoising.rows import rows_of
 from runtime.diffusers_arguments import CallArguments, OnStepEnd
-from runtime.images.files import SOURCE_KEY, as_floats
+from runtime.images.files import SOURCE_KEY, SPACING_KEY, as_floats
 from runtime.plan import Array, Plan, StepInputs, make_plan
 from runtime.regions import check_backend
 from runtime.request import Request
@@ -87,6 +87,8 @@ class Pipeline(AdaptedModel):
         wildcard_dir: str | Path | None = None,
         embeddings: OneOrMore[str | Path] | None = None,
         controls: Mapping[str, str | Path] | OneOrMore[str | Path] | None = None,
+        ip_adapters: Mapping[str, str | Path] | OneOrMore[str | Path] | None = None,
+        image_encoder: Mapping[str, str | Path] | str | Path | None = None,
         strict: bool = False,
         prediction_type: str | None = None,
         graphs: str | Path | None = None,
@@ -101,8 +103,8 @@ class Pipeline(AdaptedModel):
             and "own" take the model's own, if it has one
         unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
             where no model is named, of a UNet and its text encoders with a vae
-        loras, embeddings, controls, strict: as `set_loras`, `set_embeddings`, `set_controls` take
-            them
+        loras, embeddings, controls, ip_adapters, image_encoder, strict: as `set_loras`,
+            `set_embeddings`, `set_controls`, `set_ip_adapters` take them
         lora_dir: a folder of adapters that prompts may name, as `<lora:name:0.8>`: they are on for
             that call, beside `loras`
         wildcard_dir: a folder of text files whose lines prompts may choose from, as `__name__`
@@ -140,6 +142,8 @@ class Pipeline(AdaptedModel):
             pipeline.set_embeddings(embeddings)
         if controls:
             pipeline.set_controls(controls)
+        if ip_adapters:
+            pipeline.set_ip_adapters(ip_adapters, image_encoder)
         return pipeline
 
     def __call__(
@@ -212,8 +216,7 @@ class Pipeline(AdaptedModel):
         if (backend := self.engines.settings.backend) in ON_GPU:
             check_gpu(request, self.model, backend)
         chosen, notes = request, list[str]()
-        if request.controls:
-            self._controlled.check(request.controls)
+        self._check_steering(request)
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)
         if self._named or chosen.names_files:
@@ -249,16 +252,14 @@ class Pipeline(AdaptedModel):
         Raises GraphError, ModelError or BackendError.
         """
         self.open_engines(plan)
-        state = self._latents.start(plan, latents)
-        return replace(state, hints=self._controlled.hints(plan)) if plan.controls else state
+        return self._steered(self._latents.start(plan, latents), plan)
 
     def open_engines(self, plan: Plan) -> None:
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
         self._latents.open_upscalers(plan)
         for part in parts_of(plan, self.model):
             self.engine(part, plan.variants.get(part))
-        if plan.controls:
-            self._controlled.open(plan)
+        self._open_steering(plan)
 
     def step(self, state: State, inputs: StepInputs) -> State:
         """Call the UNet once; returns the state after it, and leaves the one before as it was.
@@ -297,6 +298,7 @@ class Pipeline(AdaptedModel):
             images = [plan.frame.restore(image, blur) for image in images]
         for image in images:
             image.info[SOURCE_KEY] = plan.source_type
+            image.info[SPACING_KEY] = self.schedule.timestep_spacing
         return images
 
     def _draw(self, plan: Plan, on_step_end: OnStepEnd | None = None) -> HostOrDeviceArray:

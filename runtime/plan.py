@@ -20,8 +20,9 @@ from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.control import Control, StepControl, control_calls
-from runtime.editing import IMAGE_GUIDANCE_SCALE, check_editing, edited_calls
+from runtime.editing import check_editing, edited_calls
 from runtime.framing import frame_of
+from runtime.image_prompt import ImagePrompt, attention_maps, with_image_prompts
 from runtime.images.canvas import BLUR, latent_mask
 from runtime.images.files import SourceType
 from runtime.images.frame import Frame
@@ -39,6 +40,7 @@ __all__ = ["Plan", "StepInputs", "make_plan"]
 
 Array = NDArray[np.float32]
 
+PER_STEP = ("matrices", "outside", "timestep", "input_scale")
 STEPS, GUIDANCE_SCALE = 20, 5.0
 A1111_STEPS = "a1111_align_your_steps"
 STRENGTH, PAINTED_STRENGTH = 0.8, 1.0  # of image-to-image, and of what is painted anew
@@ -66,6 +68,7 @@ class Plan:
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
     controls: what steers the run; control_calls: how much, at each of its calls
+    image_prompts: pictures that are attended to; is_guided: whether calls move away from something
     seamless: the axes along which opposite edges join
     shrunk_calls: how many calls, the first, have lower levels of half the sides
     variants: what parts compute beside what they always do; tables: what that is told, (N, ...)
@@ -98,6 +101,8 @@ class Plan:
     upscaler: str = ""
     controls: Sequence[Control] = ()
     control_calls: Sequence[Sequence[StepControl]] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
+    is_guided: bool = False
     seamless: str | None = None
     shrunk_calls: int = 0
     variants: Mapping[Part, Variant] = field(default_factory=dict)
@@ -106,7 +111,7 @@ class Plan:
     @property
     def step_parts(self) -> list[StepPart]:
         """The parts that make the run's calls of the UNet: the whole, and around deep features."""
-        whole, shallow = STEP_PARTS[bool(self.controls)]
+        whole, shallow = STEP_PARTS[bool(self.controls), bool(self.image_prompts)]
         parts = [whole] if all(self.full_calls) else [whole, shallow]
         return ["step_shrunk", *parts] if self.shrunk_calls else parts
 
@@ -162,6 +167,7 @@ class Plan:
                 noise_scale=noise,
                 controls=steering,
                 is_controlled=bool(self.controls),
+                has_images=bool(self.image_prompts),
                 is_shrunk=at < self.shrunk_calls,
                 variants=self.variants,
             )
@@ -193,10 +199,9 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     wanted, multiple = _filled_in(request, model), model.vae.compression
     if model.is_editing or wanted.image_guidance_scale is not None:
         check_editing(request, model)
-    frame = None
-    if wanted.image is not None:
-        frame = frame_of(wanted, model.sample_size * multiple, multiple)
-    height, width = wanted.size((model.sample_size * multiple,) * 2, multiple)
+    own = model.sample_size * multiple
+    frame = None if wanted.image is None else frame_of(wanted, own, multiple)
+    height, width = wanted.size((own, own), multiple)
     if frame is not None:
         height, width = frame.height, frame.width
 
@@ -223,8 +228,7 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
         )
     areas = (region.prompt for region in wanted.regions)
     unused = encoder.unused_words([*wanted.prompts, *wanted.negative_prompts, *areas])
-    size = first.height, first.width
-    settings = picture_settings(wanted, first.seeds, first.variation_seeds, size)
+    settings = picture_settings(wanted, first.seeds, first.variation_seeds, (height, width))
     first = replace(first, settings=settings, notes=unused)
     if wanted.hires is None:
         return first
@@ -285,12 +289,7 @@ def _run(
     if curve == A1111_STEPS and "time_ids" in encoder.model.unet.extra_inputs:
         curve = f"{A1111_STEPS}_xl"  # Automatic1111 takes the table by the model
     matrices = program(
-        sampler,
-        schedule,
-        int(steps),
-        schedule=curve,
-        strength=strength,
-        eta=request.eta,
+        sampler, schedule, int(steps), schedule=curve, strength=strength, eta=request.eta
     )
     guidance = Guidance.over(
         request.guidance_scale,
@@ -316,16 +315,16 @@ def _run(
         repeats=request.num_images_per_prompt,
     )
     conditioning = encoder.condition(
-        texts,
-        guidance,
-        *size,
-        clip_skip=request.clip_skip,
-        clean_prompt=request.clean_prompt,
+        texts, guidance, *size, clip_skip=request.clip_skip, clean_prompt=request.clean_prompt
     )
+    pictures = [each for each in request.image_prompts if each.over(len(conditioning)).any()]
+    if pictures:
+        places = attention_maps(pictures, encoder.model, frame, size)
+        conditioning = with_image_prompts(conditioning, pictures, len(prompts), places)
+    is_guided = any(len(call["context"]) > len(prompts) for call in conditioning)
     controls = [control for control in request.controls if control.over(len(conditioning)).any()]
     if encoder.model.is_editing:
-        image_scale = request.image_guidance_scale or IMAGE_GUIDANCE_SCALE
-        conditioning = edited_calls(conditioning, image_scale, len(prompts))
+        conditioning = edited_calls(conditioning, request.image_guidance_scale, len(prompts))
     fields: dict[str, Any] = {"program": matrices, "conditioning": conditioning}
     asked = (request.seamless, request.pag_scale, request.apg, request.deep_shrink)
     if any(asked) or matrices.unconditional is not None:
@@ -337,6 +336,8 @@ def _run(
     return Plan(
         controls=controls,
         control_calls=control_calls(controls, groups, seen, residuals) if controls else (),
+        image_prompts=pictures,
+        is_guided=is_guided,
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
         seeds=list(request.seeds),

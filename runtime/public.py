@@ -2,6 +2,7 @@
 
 from runtime.control import Control
 from runtime.denoising.latents import Progress, State
+from runtime.image_prompt import ImagePrompt
 from runtime.images.upscaling import Hires
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan, StepInputs
@@ -13,6 +14,7 @@ __all__ = [
     "Control",
     "DrawnImage",
     "Hires",
+    "ImagePrompt",
     "Pipeline",
     "Plan",
     "Progress",

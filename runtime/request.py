@@ -29,6 +29,7 @@ from runtime.conditioning import alternatives
 from runtime.conditioning.names import MARKS, AdapterTag, take_names
 from runtime.conditioning.syntax import compose_all, escape
 from runtime.control import Control, checked_controls
+from runtime.image_prompt import ImagePrompt, checked_image_prompts
 from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
 from runtime.images.image_noise import check_image_noise
@@ -106,6 +107,7 @@ class Request:
     image_guidance_scale: how closely a model that edits keeps to the image, from 1; None takes 1.5
     image_noise: that the image gets first, "gaussian:VARIANCE" or "salt-pepper:SHARE", 0 to 1
     hires: a second, larger run; controls: pictures that steer, by ControlNets of the pipeline
+    image_prompts: pictures that are attended to beside the text, by IP-Adapters of the pipeline
     regions: areas that have texts of their own; elsewhere the prompt counts
     seamless: "x", "y" or "both": the axes along which copies of the picture join without a seam
     deep_shrink: the first part of the calls, whose lower levels see half the sides, such as 0.35
@@ -156,6 +158,7 @@ class Request:
     hires: Hires | None = None
     regions: Sequence[Region] = ()
     controls: Sequence[Control] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
     seamless: str | None = None
     deep_shrink: float | None = None
     cache_interval: int = 1
@@ -190,6 +193,8 @@ class Request:
             check_regions(self.regions, prompt_syntax=self.prompt_syntax)
         controls = checked_controls(self.controls) if self.controls != () else ()
         object.__setattr__(self, "controls", controls)
+        if self.image_prompts != ():
+            object.__setattr__(self, "image_prompts", checked_image_prompts(self.image_prompts))
         object.__setattr__(self, "prompts", self._prompts())
         object.__setattr__(self, "negative_prompts", self._negative_prompts())
         check_number("variation_strength", self.variation_strength, Real, 0, 1)
@@ -225,8 +230,7 @@ class Request:
 
     def _check_size(self) -> None:
         for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), Integral, 1, MAX_SIDE)
+            check_given(name, getattr(self, name), Integral, 1, MAX_SIDE)
 
     def _check_guidance(self) -> None:
         if self.guidance_scale is not None:

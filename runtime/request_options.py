@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict
 from PIL import Image
 
 from runtime.control import Control
+from runtime.image_prompt import ImagePrompt
 from runtime.images.upscaling import Hires
 from runtime.regions import Region
 
@@ -47,6 +48,7 @@ class RequestOptions(TypedDict, total=False):
     hires: Hires | None
     regions: Sequence[Region] | None
     controls: Sequence[Control] | None
+    image_prompts: Sequence[ImagePrompt] | None
     seamless: str | None
     deep_shrink: float | None
     cache_interval: int | None

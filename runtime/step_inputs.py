@@ -15,13 +15,24 @@ __all__ = ["STEP_PARTS", "StepInputs", "StepPart", "rows_of_calls"]
 
 Array = NDArray[np.float32]
 StepPart = Literal[
-    "step", "step_shallow", "step_controlled", "step_shallow_controlled", "step_shrunk"
+    "step",
+    "step_shallow",
+    "step_controlled",
+    "step_shallow_controlled",
+    "step_ip",
+    "step_shallow_ip",
+    "step_controlled_ip",
+    "step_shallow_controlled_ip",
+    "step_shrunk",
 ]
-# The parts that make calls of the UNet, whole and shallow, by whether a run is controlled.
-STEP_PARTS: tuple[tuple[StepPart, StepPart], ...] = (
-    ("step", "step_shallow"),
-    ("step_controlled", "step_shallow_controlled"),
-)
+# The parts that make calls of the UNet, whole and shallow, by whether a run is controlled and has
+# image prompts.
+STEP_PARTS: Mapping[tuple[bool, bool], tuple[StepPart, StepPart]] = {
+    (False, False): ("step", "step_shallow"),
+    (True, False): ("step_controlled", "step_shallow_controlled"),
+    (False, True): ("step_ip", "step_shallow_ip"),
+    (True, True): ("step_controlled_ip", "step_shallow_controlled_ip"),
+}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)  # frozen, one a call would take twice as long
@@ -36,7 +47,7 @@ class StepInputs:
     is_full: whether the UNet runs whole, or around the deep features of a call before
     signal_scale, noise_scale: alpha and sigma of the latents that go in
     controls: what steers this call; is_controlled: whether any call of the run is steered, so that
-        all have one graph
+        all have one graph; has_images: whether the run has image prompts, likewise
     is_shrunk: whether the UNet's lower levels see half the sides, where it runs whole
     variants: what parts compute beside what they always do
     """
@@ -48,13 +59,14 @@ class StepInputs:
     noise_scale: float
     controls: Sequence[StepControl] = ()
     is_controlled: bool = False
+    has_images: bool = False
     is_shrunk: bool = False
     variants: Mapping[Part, Variant] = field(default_factory=dict)
 
     @property
     def part(self) -> StepPart:
         """The part whose engine is called."""
-        whole, shallow = STEP_PARTS[self.is_controlled]
+        whole, shallow = STEP_PARTS[self.is_controlled, self.has_images]
         if self.is_shrunk:
             whole = "step_shrunk"
         return whole if self.is_full else shallow

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from engine.errors import RequestError
 from engine.graphs.graph import Part
 from engine.graphs.guidance import has_attention_to_perturb
+from engine.graphs.steering import IP_BY_GROUPS
 from engine.graphs.variants import Variant
 from engine.model import Model
 from runtime.conditioning.guidance import Guidance
@@ -27,16 +28,16 @@ from runtime.request import Request
 from runtime.samplers import Program, is_cfg_pp
 from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
+from runtime.step_inputs import STEP_PARTS
 
 __all__ = ["check_gpu", "fields_of_plan", "with_kept_image"]
 
 Array = NDArray[np.float32]
 Conditioning = Mapping[str, Array]
-STEPS: tuple[Part, ...] = ("step", "step_controlled", "step_shrunk")
-SHALLOW_STEPS: tuple[Part, ...] = ("step_shallow", "step_shallow_controlled")
+WHOLE, SHALLOW = zip(*STEP_PARTS.values(), strict=True)
 AUTOENCODERS: tuple[Part, ...] = ("vae_decoder", "vae_encoder")
 # What perturbed groups have of the prompts.
-BY_TEXT = ("context", "text_embeds", "time_ids", "shown")
+BY_TEXT = ("context", "text_embeds", "time_ids", "shown", *IP_BY_GROUPS)
 NO_THRESHOLD = float(np.finfo(np.float32).max)
 
 
@@ -72,8 +73,8 @@ def fields_of_plan(
     whole = replace(shallow, perturbed=bool(request.pag_scale))
     joined = Variant(seamless=request.seamless or "")
     variants = {
-        **dict.fromkeys(STEPS, whole),
-        **dict.fromkeys(SHALLOW_STEPS, shallow),
+        **dict.fromkeys((*WHOLE, "step_shrunk"), whole),
+        **dict.fromkeys(SHALLOW, shallow),
         **dict.fromkeys(AUTOENCODERS, joined),
     }
     return {
@@ -117,7 +118,7 @@ def _check(request: Request, model: Model, program: Program) -> None:
             "seamless and controls came together, and ControlNets see no edges joined; leave one "
             "of them out"
         )
-    for name in ("controls", "seamless", "hires"):
+    for name in ("controls", "image_prompts", "seamless", "hires"):
         if request.deep_shrink and getattr(request, name):
             raise RequestError(f"deep_shrink and {name} came together; leave one of them out")
     if request.deep_shrink and len(model.unet.block_out_channels) == 1:

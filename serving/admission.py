@@ -34,7 +34,11 @@ class Admission:
     @property
     def seconds(self) -> float:
         """How long the unfinished work takes, 0 while the rate is not known."""
-        return self.work / self.rate if self.rate else 0.0
+        return self.seconds_of(self.work)
+
+    def seconds_of(self, work: float) -> float:
+        """Return how long work takes, 0 while the rate is not known."""
+        return work / self.rate if self.rate else 0.0
 
     def admit(self, work: float, caller: str = "", deadline_seconds: float | None = None) -> None:
         """Take a caller's work on.
@@ -47,8 +51,8 @@ class Admission:
                     f"deadline_s is {deadline_seconds}; give a number of seconds",
                     param="deadline_s",
                 )
-            own = work / self.rate if self.rate else 0.0
-            if deadline_seconds <= 0 or self.seconds + own > deadline_seconds:
+            waited = self.seconds + self.seconds_of(work)
+            if deadline_seconds <= 0 or waited > deadline_seconds:
                 raise BadRequestError(
                     f"the deadline is in {max(deadline_seconds, 0):g} s, and {self.seconds:.1f} s "
                     "of work wait; give a later one",

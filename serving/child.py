@@ -72,6 +72,7 @@ def runner(settings: EngineSettings) -> Models:
     return Models(
         models=settings.models,
         loras={name: Path(path) for name, path in settings.loras.items()},
+        controls={name: Path(path) for name, path in settings.controls.items()},
         load=load,
         wildcards=None if folder is None else Wildcards(Path(folder)),
         limits=settings.limits,

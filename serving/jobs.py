@@ -32,6 +32,7 @@ from serving.picture_request import PictureRequest
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 OVER = frozenset(("done", "failed", "cancelled"))
+NEWEST_ONLY = frozenset(("queued", "preview"))  # events of which an older one says nothing more
 EVENTS_KEPT = 64  # of a job, for whoever reads slowly or comes back
 FETCH_SECONDS = 10.0  # that a server that ends waits for a finished picture to be fetched
 ID_BYTES = 16
@@ -70,6 +71,8 @@ class Job:
 
     caller: the name of the key that it came with; api: by which it came
     error: why there are no pictures
+    position: how many requests were to be finished before it when that was last told; eta: in about
+        how many seconds it is finished, 0 while the rate is not known
     """
 
     id: str
@@ -82,6 +85,8 @@ class Job:
     pictures: list[DrawnPicture] = field(default_factory=list)
     error: RefusalError | None = None
     undone: float = 0.0
+    position: int = -1
+    eta: float = 0.0
     ended: float | None = None
     first_step: float | None = None
     events: deque[JobEvent] = field(default_factory=lambda: deque(maxlen=EVENTS_KEPT))
@@ -90,12 +95,12 @@ class Job:
     _numbers: int = 0
 
     def tell(self, name: str, blob: bytes = b"", **data: Any) -> None:
-        """Keep an event and wake whoever listens; a newer preview takes an older one's place."""
+        """Keep an event and wake whoever listens; a newer preview or place replaces an older."""
         self._numbers += 1
-        if name == "preview":
-            for old in [event for event in self.events if event.name == "preview" and event.blob]:
-                if old.data["index"] == data["index"]:
-                    self.events.remove(old)
+        if name in NEWEST_ONLY:
+            index = data.get("index")
+            for old in [e for e in self.events if e.name == name and e.data.get("index") == index]:
+                self.events.remove(old)
         self.events.append(JobEvent(number=self._numbers, name=name, data=data, blob=blob))
         self.changed.set()
         self.changed = asyncio.Event()
@@ -177,7 +182,7 @@ class Jobs:
             pictures=[DrawnPicture() for _ in range(picture_request.count)],
         )
         self._jobs[job.id] = job
-        job.tell("queued", position=self.admission.jobs - 1, eta_s=round(self.admission.seconds, 2))
+        self._tell_places()
         if deadline_seconds is not None:
             loop = asyncio.get_running_loop()
             job.deadline = loop.call_later(deadline_seconds, self._expire, job)
@@ -284,12 +289,9 @@ class Jobs:
             job = self._jobs.get(job_id)
             if job is None or job.is_over:
                 continue
-            picture, share = (
-                job.pictures[index],
-                job.picture_request.work / job.picture_request.count / total,
-            )
+            picture, work = job.pictures[index], job.picture_request.work
             picture.calls = calls
-            share = min(share, job.undone)
+            share = min(work / job.picture_request.count / total, job.undone)
             job.undone -= share
             done += share
             if job.first_step is None:
@@ -299,6 +301,15 @@ class Jobs:
         self._metrics.turn(len(event.data["rows"]), event.data["limit"], event.data["seconds"])
         if done:
             self.admission.turned(done, event.data["elapsed"])
+
+    def _tell_places(self) -> None:
+        """Tell those that wait how many come before them, where that has changed."""
+        work = 0.0
+        for position, job in enumerate(self.unfinished()):
+            work += job.undone
+            if job.state == "queued" and job.position != position:
+                job.position, job.eta = position, round(self.admission.seconds_of(work), 2)
+                job.tell("queued", position=position, eta_s=job.eta)
 
     def _expire(self, job: Job) -> None:
         if not job.is_over:
@@ -315,6 +326,7 @@ class Jobs:
             job.pictures = [DrawnPicture(calls=p.calls, total=p.total) for p in job.pictures]
         self.admission.left(job.undone, job.caller)
         job.undone = 0.0
+        self._tell_places()
         if error is None:
             job.tell(state)
         else:

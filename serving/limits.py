@@ -15,7 +15,7 @@ class Limits:
     pictures: n; steps, side, pixels: of what is drawn, in each run
     prompt_characters, chunks: of a request's texts; a chunk is 77 tokens of the text encoder, and
         every version of a prompt that changes has its own
-    parts: that AND joins; loras: of a request
+    parts: that AND joins, and regions with theirs; loras, controls: of a request
     work: of a request, in steps of one guided picture of 512 by 512 pixels: each bound alone would
         let their product through
     jobs, queue_seconds: of all that is unfinished; more is refused with Retry-After
@@ -36,6 +36,7 @@ class Limits:
     chunks: int = 64
     parts: int = 4
     loras: int = 8
+    controls: int = 4
     work: float = 10_000.0
     jobs: int = 64
     queue_seconds: float = 120.0

@@ -17,6 +17,14 @@ def misfit(model: str, loras: Sequence[str]) -> RequestError:
     )
 
 
+def control_misfit(model: str, nets: Sequence[str]) -> RequestError:
+    """Return the error for controls of a request whose nets were made for another family."""
+    return RequestError(
+        f"controls: {' or '.join(nets)} does not fit the model {model}; leave it out, or take a "
+        "model of the family that it was trained for"
+    )
+
+
 def unavailable(name: str, why: str) -> UnavailableError:
     """Return the error for a model, or an adapter's file, that the operator must look after."""
     return UnavailableError(

@@ -4,6 +4,7 @@ import math
 
 from engine.backends.memory_estimate import ITEM_BYTES, Sizes
 from engine.backends.settings import ON_GPU, graph_precision
+from engine.configs.base import Config
 from runtime.denoising.rows import Row
 from runtime.pipeline import Pipeline
 from serving.memory import free_bytes
@@ -16,8 +17,9 @@ LIBRARYS_OWN = 1.8  # times the estimate, as `engine.backends.memory_estimate` h
 
 
 def weight_bytes(pipeline: Pipeline) -> int:
-    """Count what a pipeline's weights take when all of its parts are open."""
-    configs = pipeline.model.configs.values()
+    """Count what a pipeline's weights take when all of its parts are open, ControlNets included."""
+    nets = pipeline.control_nets
+    configs = [*pipeline.model.configs.values(), *map(nets.config, nets.names)]
     numbers = sum(math.prod(s) for config in configs for s in config.tensor_shapes().values())
     return _item_bytes(pipeline) * numbers
 
@@ -29,15 +31,21 @@ def fitting_rows(pipeline: Pipeline, row: Row) -> int:
 
 
 def _row_bytes(pipeline: Pipeline, row: Row) -> float:
-    model, groups = pipeline.model, len(row.inputs()["guidance"])
-    height, width = (model.vae.compression * side for side in row.latents.shape[2:])
-    one, two = (
-        model.config(row.part).activations(
-            row.part, Sizes(height=height, width=width, groups=groups, batch=rows)
+    """Estimate what a row more takes in the part of its next call that needs most."""
+    nets = {control.net for control in row.controls}
+    parts: list[tuple[str, Config]] = [(row.part, pipeline.model.config(row.part))]
+    parts += [("control", pipeline.control_nets.config(net)) for net in nets]
+    groups = len(row.inputs()["guidance"])
+    height, width = (pipeline.model.vae.compression * side for side in row.latents.shape[2:])
+
+    def more(part: str, config: Config) -> int:
+        one, two = (
+            config.activations(part, Sizes(height=height, width=width, groups=groups, batch=rows))
+            for rows in (1, 2)
         )
-        for rows in (1, 2)
-    )
-    return LIBRARYS_OWN * _item_bytes(pipeline) * (two - one)
+        return two - one
+
+    return LIBRARYS_OWN * _item_bytes(pipeline) * max(more(*each) for each in parts)
 
 
 def _item_bytes(pipeline: Pipeline) -> int:

@@ -2,10 +2,10 @@
 
 A model with a set of adapters is a pipeline of its own: their weights are bound to engines, so no
 two sets share a call. Small parts are opened again for each; large ones read their weights where
-the file is mapped, whatever number of pipelines read them.
+the file is mapped, whatever number of pipelines read them. A ControlNet is put beside a pipeline
+when a request first names it, and changes none of its weights.
 """
 
-import io
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -15,14 +15,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
 
-import numpy as np
-
 from engine.adapters.choice import AdapterChoice
-from engine.backends.settings import DEFAULT
-from engine.errors import ModelError
+from engine.errors import GraphError, ModelError
 from runtime.conditioning.wildcards import Wildcards
-from runtime.denoising.rows import Row, rows_of
-from runtime.images.files import encode_image, program_version
+from runtime.denoising.rows import rows_of
 from runtime.images.previews import Preview, probe
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
@@ -30,77 +26,17 @@ from runtime.request import Request
 from runtime.templates import expand_request, with_templates
 from serving.checks import check_chunks
 from serving.limits import Limits
-from serving.model_errors import misfit, not_finite, unavailable
+from serving.model_errors import control_misfit, misfit, unavailable
 from serving.model_files import Files, is_same, is_written_over
-from serving.model_memory import fitting_rows, weight_bytes
+from serving.model_memory import weight_bytes
 from serving.picture_request import PictureRequest
+from serving.unfinished_picture import PreviewMap, RowPicture, UnfinishedPicture
 
 log = logging.getLogger("latentrt.serving")
 
-PREVIEW_QUALITY = 80
 Lora = tuple[str, float] | tuple[str, float, float]
 """An adapter's name with its weight, or with those of the UNet and of the text encoders."""
-PreviewMap = Callable[[], Preview]
-"""Fits how previews are drawn, at the first call: that decodes, which a start does not wait for."""
 TEXTS_SHARE = 0.02  # of the weights that embeddings of former prompts may take
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedPicture:
-    """A finished picture: its file, and what makes it again."""
-
-    data: bytes
-    settings: Mapping[str, Any]
-
-
-class UnfinishedPicture(Protocol):
-    """A picture on its way, as the engine's loop sees it."""
-
-    @property
-    def bucket(self) -> Hashable:
-        """Those with an equal one may be stepped together."""
-        ...
-
-    @property
-    def form(self) -> str:
-        """What its next call has in common with others of as many rows, in every process."""
-        ...
-
-    def fitting_rows(self) -> int:
-        """Return how many rows of its next call's form fit into the memory that is free."""
-        ...
-
-    @property
-    def calls(self) -> int:
-        """How many steps were made, all runs together."""
-        ...
-
-    @property
-    def total(self) -> int:
-        """How many there are."""
-        ...
-
-    @property
-    def run_is_over(self) -> bool:
-        """Whether another run must be entered, or the picture is done."""
-        ...
-
-    @property
-    def is_done(self) -> bool:
-        """Whether no step is left."""
-        ...
-
-    def enter(self) -> None:
-        """Begin the next run; takes longer than a step."""
-        ...
-
-    def preview(self) -> Callable[[], bytes]:
-        """Return what draws a JPEG of what the picture is about to become, on any thread."""
-        ...
-
-    def finish(self) -> FinishedPicture:
-        """Decode the finished picture and make its file."""
-        ...
 
 
 class ModelRunner(Protocol):
@@ -115,99 +51,11 @@ class ModelRunner(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class RowPicture:
-    """A row of a pipeline."""
-
-    row: Row
-    pipeline: Pipeline
-    preview_map: PreviewMap
-    picture_request: PictureRequest
-    exact: bool
-
-    @property
-    def bucket(self) -> Hashable:
-        """As `UnfinishedPicture` says; a row that neighbours would change has one of its own."""
-        alone = (
-            id(self)
-            if self.picture_request.exact or (self.exact and self.row.is_sensitive)
-            else None
-        )
-        return id(self.pipeline), self.row.bucket, alone
-
-    @property
-    def form(self) -> str:
-        """As `UnfinishedPicture` says; adapters change no time."""
-        return f"{self.picture_request.model} {self.row.bucket}"
-
-    def fitting_rows(self) -> int:
-        """As `UnfinishedPicture` says."""
-        return fitting_rows(self.pipeline, self.row)
-
-    @property
-    def calls(self) -> int:
-        """As `UnfinishedPicture` says."""
-        return self.row.calls
-
-    @property
-    def total(self) -> int:
-        """As `UnfinishedPicture` says."""
-        return self.row.total
-
-    @property
-    def run_is_over(self) -> bool:
-        """As `UnfinishedPicture` says."""
-        return self.row.run_is_over
-
-    @property
-    def is_done(self) -> bool:
-        """As `UnfinishedPicture` says."""
-        return self.row.is_done
-
-    def enter(self) -> None:
-        """As `UnfinishedPicture` says."""
-        self.row.enter(self.pipeline.start)
-
-    def preview(self) -> Callable[[], bytes]:
-        """As `UnfinishedPicture` says; by a linear map, fitted when it is first asked for."""
-        denoised = self.row.denoised(self.pipeline.schedule)
-
-        def draw() -> bytes:
-            (image,) = self.preview_map().draw(denoised(), self.pipeline.model.vae.compression)
-            file = io.BytesIO()
-            image.save(file, format="JPEG", quality=PREVIEW_QUALITY)
-            return file.getvalue()
-
-        return draw
-
-    def finish(self) -> FinishedPicture:
-        """As `UnfinishedPicture` says. Raises EngineFailedError for latents that are no numbers."""
-        latents = self.row.latents
-        if not np.isfinite(latents).all():
-            raise not_finite(self.picture_request.model)
-        plan = self.row.plan
-        (image,) = self.pipeline.finish(plan, self.pipeline.decode(latents, plan))
-        chosen = self.pipeline.engines
-        settings = {
-            **plan.settings[0],
-            "model": self.picture_request.model,
-            "loras": [f"{name}:{weight:g}" for name, weight in self.picture_request.loras],
-            "backend": chosen.settings.backend or DEFAULT,
-            "precision": chosen.precision,
-            "latentrt": program_version(),
-        }
-        told = {**settings, "notes": list(plan.notes)} if plan.notes else settings
-        data = encode_image(
-            image, self.picture_request.format, settings, quality=self.picture_request.quality
-        )
-        return FinishedPicture(data=data, settings=told)
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Models:
     """The operator's models and adapters by name, loaded when they are first asked for.
 
-    models, loras: files and folders by the names that requests know them by
+    models, loras, controls: files and folders by the names that requests know them by
     load: makes a pipeline of a model's name or path
     wildcards: what prompts choose from
     files: of models and adapters as the server began, by their paths
@@ -219,6 +67,7 @@ class Models:
     loras: Mapping[str, Path]
     load: Callable[[str | Path], Pipeline]
     limits: Limits
+    controls: Mapping[str, Path] = field(default_factory=dict)
     wildcards: Wildcards | None = None
     files: Mapping[str, Files] = field(default_factory=dict)
     budget: int | None = None
@@ -239,7 +88,8 @@ class Models:
         if request.is_template:
             request, notes = expand_request(request, self.wildcards)
         loras = [*picture_request.loras, *self._named(picture_request, request)]
-        pipeline, preview_map = self._pipeline(picture_request.model, loras)
+        nets = tuple(dict.fromkeys(control.net for control in picture_request.controls))
+        pipeline, preview_map = self._pipeline(picture_request.model, loras, nets)
         check_chunks(pipeline, request, self.limits.chunks)
         if picture_request.preview_every:
             preview_map()  # here, or the first previews would wait and be passed over by later ones
@@ -277,11 +127,16 @@ class Models:
             if name is not None and name.lower() not in given
         ]
 
-    def _pipeline(self, model: str, loras: Sequence[Lora]) -> tuple[Pipeline, PreviewMap]:
-        """Return a model with its adapters, loading it if it is not."""
+    def _pipeline(
+        self, model: str, loras: Sequence[Lora], nets: Sequence[str]
+    ) -> tuple[Pipeline, PreviewMap]:
+        """Return a model with its adapters, and these ControlNets beside it; loads what is not."""
         key = (model, tuple(loras))
         with self._lock:
-            self._check_files(model, loras, is_open=key in self._open)
+            self._check_files(model, loras, nets, is_open=key in self._open)
+            if key in self._open:
+                self._open.move_to_end(key)
+                self._put_beside(key, nets)
             if key not in self._open:
                 pipeline = self.load(self.models[model])
                 self._make_room(weight_bytes(pipeline))
@@ -289,25 +144,52 @@ class Models:
                 texts = pipeline.encoder.cache
                 texts.limit = min(texts.limit, int(TEXTS_SHARE * weight_bytes(pipeline)))
                 self._open[key] = pipeline, _preview_map(pipeline)
-            self._open.move_to_end(key)
+                self._put_beside(key, nets)
             return self._open[key]
 
-    def _check_files(self, model: str, loras: Sequence[Lora], *, is_open: bool) -> None:
+    def _put_beside(self, key: tuple[str, tuple[Lora, ...]], nets: Sequence[str]) -> None:
+        """Put ControlNets beside an open model, which is let go of where all take too much.
+
+        Pictures on their way keep those that they have. Raises RequestError for one of another
+        family.
+        """
+        pipeline, _ = self._open[key]
+        before = pipeline.control_nets.names
+        added = [net for net in nets if net not in before]
+        if not added:
+            return
+        known = {name: pipeline.control_nets.path(name) for name in before}
+        try:
+            pipeline.set_controls({**known, **{net: self.controls[net] for net in added}})
+        except ModelError as error:
+            raise control_misfit(key[0], added) from error
+        self._make_room(0, key)
+        if before and self.budget is not None and self._held > self.budget:
+            del self._open[key]  # to be opened with these alone
+
+    def _check_files(
+        self, model: str, loras: Sequence[Lora], nets: Sequence[str], *, is_open: bool
+    ) -> None:
         """Refuse files that are others than the server began with. Raises UnavailableError."""
         paths = {model: Path(self.models[model])}
         paths |= {name: self.loras[name] for name, *_ in loras}
+        paths |= {name: self.controls[name] for name in nets}
         for name, path in paths.items():
             before = self.files.get(str(path), {})
             if is_written_over(path, before) if is_open else not is_same(path, before):
                 raise unavailable(name, "is another file now than the server began with")
 
-    def _make_room(self, needed: int) -> None:
-        """Let go of the models that were asked for longest ago, before another is opened."""
-        while self.budget is not None and self._open:
-            held = sum(weight_bytes(pipeline) for pipeline, _ in self._open.values())
-            if held + needed <= self.budget:
+    @property
+    def _held(self) -> int:
+        return sum(weight_bytes(pipeline) for pipeline, _ in self._open.values())
+
+    def _make_room(self, needed: int, kept: Hashable = None) -> None:
+        """Let go of the models that were asked for longest ago, but not of the one that is kept."""
+        while self.budget is not None and self._held + needed > self.budget:
+            oldest = next((key for key in self._open if key != kept), None)
+            if oldest is None:
                 return
-            self._open.popitem(last=False)
+            del self._open[oldest]
 
     def _put_on(self, pipeline: Pipeline, model: str, loras: Sequence[Lora]) -> None:
         """Put a request's adapters on. Raises RequestError where one does not fit."""
@@ -329,6 +211,14 @@ class Models:
         try:
             plan = pipeline.plan(request)
             pipeline.open_engines(plan)
+        except GraphError as error:
+            if not request.controls:
+                raise
+            log.exception("a ControlNet cannot be drawn with")
+            nets = " and ".join(dict.fromkeys(control.net for control in request.controls))
+            raise unavailable(
+                nets, f"cannot steer the model {model}: a graph is missing"
+            ) from error
         except ModelError as error:
             with self._lock:
                 self._open.pop((model, tuple(loras)), None)

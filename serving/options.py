@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine.backends.settings import ON_GPU
@@ -23,6 +23,7 @@ from serving.row_limits import ROWS, parse_rows
 
 HOST, PORT = "127.0.0.1", 7860
 ADAPTERS = ".safetensors"
+CONTROL_NETS = (ADAPTERS, ".pth", ".pt", ".ckpt", ".bin")
 ON_CARDS = tuple(name for name in ON_GPU if name != "webgpu")  # which chooses by itself
 MOST_CARDS = 64
 
@@ -63,6 +64,21 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FOLDER",
         help=f"whose {ADAPTERS} files requests may name, without that ending",
+    )
+    group.add_argument(
+        "--control",
+        dest="controls",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a ControlNet's file or folder and the name that requests know it by; may be given "
+        "several times",
+    )
+    group.add_argument(
+        "--control-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="of ControlNets, files and folders, which requests may name without their endings",
     )
     group.add_argument(
         "--wildcard-dir",
@@ -163,10 +179,17 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         raise RequestError(f"--max-queue-seconds is {options.max_queue_seconds}; give more than 0")
     models = find_models(options.models or ["pictogram"])
     loras = {} if options.lora_dir is None else find_adapters(options.lora_dir)
-    paths = [*models.values(), *loras.values()]
+    controls = find_controls(options.controls, options.control_dir)
+    if controls and options.backend in ON_GPU:
+        raise RequestError(
+            f"the backend {options.backend} runs no ControlNets yet; choose --backend cpu or "
+            "openvino, or leave --control and --control-dir out"
+        )
+    paths = [*models.values(), *loras.values(), *controls.values()]
     return EngineSettings(
         models=models,
         loras=loras,
+        controls=controls,
         files={path: list_files(Path(path)) for path in paths if path not in shipped_models()},
         backend=options.backend,
         device=options.device,
@@ -239,16 +262,50 @@ def find_adapters(folder: Path) -> dict[str, str]:
 
     What a link leads to outside of the folder is left out. Raises RequestError.
     """
+    return {
+        path.stem: str(path.resolve())
+        for path in _listed("--lora-dir", folder)
+        if path.suffix.lower() == ADAPTERS
+    }
+
+
+def find_controls(given: Sequence[str], folder: Path | None) -> dict[str, str]:
+    """Return ControlNets' paths by their names, those of `--control` before a folder's.
+
+    Raises RequestError.
+    """
+    controls: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise RequestError(
+                f"--control {text} has no name; write NAME={text}, by which requests will know it"
+            )
+        check_names([name])
+        if name in controls:
+            raise RequestError(f"two ControlNets are called {name}; give one another name")
+        if not Path(path).exists():
+            raise RequestError(f"--control {text}: {path} does not exist; give a file or a folder")
+        controls[name] = str(Path(path).resolve())
+    for found in [] if folder is None else _listed("--control-dir", folder):
+        if (found / "config.json").is_file() or found.suffix.lower() in CONTROL_NETS:
+            name = found.stem if found.is_file() else found.name
+            controls.setdefault(name, str(found.resolve()))
+    return controls
+
+
+def _listed(option: str, folder: Path) -> Iterator[Path]:
+    """Yield what a folder holds that requests can name; says what is left out.
+
+    What a link leads to outside of the folder is left out. Raises RequestError.
+    """
     if not folder.is_dir():
-        raise RequestError(f"--lora-dir {folder} is no folder")
-    found: dict[str, str] = {}
+        raise RequestError(f"{option} {folder} is no folder")
     inside = folder.resolve()
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() != ADAPTERS:
-            continue
-        if not NAME.fullmatch(path.stem) or path.resolve().parent != inside:
-            why = "it lies elsewhere" if NAME.fullmatch(path.stem) else "requests cannot name it"
+        name = path.stem if path.is_file() else path.name
+        if NAME.fullmatch(name) and path.resolve().parent == inside:
+            yield path
+        elif path.suffix.lower() in CONTROL_NETS:
+            why = "it lies elsewhere" if NAME.fullmatch(name) else "requests cannot name it"
             print(f"note: {path} is left out ({why})", file=sys.stderr)
-            continue
-        found[path.stem] = str(path.resolve())
-    return found

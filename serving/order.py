@@ -8,7 +8,7 @@ from serving.events import Event, Kind
 from serving.picture_request import PictureRequest
 
 if TYPE_CHECKING:  # the process that speaks HTTP draws nothing
-    from serving.model_runner import UnfinishedPicture
+    from serving.unfinished_picture import UnfinishedPicture
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

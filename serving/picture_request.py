@@ -11,15 +11,18 @@ from PIL import Image
 
 from engine.errors import RequestError
 from runtime.checks import check_choice
+from runtime.conditioning.syntax import compose
 from runtime.images.upscaling import UPSCALERS, Hires
 from runtime.request import Request
 from serving.errors import BadRequestError, TooLargeError
 from serving.limits import Limits
 from serving.masking import fill_masked, invert_mask
+from serving.steering import ControlRequest, RegionRequest, packed, pictures_of, unpacked
 from serving.uploads import decode, size_of, transparency_as_mask
 
 PIXELS = 512 * 512  # of the picture whose step is one unit of work
 GROUPS = 2
+CONTROL_SHARE = 0.4  # of a step that a ControlNet takes beside it, a UNet's way down and middle
 # Control characters, which a picture's file could not keep as text, and halves of characters.
 NO_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 DEFAULT_STEPS = 20  # for an estimate, where neither request nor model says
@@ -36,6 +39,7 @@ class PictureRequest:
     mask_inverted: whether the mask is black where the image is painted anew
     fill_masked: whether the run starts from blurred surroundings under the mask
     model: a name of the operator's; loras: names with weights
+    controls, regions: what steers it, and areas with texts of their own
     exact: whether every step is computed alone
     preview_every: steps between previews, 0 for none
     format: "PNG", "JPEG" or "WEBP"; quality: 1 to 100, of the latter two
@@ -49,6 +53,8 @@ class PictureRequest:
     mask_inverted: bool = False
     fill_masked: bool = False
     loras: Sequence[tuple[str, float]] = ()
+    controls: Sequence[ControlRequest] = ()
+    regions: Sequence[RegionRequest] = ()
     exact: bool = False
     preview_every: int = 0
     format: str = "PNG"
@@ -68,7 +74,17 @@ class PictureRequest:
             mask = invert_mask(mask)
         if image is not None and mask is not None and self.fill_masked:
             image = fill_masked(image, mask)
-        return _request(self.fields, image, mask)
+        return self._made(image, mask, decoded=True)
+
+    def _made(
+        self, image: Image.Image | None, mask: Image.Image | None, *, decoded: bool
+    ) -> Request:
+        fields = {
+            **self.fields,
+            "controls": [control.control(decoded=decoded) for control in self.controls],
+            "regions": [region.region(decoded=decoded) for region in self.regions],
+        }
+        return _request(fields, image, mask)
 
     def checked(self, limits: Limits) -> Self:
         """Return the request with its seeds drawn.
@@ -81,8 +97,12 @@ class PictureRequest:
             for name, data in (("image", self.image), ("mask", self.mask))
             if data is not None
         }
+        _most("controls", len(self.controls), limits.controls, "pictures that steer")
+        _most("regions", len(self.regions), limits.parts, "regions")
+        for name, data in pictures_of(self.controls, self.regions):
+            size_of(name, data, limits.upload_pixels)
         stand_in = Image.new("1", (8, 8)) if self.image is not None else None
-        request = _request(self.fields, stand_in, stand_in if self.mask else None)
+        request = self._made(stand_in, stand_in if self.mask else None, decoded=False)
         seeds: dict[str, Any] = {"seed": request.draw_seeds()}
         if request.variation_strength:
             seeds["variation_seed"] = request.draw_variation_seeds()
@@ -109,10 +129,12 @@ class PictureRequest:
             sides = list(size_of("image", self.image, 2**62))
         pixels = float(sides[0] or 512) * float(sides[1] or 512)
         steps = float(given.get("num_inference_steps") or DEFAULT_STEPS)
-        parts = str(given.get("prompt", "")).count("AND") + 1
+        texts = [given.get("prompt", ""), *(region.prompt for region in self.regions)]
+        parts = sum(str(text).count("AND") + 1 for text in texts)
         perturbed = parts if given.get("pag_scale") else 0
         groups = 1 + parts + perturbed + (given.get("negative_scale") is not None)
         work = steps * pixels / PIXELS * groups / GROUPS
+        work *= 1 + CONTROL_SHARE * len(self.controls)
         if hires := given.get("hires"):
             again = float(hires.get("num_inference_steps") or steps) * hires.get("strength", 0.6)
             work *= 1 + again / steps * float(hires.get("scale", 2.0)) ** 2
@@ -120,17 +142,20 @@ class PictureRequest:
 
     def packed(self) -> tuple[bytes, list[bytes]]:
         """Return all but the pictures as JSON, and the pictures, empty for none."""
+        steering, pictures = packed(self.controls, self.regions)
         head = {each.name: getattr(self, each.name) for each in fields(self)}
-        head |= {"image": None, "mask": None}
-        return json.dumps(head).encode(), [self.image or b"", self.mask or b""]
+        head |= {"image": None, "mask": None, **steering}
+        return json.dumps(head).encode(), [self.image or b"", self.mask or b"", *pictures]
 
     @classmethod
     def unpacked(cls, head: bytes, pictures: Sequence[bytes]) -> Self:
         """Return the request that was packed."""
         given = json.loads(head)
-        image, mask = (data or None for data in pictures)
+        image, mask = (data or None for data in pictures[:2])
+        controls, regions = unpacked(given, pictures[2:])
         loras = tuple((name, weight) for name, weight in given.pop("loras"))
-        return cls(**{**given, "loras": loras, "image": image, "mask": mask})
+        given |= {"loras": loras, "controls": controls, "regions": regions}
+        return cls(**{**given, "image": image, "mask": mask})
 
 
 def _request(
@@ -156,11 +181,7 @@ def _check(
     if not isinstance(request.prompt, str) or not isinstance(request.negative_prompt, str):
         raise BadRequestError("prompt and negative_prompt are one text each here", param="prompt")
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        _most(name, len(text), limits.prompt_characters, "characters")
-        if unwritable := NO_TEXT.search(text):
-            raise BadRequestError(
-                f"{name} holds the character {unwritable[0]!a}, which no file can hold", param=name
-            )
+        _check_text(name, text, limits)
     hires = request.hires
     steps = {"num_inference_steps": request.num_inference_steps}
     if hires is not None:
@@ -176,9 +197,21 @@ def _check(
     _most("size", height * width, limits.pixels, "pixels, height times width")
     try:
         parts, _ = request.composed()
+        areas = [piece for region in request.regions for piece in compose(region.prompt)]
     except RequestError as error:
         raise BadRequestError(str(error), param="prompt") from None
     _most("prompt", len(parts), limits.parts, "parts joined with AND")
+    _most("regions", len(areas), limits.parts, "texts and parts joined with AND")
+    for region in request.regions:
+        _check_text("regions", region.prompt, limits)
+
+
+def _check_text(name: str, text: str, limits: Limits) -> None:
+    _most(name, len(text), limits.prompt_characters, "characters")
+    if unwritable := NO_TEXT.search(text):
+        raise BadRequestError(
+            f"{name} holds the character {unwritable[0]!a}, which no file can hold", param=name
+        )
 
 
 def _sides(request: Request, sent: tuple[int, int] | None) -> tuple[float, float]:

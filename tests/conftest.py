@@ -2,12 +2,14 @@
 
 What a processor runs fastest is not chosen by the tests' machine: it is ONNX Runtime's float32
 wherever a test does not say. Files whose imports reach a library of `tests/support/oracles.py` are
-marked `oracle`, and are left out where that library is not installed.
+marked `oracle`, and are left out where that library is not installed; a test that reaches one only
+while it runs is skipped there.
 """
 
 import gc
 import os
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are loaded; of tests' processes too
 
 from engine import engines
-from tests.support.oracles import missing, oracles
+from tests.support.oracles import missing, missing_for, oracles
 
 engines.capabilities = frozenset
 
@@ -58,6 +60,26 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         count[name] = count.get(name, 0) + 1
     unasked = "not oracle" in config.option.markexpr and oracles(collection_path)
     return True if absent or unasked else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, Any, Any]:
+    return (yield from _skipped_without_its_oracle())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    return (yield from _skipped_without_its_oracle())
+
+
+def _skipped_without_its_oracle() -> Generator[None, Any, Any]:
+    try:
+        return (yield)
+    except Exception as error:
+        name = missing_for(error)
+        if name is None:
+            raise
+        pytest.skip(f"needs {name}, which is not installed")
 
 
 def pytest_collection_finish() -> None:

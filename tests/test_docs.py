@@ -51,6 +51,8 @@ def commands(code):
 
 def parsed(words):
     """Read a command's options as it would, without running it."""
+    if words[0] == "torchrun":
+        words = ["python", *words[words.index("-m") :]]
     if words[:2] == ["python", "-m"]:
         name, given = words[2], words[3:]
     else:

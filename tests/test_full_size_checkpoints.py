@@ -270,7 +270,7 @@ def test_unet(files):
         "timestep": np.array([500], np.float32),
         "input_scale": np.ones(1, np.float32),
         "context": context[None].numpy(),
-        "guidance": np.ones((1, 1), np.float32),
+        "guidance": np.ones((1, 1, 1, 1, 1), np.float32),
         "guidance_rescale": np.zeros(1, np.float32),
         "noise": np.zeros((1, 4, 32, 24), np.float32),
         "mask": np.ones((1, 1, 32, 24), np.float32),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.oracles import ORACLES, oracles
+from tests.support.oracles import ORACLES, missing_for, oracles
 
 ROOT = Path(__file__).parents[1]
 NO_PLUGIN = ["-p", "no:schemathesis"]  # a plugin of pytest's that imports what is hidden
@@ -54,3 +54,16 @@ def test_oracles_are_found_through_other_files():
     assert "diffusers" in oracles(ROOT / "tests/runtime/test_family_parity.py")
     assert "torch" in oracles(ROOT / "tests/export/test_islands.py")
     assert not oracles(ROOT / "tests/runtime/test_request.py")
+
+
+def test_what_fails_for_want_of_an_oracle_is_skipped(monkeypatch):
+    monkeypatch.setattr("tests.support.oracles.find_spec", {"cv2": object()}.get)
+    absent = ModuleNotFoundError(name="safetensors.numpy")
+    assert missing_for(absent) == "safetensors"
+    with pytest.raises(ValueError, match="of it") as raised:
+        raise ValueError("of it") from absent
+    assert missing_for(raised.value) == "safetensors"
+    assert missing_for(ModuleNotFoundError(name="cv2")) is None  # installed, so it is a mistake
+    assert missing_for(ModuleNotFoundError(name="runtime.nowhere")) is None
+    assert missing_for(ModuleNotFoundError("of no name")) is None
+    assert missing_for(AssertionError()) is None

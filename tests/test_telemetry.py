@@ -1,12 +1,19 @@
 """No process of this project sends usage statistics, or writes beyond its cache and its output."""
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from engine.configs.safety_checker import SafetyCheckerConfig
+from tests.support.digits import write_digits
 from tests.support.network_guard import STRACE, run_guarded
+from tests.support.pictures import drawing
+from tests.support.upscaler_files import write_upscaler
 
 ROOT = Path(__file__).parents[1]
 API = """
@@ -55,24 +62,113 @@ build(request, Path(sys.argv[1]))
 """
 MODEL = "engine/shipped/pictogram"
 SMALL = ["--steps", "1", "--threads", "1", "--height", "32", "--width", "32"]
-# By what must be installed; {out} is a path in the process' own folder.
+ON_CPU = [*SMALL, "--backend", "cpu"]
+ON_OPENVINO = [*SMALL, "--backend", "openvino"]
+DRAW = ["-m", "latentrt", "a cat", "--out", "{out}.png"]
+SIGN = ["--c2pa-cert", "{in}/es256-chain.pem", "--c2pa-key", "{in}/es256-key.pem"]
+CALIBRATE = ["-m", "latentrt", "calibrate", MODEL, "--steps", "1", "--prompt", "cat"]
+UPSCALE = ["-m", "latentrt", "upscale", "{in}/photo.png", "--upscaler", "{in}/up.safetensors"]
+STEERED = ["--model", "{in}/steered/v1-5-pruned.safetensors", "--graphs", "{in}/steered/graphs"]
+STEERED += ["--control", "{in}/steered/net", "--control-image", "{in}/photo.png"]
+STEERED += ["--precision", "float32"]
+DDPM = ["-m", "training", "ddpm", "--idx", "{in}/digits", "--classes", "zero,one"]
+# By what must be installed; {in} is a folder with files, {out} a path in the process' own.
 PROCESSES = {
     "API": ("onnxruntime", ["-c", API, "cpu"]),
     "API on OpenVINO": ("openvino", ["-c", API, "openvino"]),
-    "command": ("onnxruntime", ["-m", "latentrt", "a cat", *SMALL, "--out", "{out}.png"]),
+    "command": ("onnxruntime", [*DRAW, *SMALL]),
+    "safety checker": ("onnxruntime", [*DRAW, *ON_CPU, "--safety-checker", "{in}/checker"]),
+    "safety checker on OpenVINO": (
+        "openvino",
+        [*DRAW, *ON_OPENVINO, "--safety-checker", "{in}/checker"],
+    ),
+    "signing": ("c2pa", [*DRAW, *ON_CPU, *SIGN]),
+    "grid": (
+        "onnxruntime",
+        ["-m", "latentrt", "grid", "a cat", "--x", "seed=1,2", *ON_CPU, "--out", "{out}.png"],
+    ),
+    "batch": (
+        "onnxruntime",
+        ["-m", "latentrt", "batch", "{in}/requests.txt", *ON_CPU, "--out", "{out}"],
+    ),
+    "upscaler": ("onnxruntime", [*UPSCALE, "--out", "{out}.png"]),
+    "upscaler on OpenVINO": ("openvino", [*UPSCALE, "--backend", "openvino", "--out", "{out}.png"]),
+    "preprocessor": (
+        "onnxruntime",
+        ["-m", "latentrt", "preprocess", "canny", "{in}/photo.png", "--out", "{out}.png"],
+    ),
+    "calibration": ("openvino", [*CALIBRATE, "--threads", "1"]),
     "info": ("onnxruntime", ["-m", "latentrt", "info", MODEL]),
+    "info of a picture": ("onnxruntime", ["-m", "latentrt", "info", "{in}/photo.png"]),
+    "cache": ("onnxruntime", ["-m", "latentrt", "export", "cache"]),
+    "benchmark": ("onnx", ["-m", "latentrt", "bench", "overhead", "--repeats", "1"]),
     "server": ("uvicorn", ["-c", SERVE]),
     "builder": ("tensorrt_rtx_bindings", ["-c", BUILD, "{out}.engine"]),
     "tracing": ("torch", ["-m", "export", MODEL, "--out", "{out}"]),
+    "training": (
+        "torch",
+        [*DDPM, *["--steps", "1", "--batch-size", "4", "--work", "{out}", "--out", "{out}/m"]],
+    ),
+    "ControlNet on OpenVINO": ("diffusers", [*DRAW, *ON_OPENVINO, *STEERED]),
 }
-SLOW = {"tracing"}  # two minutes, since strace looks at every file of torch
+SLOW = {"tracing"}  # a minute
+
+
+def write_inputs(folder):
+    """Write what processes read: pictures, requests, an upscaler, a safety checker, digits."""
+    drawing(64, 64).save(folder / "photo.png")
+    (folder / "requests.txt").write_text("a cat\na dog\n")
+    write_upscaler(folder / "up.safetensors")
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 7}
+    config = SafetyCheckerConfig(**small, projection_dim=8)
+    shapes = {
+        **config.tensor_shapes(),
+        **{"concept_embeds": (17, 8), "concept_embeds_weights": (17,)},
+        **{"special_care_embeds": (3, 8), "special_care_embeds_weights": (3,)},
+    }
+    rng = np.random.default_rng(0)
+    checker = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    (folder / "checker").mkdir()
+    save_file(checker, folder / "checker" / "model.safetensors")
+    described = json.dumps({"vision_config": small, "projection_dim": 8})
+    (folder / "checker" / "config.json").write_text(described)
+    (folder / "digits").mkdir()
+    write_digits(folder / "digits", per_class=4, side=16, classes=2)
+    if find_spec("c2pa"):
+        from tests.support.certificates import write_certificates  # needs cryptography, as that
+
+        write_certificates(folder)
+
+
+def write_steered(folder):
+    """Write a small model with a ControlNet and their graphs, which torch makes."""
+    from engine.model import Model
+    from runtime import Pipeline
+    from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
+    from tests.support.small_models import SMALL as MODELS
+    from tests.support.small_models import trace_graphs
+
+    (folder / "graphs").mkdir(parents=True)
+    small = MODELS["sd1"]
+    net = write_control_net(small_control_net(small), folder / "net")
+    file = small.write_file(folder)
+    trace_graphs(Model.open(file), folder / "graphs")
+    pipeline = Pipeline.load(file, graphs=folder / "graphs", controls={"net": net})
+    trace_control_graphs(pipeline, folder / "graphs")
 
 
 def did(folder, arguments, **variables):
     """Run Python in a fresh home; return what it has done beyond its folder."""
-    home, out = folder / "home", str(folder / "ours" / "out")
+    home, out, inputs = folder / "home", str(folder / "ours" / "out"), folder / "in"
     home.mkdir()
-    command = [sys.executable, *(part.replace("{out}", out) for part in arguments)]
+    if any("{in}" in part for part in arguments):
+        inputs.mkdir()
+        write_inputs(inputs)
+    if any("{in}/steered" in part for part in arguments):
+        write_steered(inputs / "steered")
+    named = (part.replace("{out}", out).replace("{in}", str(inputs)) for part in arguments)
+    command = [sys.executable, *named]
     return run_guarded(command, folder, home, **variables)
 
 

@@ -1,7 +1,8 @@
 """`python -m training`: make the model that ships, or one from your own captioned pictures.
 
 data, autoencoder, diffusion and ship are run in this order over one working folder, by `all` too;
-preview adds a tiny decoder to a model, few-steps a LoRA that draws in 4 calls.
+finish sharpens a model's decoder, preview adds a tiny one, few-steps a LoRA that draws in 4 calls,
+control a ControlNet that follows edges.
 """
 
 import argparse
@@ -25,28 +26,40 @@ import numpy as np
 
 from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
-from runtime import Pipeline
 from runtime.conditioning.tokenizer import Tokenizer
 from training import (
     autoencoder,
     card,
-    ddpm,
+    control,
+    devices,
     diffusion,
     distillation,
-    judge,
     pictograms,
     preview,
     quality,
     ship,
+    store,
+    text_encoders,
 )
-from training.captions import read_coco, read_flickr30k
-from training.dataset import PictogramTrainingSet, TrainingSet, load_training_set
-from training.idx import LabelledPictures
-from training.loop import LoopSettings
-from training.options import DEFAULTS, parser
-from training.vocabulary import cut_vocabulary, download_merges, write_tokenizer
+from training.captions import read_coco, read_flickr30k, read_folder
+from training.class_commands import run_ddpm, run_judge
+from training.dataset import (
+    CAPTIONED,
+    PICTOGRAMS,
+    CaptionedTrainingSet,
+    PictogramTrainingSet,
+    TrainingSet,
+    load_training_set,
+)
+from training.diffusers_folder import write_json
+from training.finish_command import run_finish
+from training.options import DEFAULTS, loop_settings, parser
+from training.shards import read_shards
+from training.text_commands import TEXT_ENCODER, prepare_text, run_synonyms
+from training.tuning_commands import run_fine_tune, run_lora
 
 MOVED = 3  # copies of each picture that are moved a little, where encoding them takes seconds
+LATENTS = "latents.npy"  # in the working folder
 AUTOENCODER_SHARE = 0.3  # of the minutes of `all`
 
 
@@ -60,40 +73,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
-    with libraries_of("train"):
+    with libraries_of("train"), devices.processes(getattr(options, "device", "cpu")) as device:
+        if devices.count() > 1 and options.command not in TOGETHER:
+            raise RequestError(
+                "this command runs in one process; torchrun is for autoencoder, diffusion, ddpm, "
+                "lora and fine-tune"
+            )
+        options.device = device
         options.command(options)
 
 
 def _data(options: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    out = options.work / "data.npz"
     if (options.coco or options.flickr30k) and options.images is None:
         raise RequestError("the captions came without their pictures; give --images FOLDER")
+    records = None
     if options.coco:
-        read_coco(options.coco, options.images, pictograms.SIZE).save(out)
+        records = read_coco(options.coco, options.images)
     elif options.flickr30k:
-        read_flickr30k(options.flickr30k, options.images, pictograms.SIZE).save(out)
+        records = read_flickr30k(options.flickr30k, options.images)
+    elif options.shards:
+        records = read_shards(options.shards)
+    elif options.images:
+        records = read_folder(options.images)
+    if records is not None:
+        (options.work / PICTOGRAMS).unlink(missing_ok=True)
+        shown = tqdm(records, desc="pictures", mininterval=5)
+        store.write(shown, options.work / CAPTIONED, pictograms.SIZE)
     else:
         subjects = pictograms.build(
             options.work / "packages",
             everyday=not options.all,
             progress=lambda names: tqdm(list(names), desc="subjects"),
         )
-        subjects.save(out)
-    print(f"{out}: {len(load_training_set(out).images)} pictures to train on")
+        subjects.save(options.work / PICTOGRAMS)
+    print(f"{options.work}: {len(_training_set(options).images)} pictures to train on")
 
 
 def _autoencoder(options: argparse.Namespace) -> None:
     data = _training_set(options)
     images = data.images
-    settings = dataclasses.replace(_settings(options), muon=True)
+    settings = dataclasses.replace(loop_settings(options), muon=True)
     trained = autoencoder.train(images, settings, options.work, draws=data.draws)
     sample = images[:: max(len(images) // 256, 1)]
     value = autoencoder.psnr(sample, autoencoder.reconstruct(trained, sample))
     autoencoder.normalise(trained, images)
-    torch.save(trained.cpu().state_dict(), options.work / "autoencoder-final.pt")
-    _record(options, "autoencoder", psnr=round(value, 2), pictures=len(sample))
+    _finish(options, "autoencoder", trained, psnr=round(value, 2), pictures=len(sample))
     print(f"reconstruction PSNR {value:.2f} dB")
 
 
@@ -101,45 +127,68 @@ def _diffusion(options: argparse.Namespace) -> None:
     data = _training_set(options)
     start = _begin_from(options) if options.start else None
     trained = _load_autoencoder(options)
-    settings = dataclasses.replace(_settings(options), muon=True, weight_decay=0.2)
-    tokenizer = _tokenizer(options, data)
+    settings = dataclasses.replace(loop_settings(options), muon=True, weight_decay=0.2)
+    text, frozen, tokenizer = prepare_text(options, data)
     denoiser = diffusion.train(
-        _examples(data, trained.to(settings.device), settings.seed),
+        _examples(options, data, trained.to(settings.device)),
         tokenizer,
         trained,
         settings,
         options.work,
         prompts=data.prompts,
         start=start,
+        text=text,
+        frozen=frozen,
     )
-    torch.save(denoiser.cpu().state_dict(), options.work / "diffusion-final.pt")
-    _record(options, "diffusion")
+    _finish(options, "diffusion", denoiser)
 
 
-def _examples(data: TrainingSet, trained: Autoencoder, seed: int) -> diffusion.Examples:
-    """Encode the pictures, and on a GPU, which does it in seconds, moved ones too."""
-    rng, count = np.random.default_rng(seed), len(data.images)
+def _examples(
+    options: argparse.Namespace, data: TrainingSet, trained: Autoencoder
+) -> diffusion.Examples:
+    """Encode the pictures; pictograms on a GPU, which does it in seconds, moved as well.
+
+    Latents of captioned pictures, of which there may be any number, are in a file.
+    """
+    if isinstance(data, CaptionedTrainingSet):
+        path = options.work / LATENTS
+        with devices.first_alone() as first:
+            made_of = (options.work / CAPTIONED, options.work / "autoencoder-final.pt")
+            newest = max(source.stat().st_mtime for source in made_of)
+            if first and path.exists() and path.stat().st_mtime < newest:
+                path.unlink()
+            latents = autoencoder.encode_into(trained, data.images, path)
+        return diffusion.Examples(latents=latents, captions=data.captions)
+    rng, count = np.random.default_rng(options.seed), len(data.images)
     copies = [data.images]
     if next(trained.parameters()).is_cuda:
         copies += [autoencoder.moved(data.images, rng) for _ in range(MOVED)]
     return diffusion.Examples(
         latents=torch.cat([autoencoder.encode(trained, images) for images in copies]),
-        caption=lambda index, rng: data.caption(index % count, rng),
+        captions=lambda index, rng: data.captions(index % count, rng),
         draws=None if data.draws is None else np.tile(data.draws, len(copies)),
     )
 
 
 def _preview(options: argparse.Namespace) -> None:
-    data, settings = _training_set(options), _settings(options)
+    data, settings = _training_set(options), loop_settings(options)
     denoiser, trained, tokenizer = _read_model(find_model(options.model))
     decoded = preview.examples(data, denoiser, trained, tokenizer, settings.seed)
     print(preview.write(preview.train(decoded, settings, options.work), options.out))
 
 
+def _control(options: argparse.Namespace) -> None:
+    data, settings = _training_set(options), loop_settings(options)
+    denoiser, trained, tokenizer = _read_model(find_model(options.model))
+    made = control.train(data, denoiser, trained, tokenizer, settings, options.work)
+    control.write(made.cpu(), options.out)
+    print(options.out)
+
+
 def _few_steps(options: argparse.Namespace) -> None:
     data = _training_set(options)
     denoiser, trained, tokenizer = _read_model(find_model(options.model))
-    settings = _settings(options)
+    settings = loop_settings(options)
     denoiser.to(settings.device)
     taught = distillation.trajectories(
         data,
@@ -159,7 +208,9 @@ def _few_steps(options: argparse.Namespace) -> None:
 def _ship(options: argparse.Namespace) -> None:
     state = _final_state(options, "diffusion")
     tokenizer = Tokenizer.load(options.work / "tokenizer")
-    denoiser = diffusion.Denoiser(tokenizer.vocab_size)
+    other = options.work / TEXT_ENCODER
+    text = text_encoders.read_config(other) if other.exists() else None
+    denoiser = diffusion.Denoiser(tokenizer.vocab_size, text=text)
     denoiser.load_state_dict(state)
     ship.write_model(options.out, denoiser, _load_autoencoder(options), options.work / "tokenizer")
     card.write_card(options.out, options.work)
@@ -168,7 +219,7 @@ def _ship(options: argparse.Namespace) -> None:
 
 def _all(options: argparse.Namespace) -> None:
     """Run every command that has not come to its end yet."""
-    if not (options.work / "data.npz").exists():
+    if not any((options.work / name).exists() for name in (PICTOGRAMS, CAPTIONED)):
         _data(options)
     for name, run, share in (
         ("autoencoder", _autoencoder, AUTOENCODER_SHARE),
@@ -191,12 +242,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     data = _training_set(options)
     if not isinstance(data, PictogramTrainingSet):
         raise RequestError(
-            f"{options.work / 'data.npz'} holds captioned pictures, of which none is held out; "
+            f"{options.work} holds captioned pictures, of which none is held out; "
             "evaluate measures pictograms: run `python -m training data` without captions"
         )
-    report = quality.evaluate(options.model, data.pictograms, few_steps=options.few_steps)
-    ship.write_json(options.work / "quality.json", report)
-    found = quality.figures(report)
+    if options.control:
+        report = control.evaluate(options.model, options.control, data.pictograms)
+        found = {name: report[name] for name in ("f1", "f1_without", "gain")}
+    else:
+        report = quality.evaluate(options.model, data.pictograms, few_steps=options.few_steps)
+        found = quality.figures(report)
+    write_json(options.work / ("control.json" if options.control else "quality.json"), report)
     if options.json:
         print(json.dumps(found, indent=2))
     else:
@@ -216,7 +271,8 @@ def _read_model(folder: Path) -> tuple[diffusion.Denoiser, Autoencoder, Tokenize
     """Return a model that `ship` wrote as modules, to go on from."""
     denoiser_state, autoencoder_state = ship.read_model(folder)
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    denoiser = diffusion.Denoiser(tokenizer.vocab_size).eval()
+    text = text_encoders.read_config(folder / "text_encoder" / "config.json")
+    denoiser = diffusion.Denoiser(tokenizer.vocab_size, text=text).eval()
     denoiser.load_state_dict(denoiser_state)
     trained = Autoencoder(autoencoder.CONFIG).eval()
     trained.load_state_dict(autoencoder_state)
@@ -224,7 +280,8 @@ def _read_model(folder: Path) -> tuple[diffusion.Denoiser, Autoencoder, Tokenize
 
 
 def _training_set(options: argparse.Namespace) -> TrainingSet:
-    return load_training_set(options.work / "data.npz")
+    hidden = getattr(options, "unseen_synonyms", False)
+    return load_training_set(options.work, without_synonyms=hidden)
 
 
 def _load_autoencoder(options: argparse.Namespace) -> Autoencoder:
@@ -242,94 +299,44 @@ def _final_state(options: argparse.Namespace, command: str) -> dict[str, torch.T
     return state
 
 
+def _finish(
+    options: argparse.Namespace, command: str, trained: torch.nn.Module, **measured: float
+) -> None:
+    """Write what was trained, and a record of it."""
+    if devices.is_first():
+        torch.save(trained.cpu().state_dict(), options.work / f"{command}-final.pt")
+        _record(options, command, **measured)
+
+
 def _record(options: argparse.Namespace, command: str, **measured: float) -> None:
     """Note how a training was asked for and what came of it, for the model's card."""
     names = (
         "start", "steps", "minutes", "batch_size", "learning_rate", "device", "seed", "vocab_size",
     )  # fmt: skip
     asked = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-    ship.write_json(options.work / f"{command}.json", {"options": asked, **measured})
-
-
-def _tokenizer(options: argparse.Namespace, data: TrainingSet) -> Tokenizer:
-    folder = options.work / "tokenizer"
-    if not (folder / "vocab.json").exists():
-        merges = download_merges(options.work / "packages")
-        vocabulary, kept = cut_vocabulary(data.vocabulary_texts(), options.vocab_size, merges)
-        write_tokenizer(folder, vocabulary, kept, diffusion.MAX_TOKENS)
-    return Tokenizer.load(folder)
-
-
-def _settings(options: argparse.Namespace) -> LoopSettings:
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    return LoopSettings(
-        steps=options.steps,
-        minutes=options.minutes,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
-        device=options.device,
-        seed=options.seed,
-        sample_steps=options.sample_steps,
-    )
-
-
-def _ddpm(options: argparse.Namespace) -> None:
-    classes = _classes(options)
-    pictures = LabelledPictures.read(options.idx, "train", len(classes))
-    config = ddpm.scheduler(options.beta_schedule, options.prediction)
-    folder = options.work / "tokenizer"
-    settings = dataclasses.replace(_settings(options), muon=True, weight_decay=0.1)
-    tokenizer = ddpm.class_tokenizer(folder, classes)
-    denoiser = ddpm.train(
-        pictures, tokenizer, classes, settings, options.work, config=config, loss=options.loss
-    )
-    ddpm.write(options.out, denoiser.cpu(), folder, config, pictures.images.shape[1])
-    print(f"{options.out}; make its graphs with `python -m export {options.out}`")
-
-
-def _judge(options: argparse.Namespace) -> None:
-    classes = _classes(options)
-    learned = LabelledPictures.read(options.idx, "train", len(classes))
-    tested = LabelledPictures.read(options.idx, "test", len(classes))
-    pipeline = Pipeline.load(options.model)
-    settings = dataclasses.replace(_settings(options), warmup_steps=50)
-    report = judge.evaluate(
-        pipeline,
-        judge.train(learned, len(classes), settings, options.work),
-        learned,
-        tested,
-        classes,
-        seed=options.seed,
-        sampler=options.sampler,
-        num_inference_steps=options.sampler_steps,
-        guidance_scale=options.guidance_scale,
-    )
-    print(json.dumps(report, indent=2))
-
-
-def _classes(options: argparse.Namespace) -> list[str]:
-    """Return the classes' names; raises RequestError for names that are empty or alike."""
-    classes = [name.strip() for name in options.classes.split(",")]
-    if not all(classes) or len({name.lower() for name in classes}) < len(classes):
-        raise RequestError(
-            f"--classes is {options.classes!r}; give a name for each label, no two alike"
-        )
-    return classes
+    write_json(options.work / f"{command}.json", {"options": asked, **measured})
 
 
 COMMANDS = {
     "data": _data,
     "autoencoder": _autoencoder,
     "diffusion": _diffusion,
+    "finish": run_finish,
     "preview": _preview,
+    "control": _control,
     "few-steps": _few_steps,
     "all": _all,
     "ship": _ship,
     "evaluate": _evaluate,
-    "ddpm": _ddpm,
-    "judge": _judge,
+    "synonyms": run_synonyms,
+    "ddpm": run_ddpm,
+    "judge": run_judge,
+    "lora": run_lora,
+    "fine-tune": run_fine_tune,
 }
+
+# What torchrun may start several processes of.
+TOGETHER = (_autoencoder, _diffusion, run_ddpm, run_lora, run_fine_tune)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,7 @@
 """Training of the autoencoder on random crops, then on whole pictures."""
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ from torch import Tensor, nn
 
 from engine.configs.diffusion import AutoencoderConfig
 from export.modules.autoencoder import Autoencoder
+from training import devices
+from training.devices import share
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, autocast, draw
+from training.store import ArrayWriter, mapped
 
 CONFIG = AutoencoderConfig(
     block_out_channels=(32, 48, 96, 128),
@@ -25,6 +30,7 @@ WHOLE_PICTURES_FROM = 0.85
 MOVE = 8  # pixels at most that a whole picture is moved by, its edge repeated
 KL_WEIGHT = 1e-4  # keeps the latents near unit scale; far too weak to blur
 GRADIENT_WEIGHT = 1.0
+NORMALISED_BY = 8192  # pictures at least, of a set that has more
 
 
 def train(
@@ -34,23 +40,16 @@ def train(
     *,
     config: AutoencoderConfig = CONFIG,
     draws: np.ndarray | None = None,
-    decoder_only: bool = False,
 ) -> Autoencoder:
     """Train on images (n, H, W, 3) uint8; checkpoints and sample grids go to `folder`.
 
     draws: (n,), how often each is drawn beside the others; None draws all alike
-    `decoder_only` leaves the encoder as it is, so that latents made before stay true.
     """
     torch.manual_seed(settings.seed)
     pixels = torch.from_numpy(images).to(settings.device)
     module = Autoencoder(config)
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
-    if decoder_only:
-        state = torch.load(folder / "autoencoder.pt", weights_only=True)
-        module.load_state_dict(state["ema"])
-        module.encoder.requires_grad_(False)
-        module.quant_conv.requires_grad_(False)
-    loop = Loop(module, settings, folder / ("decoder.pt" if decoder_only else "autoencoder.pt"))
+    loop = Loop(module, settings, folder / "autoencoder.pt")
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no crop twice
     weights = None if draws is None else torch.from_numpy(draws).to(settings.device)
@@ -59,11 +58,11 @@ def train(
         return settings.device != "cpu" or loop.fraction() > WHOLE_PICTURES_FROM
 
     def losses(step: int) -> Losses:
-        batch = _crops(pixels, settings.batch_size, weights, whole=whole())
+        batch = crops(pixels, settings.batch_size, weights, whole=whole())
         with autocast(settings.device):
-            with torch.set_grad_enabled(not decoder_only):
-                mean, std = module.encode(batch)
-            latents = mean + std * torch.randn_like(mean)
+            mean, std = module.encode(batch)
+            noise = torch.randn(devices.count() * len(mean), *mean.shape[1:], device=mean.device)
+            latents = mean + std * share(noise).to(mean)
             output = module.decode(latents).float()
         return _losses(output, batch, mean.float(), std.float())
 
@@ -100,12 +99,31 @@ def moved(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return result
 
 
-@torch.no_grad()
 def encode(autoencoder: Autoencoder, images: np.ndarray) -> Tensor:
     """Return the means of the latents of images (n, H, W, 3) uint8, unscaled, float32."""
+    return torch.cat(list(_encoded(autoencoder, images)))
+
+
+def encode_into(autoencoder: Autoencoder, images: np.ndarray, path: Path) -> Tensor:
+    """Write the latents of images (n, H, W, 3) uint8 into a file and map it: (n, C, h, w) float16.
+
+    What an earlier run wrote of as many images is taken as it is.
+    """
+    if not path.exists() or len(mapped(path)) != len(images):
+        partial, batches = path.with_suffix(".partial"), _encoded(autoencoder, images)
+        first = next(batches)
+        with ArrayWriter(partial, tuple(first.shape[1:]), np.float16) as writer:
+            for latents in itertools.chain([first], batches):
+                writer.append(latents.numpy())
+        partial.replace(path)
+    return torch.from_numpy(mapped(path))
+
+
+@torch.no_grad()
+def _encoded(autoencoder: Autoencoder, images: np.ndarray) -> Iterator[Tensor]:
     device = next(autoencoder.parameters()).device
-    batches = torch.from_numpy(images).split(32)
-    return torch.cat([autoencoder.encode(_to_pixels(b).to(device))[0].cpu() for b in batches])
+    for batch in torch.from_numpy(images).split(32):
+        yield autoencoder.encode(_to_pixels(batch).to(device))[0].cpu()
 
 
 @torch.no_grad()
@@ -117,7 +135,7 @@ def normalise(autoencoder: Autoencoder, images: np.ndarray) -> None:
     The shift and the scale go into the 1x1 convolutions on both sides of the latents, so the
     autoencoder draws what it drew before, and diffusion starts from what it expects.
     """
-    latents = encode(autoencoder, images)
+    latents = encode(autoencoder, images[:: max(len(images) // NORMALISED_BY, 1)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     inner, outer = autoencoder.quant_conv, autoencoder.post_quant_conv
     channels = len(mean)
@@ -142,27 +160,37 @@ def _to_pixels(images: Tensor) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def _crops(images: Tensor, count: int, weights: Tensor | None, *, whole: bool) -> Tensor:
-    """Draw crops, mirrored half of the time; a quarter as many whole pictures cost the same."""
+def crops(images: Tensor, count: int, weights: Tensor | None, *, whole: bool) -> Tensor:
+    """Draw crops of images (n, H, W, 3) uint8, mirrored half of the time: (B, 3, h, w) of -1 to 1.
+
+    weights: (n,), how often each is drawn; a quarter as many whole pictures cost the same
+    """
     device, size = images.device, images.shape[1]
     crop = size if whole else min(CROP, size)
-    count = max(count * CROP**2 // size**2, 1) if whole else count
-    chosen = draw(len(images), count, weights, device)
+    if whole:
+        together = devices.count()
+        count = max(count * CROP**2 // size**2 // together, 1) * together
+    chosen = share(draw(len(images), count, weights, device))
     first, last = (-MOVE, MOVE) if whole else (0, size - crop)
-    corners = torch.randint(first, last + 1, (2, count, 1), device=device)
+    corners = share(torch.randint(first, last + 1, (count, 2, 1), device=device)).swapaxes(0, 1)
     rows, columns = (corners + torch.arange(crop, device=device)).clamp(0, size - 1)
-    mirrored = torch.rand(count, 1, device=device) < 0.5
+    mirrored = share(torch.rand(count, 1, device=device) < 0.5)
     columns = torch.where(mirrored, columns.flip(1), columns)
     return _to_pixels(images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]])
 
 
-def _losses(output: Tensor, target: Tensor, mean: Tensor, std: Tensor) -> Losses:
+def picture_loss(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare images (B, 3, H, W) of -1 to 1; returns the loss and their mean squared error."""
     error = output - target
-    gradients = _gradients(output, target)
-    kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()  # Kingma & Welling 2013, appendix B
     mse = error.square().mean()
-    loss = error.abs().mean() + mse + GRADIENT_WEIGHT * gradients + KL_WEIGHT * kl
-    return {"loss": loss, "psnr": 10 * torch.log10(4.0 / mse.detach()), "kl": kl.detach()}
+    return error.abs().mean() + mse + GRADIENT_WEIGHT * _gradients(output, target), mse
+
+
+def _losses(output: Tensor, target: Tensor, mean: Tensor, std: Tensor) -> Losses:
+    kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()  # Kingma & Welling 2013, appendix B
+    loss, mse = picture_loss(output, target)
+    psnr_db = 10 * torch.log10(4.0 / mse.detach())
+    return {"loss": loss + KL_WEIGHT * kl, "psnr": psnr_db, "kl": kl.detach()}
 
 
 def _gradients(output: Tensor, target: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from training import vocabulary
-from training.dataset import EVERYDAY_SHARE
+from training.dataset import EVERYDAY_SHARE, PICTOGRAMS
 from training.packages import PACKAGES, Package
 from training.pictograms import SIZE
 
@@ -34,7 +34,7 @@ class Data:
 
 def write_card(out: Path, work: Path) -> None:
     """Write README.md and NOTICE into the model's folder `out`, from the working folder `work`."""
-    data = _read_data(work / "data.npz")
+    data = _read_data(work / PICTOGRAMS)
     (out / "README.md").write_text(_readme(out, work, data), encoding="utf-8")
     (out / "NOTICE").write_text(_notice(pictograms=data is not None), encoding="utf-8")
 
@@ -63,9 +63,9 @@ def _readme(out: Path, work: Path, data: Data | None) -> str:
 
 def _read_data(path: Path) -> Data | None:
     """Return which pictograms there are, or None for captioned pictures."""
+    if not path.exists():
+        return None
     with np.load(path, allow_pickle=False) as arrays:
-        if "held_out" not in arrays:
-            return None
         return Data(held_out=arrays["held_out"], everyday=arrays["everyday"])
 
 

@@ -1,5 +1,6 @@
 """What a training draws from: pictures, and a way to caption each."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -7,10 +8,12 @@ from typing import Protocol
 import numpy as np
 
 from engine.errors import RequestError
-from training.captions import CaptionedImages
-from training.pictograms import Pictograms, all_captions, random_caption
+from training.pictograms import Pictograms, all_captions, hide_synonyms, random_caption
+from training.store import CaptionedImages
 
 EVERYDAY_SHARE = 0.7  # of the draws, where a data set has all subjects
+PICTOGRAMS, CAPTIONED = "data.npz", "data"  # in the working folder
+CAPTIONS = 32  # of each pictogram, drawn once before the training
 
 
 class TrainingSet(Protocol):
@@ -35,7 +38,11 @@ class TrainingSet(Protocol):
         """Draw one caption of a picture."""
         ...
 
-    def vocabulary_texts(self) -> list[str]:
+    def captions(self, index: int, rng: np.random.Generator) -> Sequence[str]:
+        """Return the captions of a picture that a training draws from."""
+        ...
+
+    def vocabulary_texts(self) -> Iterable[str]:
         """Return texts that hold every word whose tokens must be whole."""
         ...
 
@@ -69,7 +76,11 @@ class PictogramTrainingSet:
         names, keywords = self.pictograms.names, self.pictograms.keywords
         return random_caption(names[subject], keywords[subject], int(style), rng)
 
-    def vocabulary_texts(self) -> list[str]:
+    def captions(self, index: int, rng: np.random.Generator) -> Sequence[str]:
+        """Draw CAPTIONS ways to ask for a pictogram."""
+        return [self.caption(index, rng) for _ in range(CAPTIONS)]
+
+    def vocabulary_texts(self) -> Iterable[str]:
         """Return the names and the styles; keywords may fall into pieces."""
         return all_captions(self.pictograms)
 
@@ -94,9 +105,13 @@ class CaptionedTrainingSet:
         captions = self.captioned.captions[index]
         return captions[int(rng.integers(len(captions)))]
 
-    def vocabulary_texts(self) -> list[str]:
+    def captions(self, index: int, rng: np.random.Generator) -> Sequence[str]:
+        """Return all captions of a picture."""
+        return self.captioned.captions[index]
+
+    def vocabulary_texts(self) -> Iterable[str]:
         """Return all captions."""
-        return [caption for captions in self.captioned.captions for caption in captions]
+        return (caption for captions in self.captioned.captions for caption in captions)
 
 
 def _draws(everyday: np.ndarray) -> np.ndarray | None:
@@ -110,15 +125,16 @@ def _draws(everyday: np.ndarray) -> np.ndarray | None:
     return draws
 
 
-def load_training_set(path: Path) -> TrainingSet:
-    """Read what `python -m training data` wrote.
+def load_training_set(work: Path, *, without_synonyms: bool = False) -> TrainingSet:
+    """Read what `python -m training data` wrote: pictograms, or a folder of captioned pictures.
 
+    without_synonyms: leave the words of `unseen_synonyms` out of the captions
     Raises RequestError when it has not run yet.
     """
-    if not path.exists():
-        raise RequestError(f"there is no {path}; run `python -m training data` first")
-    with np.load(path, allow_pickle=False) as arrays:
-        pictograms = "held_out" in arrays
-    if pictograms:
-        return PictogramTrainingSet.of(Pictograms.load(path))
-    return CaptionedTrainingSet.of(CaptionedImages.load(path))
+    pictograms, captioned = work / PICTOGRAMS, work / CAPTIONED
+    if pictograms.exists():
+        loaded = Pictograms.load(pictograms)
+        return PictogramTrainingSet.of(hide_synonyms(loaded) if without_synonyms else loaded)
+    if captioned.exists():
+        return CaptionedTrainingSet.of(CaptionedImages.load(captioned))
+    raise RequestError(f"there is no data in {work}; run `python -m training data` first")

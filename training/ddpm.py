@@ -17,10 +17,12 @@ from engine.configs.diffusion import IdentityAutoencoderConfig, UNetConfig
 from export.modules.identity_autoencoder import IdentityAutoencoder
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.samplers.noise_schedule import NoiseSchedule
-from training.diffusion import MAX_TOKENS, UNCONDITIONAL, Denoiser, initialise
+from training.devices import share
+from training.diffusion import UNCONDITIONAL, Denoiser, initialise
 from training.idx import LabelledPictures
 from training.loop import Loop, LoopSettings, Losses, attention, autocast
 from training.ship import write_model
+from training.text_encoders import MAX_TOKENS
 from training.vocabulary import cut_vocabulary, write_tokenizer
 
 TIMESTEPS = 300
@@ -101,11 +103,12 @@ def train(
     def losses(step: int) -> Losses:
         chosen = torch.randint(len(images), (batch,), device=device)
         dropped = torch.rand(batch, device=device) < UNCONDITIONAL
-        asked = torch.where(dropped, len(classes), labels[chosen])
-        x0, timesteps = images[chosen], torch.randint(len(alphas), (batch,), device=device)
+        asked = share(torch.where(dropped, len(classes), labels[chosen]))
+        timesteps = share(torch.randint(len(alphas), (batch,), device=device))
+        noise = share(torch.randn(batch, *images.shape[1:], device=device))
+        x0 = images[share(chosen)]
         alpha = alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - alpha**2).sqrt()
-        noise = torch.randn_like(x0)
         x = alpha * x0 + sigma * noise
         with autocast(settings.device), attention(settings.device):
             contexts, _, _ = denoiser.text_encoder(ids)  # of all classes: fewer than a batch has

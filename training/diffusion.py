@@ -1,7 +1,7 @@
 """Training of the text encoder and the UNet together, in the autoencoder's latents."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from engine.configs.diffusion import TextEncoderConfig, UNetConfig
 from export.modules.autoencoder import Autoencoder
-from export.modules.clip import TextEncoder
 from export.modules.layers import ResnetBlock
 from export.modules.unet import UNet
 from export.modules.unet_blocks import SpatialTransformer
 from runtime.conditioning.tokenizer import Tokenizer
 from runtime.samplers import program
 from runtime.samplers.noise_schedule import NoiseSchedule
+from training.devices import share
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, attention, autocast, draw
+from training.text_encoders import initialise_text, make_config, make_module
 
-MAX_TOKENS = 32
 UNET = UNetConfig(
     block_out_channels=(96, 144, 128),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -69,48 +69,81 @@ UNCONDITIONAL = 0.1  # share of captions replaced by nothing (Ho & Salimans 2022
 UNIFORM_TIMESTEPS = 0.3  # the others favour noise, where the text decides what is drawn
 PREVIEW_STEPS = (1, 5, 10, 15, 20)
 GUIDANCE_SCALE = 5.0
-CAPTIONS = 32  # of each picture, drawn once before the training
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
     """What the training draws from.
 
-    latents: (n, C, h, w) float32, normalised; caption: (index, rng) -> one text of that picture
+    latents: (n, C, h, w) float32, or float16 of a mapped file, normalised
+    captions: (index, rng) -> the texts of that picture, of which each step draws one
     draws: (n,), how often each is drawn beside the others; None draws all alike
     """
 
     latents: Tensor
-    caption: Callable[[int, np.random.Generator], str]
+    captions: Callable[[int, np.random.Generator], Sequence[str]]
     draws: np.ndarray | None = None
 
 
-class Denoiser(nn.Module):
-    """Text encoder and UNet as one module, so that one optimiser and one EMA hold both."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """The tokens of all captions; of picture i they are the `counts[i]` rows from `starts[i]` on.
 
-    def __init__(self, vocab_size: int, unet: UNetConfig = UNET) -> None:
+    input_ids: (captions, MAX_TOKENS) int32; starts, counts: (n,) int64
+    """
+
+    input_ids: Tensor
+    starts: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, examples: Examples, tokenizer: Tokenizer, rng: np.random.Generator) -> "Texts":
+        """Tokenise every picture's captions."""
+        rows, counts = [], []
+        for index in range(len(examples.latents)):
+            texts = examples.captions(index, rng)
+            rows.append(tokenizer(texts).input_ids.astype(np.int32))
+            counts.append(len(texts))
+        ends = torch.tensor(counts).cumsum(0)
+        starts = ends - torch.tensor(counts)
+        ids = torch.from_numpy(np.concatenate(rows))
+        return cls(input_ids=ids, starts=starts, counts=ends - starts)
+
+    def to(self, device: torch.device) -> "Texts":
+        """Return the same on a device."""
+        return Texts(
+            input_ids=self.input_ids.to(device),
+            starts=self.starts.to(device),
+            counts=self.counts.to(device),
+        )
+
+    def drawn(self, chosen: Tensor) -> Tensor:
+        """Draw a caption of each of the pictures (B,): (B, MAX_TOKENS) int64."""
+        counts = self.counts[chosen]
+        at = (torch.rand(len(chosen), device=chosen.device) * counts).long().minimum(counts - 1)
+        return self.input_ids[self.starts[chosen] + at].long()
+
+
+class Denoiser(nn.Module):
+    """Text encoder and UNet as one module, so that one optimiser and one EMA hold both.
+
+    text: of another encoder than CLIP's, whose states the UNet attends to
+    """
+
+    def __init__(
+        self, vocab_size: int, unet: UNetConfig = UNET, text: TextEncoderConfig | None = None
+    ) -> None:
         super().__init__()
-        width = unet.cross_attention_dim
-        self.text_encoder = TextEncoder(text_encoder_config(vocab_size, width))
-        self.unet = UNet(unet)
+        if text is None:
+            text = make_config("clip", vocab_size, unet.cross_attention_dim)
+        self.text = text
+        self.text_encoder = make_module(text)
+        self.unet = UNet(replace(unet, cross_attention_dim=text.hidden_size))
 
     def forward(self, latents: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
         """Predict v: (B, C, h, w), (B,), (B, MAX_TOKENS) int64 -> (B, C, h, w)."""
         context, _, _ = self.text_encoder(input_ids)
         return self.unet(latents, timesteps, context)
-
-
-def text_encoder_config(vocab_size: int, width: int) -> TextEncoderConfig:
-    """Describe the text encoder that fits a vocabulary and the UNet's `cross_attention_dim`."""
-    return TextEncoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=2,
-        num_attention_heads=width // 32,
-        max_position_embeddings=MAX_TOKENS,
-        eos_token_id=vocab_size - 1,
-    )
 
 
 def initialise(denoiser: Denoiser) -> None:
@@ -124,8 +157,7 @@ def initialise(denoiser: Denoiser) -> None:
     for layer in last:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
-    nn.init.normal_(denoiser.text_encoder.text_model.embeddings.token_embedding.weight, std=0.5)
-    nn.init.normal_(denoiser.text_encoder.text_model.embeddings.position_embedding.weight, std=0.1)
+    initialise_text(denoiser.text_encoder)
 
 
 def train(
@@ -138,20 +170,26 @@ def train(
     prompts: list[str],
     unet: UNetConfig = UNET,
     start: Mapping[str, Tensor] | None = None,
+    text: TextEncoderConfig | None = None,
+    frozen: Mapping[str, Tensor] | None = None,
 ) -> Denoiser:
     """Train on the examples; checkpoints and sample grids of `prompts` go to `folder`.
 
     `start` is the state of a denoiser to train on from, tensors by their names and of their shapes;
-    without it, training begins anew.
+    without it, training begins anew. text: of another encoder than CLIP's; frozen: its weights,
+    (of their shapes), which then do not learn.
     """
     autoencoder = autoencoder.to(settings.device)
     torch.manual_seed(settings.seed)
-    denoiser = Denoiser(tokenizer.vocab_size, unet)
+    denoiser = Denoiser(tokenizer.vocab_size, unet, text)
     denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it
     if start is None:
         initialise(denoiser)
     else:
         denoiser.load_state_dict(start)
+    if frozen is not None:
+        denoiser.text_encoder.load_state_dict(frozen)
+        denoiser.text_encoder.requires_grad_(False)
     loop = Loop(denoiser, settings, folder / "diffusion.pt")
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no noise twice
@@ -160,18 +198,18 @@ def train(
     latents, weights = examples.latents.to(device), None
     if examples.draws is not None:
         weights = torch.from_numpy(examples.draws).to(device)
-    texts = _texts(examples, tokenizer, rng).to(device)
+    texts = Texts.of(examples, tokenizer, rng).to(device)
     empty = torch.from_numpy(tokenizer([""]).input_ids).to(device)
 
     def losses(step: int) -> Losses:
         chosen = draw(len(latents), batch, weights, device)
-        input_ids = texts[chosen, torch.randint(CAPTIONS, (batch,), device=device)]
-        dropped = torch.rand(batch, 1, device=device) < UNCONDITIONAL
-        x0 = latents[chosen]
-        timesteps = draw_timesteps(batch, len(alphas), device)
+        input_ids = share(texts.drawn(chosen))
+        dropped = share(torch.rand(batch, 1, device=device) < UNCONDITIONAL)
+        timesteps = share(draw_timesteps(batch, len(alphas), device))
+        noise = share(torch.randn(batch, *latents.shape[1:], device=device))
+        x0 = latents[share(chosen)].float()
         alpha = alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - alpha**2).sqrt()
-        noise = torch.randn_like(x0)
         x = (alpha * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
         with autocast(settings.device), attention(settings.device):
             out = denoiser(x, timesteps, torch.where(dropped, empty, input_ids))
@@ -187,15 +225,6 @@ def train(
     ema = loop.run(losses, sample=sample, name="diffusion")
     assert isinstance(ema, Denoiser)
     return ema
-
-
-def _texts(examples: Examples, tokenizer: Tokenizer, rng: np.random.Generator) -> Tensor:
-    """Draw captions of each picture: their tokens, (n, CAPTIONS, MAX_TOKENS) int64."""
-    rows = []
-    for index in range(len(examples.latents)):
-        texts = [examples.caption(index, rng) for _ in range(CAPTIONS)]
-        rows.append(tokenizer(texts).input_ids)
-    return torch.from_numpy(np.stack(rows))
 
 
 def draw_timesteps(

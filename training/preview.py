@@ -18,10 +18,10 @@ from runtime.conditioning.tokenizer import Tokenizer
 from runtime.samplers.noise_schedule import NoiseSchedule
 from training.autoencoder import encode
 from training.dataset import TrainingSet
+from training.diffusers_folder import DIFFUSERS, WEIGHTS, write_json, write_weights
 from training.diffusion import SCHEDULER, Denoiser
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, autocast
-from training.ship import DIFFUSERS, WEIGHTS, write_json, write_weights
 
 BATCH = 32
 PICTURES = 1000  # to learn from

@@ -14,7 +14,7 @@ from engine.model import find_model
 from export.modules.autoencoder import Autoencoder
 from runtime import Pipeline
 from training import autoencoder, ship
-from training.pictograms import STYLES, Pictograms, caption
+from training.pictograms import STYLES, Pictograms, caption, unseen_synonyms
 
 CELL = 8  # pixels
 STEPS, FEW_STEPS = 20, 4
@@ -23,6 +23,7 @@ BATCH = 8
 SEEDS = (0, 1, 2, 3)
 TRAINED_SEED = 7
 TOPS = (1, 5)
+SYNONYM_STYLE = 0  # fluent, which has most subjects of a design of its own
 
 
 def evaluate(
@@ -48,7 +49,8 @@ def evaluate(
     originals, of_trained = (data.images[pairs[:, 0], pairs[:, 1]] for pairs in (held_out, trained))
 
     def draw(pairs: np.ndarray, steps: int, scale: float = GUIDANCE_SCALE) -> list[np.ndarray]:
-        return [np.stack(list(_draw(pipeline, data, pairs, seed, steps, scale))) for seed in seeds]
+        texts = [caption(data.names[subject], STYLES[style]) for subject, style in pairs]
+        return [np.stack(list(_draw(pipeline, texts, seed, steps, scale))) for seed in seeds]
 
     drawn, of_trained_drawn = draw(held_out, STEPS), draw(trained, STEPS)
     if few_steps is not None:
@@ -66,6 +68,30 @@ def evaluate(
         "sharpness": sharpness(np.concatenate(drawn)) / sharpness(originals),
         "autoencoder_psnr": _reconstruction(model, originals),
     }
+
+
+def synonyms(model: str, data: Pictograms, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
+    """Ask for subjects by words that no caption had, and by their names; return the shares.
+
+    The model is to be trained with `--unseen-synonyms`. A picture is matched among the originals
+    of all these subjects in one style, of pairs that were not held out.
+    """
+    words = unseen_synonyms(data)
+    subjects = [s for s in words if not data.held_out[s, SYNONYM_STYLE]]
+    originals = data.images[subjects, SYNONYM_STYLE]
+    pipeline, style = Pipeline.load(model), STYLES[SYNONYM_STYLE]
+    texts = {"synonyms": [words[s] for s in subjects], "names": [data.names[s] for s in subjects]}
+    found: dict[str, Any] = {
+        kind: _shares(
+            [
+                np.stack(list(_draw(pipeline, [caption(word, style) for word in asked], seed)))
+                for seed in seeds
+            ],
+            originals,
+        )
+        for kind, asked in texts.items()
+    }
+    return {**found, "chance_top_1": 1 / len(subjects), "seeds": list(seeds)}
 
 
 def figures(report: dict[str, Any]) -> dict[str, float]:
@@ -146,9 +172,12 @@ def _shares(drawn: Sequence[np.ndarray], originals: np.ndarray) -> dict[str, Any
 
 
 def _draw(
-    pipeline: Pipeline, data: Pictograms, pairs: np.ndarray, seed: int, steps: int, scale: float
+    pipeline: Pipeline,
+    captions: Sequence[str],
+    seed: int,
+    steps: int = STEPS,
+    scale: float = GUIDANCE_SCALE,
 ) -> Iterator[np.ndarray]:
-    captions = [caption(data.names[subject], STYLES[style]) for subject, style in pairs]
     for start in range(0, len(captions), BATCH):
         result = pipeline(
             captions[start : start + BATCH],

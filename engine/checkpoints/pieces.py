@@ -28,7 +28,7 @@ from engine.checkpoints.single_file import COMPRESSION, FileFields
 from engine.configs.diffusion import Config, TextEncoderConfig, UNetConfig, read_json
 from engine.errors import ModelError
 
-__all__ = ["PIECES", "ModelFields", "open_piece", "read_pieces", "replaced_pieces"]
+__all__ = ["PIECES", "ModelFields", "is_piece", "open_piece", "read_pieces", "replaced_pieces"]
 
 C = TypeVar("C", bound=Config)
 PIECES: tuple[ComponentName, ...] = ("text_encoder", "text_encoder_2", "unet")
@@ -53,6 +53,8 @@ TEXT_PREFIXES = (
 )
 FIRST = "input_blocks.0.0.weight"
 UNET_FIRST = (FIRST, "conv_in.weight")
+TOKENS = ("token_embedding.weight", "embeddings.token_embedding.weight")
+TEXT_FIRST = (*TOKENS, f"text_model.{TOKENS[1]}")
 QUICK_WIDTH = 768  # of CLIP's own text encoder; wider ones are OpenCLIP's, with another activation
 POOLED = 1280  # width of XL's pooled text
 
@@ -148,13 +150,25 @@ def _open(
     return configs, components
 
 
+def is_piece(weights: Weights) -> bool:
+    """Tell whether a file's names are those of a UNet or of text encoders alone."""
+    firsts = ((UNET_PREFIXES, UNET_FIRST), (TEXT_PREFIXES, TEXT_FIRST))
+    return any(_prefix(weights, *first) is not None for first in firsts)
+
+
 def open_piece(path: Path) -> tuple[ComponentName, Config, Component]:
-    """Open a piece that stands alone, and tell by its names which it is; raises ModelError."""
+    """Open a piece that stands alone, and tell by its names which it is; raises ModelError.
+
+    A projection is that of XL's second text encoder, but beside CLIP's own, whose width tells it.
+    """
     weights = open_weights(path)
     if _prefix(weights, UNET_PREFIXES, UNET_FIRST) is not None:
         return ("unet", *_open_unet(path, {}, refiner=False))
-    wide = any("text_projection" in name for name in weights)
-    name: ComponentName = "text_encoder_2" if wide else "text_encoder"
+    prefix = _prefix(weights, TEXT_PREFIXES, TEXT_FIRST) or ""
+    first = (weights.tensors.get(f"{prefix}{token}") for token in TEXT_FIRST)
+    clip = any(tensor is not None and tensor.shape[-1:] == (QUICK_WIDTH,) for tensor in first)
+    projected = any("text_projection" in name for name in weights)
+    name: ComponentName = "text_encoder_2" if projected and not clip else "text_encoder"
     return (name, *_open_text_encoder(name, path))
 
 
@@ -200,17 +214,15 @@ def _open_unet(
 def _open_text_encoder(name: ComponentName, path: Path) -> tuple[TextEncoderConfig, Component]:
     """Open a text encoder alone: a file, or a folder of transformers; raises ModelError."""
     weights = open_weights(path)
-    tokens = ("token_embedding.weight", "embeddings.token_embedding.weight")
-    firsts = (*tokens, f"text_model.{tokens[1]}")
-    prefix = _prefix(weights, TEXT_PREFIXES, firsts)
+    prefix = _prefix(weights, TEXT_PREFIXES, TEXT_FIRST)
     if prefix is None:
         raise ModelError(
-            f"{path} holds no text encoder: it has no {' and no '.join(firsts)}; give the file or "
-            "folder of a CLIP or OpenCLIP text encoder"
+            f"{path} holds no text encoder: it has no {' and no '.join(TEXT_FIRST)}; give the file "
+            "or folder of a CLIP or OpenCLIP text encoder"
         )
     weights = _under(weights, prefix)
     stored, pooled = _stored(path, weights), name == "text_encoder_2"
-    if tokens[0] in weights:
+    if TOKENS[0] in weights:
         return _in_original_layout(name, open_clip(("",), pooled=pooled), stored, weights, {})
     config = _stated(path, TextEncoderConfig) or _transformers_config(
         _stored(path, _under(weights, "text_model.")), stored, pooled=pooled

@@ -1,6 +1,5 @@
 """A safety checker: the folder `safety_checker/` of a model in diffusers' layout."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -8,8 +7,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.checkpoints.component import Component, Source, assemble, shown
+from engine.checkpoints.component import Component, Source, assemble
 from engine.checkpoints.formats.files import Weights, open_weights, require_finite
+from engine.checkpoints.image_encoder import refuse_other_tensors
 from engine.configs.safety_checker import SafetyCheckerConfig
 from engine.errors import ModelError
 
@@ -17,7 +17,6 @@ __all__ = ["SafetyCheckerFile"]
 
 FOLDER = "safety_checker"
 VISION = "vision_model."  # transformers 5 leaves one of two such words out of names
-POSITIONS = r"(vision_model\.)+embeddings\.position_ids"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +61,7 @@ class SafetyCheckerFile:
         )
         own = {f"{name}_embeds" for name in ("concept", "special_care")}
         own |= {f"{name}_weights" for name in own}
-        _refuse_left_over(folder, weights, component.used() | own)
+        refuse_other_tensors(folder, weights, component.used() | own)
         return cls(
             path=folder,
             config=config,
@@ -71,16 +70,6 @@ class SafetyCheckerFile:
             concept_thresholds=concepts[1],
             special=special[0],
             special_thresholds=special[1],
-        )
-
-
-def _refuse_left_over(folder: Path, weights: Weights, used: set[str]) -> None:
-    """Raise ModelError for a further tensor: elsewhere CLIP's half for pictures is unused."""
-    left = [n for n in weights if n not in used and not re.fullmatch(POSITIONS, n)]
-    if left:
-        raise ModelError(
-            f"{folder} holds {shown(left[0])}, for which its config.json has no place; fetch the "
-            "folder again"
         )
 
 

@@ -23,6 +23,7 @@ from engine.configs.tiny_autoencoder import (
 from engine.errors import ModelError
 
 __all__ = [
+    "find_halves",
     "has_tiny_decoder",
     "open_tiny_autoencoder",
     "open_tiny_decoder",
@@ -79,6 +80,19 @@ def tiny_config(path: Path, shapes: Mapping[str, Shape]) -> TinyAutoencoderConfi
         fields["num_encoder_blocks"] = blocks
         fields["encoder_block_out_channels"] = (first[0],) * TINY_LEVELS
     return TinyAutoencoderConfig(**fields)
+
+
+def find_halves(path: Path) -> dict[str, dict[str, Shape]]:
+    """Return the shapes that a file or folder holds of "encoder" and "decoder", as far as there.
+
+    By their names in diffusers'. Raises ModelError for a tensor that has no place.
+    """
+    _, _, shapes = _open(path)
+    halves = {
+        half.partition(".")[0]: {n: shape for n, shape in shapes.items() if n.startswith(half)}
+        for half in PLACES
+    }
+    return {half: held for half, held in halves.items() if held}
 
 
 def open_tiny_decoder(path: Path) -> tuple[TinyDecoderConfig, Component]:

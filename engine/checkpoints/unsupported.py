@@ -31,7 +31,10 @@ SIGNATURES: Mapping[str, tuple[str, str]] = MappingProxyType(
             "a ControlNet",
             ADVICE,
         ),
-        r"^(image_proj|ip_adapter)\.": ("an IP-Adapter", ADVICE),
+        r"^(image_proj|ip_adapter)\.": (
+            "an IP-Adapter",
+            "give it as --ip-adapter, with --image-prompt and --image-encoder",
+        ),
         r"motion_modules\.": ("an AnimateDiff motion module", ADVICE),
         r"^adapter\.body\.|^body\.\d+\.(block1|in_conv)\.": ("a T2I-Adapter", ADVICE),
         r"\bjoint_blocks\.": ("Stable Diffusion 3", ADVICE),

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Self, get_args, get_origin
 
+from engine.configs.cross_attentions import CrossAttention
 from engine.errors import ModelError
 
 ADVICE = "use a Stable Diffusion 1.x, 2.x or XL model"
@@ -71,10 +72,19 @@ class Config:
         """Return the channels of every map that a ControlNet adds to one, level by level."""
         return []
 
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        """Return the layers that an IP-Adapter gives keys and values, in its order."""
+        return ()
+
     @property
     def extra_inputs(self) -> tuple[str, ...]:
         """Names of the inputs that only graphs of some architectures take."""
         return ()
+
+    @property
+    def unused(self) -> str | None:
+        """A pattern of tensors that a file may hold beside those that are used."""
+        return None
 
     @property
     def overflows_float16(self) -> bool:

@@ -14,7 +14,7 @@ from engine.configs.base import (
     resnet_activations,
     weight,
 )
-from engine.configs.transformer_depths import DOWN
+from engine.configs.transformer_depths import DOWN, where_attended
 from engine.configs.unet import UNetConfig, middle_tensors, time_tensors, way_down_tensors
 
 __all__ = ["ControlNetConfig", "control_net_of", "mirrored"]
@@ -55,6 +55,11 @@ class ControlNetConfig(UNetConfig):
     def compression(self) -> int:
         """Pixels along one side of the square that one value of the hint stands for."""
         return int(2 ** (len(self.conditioning_embedding_out_channels) - 1))
+
+    def up_depths(self) -> tuple[tuple[int, ...], ...]:
+        """Return what a way up of the mirrored blocks could have; a ControlNet has none."""
+        even = [(1,) * (count + 1) for count in reversed(self.layers())]
+        return where_attended(even, self.up_block_types)
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Return the shape of every tensor, by the name in diffusers' ControlNetModel."""

@@ -101,6 +101,11 @@ class TextEncoderConfig(Config):
         """Tokens of a chunk of text, which the encoder reads whole."""
         return self.max_position_embeddings
 
+    @property
+    def final_norm(self) -> str | None:
+        """The layer norm of the last states, which the graph does not apply to those before."""
+        return "text_model.final_layer_norm"
+
     def tensor_shapes(self) -> dict[str, Shape]:
         """Return the shape of every tensor, by its name in transformers.
 

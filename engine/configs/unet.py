@@ -17,6 +17,7 @@ from engine.configs.base import (
     resnet,
     weight,
 )
+from engine.configs.cross_attentions import CrossAttention, cross_attentions
 from engine.configs.transformer_depths import (
     ATTENDING_MIDDLE,
     by_layer,
@@ -134,10 +135,9 @@ class UNetConfig(Config):
         names = ["text_embeds", "time_ids"] if self.addition_embed_type == "text_time" else []
         if self.time_cond_proj_dim:
             names.append("timestep_cond")
-        if self.in_channels == 2 * self.out_channels:
-            names.append("edited_image")
-        elif self.in_channels > self.out_channels:
-            names.append("image_conditioning")
+        if self.in_channels > self.out_channels:
+            edits = self.in_channels == 2 * self.out_channels
+            names.append("edited_image" if edits else "image_conditioning")
         return tuple(names)
 
     @property
@@ -222,6 +222,11 @@ class UNetConfig(Config):
         """Blocks of the middle's transformer; 0 if there is none."""
         lowest, attends = self._depths()[-1], self.mid_block_type == ATTENDING_MIDDLE
         return (lowest if isinstance(lowest, int) else lowest[0]) if attends else 0
+
+    def cross_attentions(self) -> tuple[CrossAttention, ...]:
+        """Return the layers that attend to the text, in the order of IP-Adapters."""
+        ways = self.down_depths(), self.up_depths(), self.middle_depth()
+        return cross_attentions(self.block_out_channels, *ways)
 
     def _depths(self) -> tuple[int, ...] | tuple[tuple[int, ...], ...]:
         depths = self.transformer_layers_per_block

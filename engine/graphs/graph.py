@@ -2,8 +2,8 @@
 
 A graph's file name says the part, the architecture's key and the precision, so one graph serves
 every checkpoint of its architecture. Graphs of known architectures ship with the package,
-compressed; `python -m export` traces the others. Those of upscalers and
-safety checkers are written when one is opened (`engine/graphs/writer.py`).
+compressed; `python -m export` traces the others. Those of upscalers, CLIP's image encoders and
+IP-Adapters are written when one is opened (`engine/graphs/writer.py`).
 
 The inputs and outputs of every graph, their names, dtypes and symbolic shapes, are written once,
 here. Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
@@ -26,6 +26,7 @@ from typing import Literal, Self, get_args
 from engine.configs.base import Config
 from engine.errors import GraphError, OutputError
 from engine.graphs.onnx_bytes import input_shapes, metadata, outputs
+from engine.graphs.steering import CONTROLLED_LEVELS, IP_PARTS, steering_inputs
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
 
@@ -37,8 +38,14 @@ Part = Literal[
     "step_controlled",
     "step_shallow_controlled",
     "step_shrunk",
+    "step_ip",
+    "step_shallow_ip",
+    "step_controlled_ip",
+    "step_shallow_controlled_ip",
     "control_hint",
     "control",
+    "image_encoder",
+    "ip_adapter",
     "vae_decoder",
     "vae_encoder",
     "preview_decoder",
@@ -97,30 +104,27 @@ _STEP_INPUTS = {
     "mask": _tensor("float32", "B", 1, "h", "w"),
     "outside": _tensor("float32", "B", "r + 2"),
 }
-_NEXT_REGISTERS = _tensor("float32", "B", "r", "C", "h", "w")
+_NEXT = {"next_registers": _tensor("float32", "B", "r", "C", "h", "w")}
 # What enters the last residual block of the UNet: a step gives it, a shallow step begins there.
 _DEEP = _tensor("float32", "g", "B", "F", "h", "w")
-_STEP = Signature(inputs=_STEP_INPUTS, outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP})
-_SHALLOW_STEP = Signature(
-    inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
-)
-
-# How many levels of the UNet have residuals among a part's inputs.
-MAX_LEVELS = 4
-CONTROLLED_LEVELS: Mapping[str, int] = MappingProxyType(
-    {"step_controlled": MAX_LEVELS, "step_shallow_controlled": 1, "control": MAX_LEVELS}
-)
+_STEP = Signature(inputs=_STEP_INPUTS, outputs={**_NEXT, "deep": _DEEP})
+_SHALLOW = Signature(inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs=_NEXT)
+# What a ControlNet sees of a step.
 _CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
         "text_encoder": _TEXT_ENCODER,
         "text_encoder_2": _TEXT_ENCODER,
         "step": _STEP,
-        "step_shallow": _SHALLOW_STEP,
+        "step_shallow": _SHALLOW,
         "step_shrunk": _STEP,  # whose lower levels see half the width and height (deep shrink)
-        # These and `control` also take residuals, by level: `signature` adds them.
+        # What these and `control` take beside, by level, `signature` adds.
         "step_controlled": _STEP,
-        "step_shallow_controlled": _SHALLOW_STEP,
+        "step_shallow_controlled": _SHALLOW,
+        "step_ip": _STEP,
+        "step_shallow_ip": _SHALLOW,
+        "step_controlled_ip": _STEP,
+        "step_shallow_controlled_ip": _SHALLOW,
         "control_hint": Signature(
             inputs={"picture": _tensor("float32", "B", 3, "H", "W")},
             outputs={"hint": _tensor("float32", "B", "F", "h", "w")},
@@ -166,7 +170,19 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
             inputs={"pixels": _tensor("float32", 1, 3, "h", "w")},
             outputs={"upscaled": _tensor("float32", 1, 3, "H", "W")},
         ),
-        # A picture of S pixels a side becomes a place in CLIP's space.
+        # A picture of S pixels a side becomes M tokens of the width E, and a place in CLIP's space.
+        "image_encoder": Signature(
+            inputs={"pixel_values": _tensor("float32", 1, 3, "S", "S")},
+            outputs={
+                "penultimate_hidden_state": _tensor("float32", 1, "M", "E"),
+                "image_embeds": _tensor("float32", 1, "P"),
+            },
+        ),
+        # What an image encoder gives becomes keys and values for all layers of a UNet.
+        "ip_adapter": Signature(
+            inputs={"features": _tensor("float32", 1, "n", "E")},
+            outputs={name: _tensor("float32", 1, "t", "W") for name in ("keys", "values")},
+        ),
         "safety_checker": Signature(
             inputs={"pixel_values": _tensor("float32", 1, 3, "S", "S")},
             outputs={"image_embeds": _tensor("float32", 1, "P")},
@@ -195,28 +211,12 @@ def signature(part: Part, config: Config) -> Signature:
     described = SIGNATURES[part]
     told = config.extra_inputs if "context" in described.inputs else ()
     extra = {name: EXTRA_INPUTS[name] for name in told}
-    residuals = _residuals(part, config)
+    shapes = steering_inputs(part, config) if part in CONTROLLED_LEVELS else {}
+    steering = {name: _tensor("float32", *shape) for name, shape in shapes.items()}
     outputs = dict(described.outputs)
     if part == "control":
-        outputs = {f"next_{name}": tensor for name, tensor in residuals.items()}
-    return Signature(inputs={**described.inputs, **extra, **residuals}, outputs=outputs)
-
-
-def residual_names(config: Config) -> list[str]:
-    """Return what the residuals of every level are called, as inputs of a controlled step."""
-    return [f"residuals_{level}" for level in range(len(config.residual_widths()))]
-
-
-def _residuals(part: Part, config: Config) -> dict[str, Tensor]:
-    """What ControlNets add to a UNet's maps: (g, B, C, h, w) a level; a shallow step has the first.
-
-    C counts all maps of the level, channels behind channels.
-    """
-    shapes, levels = dict[str, Tensor](), CONTROLLED_LEVELS.get(part, 0)
-    for level, widths in enumerate(config.residual_widths()[:levels]):
-        sides = (f"h{level}", f"w{level}") if level else ("h", "w")
-        shapes[f"residuals_{level}"] = _tensor("float32", "g", "B", sum(widths), *sides)
-    return shapes
+        outputs = {f"next_{name}": tensor for name, tensor in steering.items()}
+    return Signature(inputs={**described.inputs, **extra, **steering}, outputs=outputs)
 
 
 Precision = Literal["float32", "float16"]
@@ -308,10 +308,10 @@ def graph_folders(chosen: str | Path | None = None) -> Sequence[Path]:
 
 
 # What makes the graphs of some parts; {} is what they are of.
-MAKES: Mapping[Part, str] = MappingProxyType(
+MAKES: Mapping[str, str] = MappingProxyType(
     {
+        **{part: f"export {{}} --parts {part}" for part in (*IP_PARTS, "step_shrunk")},
         "language_model": "export language-model {}",
-        "step_shrunk": "export {} --parts step_shrunk",
         "step_controlled": "export control-net CONTROLNET --model {}",
         "step_shallow_controlled": "export control-net CONTROLNET --model {}",
         "control_hint": "export control-net {} --model MODEL",

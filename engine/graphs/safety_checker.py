@@ -1,68 +1,15 @@
-"""The graph of a safety checker: CLIP's vision transformer (arXiv:2103.00020) and projection."""
-
-import numpy as np
+"""The graph of a safety checker: CLIP's half for pictures (arXiv:2103.00020)."""
 
 from engine.configs.safety_checker import SafetyCheckerConfig
 from engine.graphs.graph import Graph, Precision
+from engine.graphs.image_encoder import write_image_encoder
 from engine.graphs.writer import GraphWriter
 
 __all__ = ["safety_checker_graph"]
-
-VISION = "vision_model.vision_model"
-QUICK_GELU = 1.702
 
 
 def safety_checker_graph(config: SafetyCheckerConfig, precision: Precision) -> Graph:
     """Write the graph: pixel_values (1, 3, S, S) float32 -> image_embeds (1, P) float32."""
     writer = GraphWriter("safety_checker", config, precision)
-    width, places = config.hidden_size, config.tokens - 1
-    embeddings = f"{VISION}.embeddings"
-    x = writer.given("pixel_values")
-    x = writer.conv(x, f"{embeddings}.patch_embedding", bias=False, stride=config.patch_size)
-    x = writer.op(
-        "Transpose", writer.op("Reshape", x, writer.whole(1, width, places)), perm=[0, 2, 1]
-    )
-    own = writer.weight(f"{embeddings}.class_embedding")
-    x = writer.op("Concat", writer.op("Reshape", own, writer.whole(1, 1, width)), x, axis=1)
-    x = writer.op("Add", x, writer.weight(f"{embeddings}.position_embedding.weight"))
-    x = writer.layer_norm(x, f"{VISION}.pre_layrnorm", config.layer_norm_eps)
-    for i in range(config.num_hidden_layers):
-        x = _layer(writer, config, x, f"{VISION}.encoder.layers.{i}")
-    pooled = writer.op("Gather", x, writer.array(np.array(0)), axis=1)
-    pooled = writer.layer_norm(pooled, f"{VISION}.post_layernorm", config.layer_norm_eps)
-    writer.give("image_embeds", writer.linear(pooled, "visual_projection", bias=False))
+    write_image_encoder(writer, config)
     return writer.graph()
-
-
-def _layer(writer: GraphWriter, config: SafetyCheckerConfig, x: str, name: str) -> str:
-    y = writer.layer_norm(x, f"{name}.layer_norm1", config.layer_norm_eps)
-    x = writer.op("Add", x, _attention(writer, config, y, f"{name}.self_attn"))
-    y = writer.layer_norm(x, f"{name}.layer_norm2", config.layer_norm_eps)
-    y = _activated(writer, config, writer.linear(y, f"{name}.mlp.fc1"))
-    return writer.op("Add", x, writer.linear(y, f"{name}.mlp.fc2"))
-
-
-def _attention(writer: GraphWriter, config: SafetyCheckerConfig, x: str, name: str) -> str:
-    head = config.hidden_size // config.num_attention_heads
-    heads = writer.whole(1, config.tokens, config.num_attention_heads, head)
-
-    def parted(layer: str, perm: list[int]) -> str:
-        return writer.op(
-            "Transpose", writer.op("Reshape", writer.linear(x, f"{name}.{layer}"), heads), perm=perm
-        )
-
-    q, k = parted("q_proj", [0, 2, 1, 3]), parted("k_proj", [0, 2, 3, 1])
-    scores = writer.op("MatMul", writer.op("Mul", q, writer.numbers(head**-0.5)), k)
-    found = writer.op(
-        "MatMul", writer.op("Softmax", scores, axis=-1), parted("v_proj", [0, 2, 1, 3])
-    )
-    joined = writer.op("Transpose", found, perm=[0, 2, 1, 3])
-    whole = writer.whole(1, config.tokens, config.hidden_size)
-    return writer.linear(writer.op("Reshape", joined, whole), f"{name}.out_proj")
-
-
-def _activated(writer: GraphWriter, config: SafetyCheckerConfig, x: str) -> str:
-    if config.hidden_act == "gelu":
-        return writer.op("Gelu", x)
-    gate = writer.op("Sigmoid", writer.op("Mul", x, writer.numbers(QUICK_GELU)))
-    return writer.op("Mul", x, gate)

@@ -20,7 +20,9 @@ class SpatialAttention(Attention):
         super().__init__(channels, 1, bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]  # a feature map attends to itself alone
+        self, hidden_states: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         """Return the feature map (B, C, h, w) plus its attention."""
         height, width = hidden_states.shape[2:]
         tokens = self.group_norm(hidden_states).flatten(2).transpose(1, 2)

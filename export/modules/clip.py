@@ -20,27 +20,34 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+def embed_tokens(
+    embedding: nn.Embedding, input_ids: Tensor, extra_embeddings: Tensor | None
+) -> Tensor:
+    """Look tokens up: (B, n) int64 -> (B, n, D).
+
+    extra_embeddings: (e, D), the rows of the ids from the vocabulary's size on (textual inversion,
+    Gal et al. 2022, arXiv:2208.01618).
+    """
+    if extra_embeddings is None:
+        return embedding(input_ids)
+    size = embedding.num_embeddings
+    tokens = embedding(input_ids.clamp(max=size - 1))
+    extra = extra_embeddings.to(tokens.dtype)[(input_ids - size).clamp(min=0)]
+    return torch.where((input_ids < size)[..., None], tokens, extra)
+
+
 class TextEmbeddings(nn.Module):
     """Token and position embeddings, added."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
-        self.vocab_size = config.vocab_size
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor, extra_embeddings: Tensor | None = None) -> Tensor:
-        """(B, n) int64 -> (B, n, hidden_size).
-
-        extra_embeddings: (e, hidden_size), the rows of the ids from vocab_size on (textual
-        inversion, Gal et al. 2022, arXiv:2208.01618).
-        """
+        """(B, n) int64 -> (B, n, hidden_size); for extra_embeddings see `embed_tokens`."""
         positions = self.position_embedding.weight[: input_ids.shape[1]]
-        if extra_embeddings is None:
-            return self.token_embedding(input_ids) + positions
-        tokens = self.token_embedding(input_ids.clamp(max=self.vocab_size - 1))
-        extra = extra_embeddings.to(tokens.dtype)[(input_ids - self.vocab_size).clamp(min=0)]
-        return torch.where((input_ids < self.vocab_size)[..., None], tokens, extra) + positions
+        return embed_tokens(self.token_embedding, input_ids, extra_embeddings) + positions
 
 
 class SelfAttention(nn.Module):

@@ -3,6 +3,9 @@
 An attribute is called what the checkpoint calls it, so state dicts load without a map.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,15 +99,77 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, hidden_states: Tensor, context: Tensor | None = None) -> Tensor:
-        """Attend from `hidden_states` (B, n, D) to `context` (B, m, D'); see the class."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        images: "LayerImages | None" = None,
+    ) -> Tensor:
+        """Attend from `hidden_states` (B, n, D) to `context` (B, m, D') and pictures; see above."""
         context = hidden_states if context is None else context
         query, key, value = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.to_q(hidden_states), self.to_k(context), self.to_v(context))
         )
         out = F.scaled_dot_product_attention(query, key, value)
+        if images is not None:
+            out = out + images.attended(query)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerImages:
+    """Pictures that one layer attends to (Ye et al. 2023, arXiv:2308.06721, equation 5).
+
+    keys, values: (B, k, t, C) of k pictures with t tokens each; bias: (B, k, t), -inf for a token
+    that only fills up; weights: (B, k, n), how much each picture counts at each place
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    weights: Tensor
+
+    def attended(self, query: Tensor) -> Tensor:
+        """Attend from (B, heads, n, d) to each picture by itself; returns their weighed sum."""
+        heads, pictures, tokens = query.shape[1], self.keys.shape[1], self.keys.shape[2]
+        keys, values = (
+            tensor.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for tensor in (self.keys, self.values)
+        )
+        scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(2, 3)
+        scores = scores.unflatten(-1, (pictures, tokens)) + self.bias[:, None, None]
+        shares = scores.float().softmax(dim=-1).to(query.dtype)
+        shares = shares * self.weights.transpose(1, 2)[:, None, :, :, None]
+        return shares.flatten(3) @ values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextAndImages:
+    """What a UNet attends to: a text (B, m, D), and pictures.
+
+    keys, values: (B, k, t, W), those of all layers behind each other; bias: (B, k, t)
+    weights: (B, k, h, w) by level
+    """
+
+    text: Tensor
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    weights: Mapping[int, Tensor]
+
+    def layer(self, level: int, begin: int, width: int) -> LayerImages:
+        """Return the pictures of a layer, whose keys begin at a column."""
+        return LayerImages(
+            keys=self.keys[..., begin : begin + width],
+            values=self.values[..., begin : begin + width],
+            bias=self.bias,
+            weights=self.weights[level].flatten(2),
+        )
+
+
+Context = Tensor | TextAndImages
+"""What transformers attend to: (B, m, D), or that with pictures."""
 
 
 def for_groups(values: Tensor, groups: int | None) -> Tensor:
@@ -114,7 +179,7 @@ def for_groups(values: Tensor, groups: int | None) -> Tensor:
     return values[None].expand(groups, *values.shape).flatten(0, 1)
 
 
-def resized(values: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(values: Tensor, size: tuple[int, ...]) -> Tensor:
     """Bring maps (B, C, h, w) to another size, as torch's bicubic interpolation does."""
     return F.interpolate(values, size=size, mode="bicubic", align_corners=False)
 

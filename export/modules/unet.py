@@ -12,8 +12,14 @@ from torch import Tensor, nn
 
 from engine.configs.diffusion import UNetConfig
 from export.modules.embeddings import TextEmbedding, TimestepEmbedding, sinusoids
-from export.modules.layers import for_groups, resized
-from export.modules.unet_blocks import MidBlock, UpBlock, make_down_blocks, make_up_blocks
+from export.modules.layers import Context, TextAndImages, for_groups, resized
+from export.modules.unet_blocks import (
+    MidBlock,
+    TransformerBlock,
+    UpBlock,
+    make_down_blocks,
+    make_up_blocks,
+)
 
 SHRUNK_FROM = 1  # the level whose input deep shrink halves
 
@@ -54,7 +60,7 @@ class UNetEncoder(nn.Module):
         self,
         first: Tensor,
         time_embedding: Tensor,
-        context: Tensor,
+        context: Context,
         groups: int | None = None,
         *,
         shrinks: bool = False,
@@ -110,6 +116,12 @@ class UNet(UNetEncoder):
         self.up_blocks = make_up_blocks(config, self.widths)
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        begin = 0
+        for layer in config.cross_attentions():
+            block = self.get_submodule(layer.name)
+            assert isinstance(block, TransformerBlock)
+            block.place = (layer.level, begin, layer.width)
+            begin += layer.width
 
     def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, **added: Any) -> Tensor:
         """Return (B, out_channels, h, w); the arguments are those of `with_deep`."""
@@ -125,6 +137,7 @@ class UNet(UNetEncoder):
         deep: Tensor | None = None,
         shrinks: bool = False,
         residuals: Sequence[Tensor] = (),
+        images: Sequence[Tensor] = (),
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
@@ -143,30 +156,42 @@ class UNet(UNetEncoder):
         before, which is enlarged again where it meets the whole size (Kohya's deep shrink, 2023).
         residuals: by level (B, C, h, w), what is added to the level's skips and behind the middle,
         channels behind channels (Zhang et al. 2023, arXiv:2302.05543, section 3.2).
+        images: what is attended to beside the text, for all B: keys (B, k, t, W), values and bias,
+        then the weights (g · B, k, h, w) of each level that attends, as `TextAndImages` has them.
         """
         time_embedding = self.embed_time(timestep, sample.dtype, timestep_cond)
         first = self.conv_in(sample)
         levels = zip(residuals, self.config.residual_widths(), strict=False)
         added = [piece for level, widths in levels for piece in level.split(widths, dim=1)]
+        attended = self._attended(context, images, groups)
         if deep is None and self.begins_alike:
-            deep = self._deep(first, time_embedding, context, groups, added[1:], shrinks)
+            deep = self._deep(first, time_embedding, attended, groups, added[1:], shrinks)
         first, time_embedding = for_groups(first, groups), for_groups(time_embedding, groups)
         if self.config.addition_embed_type is not None:
             time_embedding = time_embedding + self.embed_text(context, text_embeds, time_ids)
         if deep is None:
-            deep = self._deep(first, time_embedding, context, None, added[1:], shrinks)
+            deep = self._deep(first, time_embedding, attended, None, added[1:], shrinks)
         if added:
             first = first + added[0]
         top = self.up_blocks[-1]
         assert isinstance(top, UpBlock)
-        hidden_states = top.layer(-1, deep, first, time_embedding, context)
+        hidden_states = top.layer(-1, deep, first, time_embedding, attended)
         return self.conv_out(F.silu(self.conv_norm_out(hidden_states))), deep
+
+    def _attended(self, text: Tensor, images: Sequence[Tensor], groups: int | None) -> Context:
+        """Lay pictures beside the text of each group."""
+        if not images:
+            return text
+        keys, values, bias = (for_groups(tensor, groups) for tensor in images[:3])
+        levels = sorted({layer.level for layer in self.config.cross_attentions()})
+        weights = dict(zip(levels, images[3:], strict=True))
+        return TextAndImages(text=text, keys=keys, values=values, bias=bias, weights=weights)
 
     def _deep(
         self,
         first: Tensor,
         time_embedding: Tensor,
-        context: Tensor,
+        context: Context,
         groups: int | None,
         added: Sequence[Tensor],
         shrinks: bool,

@@ -12,8 +12,10 @@ from engine.configs.diffusion import UNetConfig
 from export.modules.layers import (
     GEGLU,
     Attention,
+    Context,
     Downsample,
     ResnetBlock,
+    TextAndImages,
     Upsample,
     for_groups,
     resized,
@@ -40,11 +42,13 @@ class TransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each with a norm before it.
 
     text_alone: the first attends to the text too
+    place: the level, the first of its columns in the keys of pictures, and their number
     """
 
     def __init__(self, channels: int, heads: int, context: int, *, text_alone: bool) -> None:
         super().__init__()
         self.text_alone = text_alone
+        self.place = (0, 0, channels)
         self.norm1 = nn.LayerNorm(channels)
         first = context if text_alone else None
         self.attn1 = Attention(channels, heads, context_channels=first)
@@ -53,19 +57,22 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, hidden_states: Tensor, context: Tensor, groups: int | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: Context, groups: int | None = None) -> Tensor:
         """(B, n, channels), context (B, m, context_channels) -> (B, n, channels).
 
         With `groups`, what comes is the same for all g groups of the context, (g · B, m, …), and
         becomes theirs where it first meets them: -> (g · B, n, channels).
         """
+        text, images = context, None
+        if isinstance(context, TextAndImages):
+            text, images = context.text, context.layer(*self.place)
         if self.text_alone:
             hidden_states = for_groups(hidden_states, groups)
-            hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), context)
+            hidden_states = hidden_states + self.attn1(self.norm1(hidden_states), text)
         else:
             hidden_states = hidden_states + self.attn1(self.norm1(hidden_states))
             hidden_states = for_groups(hidden_states, groups)
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), context)
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), text, images)
         return hidden_states + self.ff(self.norm3(hidden_states))
 
 
@@ -92,7 +99,7 @@ class SpatialTransformer(nn.Module):
             for _ in range(layers)
         )
 
-    def forward(self, hidden_states: Tensor, context: Tensor, groups: int | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, context: Context, groups: int | None = None) -> Tensor:
         """(B, C, h, w), context (B, m, D) -> (B, C, h, w); for groups see TransformerBlock."""
         size = hidden_states.shape[2:]
         x = self.norm(hidden_states)
@@ -154,7 +161,7 @@ class DownBlock(Block):
         self,
         hidden_states: Tensor,
         time_embedding: Tensor,
-        context: Tensor,
+        context: Context,
         groups: int | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Return (B, C, h // 2, w // 2), or (B, C, h, w) at the lowest level, and the skips.
@@ -177,7 +184,7 @@ class DownBlock(Block):
 class MidBlock(Block):
     """The lowest level: residual block, transformer, residual block, or one residual block."""
 
-    def forward(self, hidden_states: Tensor, time_embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, time_embedding: Tensor, context: Context) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
         hidden_states = self.resnets[0](hidden_states, time_embedding)
         if self.has_attention:
@@ -194,7 +201,7 @@ class UpBlock(Block):
         hidden_states: Tensor,
         skips: list[Tensor],
         time_embedding: Tensor,
-        context: Tensor,
+        context: Context,
         whole: int | None = None,
     ) -> Tensor:
         """Consume the last skips; return (B, C, h, w) at the size of the next level.
@@ -216,7 +223,7 @@ class UpBlock(Block):
         hidden_states: Tensor,
         skip: Tensor,
         time_embedding: Tensor,
-        context: Tensor,
+        context: Context,
     ) -> Tensor:
         """Run one residual block, and its transformer where it has one; maps are (B, C, h, w)."""
         hidden_states = torch.cat([hidden_states, skip], dim=1)

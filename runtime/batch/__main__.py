@@ -28,17 +28,9 @@ from runtime.batch.progress import Progress
 from runtime.batch.requests import ANY_SEED, Defaults
 from runtime.batch.work import Work, works
 from runtime.checks import check_choice, check_number
-from runtime.control_options import CONTROL_FIELDS
 from runtime.images.files import FORMATS as PICTURES
 from runtime.noise import MAX_SEED
-from runtime.options import (
-    FIELDS,
-    HIRES,
-    MADE_WITH,
-    PIECES,
-    add_request_options,
-    load_arguments,
-)
+from runtime.options import FIELDS, HIRES, add_request_options, load_arguments
 from runtime.pipeline import Pipeline
 from runtime.request import MAX_IMAGES
 from runtime.terminal import Loading, say
@@ -197,10 +189,7 @@ def _load(options: argparse.Namespace) -> tuple[Pipeline, dict[str, Any]]:
         loading.note(*pipeline.notes)
     chosen = pipeline.engines
     options.backend, options.precision = chosen.settings.backend, chosen.precision
-    names = (*MADE_WITH, *(("image", "mask") if options.image else ()))
-    names += CONTROL_FIELDS if options.controls else ()
-    names += tuple(name for name in ("regions", *PIECES) if getattr(options, name))
-    return pipeline, made_with(options, names, pipeline.model_path)
+    return pipeline, made_with(options, pipeline.model_path)
 
 
 def _facts(

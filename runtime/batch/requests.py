@@ -13,12 +13,10 @@ from PIL import Image
 
 from engine.errors import RequestError
 from runtime.batch.lines import Line
-from runtime.control_options import controls_of
 from runtime.images.canvas import ALPHA
 from runtime.images.files import open_image
 from runtime.images.upscaling import Hires
-from runtime.options import FIELDS, HIRES
-from runtime.regions import parse_region
+from runtime.options import FIELDS, HIRES, hires_fields, read_pictures
 from runtime.request import OF_AN_IMAGE, Request
 
 __all__ = ["ANY_SEED", "Defaults", "digest"]
@@ -26,6 +24,7 @@ __all__ = ["ANY_SEED", "Defaults", "digest"]
 NO_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")  # in no file's settings
 ANY_SEED = -1
 PICTURES = ("image", "mask")
+NOT_SHARED = ("prompt", "seed", "hires")  # by the lines of a file
 STAND_IN = Image.new("RGBA", (8, 8))
 
 
@@ -46,17 +45,11 @@ class Defaults:
     @classmethod
     def of(cls, options: argparse.Namespace, seed: int, folder: Path) -> "Defaults":
         """Return what a command line says, whose pictures are read. Raises RequestError."""
-        given = {name: getattr(options, name) for name in FIELDS if name not in ("prompt", "seed")}
-        for name in PICTURES:
-            if given[name] not in (None, Path(ALPHA)):
-                given[name] = open_image(given[name])
-        given["regions"] = tuple(parse_region(*pair) for pair in options.regions)
-        given["controls"] = controls_of(options)
-        given["mask"] = ALPHA if given["mask"] == Path(ALPHA) else given["mask"]
-        hires = {field: getattr(options, name) for name, field in HIRES.items()}
+        own = {name: getattr(options, name) for name in FIELDS if name not in NOT_SHARED}
+        given = {**own, **read_pictures(options)}
         return cls(
             fields={name: value for name, value in given.items() if value is not None},
-            hires={name: value for name, value in hires.items() if value is not None},
+            hires=hires_fields(options),
             seed=seed,
             folder=folder,
         )

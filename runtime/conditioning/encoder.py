@@ -300,7 +300,9 @@ class Encoder:
 
     def _final_norm(self, name: TextPart, hidden_states: Array) -> Array:
         """Apply the layer norm that the graph applies after the last layer only."""
-        weights, prefix = self.model.find(name), "text_model.final_layer_norm"
+        weights, prefix = self.model.find(name), self.model.text_encoders[name].final_norm
+        if prefix is None:
+            return hidden_states
         scale, shift = (weights[f"{prefix}.{part}"].astype("f") for part in ("weight", "bias"))
         centered = hidden_states - hidden_states.mean(-1, keepdims=True)
         variance = np.square(centered).mean(-1, keepdims=True)

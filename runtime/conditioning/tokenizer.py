@@ -26,17 +26,13 @@ from engine.graphs.graph import TextPart
 from engine.model import Model
 from runtime.conditioning.cleaning import clean_text
 from runtime.conditioning.syntax import parse
-from runtime.conditioning.vocabulary import Vocabulary
+from runtime.conditioning.vocabulary import Vocabulary, build_encoder, read_json
 from runtime.conditioning.words import split_at_words, word_pattern
 
 if TYPE_CHECKING:
     import tokenizers
 
 PAD_TOKENS = {"quick_gelu": "<|endoftext|>", "gelu": "!"}  # CLIP's own encoders, and OpenCLIP's
-WORD_PATTERN = (
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
-    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -54,6 +50,7 @@ class Tokenizer:
     words: by the words of textual inversion, in small letters, the ids that each stands for
     pattern: finds them in a text
     cleans: whether HTML entities and curly quotes are resolved first, as CLIP's original does
+    has_start: whether the start token stands before the text, as CLIP's and BERT's does
     """
 
     max_length: int
@@ -64,6 +61,17 @@ class Tokenizer:
     words: Mapping[str, Sequence[int]] = field(default_factory=dict)
     pattern: re.Pattern[str] | None = None
     cleans: bool = False
+    has_start: bool = True
+
+    @property
+    def begin(self) -> int:
+        """How many tokens stand before the text in a row."""
+        return int(self.has_start)
+
+    @property
+    def room(self) -> int:
+        """How many tokens of text fit a row."""
+        return self.max_length - self.begin - 1
 
     @property
     def vocab_size(self) -> int:
@@ -75,8 +83,15 @@ class Tokenizer:
         """Read a tokenizer folder as diffusers writes it.
 
         It holds `tokenizer_config.json`, and `vocab.json` with `merges.txt` or `tokenizer.json`.
-        Raises ModelError when a file is missing or cannot be used.
+        Another class than CLIP's has `tokenizer.json`. Raises ModelError when a file is missing or
+        cannot be used.
         """
+        kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class") or "CLIP")
+        if not kind.startswith("CLIP"):
+            from runtime.conditioning.other_tokenizers import OTHER, load_other
+
+            if any(kind.startswith(name) for name in OTHER):
+                return cls(**load_other(folder, kind))
         return cls.of(Vocabulary.read(folder), str(folder))
 
     @classmethod
@@ -121,6 +136,12 @@ class Tokenizer:
             known[normal] = tuple(ids)
         return replace(self, words=MappingProxyType(known), pattern=word_pattern(known))
 
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma, after which a full chunk may end."""
+        ids = (self.encoder.token_to_id(token) for token in (",</w>", ","))
+        return next((index for index in ids if index is not None), None)
+
     def is_token(self, word: str) -> bool:
         """Tell whether a word is one token of the vocabulary."""
         normal = self.normal(word)
@@ -129,7 +150,8 @@ class Tokenizer:
 
     def normal(self, text: str) -> str:
         """Write a text as it is tokenised: in small letters, white space as single spaces."""
-        return str(self.encoder.normalizer.normalize_str(text))
+        normalizer = self.encoder.normalizer  # GPT-2 has none
+        return text if normalizer is None else str(normalizer.normalize_str(text))
 
     def words_in(self, prompt: str) -> set[str]:
         """Return the taught words that a prompt holds, as `normal` writes them."""
@@ -147,9 +169,8 @@ class Tokenizer:
             raise RequestError(
                 f"The prompts came as {type(prompts).__name__}; give a list of strings."
             )
-        room = self.max_length - 2
         ids = ([i for meant in self.words_of(prompt) for i in meant] for prompt in prompts)
-        rows = [self.row(each[:room]) for each in ids]
+        rows = [self.row(each[: self.room]) for each in ids]
         return Tokens(input_ids=np.array(rows, np.int64).reshape(len(rows), self.max_length))
 
     def words_of(self, prompt: str) -> list[Sequence[int]]:
@@ -171,9 +192,10 @@ class Tokenizer:
         return found
 
     def row(self, ids: Sequence[int]) -> NDArray[np.int64]:
-        """Return (max_length,): the start, up to max_length - 2 ids, the end and padding."""
+        """Return (max_length,): the start, up to `room` ids, the end and padding."""
         row = np.full(self.max_length, self.pad_token_id, np.int64)
-        row[: len(ids) + 2] = [self.bos_token_id, *ids, self.eos_token_id]
+        start = [self.bos_token_id] if self.has_start else []
+        row[: len(ids) + self.begin + 1] = [*start, *ids, self.eos_token_id]
         return row
 
 
@@ -219,50 +241,6 @@ def check_text(prompt: object) -> None:
         ) from error
 
 
-def word_splitter() -> tuple[
-    tokenizers.normalizers.Normalizer, tokenizers.pre_tokenizers.PreTokenizer
-]:
-    """Return what makes CLIP's words of a text: the normalizer and the pre-tokenizer."""
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
-    normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    splitter = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    return normalizer, splitter
-
-
-def build_encoder(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
-    """Build the library's tokenizer as transformers does, without start, end and padding.
-
-    Raises ValueError, or what the library raises, for parts that do not fit together.
-    """
-    from tokenizers import AddedToken, Tokenizer
-    from tokenizers.models import BPE
-
-    encoder = Tokenizer(
-        BPE(
-            vocab=dict(vocabulary.ids),
-            merges=list(vocabulary.merges),
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-            fuse_unk=False,
-            unk_token=vocabulary.named["unk_token"]["content"],
-        )
-    )
-    encoder.normalizer, encoder.pre_tokenizer = word_splitter()
-    encoder.add_tokens([AddedToken(**fields) for fields in vocabulary.registered()])
-    for index, fields in vocabulary.added.items():
-        if encoder.token_to_id(fields["content"]) != index:
-            raise ValueError(f"the added token {fields['content']!r} cannot have the id {index}")
-    return encoder
-
-
 # How far back a chunk may end at a comma rather than within a phrase, as in Automatic1111.
 COMMA_TOKENS = 20
 MAX_CHUNKS = 64  # some 4,800 tokens; a longer prompt is a slip, and would take the memory
@@ -285,7 +263,8 @@ class Chunk:
         """Make the row of these ids and weights."""
         row = tokenizer.row([index for index, _ in tokens])
         weights = np.ones(len(row), np.float32)
-        weights[1 : len(tokens) + 1] = [weight for _, weight in tokens]
+        begin = tokenizer.begin
+        weights[begin : len(tokens) + begin] = [weight for _, weight in tokens]
         return cls(input_ids=row, weights=weights)
 
 
@@ -296,7 +275,7 @@ def make_chunks(text: str, tokenizer: Tokenizer) -> list[Chunk]:
     inversion stay whole if one fits a chunk at all. Raises RequestError for what is not text, and
     for more than 64 chunks.
     """
-    room, comma = tokenizer.max_length - 2, tokenizer.encoder.token_to_id(",</w>")
+    room, comma = tokenizer.room, tokenizer.comma
     full: list[list[tuple[int, float]]] = []
     for stretch in parse(text):
         chunk: list[tuple[int, float]] = []

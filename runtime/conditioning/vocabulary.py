@@ -6,15 +6,20 @@ Folders differ with their age. The tokens and merges stand in `vocab.json` and `
 `special_tokens_map.json`, `added_tokens.json` and the list in `tokenizer.json` come before it.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelError
 
-__all__ = ["Vocabulary"]
+if TYPE_CHECKING:
+    import tokenizers
+
+__all__ = ["Vocabulary", "build_encoder", "read_json", "word_splitter"]
 
 Merge = tuple[str, str]
 Fields = dict[str, Any]
@@ -33,6 +38,11 @@ SPECIAL_TOKENS = {
     "pad_token": "<|endoftext|>",
 }
 """CLIP's, for folders that do not say, in the order in which transformers registers them."""
+
+WORD_PATTERN = (
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+    r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +73,7 @@ class Vocabulary:
             )
 
     @classmethod
-    def clip(cls, pad_token: str) -> "Vocabulary":
+    def clip(cls, pad_token: str) -> Vocabulary:
         """Return CLIP's own, which every Stable Diffusion was trained with; files hold none.
 
         49,408 tokens in the order of CLIP's: the bytes, the bytes at a word's end, the merges and
@@ -88,7 +98,7 @@ class Vocabulary:
         )
 
     @classmethod
-    def read(cls, folder: Path) -> "Vocabulary":
+    def read(cls, folder: Path) -> Vocabulary:
         """Read a tokenizer folder; raises ModelError when a file is missing or cannot be used."""
         config = read_json(folder / "tokenizer_config.json")
         ids, merges, listed = read_pairs(folder)
@@ -238,3 +248,47 @@ def read_merges(path: Path) -> list[Merge]:
             )
         merges.append((symbols[0], symbols[1]))
     return merges
+
+
+def word_splitter() -> tuple[
+    tokenizers.normalizers.Normalizer, tokenizers.pre_tokenizers.PreTokenizer
+]:
+    """Return what makes CLIP's words of a text: the normalizer and the pre-tokenizer."""
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    splitter = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return normalizer, splitter
+
+
+def build_encoder(vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+    """Build the library's tokenizer as transformers does, without start, end and padding.
+
+    Raises ValueError, or what the library raises, for parts that do not fit together.
+    """
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.models import BPE
+
+    encoder = Tokenizer(
+        BPE(
+            vocab=dict(vocabulary.ids),
+            merges=list(vocabulary.merges),
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=vocabulary.named["unk_token"]["content"],
+        )
+    )
+    encoder.normalizer, encoder.pre_tokenizer = word_splitter()
+    encoder.add_tokens([AddedToken(**fields) for fields in vocabulary.registered()])
+    for index, fields in vocabulary.added.items():
+        if encoder.token_to_id(fields["content"]) != index:
+            raise ValueError(f"the added token {fields['content']!r} cannot have the id {index}")
+    return encoder

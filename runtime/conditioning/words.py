@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 from engine.adapters.textual_inversion import Embedding
+from engine.checkpoints.formats.tensors import short
 from engine.errors import RequestError
 
 __all__ = ["split_at_words", "teachable", "word_pattern"]
@@ -43,6 +44,9 @@ def teachable(
             names.add(word.lower())
             words.append(word)
         taught[embedding] = words
+        if embedding.unused:
+            held = ", ".join(map(short, embedding.unused))
+            notes.append(f"{embedding.path} also holds {held}, which is not used")
         notes.append(f"{embedding.path} is meant by {' or '.join(map(repr, words))}")
     return taught, notes
 

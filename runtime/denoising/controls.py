@@ -15,9 +15,9 @@ from PIL import Image
 
 from engine.backends.base import Engine
 from engine.configs.unet import UNetConfig
-from engine.control_nets import ControlNets, ControlPart
 from engine.errors import RequestError
-from engine.graphs.graph import residual_names
+from engine.graphs.steering import residual_names
+from engine.steering.control_nets import ControlNets, ControlPart
 from runtime.control import Control
 from runtime.plan import Plan
 from runtime.step_inputs import StepInputs
@@ -80,13 +80,15 @@ class ControlledSteps:
         A picture that the run gives the same net twice is encoded once.
         Raises GraphError or BackendError.
         """
-        made: dict[tuple[str, int], Array] = {}
+        made: dict[tuple[str, int, str], Array] = {}
+        hints = list[Array]()
         for control in plan.controls:
-            key = control.net, id(control.image)
+            key = control.net, id(control.image), control.preprocessor_text
             if key not in made:
-                pixels = hint_pixels(_over(plan, control.image))
+                pixels = hint_pixels(control.shown(_over(plan, control.image)))
                 made[key] = self._run(control.net, "control_hint", {"picture": pixels})["hint"]
-        return tuple(made[control.net, id(control.image)] for control in plan.controls)
+            hints.append(made[key])
+        return tuple(hints)
 
     def open(self, plan: Plan) -> None:
         """Open every engine that a run's controls need; raises GraphError or BackendError."""

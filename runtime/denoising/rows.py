@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from engine.backends.base import FindEngine
 from engine.devices.device import HostOrDeviceArray
-from engine.graphs.graph import MAX_LEVELS, Part
+from engine.graphs.graph import Part
+from engine.graphs.steering import IP_BY_GROUPS, MAX_LEVELS
 from engine.graphs.variants import Variant
 from runtime.denoising.controls import CallControl, Residuals, call_controls
 from runtime.denoising.latents import State, predicted_x0
@@ -35,6 +36,7 @@ __all__ = ["Row", "padded", "part_of", "rows_of", "step_rows"]
 BY_GROUPS = frozenset(
     (
         *(f"residuals_{level}" for level in range(MAX_LEVELS)),
+        *IP_BY_GROUPS,
         "context",
         "guidance",
         "perturbed",

@@ -6,24 +6,24 @@
 
 The prompts come as they are, `<lora:name:weight>` included; the last line holds the rest as
 "name: value", a value as a JSON text where a comma or a colon is in it. Automatic1111, Forge and
-the galleries of pictures read it from a PNG's text chunk of the name `PARAMETERS_KEY`.
+the galleries of pictures read it from a PNG's text chunk of the name `PARAMETERS_KEY`; here
+`a1111_reader` does.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
-from engine.errors import RequestError
 from runtime.conditioning.syntax import escape
-from runtime.images.upscaling import MODES, PIXELS, is_trained
-from runtime.samplers import SAMPLERS, TRAINED_TIMESTEPS, resolve
+from runtime.images.upscaling import MODES, is_trained
+from runtime.samplers import resolve
+from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS
 
 __all__ = [
-    *("AUTOMATIC", "PARAMETERS_KEY", "SAMPLER_LABELS", "SCHEDULE_LABELS"),
-    *("a1111_method", "format_parameters", "parameter_fields", "parse_parameters"),
+    *("AUTOMATIC", "OWN_SCHEDULES", "PARAMETERS_KEY", "SAMPLER_LABELS", "SCHEDULE_LABELS"),
+    *("format_parameters", "schedule_label", "split_prompts"),
 ]
 
 PARAMETERS_KEY = "parameters"
@@ -39,61 +39,36 @@ SAMPLER_LABELS: Mapping[str, str] = {
 SCHEDULE_LABELS: Mapping[str | None, str] = {
     None: AUTOMATIC,
     **{name: name.title() for name in ("karras", "exponential", "beta", "simple", "normal")},
-    **{"sgm_uniform": "SGM Uniform", "a1111_kl_optimal": "KL Optimal"},
+    **{"sgm_uniform": "SGM Uniform", "a1111_kl_optimal": "KL Optimal", "leading": "DDIM"},
     "a1111_align_your_steps": "Align Your Steps",
 }
-# Its own names of files, in lower case; others it calls by their files' names.
-UPSCALER_FILES = {
-    "r-esrgan 4x+": "RealESRGAN_x4plus",
-    "r-esrgan 4x+ anime6b": "RealESRGAN_x4plus_anime_6B",
-    "r-esrgan 2x+": "RealESRGAN_x2plus",
-    "r-esrgan general 4xv3": "realesr-general-x4v3",
-    "r-esrgan animevideo": "realesr-animevideov3",
+# What it has in the place of others, which end elsewhere or are for another model.
+_LIKE = {
+    "kl_optimal": "KL Optimal",
+    **dict.fromkeys(("align_your_steps", "align_your_steps_xl"), "Align Your Steps"),
+    "a1111_align_your_steps_xl": "Align Your Steps",
 }
 NOISE_LABELS: Mapping[str, str] = {"cpu": "CPU", "cuda": "NV"}  # NV is CUDA's on every machine
 
-_NUMBERS: Mapping[str, tuple[str, Callable[[str], float]]] = {
-    "Steps": ("num_inference_steps", int),
-    "CFG scale": ("guidance_scale", float),
-    "Seed": ("seed", int),
-    "Variation seed": ("variation_seed", int),
-    "Variation seed strength": ("variation_strength", float),
-    "Denoising strength": ("strength", float),
-    "Clip skip": ("clip_skip", int),
-    "Mask blur": ("mask_blur", float),
-}
-_KNOWN = {*_NUMBERS, "Sampler", "Schedule type", "Size", "Model", "Model hash", "RNG", "Version"}
-_HIRES: Mapping[str, tuple[str, Callable[[str], float]]] = {
+HIRES_FIELDS: Mapping[str, tuple[str, Callable[[str], float]]] = {
     "Hires upscale": ("scale", float),
     "Hires steps": ("num_inference_steps", int),
     "Denoising strength": ("strength", float),
 }
-# Fields that change no picture, or that other fields repeat.
-_SILENT = {
-    *("Version", "Model hash", "Hashes", "VAE hash", "TI hashes", "Lora hashes", "User", "Parser"),
-    *("Created Date", "Civitai metadata", "Civitai resources", "Device", "TE", "Unet", "Guidance"),
-    *("Mask mode", "Masked content", "Inpaint area", "Masked area padding", "App", "Pipeline"),
-}
-_RESOURCES = re.compile(r"Civitai resources: (\[.*)")
-_ADAPTER = re.compile(r"<lora:([^:>]{1,200})")
-_STABLE_DIFFUSION_CPP = "stable-diffusion.cpp"
-# The schedules of samplers that do not take the model's own where the type is "Automatic"
-# (modules/sd_samplers_kdiffusion.py)
-_OWN_SCHEDULES: Mapping[str, str] = {
+# Its schedules of samplers that have one of their own where the type is "Automatic"; of the others
+# it is "Uniform" (modules/sd_samplers_kdiffusion.py)
+OWN_SCHEDULES: Mapping[str, str] = {
     **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "karras"),
     **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "exponential"),
 }
-_OWN_SPACING = ("ddim", "plms", "unipc")  # whatever schedule Automatic1111 writes beside them
-_OTHER_SCHEDULES = {
-    **{"DDIM": "leading", "Turbo": "trailing"},
-    **{"KL Optimal": "a1111_kl_optimal", "Align Your Steps": "a1111_align_your_steps"},
-}
-_NEGATIVE = "Negative prompt:"
-_OURS = "latentrt"
-# Possessive, and every stretch up to a comma is read once whether it is a field or not.
-_FIELD = re.compile(
-    r'(?:\s*+([^:,"]++):\s*+("(?:\\.|[^\\"])*+"(?=\s*+(?:,|$))|[^,]*+)|[^,]*+)\s*+(?:,|$)'
-)
+# Samplers that take any of its schedules: whose last level but one it leaves out, which are told
+# timesteps here and fractions there, and the others.
+LEAVES_ONE_OUT = ("dpm2", "dpm2_a", "dpmpp_3m_sde")
+_OF_WHOLE_TIMESTEPS = ("dpmpp_2m", "dpmpp_2m_sde")
+_IN_SIGMA = ("euler", "euler_a", "heun", "lms", "dpmpp_sde", "dpmpp_2s_a")
+_TIMESTEPS = 1000  # of the models that it draws with
+NEGATIVE = "Negative prompt:"
+OURS = "latentrt"
 
 
 def format_parameters(settings: Mapping[str, Any]) -> str:
@@ -105,7 +80,7 @@ def format_parameters(settings: Mapping[str, Any]) -> str:
 
     Args:
         settings: `prompt` and `sampler`, and any of those that `parse_parameters` returns, with
-            `model` a name or a path, and `latentrt` our version
+            `model` a name or a path, `timestep_spacing` the model's, and `latentrt` our version
 
     Raises:
         RequestError: the sampler or its schedule is unknown.
@@ -113,125 +88,11 @@ def format_parameters(settings: Mapping[str, Any]) -> str:
     prompt, negative = str(settings["prompt"]), str(settings.get("negative_prompt", ""))
     if not settings.get("prompt_syntax", True):
         prompt, negative = escape(prompt), escape(negative)
-    text = f"{prompt}\n{_NEGATIVE} {negative}" if negative else prompt
+    text = f"{prompt}\n{NEGATIVE} {negative}" if negative else prompt
     fields = [f"{name}: {_quoted(value)}" for name, value in _fields(settings).items()]
-    if _prompts(text) != (prompt, negative):
-        fields += [f"Prompt: {_json(prompt)}", f"{_NEGATIVE} {_json(negative)}"]
+    if split_prompts(text) != (prompt, negative):
+        fields += [f"Prompt: {_json(prompt)}", f"{NEGATIVE} {_json(negative)}"]
     return f"{text}\n{', '.join(fields)}".strip()
-
-
-def parse_parameters(text: str) -> dict[str, Any]:
-    """Read settings from a text of ours, of Automatic1111 or of Forge; other texts give {}.
-
-    stable-diffusion.cpp and Civitai write such texts, too.
-
-    What a field does not say takes Automatic1111's default: noise of its "GPU", CLIP skip 1, and
-    for samplers that step in sigma evenly spaced timesteps. A sampler or schedule that is unknown
-    here keeps its name, so that a request with it is refused and says so; so does an upscaler.
-    What else the text names is in `left_out`, by its names: fields that are not known here,
-    adapters, the words of textual inversions.
-
-    Returns:
-        those that the text names of prompt, negative_prompt, num_inference_steps, sampler,
-        schedule, guidance_scale, seed, width, height, strength, clip_skip, noise; hires, a
-        dictionary of the fields of `Hires`; model_name and vae_name, which name them but not their
-        files; left_out
-    """
-    head, last, fields = _split(text)
-    if not fields:
-        return {}
-    prompt, negative = _prompts(head)
-    settings: dict[str, Any] = {
-        "prompt": fields.get("Prompt", prompt),
-        "negative_prompt": fields.get(_NEGATIVE[:-1], negative),
-        "clip_skip": 1,
-        "noise": "cpu" if fields.get("RNG", "").upper() == "CPU" else "cuda",
-    }
-    settings |= _numbers(fields, _NUMBERS)
-    if "Hires upscale" in fields:
-        settings.pop("strength", None)  # of the second run
-        label = fields.get("Hires upscaler", "Latent")
-        known = MODES | UPSCALER_FILES | {PIXELS: PIXELS}
-        upscaler = known.get(label.lower(), label)
-        settings["hires"] = _numbers(fields, _HIRES) | {"upscaler": upscaler}
-    with suppress(ValueError):
-        settings["width"], settings["height"] = map(int, fields.get("Size", "").split("x"))
-    for name, key in (("Model", "model_name"), ("VAE", "vae_name")):
-        if fields.get(name, "None") != "None":
-            settings[key] = fields[name]
-    if "Sampler" in fields:
-        settings["sampler"], settings["schedule"] = _method(fields)
-    left = _left_out(fields, settings)
-    if resources := _RESOURCES.search(last):
-        model, others = _civitai(resources[1])
-        settings |= {"model_name": model} if model else {}
-        left |= {"Civitai resources": others} if others else {}
-    return {**settings, "left_out": left} if left else settings
-
-
-def parameter_fields(text: str) -> dict[str, str]:
-    """Return what a text says by Automatic1111's names, as its API answers; other texts give {}.
-
-    "Prompt" and "Negative prompt" are among the names; "Size" comes as "Size-1" and "Size-2".
-    """
-    head, _, fields = _split(text)
-    if not fields:
-        return {}
-    prompt, negative = _prompts(head)
-    width, crossed, height = fields.get("Size", "").partition("x")
-    sides = {"Size-1": width, "Size-2": height} if crossed else {}
-    named = {name: value for name, value in fields.items() if name and name != "Size"}
-    return {"Prompt": prompt, _NEGATIVE[:-1]: negative, **named, **sides}
-
-
-def _split(text: str) -> tuple[str, str, dict[str, str]]:
-    """Return the prompts, the last line, and what it holds by its names; {} if it is another's."""
-    head, _, last = text.strip().rpartition("\n")
-    fields = {name.strip(): _unquoted(value.strip()) for name, value in _FIELD.findall(last)}
-    return head, last, fields if len(fields.keys() & _KNOWN) >= 3 else {}
-
-
-def _civitai(text: str) -> tuple[str, str]:
-    """Return the names of the checkpoint and of all else in Civitai's list of what was used."""
-    found: Any = []
-    with suppress(ValueError, RecursionError):
-        found, _ = json.JSONDecoder().raw_decode(text)
-    named = [(each.get("type"), str(each.get("modelName", ""))) for each in found]
-    model = next((name for kind, name in named if kind == "checkpoint"), "")
-    return model, ", ".join(name for kind, name in named if kind != "checkpoint")
-
-
-def _left_out(fields: Mapping[str, str], settings: Mapping[str, Any]) -> dict[str, str]:
-    """Name what a text says beyond the settings; whoever carries one of these out takes it off."""
-    if fields.get("Version", "").startswith(_OURS):
-        return {}
-    known = {*_KNOWN, *_HIRES, *_SILENT, "Prompt", "VAE", _NEGATIVE[:-1], "Hires upscaler"}
-    left = {name: value for name, value in fields.items() if name and name not in known}
-    if _number(left.get("Eta")) == 0:
-        del left["Eta"]
-    adapters = _ADAPTER.findall(settings["prompt"] + settings["negative_prompt"])
-    if adapters or "Lora hashes" in fields:
-        left["LoRA"] = ", ".join(adapters) or fields["Lora hashes"]
-    if "TI hashes" in fields:
-        left["Textual inversion"] = fields["TI hashes"]
-    return left
-
-
-def _number(text: str | None) -> float | None:
-    with suppress(TypeError, ValueError):
-        return float(text or "")
-    return None
-
-
-def _numbers(
-    fields: Mapping[str, str], wanted: Mapping[str, tuple[str, Callable[[str], float]]]
-) -> dict[str, Any]:
-    """Read the numbers that are there and are numbers."""
-    found = {}
-    for name, (key, number) in wanted.items():
-        with suppress(KeyError, ValueError):
-            found[key] = number(fields[name])
-    return found
 
 
 def _fields(settings: Mapping[str, Any]) -> dict[str, str | float]:
@@ -239,10 +100,13 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, str | float]:
     sampler, schedule = resolve(settings["sampler"], settings.get("schedule"))
     scale, model = settings.get("guidance_scale"), settings.get("model")
     size = (settings.get("width"), settings.get("height"))
+    steps, spacing = settings.get("num_inference_steps"), settings.get("timestep_spacing")
+    label = schedule_label(sampler, schedule, spacing, steps)
+    means = SCHEDULE_LABELS.get(schedule) == label
     fields = {
-        "Steps": settings.get("num_inference_steps"),
+        "Steps": steps,
         "Sampler": SAMPLER_LABELS.get(sampler, sampler),
-        "Schedule type": SCHEDULE_LABELS.get(schedule, schedule),
+        "Schedule type": label,
         "CFG scale": scale if isinstance(scale, int | float) else None,  # it knows no curves
         "Seed": settings.get("seed"),
         "Variation seed": settings.get("variation_seed"),
@@ -252,10 +116,34 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, str | float]:
         "Denoising strength": settings.get("strength"),
         "Clip skip": None if settings.get("clip_skip") == 1 else settings.get("clip_skip"),
         **_hires_fields(settings.get("hires") or {}),
+        "Schedule": None if means else schedule or AUTOMATIC,  # which it passes over
         "RNG": NOISE_LABELS[settings.get("noise", "cpu")],
-        "Version": f"{_OURS} {settings.get('latentrt', '')}".strip(),
+        "Version": f"{OURS} {settings.get('latentrt', '')}".strip(),
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def schedule_label(
+    sampler: str, schedule: str | None, spacing: str | None, steps: int | None
+) -> str:
+    """Return the schedule type whose noise levels in Automatic1111 are a run's, or come nearest.
+
+    Its "Automatic" is not the model's own schedule where a sampler has one of its own there.
+    schedule: by our names, None for the model's own, which spaces timesteps as `spacing` says; of
+        models that say nothing all the samplers below take "linspace"
+    """
+    if schedule is not None and schedule not in TIMESTEP_SPACINGS:
+        return SCHEDULE_LABELS.get(schedule) or _LIKE.get(schedule, schedule)
+    even, label = schedule or spacing or "linspace", AUTOMATIC
+    if sampler in _OF_WHOLE_TIMESTEPS:
+        label = "Simple" if even == "trailing" else "SGM Uniform"
+    elif sampler in LEAVES_ONE_OUT:
+        label = "Uniform"
+    elif sampler in _IN_SIGMA:
+        divides = steps and len(range(1, _TIMESTEPS, max(_TIMESTEPS // steps, 1))) == steps
+        label = {"leading": "DDIM", "trailing": "Simple"}.get(even, "Uniform")
+        label = label if divides or label != "DDIM" else "Uniform"  # it would run a step more
+    return AUTOMATIC if label == "Uniform" and sampler not in OWN_SCHEDULES else label
 
 
 def _hires_fields(hires: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,54 +153,15 @@ def _hires_fields(hires: Mapping[str, Any]) -> dict[str, Any]:
     upscaler = str(hires.get("upscaler"))
     label = PurePath(upscaler).stem if is_trained(upscaler) else upscaler.capitalize()
     named = {"Hires upscaler": labels.get(upscaler, label)}
-    return {name: hires[key] for name, (key, _) in _HIRES.items() if key in hires} | named
+    return {name: hires[key] for name, (key, _) in HIRES_FIELDS.items() if key in hires} | named
 
 
-def _method(fields: Mapping[str, str]) -> tuple[str, str | None]:
-    """Return the sampler and the schedule, by our names where they are known."""
-    sampler, label = fields["Sampler"], fields.get("Schedule type", "")
-    if fields.get("Version", "").startswith(_STABLE_DIFFUSION_CPP):
-        sampler = sampler.removesuffix(" discrete")  # its name for the model's own schedule
-    if not fields.get("Version", "").startswith(_OURS):
-        return a1111_method(sampler, label)
-    schedule = _schedule_of(label)
-    try:
-        return resolve(sampler, schedule)
-    except RequestError:
-        return sampler, schedule
-
-
-def _schedule_of(label: str) -> str | None:
-    given = _OTHER_SCHEDULES.get(label, label)
-    return None if given in ("", AUTOMATIC) else given
-
-
-def a1111_method(sampler: str, label: str = "") -> tuple[str, str | None]:
-    """Return our names of Automatic1111's sampler and schedule type, of its files and its API.
-
-    label: such as "Karras" or "Align Your Steps"; "" and "Automatic" are the sampler's own
-    Names that are unknown here come back as they are.
-    """
-    schedule = _schedule_of(label)
-    try:
-        sampler, schedule = resolve(sampler, schedule)
-    except RequestError:
-        return sampler, schedule
-    if sampler in _OWN_SPACING:
-        return sampler, None
-    if schedule is None and SAMPLERS[sampler] not in TRAINED_TIMESTEPS:
-        # Without a label a text is of before version 1.9, whose samplers had none of their own.
-        own = _OWN_SCHEDULES.get(sampler) if label == AUTOMATIC else None
-        return sampler, own or "normal"  # its "Uniform", whatever the model says
-    return sampler, schedule
-
-
-def _prompts(text: str) -> tuple[str, str]:
+def split_prompts(text: str) -> tuple[str, str]:
     """Split what precedes the last line as Automatic1111 does: stripped line by line."""
     lines = [line.strip() for line in text.strip().split("\n")]
-    starts = (i for i, line in enumerate(lines) if line.startswith(_NEGATIVE))
+    starts = (i for i, line in enumerate(lines) if line.startswith(NEGATIVE))
     first = next(starts, len(lines))
-    negative = [line.removeprefix(_NEGATIVE).strip() for line in lines[first:]]
+    negative = [line.removeprefix(NEGATIVE).strip() for line in lines[first:]]
     return "\n".join(lines[:first]).lstrip("\n"), "\n".join(negative).lstrip("\n")
 
 
@@ -331,10 +180,3 @@ def _quoted(value: str | float) -> str:
 
 def _json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _unquoted(text: str) -> str:
-    if len(text) > 1 and text[0] == text[-1] == '"':
-        with suppress(ValueError):
-            return str(json.loads(text))
-    return text

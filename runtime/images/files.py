@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -36,7 +37,8 @@ photograph or drawing that was enlarged."""
 Sign = Callable[[bytes, str, SourceType], bytes]
 """Takes a picture's file, its format and its source; returns the file with a signature in it."""
 
-SOURCE_KEY = "digital_source_type"  # in an image's `info`
+SOURCE_KEY, SPACING_KEY = "digital_source_type", "timestep_spacing"  # in an image's `info`
+FIRST_CELL = "first_cell"  # of a sheet's settings: those of the picture that it begins with
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
  <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
@@ -259,10 +261,15 @@ def _with_segment(data: bytes, content: bytes) -> bytes:
 
 def _texts(settings: Mapping[str, Any], image: Image.Image) -> tuple[str, str]:
     """Write settings as Automatic1111 does, if they name a prompt and a sampler, and as JSON."""
-    parameters = ""
-    if {"prompt", "sampler"} <= settings.keys():
-        size = {"width": image.width, "height": image.height}
-        parameters = format_parameters({**settings, **size})
+    first = settings.get(FIRST_CELL)
+    made, parameters = first if isinstance(first, Mapping) else settings, ""
+    if {"prompt", "sampler"} <= made.keys():
+        sides = {"width": image.width, "height": image.height}
+        if made.get("width") and made.get("height"):  # what was drawn, before it was enlarged
+            sides = {side: made[side] for side in sides}
+        spacing = {SPACING_KEY: image.info.get(SPACING_KEY)}
+        with suppress(RequestError):  # another program's sampler, of a picture that is enlarged
+            parameters = format_parameters({**made, **sides, **spacing})
     return parameters, json.dumps(settings, ensure_ascii=False) if settings else ""
 
 

@@ -1,6 +1,6 @@
 """Settings that other programs left in a picture, as fields of a request where they map.
 
-    Automatic1111, Forge, stable-diffusion.cpp, Civitai    runtime/images/a1111.py
+    Automatic1111, Forge, stable-diffusion.cpp, Civitai    runtime/images/a1111_reader.py
     ComfyUI                                                runtime/images/comfyui.py
     InvokeAI, Fooocus                                      runtime/images/json_settings.py
 
@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from runtime.images.a1111 import PARAMETERS_KEY, parse_parameters
+from runtime.images.a1111 import PARAMETERS_KEY
+from runtime.images.a1111_reader import parse_parameters
 from runtime.images.comfyui import parse_prompt_graph
 from runtime.images.json_settings import (
     parse_dream,

@@ -19,13 +19,10 @@ from engine.checkpoints.safety_checker import SafetyCheckerFile
 from engine.engines import open_engine
 from engine.graphs.safety_checker import safety_checker_graph
 from runtime.checks import check_image
-from runtime.images.files import WHITE, as_rgb
+from runtime.images.clip_pixels import clip_pixels
 
 __all__ = ["SafetyChecker", "SafetyVerdict", "blurred"]
 
-# Of CLIP's training pictures, 0 to 1.
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-DEVIATION = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 STRICTER = 0.01  # what every cosine gains where a special concept is found
 DECIMALS = 3  # to which scores are rounded, as in diffusers
 BLUR_PARTS = 12  # of a picture's longer side, each about a blurred spot
@@ -86,9 +83,7 @@ class SafetyChecker:
 
     def _embedding(self, image: Image.Image) -> Array:
         """Return where a picture is in CLIP's space, (P,)."""
-        pixels = _cropped(as_rgb(image), self.file.config.image_size)
-        normal = (np.asarray(pixels, np.float32) / WHITE - MEAN) / DEVIATION
-        given = np.ascontiguousarray(np.moveaxis(normal, -1, 0)[None], np.float32)
+        given = clip_pixels(image, self.file.config.image_size)
         found: Array = self.engine.run({"pixel_values": given})["image_embeds"][0]
         return found
 
@@ -97,15 +92,6 @@ def blurred(image: Image.Image) -> Image.Image:
     """Return a picture of which only colours and places can be told; its `info` stays."""
     radius = max(image.size) / BLUR_PARTS
     return image.filter(ImageFilter.GaussianBlur(radius))
-
-
-def _cropped(image: Image.Image, side: int) -> Image.Image:
-    """Resize a picture so that its shorter side is this long, and take its middle, as CLIP does."""
-    short = min(image.size)
-    width, height = (int(side * length / short) for length in image.size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - side) // 2, (height - side) // 2
-    return resized.crop((left, top, left + side, top + side))
 
 
 def _scores(embedding: Array, directions: Array, thresholds: Array, more: float = 0.0) -> Array:

@@ -1,4 +1,7 @@
-"""A preprocessor by its name, or by the ONNX file that it is."""
+"""A preprocessor by its name, with its numbers behind it, or by the ONNX file that it is."""
+
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,25 +10,47 @@ from engine.errors import RequestError
 from runtime.preprocessors.named import PREPROCESSORS, Preprocessor
 from runtime.preprocessors.onnx_file import OnnxPreprocessor
 
-__all__ = ["find_preprocessor", "preprocess"]
+__all__ = ["find_preprocessor", "named_preprocessor", "preprocess"]
 
 ONNX = ".onnx"
+FLAGS = {"true": True, "false": False}
 
 
-def find_preprocessor(name: str) -> Preprocessor:
-    """Return a preprocessor with its defaults: one of PREPROCESSORS, or a file `FILE.onnx`.
+def find_preprocessor(text: str) -> Preprocessor:
+    """Return a preprocessor: as `named_preprocessor` reads it, or a file `FILE.onnx`.
 
-    Others are made of their classes, as `Canny(low=50)`. Raises RequestError, BackendError.
+    Raises RequestError, BackendError.
     """
-    if name in PREPROCESSORS:
-        found: Preprocessor = PREPROCESSORS[name]()
-        return found
-    if name.lower().endswith(ONNX):
-        return OnnxPreprocessor.load(name)
-    raise RequestError(
-        f"there is no preprocessor {name!r}; choose one of {', '.join(PREPROCESSORS)}, or give an "
-        "ONNX file, FILE.onnx"
-    )
+    if text.lower().endswith(ONNX):
+        return OnnxPreprocessor.load(text)
+    return named_preprocessor(text, or_else=", or give an ONNX file, FILE.onnx")
+
+
+def named_preprocessor(text: str, *, or_else: str = "") -> Preprocessor:
+    """Return one of PREPROCESSORS, which opens no file: "canny" or "canny:low=50,high=120".
+
+    or_else: what may be given beside them, for the sentence. Raises RequestError.
+    """
+    name, colon, numbers = text.partition(":")
+    made = PREPROCESSORS.get(name)
+    if made is None:
+        raise RequestError(
+            f"there is no preprocessor {name[:100]!r}; choose one of {', '.join(PREPROCESSORS)}"
+            f"{or_else}"
+        )
+    own = {field.name: field for field in fields(made)}
+    given: dict[str, Any] = {}
+    for pair in numbers.split(",") if colon else ():
+        option, _, value = pair.partition("=")
+        option = option.strip().replace("-", "_")
+        if option not in own:
+            raise RequestError(
+                f"{option[:60]!r} is no option of the preprocessor {name}; "
+                + (f"it has {', '.join(own)}" if own else "it has none")
+            )
+        given[option] = _read(f"{option} of {name}", value.strip(), type(own[option].default))
+    found: Preprocessor = made(**given)
+    return found
 
 
 def preprocess(name: str, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -35,3 +60,16 @@ def preprocess(name: str, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Raises RequestError, BackendError.
     """
     return find_preprocessor(name)(pixels)
+
+
+def _read(name: str, text: str, kind: type) -> float | bool:
+    """Read an option's value as its default is; raises RequestError."""
+    if kind is bool:
+        if text.lower() not in FLAGS:
+            raise RequestError(f"{name} is {text[:40]!r}; give true or false")
+        return FLAGS[text.lower()]
+    try:
+        return int(text) if kind is int else float(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise RequestError(f"{name} is {text[:40]!r}; give {what}") from None

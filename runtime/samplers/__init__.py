@@ -39,9 +39,12 @@ __all__ = [
     "is_cfg_pp",
     "program",
     "resolve",
+    "takes",
+    "takes_eta",
 ]
 
 DEFAULT_SAMPLER = "ddim"
+WITH_ETA = ("ddim", "tcd")
 
 TRAINED_TIMESTEPS = (
     *(discrete.ddpm, discrete.ddim, discrete.plms, discrete.lcm, discrete.tcd),
@@ -102,7 +105,7 @@ def program(
     """
     sampler, curve = resolve(name, schedule)
     method = SAMPLERS[sampler]
-    options: dict[str, Any] = {"eta": eta} if sampler in ("ddim", "tcd") else {}
+    options: dict[str, Any] = {"eta": eta} if sampler in WITH_ETA else {}
     if not 0 <= eta <= bool(options):
         raise RequestError(f"eta is {eta}; ddim and tcd allow 0 to 1, every other sampler only 0")
     first = 0 if strength is None else _first_step(num_inference_steps, strength)
@@ -155,6 +158,23 @@ def resolve(name: str, schedule: str | None = None) -> tuple[str, str | None]:
                 )
             return method, curve
     raise RequestError(_unknown("sampler", name, tuple(SAMPLERS), methods))
+
+
+def takes(name: str, schedule: str) -> bool:
+    """Tell whether a sampler steps along a schedule, both by whatever names."""
+    try:
+        sampler, curve = resolve(name, schedule)
+    except RequestError:
+        return False
+    return curve in (None, *TIMESTEP_SPACINGS) or SAMPLERS[sampler] not in TRAINED_TIMESTEPS
+
+
+def takes_eta(name: str) -> bool:
+    """Tell whether a sampler, by whatever name, adds the noise that eta says."""
+    try:
+        return resolve(name)[0] in WITH_ETA
+    except RequestError:
+        return True  # what is wrong with the name is said elsewhere
 
 
 def _key(name: object) -> str:

@@ -20,7 +20,8 @@ from serving.http.answers import refuse
 from serving.keys import Keys
 
 READING = frozenset(("GET", "HEAD", "OPTIONS"))
-OPEN_PATHS = frozenset(("/health", "/ready"))
+OPEN_PATHS = frozenset(("/", "/health", "/ready"))
+OPEN_FOLDER = "/page/"  # of the page at /, which asks for a key itself
 LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -53,7 +54,7 @@ class AccessRules:
         Raises ForbiddenError or UnauthorizedError.
         """
         self.check_site(method, scheme, headers)
-        if self.keys is None or path in OPEN_PATHS:
+        if self.keys is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return ""
         name = self.keys.name(headers.get("authorization", ""))
         if name is None:
@@ -122,7 +123,11 @@ class AccessMiddleware:
                 return
             caller = self._rules.check(scope["method"], scope["path"], scope["scheme"], headers)
         except (ForbiddenError, UnauthorizedError) as error:
-            await refuse(error)(scope, receive, send_allowed)
+            answer = refuse(error)
+            if isinstance(error, UnauthorizedError) and headers.get("sec-fetch-dest") == "empty":
+                # A script asked; at "Basic" its browser would open a window for a password.
+                answer.headers["www-authenticate"] = 'Bearer realm="latentrt"'
+            await answer(scope, receive, send_allowed)
             return
         scope.setdefault("state", {})["caller"] = caller
         await self._app(scope, receive, send_allowed)

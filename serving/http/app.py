@@ -20,6 +20,7 @@ from serving.errors import BadRequestError, NotFoundError, RefusalError
 from serving.event_inbox import EventInbox
 from serving.http.access import AccessMiddleware, AccessRules
 from serving.http.answers import refuse
+from serving.http.automatic1111.controlnet import controlnet_routes
 from serving.http.automatic1111.routes import automatic1111_routes
 from serving.http.body import BodyReader
 from serving.http.docs_page import docs_page
@@ -27,6 +28,7 @@ from serving.http.documents import invalid
 from serving.http.fields import Catalog
 from serving.http.native import native_routes
 from serving.http.openai import openai_routes
+from serving.http.page import page_routes
 from serving.http.request_log import RequestLog
 from serving.jobs import Jobs
 from serving.limits import Limits
@@ -75,6 +77,8 @@ def make_service(
     app.include_router(openai_routes(jobs, catalog, limits, int(time.time())))
     app.include_router(native_routes(jobs, catalog, limits))
     app.include_router(automatic1111_routes(jobs, engine, catalog, limits))
+    app.include_router(controlnet_routes(catalog, limits))
+    app.include_router(page_routes())
     _add_state(app, engine, jobs, metrics)
     _add_refusals(app, metrics)
     guarded: ASGIApp = BodyReader(app, limits)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serving.errors import BadRequestError, NotFoundError
 from serving.limits import Limits
 from serving.picture_request import PictureRequest
+from serving.steering import ControlRequest, RegionRequest
 from serving.uploads import read_base64
 
 Numbers = float | list[float]
@@ -23,6 +24,34 @@ class HiresFields(BaseModel):
     strength: float = 0.6
     num_inference_steps: int | None = None
     upscaler: str = "lanczos"
+
+
+class ControlFields(BaseModel):
+    """A picture that steers, base64 of a file, and the net of the operator's that sees it.
+
+    weight: a number, or several as a curve over the run; preprocessor: what makes of the picture
+    what the net sees, such as "canny" or "canny:low=50,high=120"
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str
+    picture: str = Field(repr=False)
+    weight: Numbers = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: str = "balanced"
+    preprocessor: str | None = None
+
+
+class RegionFields(BaseModel):
+    """An area with a text of its own; mask: base64 of a picture that is white there."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    prompt: str
+    mask: str = Field(repr=False)
+    weight: float = 1.0
 
 
 class DrawingFields(BaseModel):
@@ -83,6 +112,8 @@ class Picture(DrawingFields):
     model: str | None = None
     num_images_per_prompt: int | None = None
     loras: dict[str, float] = Field(default_factory=dict)
+    controls: list[ControlFields] = Field(default_factory=list)
+    regions: list[RegionFields] = Field(default_factory=list)
     image: str | None = None
     mask: str | None = None
     format: str = "png"
@@ -109,6 +140,8 @@ class OpenAIFields(DrawingFields):
     stream: bool | None = None
     partial_images: int | None = None
     loras: dict[str, float] = Field(default_factory=dict)
+    controls: list[ControlFields] = Field(default_factory=list)
+    regions: list[RegionFields] = Field(default_factory=list)
     exact: bool = False
 
 
@@ -124,6 +157,7 @@ class Catalog:
 
     models: tuple[str, ...]
     loras: tuple[str, ...]
+    controls: tuple[str, ...] = ()
 
     def model(self, name: str | None) -> str:
         """Return a model's name. Raises NotFoundError for one that the operator did not list."""
@@ -149,6 +183,36 @@ class Catalog:
             if not -100 <= weight <= 100:
                 raise BadRequestError(f"the weight of {name} is not -100 to 100", param="loras")
         return tuple(sorted(given.items()))
+
+    def control(self, name: str, param: str = "controls") -> str:
+        """Return a ControlNet's name. Raises NotFoundError for one that is not here."""
+        if name not in self.controls:
+            raise NotFoundError(
+                f"there is no control {name[:100]!r} on this server; /api/v1/capabilities lists "
+                "those that there are",
+                code="control_not_found",
+                param=param,
+            )
+        return name
+
+    def steering(self, body: "Picture | OpenAIFields") -> dict[str, Any]:
+        """Return what steers a body's pictures. Raises NotFoundError, BadRequestError."""
+        return {
+            "controls": tuple(
+                ControlRequest(
+                    net=self.control(each.name),
+                    picture=read_base64("controls", each.picture),
+                    **each.model_dump(exclude={"name", "picture"}),
+                )
+                for each in body.controls
+            ),
+            "regions": tuple(
+                RegionRequest(
+                    prompt=each.prompt, mask=read_base64("regions", each.mask), weight=each.weight
+                )
+                for each in body.regions
+            ),
+        }
 
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "jpg": "JPEG", "webp": "WEBP"}
@@ -180,6 +244,7 @@ def native_request(body: Picture, catalog: Catalog, limits: Limits) -> PictureRe
         image=None if body.image is None else read_base64("image", body.image),
         mask=None if body.mask is None else read_base64("mask", body.mask),
         loras=catalog.adapters(body.loras),
+        **catalog.steering(body),
         exact=body.exact,
         preview_every=check_whole("preview_every", body.preview_every, 0, limits.steps),
         format=file_format(body.format, "format"),

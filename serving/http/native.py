@@ -8,6 +8,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response
 
+from runtime.control import MODES
+from runtime.images.upscaling import UPSCALERS
+from runtime.preprocessors.named import PREPROCESSORS
 from runtime.presets import PRESETS
 from runtime.samplers import SAMPLERS, SCHEDULES
 from serving.errors import BusyError, NotFoundError
@@ -101,15 +104,22 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
         return {
             "models": list(catalog.models),
             "loras": list(catalog.loras),
+            "controls": list(catalog.controls),
+            "control_modes": list(MODES),
+            "preprocessors": list(PREPROCESSORS),
             "samplers": list(SAMPLERS),
             "schedules": list(SCHEDULES),
             "presets": list(PRESETS),
+            "upscalers": list(UPSCALERS),
             "formats": [name.lower() for name in MEDIA],
             "limits": {
                 "pictures": limits.pictures,
                 "steps": limits.steps,
+                "controls": limits.controls,
                 "side": limits.side,
                 "pixels": limits.pixels,
+                "prompt_characters": limits.prompt_characters,
+                "loras": limits.loras,
                 "body_bytes": limits.body_bytes,
             },
         }
@@ -123,6 +133,7 @@ def describe(job: Job) -> dict[str, Any]:
         "id": job.id,
         "state": job.state,
         "model": job.picture_request.model,
+        **({"position": job.position, "eta_s": job.eta} if job.state == "queued" else {}),
         "pictures": [
             {
                 "index": index,

@@ -132,6 +132,7 @@ def openai_request(body: OpenAIFields, catalog: Catalog) -> PictureRequest:
         fields=fields,
         model=catalog.model(body.model),
         loras=catalog.adapters(body.loras),
+        **catalog.steering(body),
         exact=body.exact,
         preview_every=every,
         format=file_format(body.output_format or "png", "output_format"),

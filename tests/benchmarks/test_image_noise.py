@@ -37,6 +37,7 @@ def drawn(monkeypatch):
 
 
 def test_noise_is_removed_where_the_picture_is_the_clean_one_again(drawn, tmp_path, capsys):
+    pytest.importorskip("torch")  # the machine is described with its version
     out = tmp_path / "noise.json"
     assert main(["image-noise", "--data", "data.npz", "--pictures", "2", "--out", str(out)]) == 0
     measured = json.loads(out.read_text())

@@ -14,10 +14,11 @@ from transformers import CLIPTokenizer
 
 from benchmarks import comparison_tables, latency, load, race, report, resumable
 from benchmarks.__main__ import main
-from benchmarks.contenders import CONTENDERS, MEASURED, PEAK, REFERENCE
+from benchmarks.contenders import CONTENDERS, FULL, MEASURED, PEAK, REFERENCE
 from benchmarks.diffusers_folder import write_folder
 from benchmarks.distances import relative_error
-from benchmarks.scenarios import PARTS, SCENARIOS, WHOLE
+from benchmarks.random_models import RANDOM_MODELS
+from benchmarks.scenarios import MODELS, PARTS, SCENARIOS, WHOLE, engine_inputs, whole_of
 from benchmarks.worker import ContenderError, Worker
 from engine.configs.diffusion import AutoencoderConfig
 from engine.errors import OutputError, RequestError
@@ -33,6 +34,7 @@ pytestmark = [
 ]
 VAE = AutoencoderConfig(block_out_channels=(32, 32, 32, 32))
 EAGER, OPENVINO = "diffusers, eager float32", "latentrt, OpenVINO float32"
+ALL_PARTS = (*PARTS, WHOLE, whole_of(4), "float32", "float32 of torch", "bfloat16", "int8")
 
 
 def choice(**options):
@@ -157,13 +159,94 @@ def test_what_is_run_without_a_choice():
     quick = choice(model="pictogram").contenders()
     assert REFERENCE in quick
     assert not any("torch.compile" in name for name in quick), "compiling takes minutes"
-    assert choice().contenders() == [name for name in MEASURED if "cpp" not in name], "no parts"
-    assert choice(whole=True).contenders() == [*MEASURED]
+    same = [name for name, contender in MEASURED.items() if not contender.draws]
+    assert choice().contenders() == [name for name in same if "cpp" not in name], "no parts"
+    assert choice(whole=True).contenders() == same
     assert choice(model="pictogram", only=("torch.compile",)).contenders()[0] == PEAK
     with pytest.raises(RequestError, match="no contender is called TensorFlow; there are"):
         choice(only=("TensorFlow",)).contenders()
     with pytest.raises(RequestError, match="choose pictogram, sd15"):
         choice(model="sd3")
+
+
+ONE_STEP = (
+    "latentrt, OpenVINO bfloat16",
+    "diffusers, eager bfloat16",
+    "diffusers, torch.compile bfloat16",
+    "optimum-intel, OpenVINO bfloat16",
+)
+OF_OTHER_MODELS = tuple(
+    f"{name} bfloat16, {model}"
+    for model in (FULL, "SDXS")
+    for name in ("latentrt, OpenVINO", "diffusers, eager", "optimum-intel, OpenVINO")
+)
+
+
+def test_one_run_has_few_step_models_beside_each_other():
+    chosen = choice(model="sdturbo")
+    assert chosen.contenders() == [PEAK, *ONE_STEP, *OF_OTHER_MODELS]
+    more = whole_of(4)
+    assert chosen.parts(ONE_STEP[0]) == (*PARTS, WHOLE, more), "requests are run, not added up"
+    assert chosen.scenario.wholes == {WHOLE: 1, more: 4}
+    assert not chosen.scenario.is_guided
+    assert chosen.request()["more_steps"] == 4
+    assert "more_steps" not in choice().request(), "figures of before are gone on with"
+    draws = {CONTENDERS[name].draws for name in OF_OTHER_MODELS}
+    assert draws == set(chosen.scenario.beside) == {"sdturbo_full", "sdxs"}
+
+
+def test_the_table_of_few_step_models(log, monkeypatch):
+    monkeypatch.setattr(FakeWorker, "ready", lambda self, bound_s: {"parts": ALL_PARTS})
+    counted = dict.fromkeys(ALL_PARTS, 16e9)
+    monkeypatch.setattr(latency, "request_flops", lambda scenario: counted)
+    measured = latency.measure(choice(model="sdturbo", repeats=1))
+    ours, _, _, optimum = ONE_STEP
+    full, *_, sdxs = (name for name in OF_OTHER_MODELS if name.startswith("latentrt"))
+    assert "agreement" in measured["contenders"][ours]
+    assert "agreement" not in measured["contenders"][full], "it is another model's"
+    assert measured["contenders"][full]["peak_share"]["step"] is None
+    table = comparison_tables.latency_table(measured)
+    assert "| | whole request | whole request of 4 steps | text | UNet step | VAE decode |" in table
+    assert f"| {ours} | {optimum} | 1.00, 1.00 to 1.00 | 1.00, 1.00 to 1.00 |" in table
+    assert f"| {ours} | {full} | 1.00" in table
+    assert f"| {full} | optimum-intel, OpenVINO bfloat16, {FULL} | 1.00" in table
+    assert f"| {ours} | {sdxs} |" not in table
+    assert f"| {ours} | optimum-intel, OpenVINO bfloat16, SDXS |" not in table, "not the same model"
+
+
+def small_model(name):
+    made = RANDOM_MODELS[name]
+    unet, levels = made.configs["unet"], len(made.configs["unet"].block_out_channels)
+    text = replace(load.CLIP_L, hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
+    configs = {
+        "text_encoder": text,
+        "unet": replace(
+            unet,
+            block_out_channels=(32,) * levels,
+            attention_head_dim=(1,) * levels,
+            cross_attention_dim=64,
+        ),
+        "vae": VAE if name == "sdturbo_full" else made.configs["vae"],
+    }
+    return replace(made, configs=configs)
+
+
+@pytest.mark.parametrize("name", ["sdturbo", "sdturbo_full", "sdxs"])
+def test_a_peer_draws_few_step_models_without_guidance(name, tmp_path, monkeypatch):
+    models = {name: small_model(name)}
+    monkeypatch.setattr("benchmarks.random_models.RANDOM_MODELS", models)
+    monkeypatch.setattr("benchmarks.scenarios.RANDOM_MODELS", models)
+    monkeypatch.setattr("benchmarks.scenarios.cache_folder", lambda: tmp_path)
+    scenario = replace(MODELS[name], size=64)
+    parts = CONTENDERS[EAGER].open(scenario, 1)
+    assert parts["text"]().shape == (1, 77, 64), "the prompt alone"
+    assert parts["step"]().shape == (1, 4, 8, 8)
+    one, four = (parts[whole]() for whole in scenario.wholes)
+    assert one.shape == four.shape == parts["decode"]().shape == (1, 64, 64, 3)
+    assert np.abs(one.astype(int) - four).max() > 0
+    step = engine_inputs(scenario, Model.open(scenario.model()))["step"]
+    assert step["guidance"].shape == (1, 1, 1, 1, 1)
+    assert step["context"].shape == (1, 1, 77, 64)
 
 
 def test_the_program_measures_the_model_that_ships(tmp_path, capsys, monkeypatch):

@@ -174,6 +174,7 @@ def test_memory_rises_by_what_comes_after_the_first_tenth():
 
 
 def test_a_server_whose_engine_draws_nothing_costs_and_keeps_something():
+    pytest.importorskip("fastapi")
     with served(FAKE) as server:
         cost = _http_cost(server, 20, 1)
         kept = kept_memory._kept(server, 40)

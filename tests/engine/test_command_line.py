@@ -4,6 +4,7 @@ import pytest
 
 from engine.command_line import CommandParser
 from latentrt.__main__ import main
+from runtime.images.files import program_version
 
 
 def said(capsys, *arguments):
@@ -26,6 +27,18 @@ def said(capsys, *arguments):
         (("a", "--xyzzy"), "unrecognized arguments: --xyzzy (`latentrt --help`"),
         (("a", "--steps", "x"), "argument --steps: invalid int value: 'x'"),
         (("--steps", "3"), "give a PROMPT, or --again with a picture"),
+        (("a", "--cfg-scale", "7"), "did you mean --guidance-scale?"),
+        (("a", "--cfg", "7", "--num_inference_steps", "9"), "--guidance-scale and --steps?"),
+        (("a", "--num-inference-steps=9"), "did you mean --steps?"),
+        (("a", "-W", "64", "-H", "64"), "did you mean --width and --height?"),
+        (("a", "--size", "64x64"), "did you mean --height and --width?"),
+        (("a", "--mask-image", "b.png"), "did you mean --mask?"),
+        (("a", "--scheduler", "karras"), "did you mean --schedule?"),
+        (("a", "--ckpt", "b"), "did you mean --model?"),
+        (("--prompt", "a"), "did you mean PROMPT without an option?"),
+        (("a", "red", "apple"), "red apple; a text of several words stands in quotes ("),
+        (("a", "--device", "cuda"), "(choose from 'CPU', 'GPU', 'NPU') ("),
+        (("a", "--negative", "b"), "--negative-prompt, --negative-scale; did you mean"),
         (("serve", "--prot", "3"), "did you mean --port? (`latentrt serve --help`"),
         (("info",), "the following arguments are required: FILE"),
         (("export", "info"), "the following arguments are required: FILE"),
@@ -36,6 +49,43 @@ def test_an_error_is_one_line(capsys, arguments, wanted):
     message = said(capsys, *arguments)
     assert wanted in message
     assert "None" not in message
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("txt2img", "a cat"), "draw"),
+        (("upscal", "a.png"), "upscale"),
+        (("bathc", "a.txt"), "batch"),
+        (("convert", "a.ckpt"), "export"),
+        (("grids", "a cat", "--x", "steps=1,2"), "grid"),
+    ],
+)
+def test_a_subcommand_that_there_is_none_of(capsys, words, meant):
+    assert main(words) == 2
+    said = f"error: {words[0]} is no subcommand; did you mean `latentrt {meant}`?\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("words", [("--version",), ("-V",), ("version",)])
+def test_the_version_is_told(capsys, words):
+    assert main(words) == 0
+    assert capsys.readouterr().out == f"latentrt {program_version()}\n"
+
+
+def test_help_without_dashes(capsys):
+    assert main(["help"]) == 0
+    assert "latentrt SUBCOMMAND ..." in capsys.readouterr().out
+
+
+def test_a_model_of_the_hub_is_not_fetched(capsys):
+    assert main(["a", "--model", "stabilityai/stable-diffusion-xl-base-1.0"]) == 2
+    assert "nothing is fetched; download it first" in capsys.readouterr().err
+
+
+def test_a_picture_that_is_not_there(capsys):
+    assert main(["info", "none.png"]) == 2
+    assert capsys.readouterr().err == "error: the picture none.png does not exist\n"
 
 
 def test_a_parser_without_options(capsys):

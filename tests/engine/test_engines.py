@@ -23,6 +23,23 @@ def fast(monkeypatch):
     monkeypatch.setattr(module, "capabilities", lambda: frozenset({"FP32", "BF16", "INT8"}))
 
 
+@pytest.fixture(autouse=True)
+def _without_openvino(monkeypatch):
+    """Say nothing of this processor, unless `processor` does."""
+    monkeypatch.setattr(module, "capabilities", frozenset)
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Return what fakes a processor: its machine, and what OpenVINO can do there."""
+
+    def fake(machine, *there):
+        monkeypatch.setattr(module.platform, "machine", lambda: machine)
+        monkeypatch.setattr(module, "capabilities", lambda: frozenset(there))
+
+    return fake
+
+
 @pytest.fixture
 def calibrated(tmp_path):
     write_ranges(tmp_path / "cache" / "graphs" / NAMES["step"], {"a.weight": (-1.0, 1.0)})
@@ -77,7 +94,8 @@ def test_a_small_model_opens_soon_and_a_large_one_draws_fast(monkeypatch):
 
 @pytest.mark.usefixtures("fast")
 @pytest.mark.parametrize(
-    ("precision", "backend"), [("float32", "cpu"), ("float16", "cpu"), ("bfloat16", "openvino")]
+    ("precision", "backend"),
+    [("float32", "openvino"), ("float16", "cpu"), ("bfloat16", "openvino")],
 )
 def test_a_precision_overrides_the_choice(precision, backend):
     assert chosen(precision=precision) == (backend, precision)
@@ -94,6 +112,27 @@ def test_what_a_backend_does_not_compute_in():
 def test_int8_without_ranges_says_how_to_find_them():
     with pytest.raises(BackendError, match=r"run `python -m runtime\.calibration .*pictogram`"):
         chosen(precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("machine", "there", "expected"),
+    [
+        ("x86_64", ("FP32", "INT8", "GROUP_NORM"), ("openvino", "float32")),  # AVX2
+        ("AMD64", ("FP32", "INT8", "GROUP_NORM"), ("openvino", "float32")),  # on Windows
+        ("x86_64", ("FP32", "INT8", "GROUP_NORM", "WINOGRAD"), ("openvino", "float32")),  # AVX-512
+        ("x86_64", ("FP32", "GROUP_NORM", "BF16"), ("openvino", "bfloat16")),
+        ("x86_64", ("FP32", "INT8"), ("cpu", "float32")),  # SSE4.2: the UNet cannot be opened
+        ("aarch64", ("FP32", "FP16", "GROUP_NORM"), ("cpu", "float32")),  # not measured
+        ("arm64", ("FP32", "GROUP_NORM", "BF16"), ("openvino", "bfloat16")),
+        ("x86_64", (), ("cpu", "float32")),  # OpenVINO is not installed
+    ],
+)
+def test_the_fastest_of_a_processor(processor, machine, there, expected):
+    processor(machine, *there)
+    assert chosen() == expected
+    assert chosen(precision="float32")[0] == expected[0]
+    assert chosen(fast_start=True) == ("cpu", "float32"), "a small model"
+    assert chosen(precision="float16") == ("cpu", "float16")
 
 
 def test_threads_stay(monkeypatch):

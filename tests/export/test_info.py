@@ -1,15 +1,23 @@
 """What a file is, told by `python -m export info`."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from engine.checkpoints.families.sd import SD1, SD1_FAMILY
+from engine.checkpoints.families.xl import XL
 from engine.checkpoints.formats.files import open_weights
+from engine.checkpoints.ldm_names import control_net_sources
+from engine.configs.control_net import control_net_of
+from engine.configs.diffusion import TinyAutoencoderConfig
+from engine.configs.image_encoder import ImageEncoderConfig
 from engine.errors import ModelError
 from engine.model import find_model
 from export.__main__ import main
@@ -18,6 +26,7 @@ from tests.support.original_layout import (
     FULL,
     SMALL,
     autoencoder_names,
+    clip_names,
     inpainting,
     model_names,
     random_tensors,
@@ -148,6 +157,48 @@ def test_the_parameters_of_sd15(tmp_path, unhashed):
     assert facts["parameters"]["vae"] == 83_653_863
     assert facts["parameters"]["text_encoder"] == 123_060_480
     assert "859,520,964 (859.5 million)" in as_table(facts)
+
+
+def control_net(folder, unet, more=()):
+    """A ControlNet of a UNet in the original layout, of full size and without numbers."""
+    config = control_net_of(unet)
+    shapes = config.tensor_shapes()
+    names = {source.name: shapes[name] for name, source in control_net_sources(config).items()}
+    names = {f"control_model.{name}": shape for name, shape in names.items()}
+    return write_sparse(folder / "net.safetensors", names | dict(more))
+
+
+@pytest.mark.parametrize(
+    ("unet", "family"), [(SD1, "Stable Diffusion 1.x"), (XL, "Stable Diffusion XL")]
+)
+def test_a_control_net(unet, family, tmp_path, unhashed):
+    facts = describe(control_net(tmp_path, unet))
+    assert (facts["kind"], facts["family"]) == ("ControlNet", family)
+    count = len(control_net_of(unet).tensor_shapes())
+    assert facts["used_tensors"] == sum(facts["tensors"].values()) == count
+    assert facts["notes"] == []
+    more = {"model.diffusion_model.out.2.bias": (4,), "betas": (1000,)}
+    facts = describe(control_net(tmp_path, unet, more))
+    assert facts["notes"] == ["not used: betas and 1 more"]
+
+
+def test_a_control_lora_and_what_no_model_here_takes(tmp_path, unhashed):
+    config = control_net_of(XL)
+    shapes = {"lora_controlnet": (1,)}
+    for name, source in control_net_sources(config).items():
+        shape, unet = config.tensor_shapes()[name], XL.tensor_shapes()
+        if name not in unet or len(shape) == 1:
+            shapes[source.name] = shape
+        else:
+            module, ones = source.name.removesuffix(".weight"), (1,) * len(shape[2:])
+            shapes |= {f"{module}.up": (shape[0], 8, *ones), f"{module}.down": (8, *shape[1:])}
+    facts = describe(write_sparse(tmp_path / "lora.safetensors", shapes))
+    assert (facts["kind"], facts["family"]) == ("control-LoRA", "Stable Diffusion XL")
+    assert facts["notes"] == ["not used: lora_controlnet"]
+    with pytest.raises(ModelError, match="of another family"):
+        describe(control_net(tmp_path, replace(SD1, cross_attention_dim=512)))
+    with pytest.raises(ModelError, match="is a union of ControlNets"):
+        describe(control_net(tmp_path, XL, {"control_model.task_embedding": (6, 320)}))
 
 
 def test_a_lora(tmp_path):
@@ -299,3 +350,136 @@ def test_what_of_a_checkpoint_is_not_used_is_said(tmp_path, capsys):
     assert facts["picture"] == [512, 512]
     assert "those under 'optimizer' are not used" in facts["notes"]
     assert "512 × 512" in shown(capsys, path)
+
+
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+HALVES = {
+    "taesd_decoder": ("1.weight", "3.conv.0.weight"),
+    "taesd_encoder": ("0.weight", "1.conv.0.weight"),
+}
+
+
+def tiny_halves():
+    """TAESD's two files, by its names: the decoder's count the limiting of the latents first."""
+    shapes = TinyAutoencoderConfig().tensor_shapes()
+    halves = {name: {} for name in HALVES}
+    for name, shape in shapes.items():
+        half, _, number, rest = name.split(".", 3)
+        shift = 1 if half == "decoder" else 0
+        halves[f"taesd_{half}"][f"{int(number) + shift}.{rest}"] = shape
+    return halves
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_tiny_half_alone(name, tmp_path, capsys):
+    held = tiny_halves()[name]
+    assert set(HALVES[name]) <= held.keys()
+    path = write_sparse(tmp_path / f"{name}.safetensors", held)
+    facts = json.loads(shown(capsys, path, "--json"))
+    half = name.removeprefix("taesd_")
+    assert (facts["kind"], facts["halves"]) == ("tiny autoencoder", [half])
+    assert list(facts["parameters"]) == [half]
+    assert facts["parameters"][half] == sum(math.prod(shape) for shape in held.values())
+    assert ("--vae, or as --preview-decoder" in facts["use"]) == (half == "decoder")
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "folder"),
+    [
+        (("decoder.layers.", "encoder.layers."), False),
+        (("decoder.layers.", "encoder.layers."), True),
+        (("taesd_decoder.", "taesd_encoder."), False),
+        (("tae.decoder.", "tae.encoder."), False),
+    ],
+)
+def test_a_tiny_autoencoder_of_both_halves(prefixes, folder, tmp_path, capsys):
+    decoder, encoder = tiny_halves().values()
+    if prefixes[0] == "decoder.layers.":
+        decoder = {
+            f"{int(n.split('.')[0]) - 1}.{n.split('.', 1)[1]}": s for n, s in decoder.items()
+        }
+    shapes = {**under(prefixes[0], decoder), **under(prefixes[1], encoder)}
+    path = tmp_path / "tiny"
+    path.mkdir()
+    file = write_sparse(path / "diffusion_pytorch_model.safetensors", shapes)
+    (path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    facts = json.loads(shown(capsys, path if folder else file, "--json"))
+    assert (facts["kind"], facts["halves"]) == ("tiny autoencoder", ["encoder", "decoder"])
+    assert (facts["latent_channels"], facts["compression"]) == (4, 8)
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", "controlnet.", ""])
+def test_a_control_net_by_its_family(prefix, tmp_path, capsys, unhashed):
+    config = control_net_of(SD1)
+    names = {s.name: config.tensor_shapes()[n] for n, s in control_net_sources(config).items()}
+    path = write_sparse(tmp_path / "canny.safetensors", under(prefix, names))
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert (facts["kind"], facts["family"]) == ("ControlNet", "Stable Diffusion 1.x")
+    assert "--control-image" in facts["use"]
+    odd = {n: (*s[:-1], 640) if n.endswith("attn2.to_k.weight") else s for n, s in names.items()}
+    path = write_sparse(tmp_path / "odd.safetensors", under(prefix, odd))
+    assert main(["info", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "kind"),
+    [
+        ("diffusion_model.", "unet"),
+        ("unet.", "unet"),
+        ("clip_l.transformer.", "text encoder"),
+        ("text_encoders.clip_l.transformer.", "text encoder"),
+        ("text_encoder.", "text encoder"),
+        ("vae.", "autoencoder"),
+        ("first_stage_model.", "autoencoder"),
+    ],
+)
+def test_pieces_under_every_prefix(prefix, kind, tmp_path, capsys):
+    own = {"unet": "model.diffusion_model.", "text encoder": "cond_stage_model.transformer."}
+    state = random_tensors(model_names(SMALL["sd1"]))
+    whole = own.get(kind, "first_stage_model.")
+    held = {n.removeprefix(whole): v for n, v in state.items() if n.startswith(whole)}
+    path = tmp_path / "piece.safetensors"
+    save_file(under(prefix, held), path)
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert facts["kind"] == kind
+    assert sum(facts["parameters"].values()) == sum(value.size for value in held.values())
+
+
+def test_clips_own_projection_makes_no_second_text_encoder(tmp_path, capsys, unhashed):
+    names = {f"text_model.{name}": s for name, s in clip_names(FULL["sd1"].clip).items()}
+    names |= {"text_projection.weight": (768, 768), "logit_scale": ()}
+    names |= {"vision_model.embeddings.class_embedding": (1024,)}
+    path = write_sparse(tmp_path / "clip_l.safetensors", names)
+    facts = json.loads(shown(capsys, path, "--json"))
+    assert (facts["kind"], facts["use"]) == ("text encoder", "give it as --text-encoder")
+
+
+def test_an_ip_adapter_and_an_image_encoder(tmp_path, capsys):
+    unet = SD1_FAMILY.published["unet"][0]
+    names = {"image_proj.proj.weight": (4 * 768, 1024), "image_proj.proj.bias": (4 * 768,)}
+    names |= {f"image_proj.norm.{end}": (768,) for end in ("weight", "bias")}
+    for i, layer in enumerate(unet.cross_attentions()):
+        for kind in ("to_k_ip", "to_v_ip"):
+            names[f"ip_adapter.{2 * i + 1}.{kind}.weight"] = (layer.width, 768)
+    facts = describe(write_sparse(tmp_path / "ip-adapter_sd15.safetensors", names))
+    assert facts["kind"] == "IP-Adapter"
+    assert facts["family"] == SD1_FAMILY.title
+    assert (facts["projection"], facts["tokens"]) == ("linear", 4)
+    assert facts["image_encoder"] == "one whose embedding has the width 1024"
+    assert facts["parameters"] == {"ip_adapter": 22_319_616}
+    assert "--ip-adapter" in as_table(facts)
+    folder = tmp_path / "image_encoder"
+    folder.mkdir()
+    config = ImageEncoderConfig(num_hidden_layers=1, patch_size=112)
+    write_sparse(folder / "model.safetensors", config.tensor_shapes())
+    written = {**asdict(config), "architectures": ["CLIPVisionModelWithProjection"]}
+    (folder / "config.json").write_text(json.dumps(written))
+    facts = describe(folder)
+    assert facts["kind"] == "image encoder"
+    assert facts["widths"] == {"tokens": 768, "embedding": 512}
+    assert main(["info", str(folder)]) == 0
+    assert "--image-encoder" in capsys.readouterr().out

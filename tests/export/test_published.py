@@ -1,9 +1,12 @@
 """The graphs that ship: of exactly the published architectures, with exactly their weights."""
 
+from collections import Counter
 from dataclasses import replace
 
+import onnx
 import pytest
 
+from engine.checkpoints.families.sd import SD1
 from engine.configs.control_net import control_net_of
 from engine.configs.diffusion import (
     AutoencoderConfig,
@@ -11,7 +14,8 @@ from engine.configs.diffusion import (
     TinyAutoencoderConfig,
     UNetConfig,
 )
-from engine.graphs.graph import CONTROLLED_LEVELS, find_graph
+from engine.graphs.graph import find_graph
+from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model
 from engine.shipped import GRAPHS
 from export.published import precisions, published_parts
@@ -113,3 +117,23 @@ def test_the_graph_ships_and_wants_the_weights_of_its_architecture(part, config,
 
 def test_the_graphs_take_a_few_megabytes():
     assert 0 < sum(path.stat().st_size for path in GRAPHS.iterdir()) < 5e6
+
+
+SUMS = {"Add", "Concat", "Mul", "Reshape", "Shape", "Split", "Squeeze"}
+
+
+@pytest.mark.parametrize(
+    ("plain", "controlled", "count"),
+    [("step", "step_controlled", 1417), ("step_shallow", "step_shallow_controlled", 207)],
+)
+def test_a_plain_step_pays_nothing_for_controls(plain, controlled, count):
+    """Its operations are those of before ControlNets, and residuals add sums alone."""
+    found = [operations(part) for part in (plain, controlled)]
+    assert sum(found[0].values()) == count
+    assert not found[0] - found[1]
+    assert set(found[1] - found[0]) == SUMS
+
+
+def operations(part):
+    graph = find_graph(part, SD1, "float32", (GRAPHS,), None)
+    return Counter(node.op_type for node in onnx.load_from_string(graph.data()).graph.node)

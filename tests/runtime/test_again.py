@@ -12,7 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 import runtime.__main__ as command
 from engine.model import find_model
 from engine.store.cache import fingerprint
-from runtime import again, options
+from runtime import found_settings, options
 from runtime.images.files import read_settings
 from tests.support.named_requests import write_lora
 from tests.support.pictures import drawing
@@ -228,7 +228,7 @@ def test_a_fingerprint_tells_files_and_folders_apart(here):
 def test_every_option_that_names_a_file_is_kept_by_its_name():
     parser = options.make_parser("x")
     named = {a.dest for a in parser._actions if a.type is Path and a.dest in options.AGAIN}
-    assert named <= set(again.FILES)
+    assert named <= set(found_settings.FILES)
 
 
 @pytest.mark.parametrize(
@@ -243,4 +243,72 @@ def test_every_option_that_names_a_file_is_kept_by_its_name():
     ],
 )
 def test_what_stands_behind_a_file_is_parted_from_it(name, text, parts):
-    assert again.parted(name, text) == parts
+    assert found_settings.parted(name, text) == parts
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--sampler", "euler"], {"sampler": "euler", "schedule": "karras"}),
+        (["--sampler", "ddim"], {"sampler": "ddim", "schedule": None}),
+        (["--sampler", "lcm"], {"sampler": "lcm", "schedule": None}),
+        (["--sampler", "Euler Exponential"], {"sampler": "Euler Exponential", "schedule": None}),
+        (["--sampler", "DPM++ 2M Karras"], {"schedule": "karras"}),
+        (["--sampler", "ddim", "--schedule", "trailing"], {"schedule": "trailing"}),
+        (["--preset", "fast"], {"sampler": "dpmpp_2m", "num_inference_steps": 10}),
+        (["--preset", "fast", "--steps", "2"], {"num_inference_steps": 2}),
+        (["--variation-strength", "0"], {"variation_seed": None}),
+    ],
+)
+def test_what_is_given_wins_and_what_clashes_with_it_gives_way(capsys, given, expected):
+    text = (
+        "a\nSteps: 1, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 3, "
+        "Size: 32x32, Variation seed: 4, Variation seed strength: 0.2, Version: v1.10"
+    )
+    said = notes(capsys, "--again", theirs(text), *given, "--backend", "cpu", "--out", "a.png")
+    settings = read_settings("a.png")
+    assert {name: settings.get(name) for name in expected} == expected
+    left = "theirs.png has the schedule 'karras', which" in said
+    assert left == (given[1] in ("ddim", "lcm", "Euler Exponential") and len(given) == 2)
+
+
+def test_a_sampler_without_eta_gives_it_up():
+    asked = ("a", *SMALL, "--seed", "1", "--sampler", "ddim", "--eta", "0.5", "--out", "a.png")
+    assert command.main(asked) == 0
+    assert command.main(["--again", "a.png", "--sampler", "euler", *ONE, "--out", "b.png"]) == 0
+    assert read_settings("b.png")["eta"] == 0
+    assert command.main(["--again", "a.png", "--sampler", "tcd", *ONE, "--out", "b.png"]) == 0
+    assert read_settings("b.png")["eta"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "needed"),
+    [
+        ("Denoising strength: 0.6", "--image"),
+        ("Denoising strength: 0.6, Mask blur: 4, Inpaint area: Only masked", "--image and --mask"),
+    ],
+)
+def test_a_picture_of_another_programs_picture_needs_that(capsys, fields, needed):
+    picture = theirs(A1111.format("") + f"{fields}, Masked area padding: 8, Version: v1.10")
+    said = refused(capsys, "--again", picture)
+    assert said == (
+        f"error: theirs.png was drawn from a picture that it does not hold; give {needed}\n"
+    )
+    drawing(40, 32).save("photo.png")
+    Image.new("L", (32, 40), 255).save("mask.png")
+    given = ["--image", "photo.png", *(["--mask", "mask.png"] if "mask" in needed else [])]
+    assert notes(capsys, "--again", picture, *given, "--steps", "2", "--out", "a.png") == ""
+    if "mask" in needed:
+        settings = read_settings("a.png")
+        assert (settings["inpaint_area"], settings["mask_padding"]) == ("masked", 8)
+
+
+def test_an_older_hires_fix_needs_no_picture(capsys):
+    text = A1111.format("") + "Denoising strength: 0.7, First pass size: 16x16"
+    assert "left out" in notes(capsys, "--again", theirs(text))
+
+
+def test_more_clip_skip_than_there_is_is_named(capsys):
+    said = notes(capsys, "--again", theirs(A1111.format("") + "Clip skip: 4"), "--out", "a.png")
+    assert said == "note: left out of what theirs.png was made with: Clip skip (4)"
+    assert read_settings("a.png")["clip_skip"] == 2

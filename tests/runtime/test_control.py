@@ -1,13 +1,17 @@
 """A control by itself: what its weights come to, how it is written, what it refuses."""
 
+import argparse
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from engine.errors import RequestError
 from runtime.control import Control, checked_controls, control_calls, parse_control
+from runtime.control_options import controls_of
 from runtime.denoising.controls import hint_pixels
 from runtime.images.frame import Frame
+from runtime.preprocessors.named import Canny
 
 IMAGE = Image.new("RGB", (16, 8), (255, 0, 51))
 
@@ -112,3 +116,59 @@ def test_the_part_of_the_picture_that_is_drawn():
     hint.paste((0, 255, 0), (64, 64, 128, 128))
     assert np.asarray(frame.drawn(hint))[4:-4, 4:-4].min(axis=(0, 1)).tolist() == [0, 255, 0]
     assert frame.drawn(hint).size == (32, 32)
+
+
+def options_of(folder, *, count=2, **said):
+    image = folder / "edges.png"
+    Image.new("RGB", (8, 8), "white").save(image)
+    return argparse.Namespace(
+        controls=["a", "b"][:count],
+        control_images=[image] * count,
+        control_modes=said.get("modes", []),
+        control_preprocessors=said.get("made", []),
+    )
+
+
+def test_preprocessors_are_for_all_controls_or_for_each(tmp_path):
+    both = controls_of(options_of(tmp_path, made=["canny:low=20,high=60"]))
+    assert [control.preprocessor_text for control in both] == ["canny:low=20,high=60"] * 2
+    one, other = controls_of(options_of(tmp_path, made=["gray", "none"]))
+    assert (one.preprocessor_text, other.preprocessor_text) == ("gray", "none")
+    assert other.shown(one.image) is one.image, "what has none is taken as it is"
+    with pytest.raises(RequestError, match="--preprocessor came 3 times for 2 of --control"):
+        controls_of(options_of(tmp_path, made=["gray"] * 3))
+    with pytest.raises(RequestError, match="--preprocessor came 1 times for 0"):
+        controls_of(options_of(tmp_path, count=0, made=["gray"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("cany", "there is no preprocessor 'cany'; choose one of canny, scribble"),
+        ("canny:sigma=1", "'sigma' is no option of the preprocessor canny; it has low, high"),
+        ("canny:", "'' is no option of the preprocessor canny"),
+        ("gray:low=1", "it has none"),
+        ("canny:low=high", "low of canny is 'high'; give a number"),
+        ("scribble:threshold=1.5", "threshold of scribble is '1.5'; give a whole number"),
+        ("canny:l2_norm=perhaps", "give true or false"),
+        ("canny:low=-1", "low"),
+        ("blur:sigma=nan", "sigma"),
+    ],
+)
+def test_what_is_no_preprocessor_is_one_sentence(text, sentence):
+    with pytest.raises(RequestError, match=sentence):
+        Control(net="a", image=Image.new("RGB", (8, 8)), preprocessor=text)
+    with pytest.raises(RequestError, match="preprocessor is 7"):
+        Control(net="a", image=Image.new("RGB", (8, 8)), preprocessor=7)
+
+
+def test_a_preprocessor_sees_the_picture_in_the_size_that_is_drawn():
+    picture = Image.fromarray(np.uint8(255 * (np.indices((64, 64))[1] < 32)))
+    given = Control(net="a", image=picture, preprocessor="canny:low=50,high=100,l2-norm=true")
+    assert np.array_equal(
+        np.asarray(given.shown(picture.convert("RGB"))),
+        Canny(low=50, high=100, l2_norm=True)(np.asarray(picture.convert("RGB"))),
+    )
+    assert given.shown(picture.resize((128, 96))).size == (128, 96)
+    own = Control(net="a", image=picture, preprocessor=Canny())
+    assert own.preprocessor_text == "Canny"

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.control_nets
 import engine.engines
 from engine.backends.settings import BackendSettings
 from engine.errors import BackendError, LatentrtError, ModelError, RequestError
@@ -18,7 +17,12 @@ from engine.model import Model
 from runtime import Control, Hires, Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.files import read_settings
-from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
+from tests.support.controls import (
+    small_control_net,
+    trace_control_graphs,
+    write_control_lora,
+    write_control_net,
+)
 from tests.support.pictures import drawing, psnr
 from tests.support.small_models import SIDE, SMALL, trace_graphs
 from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
@@ -114,6 +118,17 @@ def test_pictures_are_diffusers_own(loaded, name):
     assert psnr(draw(pipeline, first(), second), theirs) < SMALL_PICTURE_PSNR_DB
 
 
+def test_a_control_lora_is_diffusers_own_once_it_is_merged(loaded, place):
+    small, pipeline, nets, file, graphs = loaded("sd1")
+    merged = small_control_net(small, 2)
+    lora = write_control_lora(small, merged, place / "control-lora.safetensors")
+    other = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls={"a": lora})
+    ours = draw(other, Control(net="a", image=HINT))
+    assert psnr(ours, reference(small, merged, HINT)) >= SMALL_PICTURE_PSNR_DB
+    assert psnr(ours, reference(small, nets["a"], HINT)) < SMALL_PICTURE_PSNR_DB / 2
+    assert same(draw(other), draw(pipeline)), "no weight of the model has changed"
+
+
 def test_image_to_image_is_diffusers_own(loaded):
     small, pipeline, nets, *_ = loaded("sd1")
     image, steps = HINT.transpose(1), {"num_inference_steps": 6}
@@ -142,7 +157,9 @@ def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
     plain, steered = draw(pipeline), draw(pipeline, one())
     opened, rebound = [], []
     monkeypatch.setattr(engine.engines, "_open", lambda spec: opened.append(spec))
-    monkeypatch.setattr(engine.control_nets, "open_engine", lambda *spec: opened.append(spec))
+    monkeypatch.setattr(
+        engine.steering.control_nets, "open_engine", lambda *spec: opened.append(spec)
+    )
     for part in pipeline.engines.opened.values():
         monkeypatch.setattr(part, "rebind", lambda *_: rebound.append(1), raising=False)
     assert same(draw(pipeline), plain)

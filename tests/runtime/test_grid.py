@@ -1,6 +1,8 @@
 """Sheets over options: what a cell shows, which calls cells share, and what is refused."""
 
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,15 @@ from PIL import Image
 from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline, Request, adapted_model, grid
+from runtime import __main__ as command
+from runtime.images.a1111_reader import parse_parameters
+from runtime.images.exif import texts_of
+from runtime.images.files import read_settings, read_source_type
 from runtime.images.previews import side_by_side
+from runtime.options import FIELDS
 from tests.support.named_requests import write_lora
+from tests.support.pictures import drawing
+from tests.support.upscaler_files import write_upscaler
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +91,9 @@ def test_words_of_the_prompt_are_an_axis(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     drawn = []
 
-    def draw(self, requests):
+    def draw(self, requests, **options):
         drawn.extend((request.prompt, request.negative_prompt) for request in requests)
-        return draw_requests(self, requests)
+        return draw_requests(self, requests, **options)
 
     draw_requests = Pipeline.draw
     monkeypatch.setattr(Pipeline, "draw", draw)
@@ -97,6 +106,128 @@ def test_words_of_the_prompt_are_an_axis(tmp_path, monkeypatch):
         ("a dark, blue cat", "dark, blue hat, dog"),
         ("a dark, blue cat", "dark, blue hat, cup"),
     ]
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Run in a folder of its own; collects the requests that sheets are drawn of."""
+    monkeypatch.chdir(tmp_path)
+    requests, draw = [], Pipeline.draw
+
+    def note(self, those, **options):
+        requests.extend(those)
+        return draw(self, those, **options)
+
+    monkeypatch.setattr(Pipeline, "draw", note)
+    return requests
+
+
+def as_json(requests):
+    fields = [{field: getattr(r, field) for field in FIELDS} for r in requests]
+    return json.loads(json.dumps(fields, default=str))
+
+
+SMALL = ("--steps", "1", "--backend", "cpu", "--threads", "1", "--height", "32", "--width", "32")
+
+
+@pytest.mark.parametrize(
+    ("axes", "options"),
+    [
+        (["--x", "steps=1,2", "--y", "guidance_scale=3,5:2"], []),
+        (["--x", 'prompt=red,"dark, blue"'], ["--negative-prompt", "x", "--preset", "fast"]),
+        (["--x", 'negative-prompt="a ""b"", c",d', "--z", "seed=3,4"], []),
+        (["--x", "seed=-1,-1"], ["--plain-prompt"]),
+        (["--x", "variation-strength=0.1,0.2", "--y", "num_inference_steps=1,2"], ["--seed", "-1"]),
+        (["--x", "hires-strength=0.5,1"], ["--hires", "1.5", "--hires-steps", "2"]),
+        (["--x", "sampler=euler,DPM++ 2M Karras"], ["--mask-blur", "4"]),
+    ],
+)
+def test_a_sheet_says_what_makes_it_again(asked, axes, options):
+    suffix = ".webp" if options else ".png"
+    assert grid.main(["a red cat", *axes, *options, *SMALL, "-o", f"a{suffix}"]) == 0
+    first, sheets = list(asked), sorted(path for path in Path().iterdir())
+    asked.clear()
+    assert grid.main(["--again", str(sheets[-1]), "--threads", "1", "-o", f"b{suffix}"]) == 0
+    assert as_json(asked) == as_json(first)
+    assert len({request.seed for request in first}) == (2 if "seed=" in str(axes) else 1)
+    for sheet in sheets:
+        assert sheet.read_bytes() == Path(f"b{sheet.name[1:]}").read_bytes()
+        assert read_source_type(sheet) == "trainedAlgorithmicMedia"
+        with Image.open(sheet) as file:
+            parameters = parse_parameters(texts_of(file)["parameters"])
+        assert (parameters["width"], parameters["height"]) == (32, 32), "of its first cell"
+        settings = read_settings(sheet)
+        assert parameters["seed"] == settings["first_cell"]["seed"]
+        assert settings["x"].startswith(axes[1].partition("=")[0])
+        assert settings["hashes"].keys() == {"pictogram"}
+
+
+def test_what_a_sheet_is_drawn_again_with_may_change(asked, capsys):
+    assert grid.main(["a red cat", "--x", "steps=1,2", *SMALL, "-o", "a.png"]) == 0
+    asked.clear()
+    assert (
+        grid.main(["--again", "a.png", "--y", "seed=5,6", "-o", "b.png", "--negative-prompt", "x"])
+        == 0
+    )
+    assert [(r.num_inference_steps, r.seed, r.negative_prompt) for r in asked] == [
+        (1, 5, "x"), (1, 6, "x"), (2, 5, "x"), (2, 6, "x"),
+    ]  # fmt: skip
+    assert command.main(["a red cat", *SMALL, "--seed", "9", "-o", "one.png"]) == 0
+    asked.clear()
+    assert grid.main(["--again", "one.png", "--x", "guidance-scale=2,3", "-o", "c.png"]) == 0
+    assert [(r.seed, r.guidance_scale) for r in asked] == [(9, 2.0), (9, 3.0)]
+    capsys.readouterr()
+    assert command.main(["--again", "c.png"]) == 2
+    assert "is a sheet of pictures; `latentrt grid --again c.png` draws it again" in (
+        capsys.readouterr().err
+    )
+
+
+def test_an_upscaler_of_an_axis_is_kept_by_its_name(asked, tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    upscaler = write_upscaler(tmp_path / "models" / "up.safetensors")
+    axis = ["--x", f"hires-upscaler=lanczos,{upscaler}"]
+    hires = ["--hires", "1.5", "--hires-strength", "1"]
+    assert grid.main(["a", *axis, *hires, *SMALL, "-o", "models/a.png"]) == 0
+    assert read_settings("models/a.png")["x"] == "hires-upscaler=lanczos,up.safetensors"
+    assert grid.main(["--again", "models/a.png", "--threads", "1", "-o", "b.png"]) == 0
+    assert Path("models/a.png").read_bytes() == Path("b.png").read_bytes()
+    assert grid.main(["--again", "b.png", "--threads", "1"]) == 2
+    assert "with the upscaler up.safetensors, which is neither" in capsys.readouterr().err
+
+
+def test_cells_may_start_from_a_picture(asked):
+    drawing(40, 51).save("photo.png")
+    options = ["--image", "photo.png", *SMALL[2:6]]
+    assert grid.main(["a", "--x", "strength=0.5,1", *options, "--steps", "2", "-o", "a.png"]) == 0
+    assert [request.strength for request in asked] == [0.5, 1.0]
+    assert asked[0].image is asked[1].image, "it is read once"
+    with Image.open("a.png") as sheet:
+        assert sheet.width == 2 * 51 + 4
+    assert read_settings("a.png")["image"] == "photo.png"
+    assert grid.main(["--again", "a.png", "--threads", "1", "-o", "b.png"]) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_a_default_name_is_not_overwritten_and_sheets_are_written_as_they_are_done(
+    asked, capsys, monkeypatch
+):
+    words = ["a", "--x", "seed=1,2", "--z", "steps=1,2,3", *SMALL[2:]]
+    assert grid.main(words) == 0
+    draw = Pipeline.draw
+
+    def interrupted(self, requests, **options):
+        if requests[0].num_inference_steps == 3:
+            raise KeyboardInterrupt
+        return draw(self, requests, **options)
+
+    monkeypatch.setattr(Pipeline, "draw", interrupted)
+    assert grid.main(words) == 130
+    said = capsys.readouterr()
+    assert {path.name for path in Path().iterdir()} == {*said.out.split()}
+    names = ["grid-1.png", "grid-2.png", "grid-3.png", "grid-1-2.png", "grid-2-2.png"]
+    assert said.out.split() == names
+    assert said.err.endswith("cancelled; only the sheets named above were written\n")
 
 
 def test_labels_stand_beside_the_pictures():
@@ -122,6 +253,12 @@ def test_an_option_that_a_sheet_cannot_heed_is_refused(capsys):
         ("backend=cpu", "backend is no axis"),
         ("num-images=1,2", "num-images is no axis"),
         ("plain-prompt=1", "plain-prompt is no axis"),
+        ("image=a.png,b.png", "image is no axis"),
+        ("cfg=3,5", "did you mean guidance-scale?"),
+        ("scheduler=a,b", "did you mean sampler?"),
+        ("step=1,2", "did you mean steps?"),
+        ("strength=0.3,0.5", "--strength came without --image"),
+        ("hires-steps=1,2", "--hires-steps came without --hires"),
         ("nosuch=1", "nosuch is no axis"),
         ("steps", "is no axis"),
         ("steps=", "is no axis"),
@@ -134,3 +271,25 @@ def test_what_is_refused(axis, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert grid.main(["a cat", "--x", axis]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--y", "steps=3,4"], "steps is two axes"),
+        (["--y", "num-inference-steps=3,4"], "steps is two axes"),
+        (["--seed", "7,9"], "such as --y seed=7,9"),
+        (["--num-images", "2"], "one picture a cell"),
+        (["--variation-seed", "2"], "variation_seed came without variation_strength"),
+        (["--again", "none.png"], "none.png cannot be read"),
+        (["-o", "a.gif"], "ends in '.gif'"),
+        (["-o", "none/a.png"], "does not exist"),
+    ],
+)
+def test_what_is_refused_beside_the_axes(options, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert grid.main(["a cat", "--x", "steps=1,2", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

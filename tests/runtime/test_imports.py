@@ -62,6 +62,7 @@ def test_public_names():
         "Control",
         "DrawnImage",
         "Hires",
+        "ImagePrompt",
         "Pipeline",
         "Plan",
         "Progress",

@@ -57,7 +57,7 @@ def test_no_pixel_changes_beyond_three_times_the_blur(box, blur):
     assert (pixels[away == 0] == 0).all()
 
 
-@pytest.mark.parametrize("size", [(301, 203), (65, 40), (41, 27)])
+@pytest.mark.parametrize("size", [(301, 203), (300, 201), (41, 27)])
 @pytest.mark.parametrize("blur", [0.0, 4.0])
 @pytest.mark.parametrize("area", ["whole", "masked"])
 def test_inpainting_keeps_size_and_pixels(pipeline, size, blur, area):

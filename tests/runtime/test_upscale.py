@@ -312,3 +312,14 @@ def test_a_damaged_upscaler_of_hires_is_found_before_a_step(here, capsys, monkey
     asked = ("a", *SMALL, *HIRES, "--hires-upscaler")
     assert draw.main([*asked, "bad.pth"]) == 2
     assert "bad.pth is no checkpoint" in capsys.readouterr().err
+
+
+def test_a_picture_of_a_sampler_that_is_not_here_is_enlarged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    chunk = PngInfo()
+    chunk.add_text("parameters", "a\nSteps: 2, Sampler: Restart, Seed: 1, Size: 8x8, Version: v1.9")
+    drawing(64, 64).save("theirs.png", pnginfo=chunk)
+    write_upscaler(tmp_path / "up.safetensors")
+    given = ["theirs.png", "--upscaler", "up.safetensors", "--threads", "1", "-o", "a.png"]
+    assert upscale.main(given) == 0
+    assert read_settings("a.png")["sampler"] == "Restart"

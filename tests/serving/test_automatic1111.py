@@ -12,7 +12,7 @@ import pytest
 import webuiapi
 from PIL import Image
 
-from runtime.images.a1111 import parse_parameters
+from runtime.images.a1111_reader import parse_parameters
 from runtime.images.files import read_settings
 from serving.keys import Keys
 from tests.support.named_requests import IMAGE, MASK, write_lora

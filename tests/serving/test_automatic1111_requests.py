@@ -24,7 +24,7 @@ from serving.http.automatic1111.names import SCHEDULERS, list_samplers, method
 from serving.http.automatic1111.settings import Settings
 from serving.limits import Limits
 from serving.masking import fill_masked, invert_mask
-from tests.support.servers import SlowStudio, serving
+from tests.support.servers import CATALOG, SlowStudio, serving
 
 SETTINGS = Settings(sd_model_checkpoint="pictogram")
 API = "/sdapi/v1"
@@ -145,7 +145,7 @@ def test_names_of_samplers_and_schedulers(name, scheduler, wanted):
 def test_every_listed_name_can_be_asked_for():
     for sampler in list_samplers():
         given = {"sampler_name": sampler["name"], "seed": 1}
-        fields = text_request(TextBody(**given), SETTINGS, Limits()).fields
+        fields = text_request(TextBody(**given), SETTINGS, Limits(), CATALOG).fields
         assert fields["sampler"] == sampler["aliases"][0]
     for name, label in SCHEDULERS.items():
         for given in (name, label):
@@ -161,7 +161,7 @@ def test_tiling_joins_all_edges():
 
 
 def test_what_is_left_out_is_chosen_by_the_model():
-    fields = text_request(TextBody(prompt=None), SETTINGS, Limits()).fields
+    fields = text_request(TextBody(prompt=None), SETTINGS, Limits(), CATALOG).fields
     assert {name: value for name, value in fields.items() if name != "seed"} == {
         "prompt": "", "num_images_per_prompt": 1, "noise": "cuda", "clip_skip": 1,
     }  # fmt: skip
@@ -172,7 +172,7 @@ def test_what_is_left_out_is_chosen_by_the_model():
     [
         ({"restore_faces": True}, "restore_faces"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
-        ({"alwayson_scripts": {"ControlNet": {"args": []}}}, "alwayson_scripts"),
+        ({"alwayson_scripts": {"ADetailer": {"args": []}}}, "alwayson_scripts"),
         ({"s_churn": 0.5}, "s_churn"),
         ({"s_noise": 1.1}, "s_noise"),
         ({"seed_resize_from_w": 512}, "seed_resize_from_w"),
@@ -290,14 +290,14 @@ def test_images_are_not_sent_where_nobody_wants_them(http):
 
 def test_fields_of_image_to_image():
     given = {"init_images": [f"data:image/png;base64,{PICTURE}"], "mask": PICTURE}
-    request = image_request(ImageBody(**given), SETTINGS, Limits())
+    request = image_request(ImageBody(**given), SETTINGS, Limits(), CATALOG)
     assert (request.fill_masked, request.mask_inverted) == (True, False)
     wanted = {"strength": 0.75, "mask_blur": 4.0, "inpaint_area": "masked", "mask_padding": 0}
     assert wanted.items() <= request.fields.items()
     given |= {"inpainting_fill": 1, "inpainting_mask_invert": 1, "inpaint_full_res": False,
               "mask_blur_x": 2, "mask_blur_y": 2, "resize_mode": 1, "width": 128, "height": 64,
               "inpaint_full_res_padding": 32, "denoising_strength": 0.5}  # fmt: skip
-    request = image_request(ImageBody(**given), SETTINGS, Limits())
+    request = image_request(ImageBody(**given), SETTINGS, Limits(), CATALOG)
     assert (request.fill_masked, request.mask_inverted) == (False, True)
     wanted = {"strength": 0.5, "mask_blur": 2.0, "inpaint_area": "whole", "mask_padding": 32}
     assert wanted.items() <= request.fields.items()
@@ -306,7 +306,7 @@ def test_fields_of_image_to_image():
 
 def test_eta_is_of_samplers_that_have_one():
     for name, wanted in (("DDIM", 1.0), ("Euler", None), ("Euler a", None), ("DPM++ 2M", None)):
-        request = text_request(TextBody(sampler_name=name, eta=1.0), SETTINGS, Limits())
+        request = text_request(TextBody(sampler_name=name, eta=1.0), SETTINGS, Limits(), CATALOG)
         assert request.fields.get("eta") == wanted
 
 
@@ -314,7 +314,8 @@ def test_size_of_hires_fix():
     given = {"enable_hr": True, "width": 64, "height": 128}
     for more, scale in (({}, 2.0), ({"hr_scale": 1.5}, 1.5), ({"hr_resize_x": 96}, 1.5),
                         ({"hr_resize_y": 384, "hr_resize_x": 192}, 3.0)):  # fmt: skip
-        hires = text_request(TextBody(**given, **more), SETTINGS, Limits()).fields["hires"]
+        request = text_request(TextBody(**given, **more), SETTINGS, Limits(), CATALOG)
+        hires = request.fields["hires"]
         assert hires["scale"] == scale
         assert (hires["strength"], hires["upscaler"]) == (0.75, "bilinear")
 

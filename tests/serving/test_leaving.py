@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from serving.http.connections import ImpatientProtocol
-from serving.model_runner import FinishedPicture
+from serving.unfinished_picture import FinishedPicture
 from tests.support.servers import SlowStudio, serving
 
 PICTURES = "/api/v1/pictures"

@@ -17,6 +17,7 @@ from schemathesis import checks
 
 from serving.limits import Limits
 from tests.support.named_requests import IMAGE, MASK
+from tests.support.painted_runners import PaintedRunner
 from tests.support.servers import SlowStudio, load, models, serving
 
 BODY = {"prompt": "a cat", "seed": 3, "num_inference_steps": 6}
@@ -183,6 +184,25 @@ def test_cancel(slow):
     assert client.get(f"{PICTURES}/{job}/image/0").status_code == 404
 
 
+def test_those_that_wait_are_told_their_place():
+    """It counts down as others end or leave, whoever polls or watches; only the newest is kept."""
+    runner = PaintedRunner()
+    runner.goes_on.clear()
+    with serving(runner, rows=1) as running, httpx.Client(base_url=running.url) as client:
+        jobs = [client.post(PICTURES, json=BODY).json() for _ in range(5)]
+        assert [job["position"] for job in jobs] == [0, 1, 2, 3, 4]
+
+        last = f"{PICTURES}/{jobs[4]['id']}"
+        for left, place in ((3, 3), (2, 2)):
+            client.delete(f"{PICTURES}/{jobs[left]['id']}")
+            assert client.get(last).json()["position"] == place
+        runner.goes_on.set()
+        told = [data for name, _, data in events(client, jobs[4]["id"]) if name == "queued"]
+        assert [data["position"] for data in told] in ([2], [2, 1], [2, 1, 0], [1], [0], [1, 0])
+        assert all(data["eta_s"] >= 0 for data in told)
+        assert "position" not in client.get(last).json()
+
+
 def test_the_same_key_draws_once(slow):
     running, client = slow
     headers = {"idempotency-key": "order-7"}
@@ -284,6 +304,10 @@ def test_ready_and_capabilities(http, running):
     told = http.get("/api/v1/capabilities").json()
     assert told["models"] == ["pictogram", "other"]
     assert "euler_a" in told["samplers"]
+    assert told["upscalers"][0] == "lanczos"
+    limits = Limits()
+    assert told["limits"] == {name: getattr(limits, name) for name in told["limits"]}
+    assert {"prompt_characters", "loras", "side"} <= told["limits"].keys()
     running.service.jobs.draining = True
     try:
         assert http.get("/ready").status_code == 503
@@ -326,7 +350,7 @@ def document():
 def test_the_document_says_what_is_answered(document):
     """No status, type or body that the document does not list, and no error of the server's."""
     operations = [found.ok() for found in document.get_all_operations()]
-    assert len(operations) == 45
+    assert len(operations) == 50
     for operation in operations:
 
         @settings(max_examples=20, deadline=None, derandomize=True, database=None)

@@ -38,8 +38,10 @@ def facts_of(graph: Graph, case: Case, device: StandInDevice, log: CallLog) -> d
     launched = log.take()
     engine.prepare(case.shapes(graph, pictures=2))  # another form, of the same weights
     other = log.take()
+    assigned = engine._form(inputs).session.get_provider_graph_assignment_info()
     return {
         "elsewhere": engine._form(inputs).elsewhere,
+        "operators": sorted({node.op_type for each in assigned for node in each.get_nodes()}),
         "records": engine.records,
         "weights": sum(int(np.prod(shape)) for shape in graph.weights.values()),
         "uploaded": copied(loaded, "HtoD"),

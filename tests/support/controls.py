@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel
+from safetensors.torch import save_file
 
 from engine.configs.diffusion import UNetConfig
 from engine.graphs.graph import Part, graph_name
@@ -34,6 +35,30 @@ def small_control_net(small: SmallModel, seed: int = 0) -> ControlNetModel:
 def write_control_net(net: ControlNetModel, folder: Path) -> Path:
     net.save_pretrained(folder)
     return folder
+
+
+def write_control_lora(small: SmallModel, net: ControlNetModel, path: Path, rank: int = 2) -> Path:
+    """Write a control-LoRA with a net's hint and zero convolutions, and make the net what it means.
+
+    The net's other matrices become the UNet's own with the products of factors added.
+    """
+    generator, stored = torch.Generator().manual_seed(7), {"lora_controlnet": torch.zeros(0)}
+    unet = small.reference.unet.state_dict()
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name not in unet:
+                stored[name] = parameter.clone()
+                continue
+            parameter.copy_(unet[name])
+            if parameter.ndim > 1:
+                module, kernel = name.removesuffix(".weight"), parameter.shape[1:]
+                up = torch.randn(len(parameter), rank, generator=generator) * 0.2
+                down = torch.randn(rank, *kernel, generator=generator) / kernel.numel() ** 0.5
+                parameter.add_((up @ down.flatten(1)).reshape(parameter.shape))
+                stored[f"{module}.up"] = up.reshape(*up.shape, *[1] * len(kernel[1:]))
+                stored[f"{module}.down"] = down
+    save_file(stored, path)
+    return path
 
 
 def trace_control_graphs(pipeline: Pipeline, graphs: Path) -> None:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from engine.errors import RequestError
-from serving.model_runner import FinishedPicture
 from serving.picture_request import PictureRequest
+from serving.unfinished_picture import FinishedPicture
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -63,9 +63,9 @@ def run_guarded(command, folder, home, **variables):
         **variables,
     }
     log = folder / "calls"
-    traced = [STRACE, "-f", "-qq", "-s", "300", "-e", CALLS, "-o", str(log)] if STRACE else []
+    traced = ["-f", "--seccomp-bpf", "-qq", "-s", "300", "-e", CALLS, "-o", str(log)]
     done = subprocess.run(
-        [*traced, *command],
+        [*((STRACE, *traced) if STRACE else ()), *command],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,

@@ -12,8 +12,12 @@ from engine.model import Model, find_model
 MODEL = Model.open(find_model("pictogram"))
 
 
+def graph_of(part):
+    return find_graph(part, MODEL.config(part), "float32", graph_folders(), MODEL.path)
+
+
 def opened(part, backend, precision="float32", ranges=None):
-    graph = find_graph(part, MODEL.config(part), "float32", graph_folders(), MODEL.path)
+    graph = graph_of(part)
     settings = BackendSettings(backend=backend, threads=1)
     return open_engine(graph, dict(MODEL.weights(part)), settings, precision, ranges)
 

@@ -17,6 +17,7 @@ ORACLES = frozenset(
         "cuda",
         "diffusers",
         "fastapi",
+        "ftfy",
         "gguf",
         "httpx",
         "lycoris",
@@ -27,6 +28,7 @@ ORACLES = frozenset(
         "openai",
         "openvino",
         "peft",
+        "playwright",
         "prometheus_client",
         "resvg_py",
         "safetensors",
@@ -69,3 +71,14 @@ def oracles(path: Path) -> frozenset[str]:
 def missing(path: Path) -> frozenset[str]:
     """Return those of a file's oracles that are not installed."""
     return frozenset(name for name in oracles(path) if find_spec(name) is None)
+
+
+def missing_for(error: BaseException | None) -> str | None:
+    """Return the oracle for want of which an error was raised, here or in one that it came from."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            name = error.name.partition(".")[0]
+            if name in ORACLES and find_spec(name) is None:
+                return name
+        error = error.__cause__ or error.__context__
+    return None

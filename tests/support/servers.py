@@ -101,7 +101,9 @@ class Running:
 
 
 @contextmanager
-def serving(runner, *, keys=None, limits=None, catalog=CATALOG, names=(), origins=(), rows=8):
+def serving(
+    runner, *, keys=None, limits=None, catalog=CATALOG, names=(), origins=(), rows=8, port=0
+):
     """Serve with a runner until the end of the `with`."""
     loops = []
 
@@ -111,17 +113,17 @@ def serving(runner, *, keys=None, limits=None, catalog=CATALOG, names=(), origin
 
     rules = AccessRules.of("127.0.0.1", names, origins, keys)
     service = make_service(LocalEngine(make), catalog, rules, limits=limits, rows=rows)
-    with listening(service) as url:
+    with listening(service, port) as url:
         yield Running(url, service, loops)
 
 
 @contextmanager
-def listening(service):
-    """Let a service listen; yields its URL."""
+def listening(service, port=0):
+    """Let a service listen; yields its URL. port: 0 for any that is free."""
     config = uvicorn.Config(
         service.app, log_config=None, access_log=False, ws="none", http=ImpatientProtocol
     )
-    server, listener = uvicorn.Server(config), listen_on("127.0.0.1", 0)
+    server, listener = uvicorn.Server(config), listen_on("127.0.0.1", port)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

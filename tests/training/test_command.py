@@ -1,5 +1,6 @@
 """The whole pipeline, data to shipped model, on four pictures and a few steps."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,7 +11,9 @@ from PIL import Image
 
 from engine.errors import INTERRUPTED, USER_ERROR
 from training import __main__ as command
+from training import finish_command, ship, text_commands
 from training.__main__ import main
+from training.pictograms import STYLES, Pictograms
 
 STEPS = ["--steps", "2", "--batch-size", "2"]
 
@@ -34,7 +37,7 @@ def shipped(coco, tmp_path_factory):
     work, out = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("models") / "tiny"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(
-            command, "download_merges", lambda folder: [("r", "e"), ("re", "d</w>")]
+            text_commands, "download_merges", lambda folder: [("r", "e"), ("re", "d</w>")]
         )
         for arguments in (
             ["data", "--coco", str(coco), "--images", str(coco.parent)],
@@ -49,7 +52,7 @@ def shipped(coco, tmp_path_factory):
 
 def test_all_goes_on_where_it_was_stopped(shipped, tmp_path, capsys):
     work, _ = shipped
-    names = ("data.npz", "autoencoder-final.pt", "autoencoder.json", "tokenizer")
+    names = ("data", "autoencoder-final.pt", "autoencoder.json", "tokenizer")
     for name in names:
         copy = shutil.copytree if (work / name).is_dir() else shutil.copy
         copy(work / name, tmp_path / name)
@@ -83,10 +86,11 @@ def test_the_working_folder_holds_what_is_named(shipped):
         "autoencoder-final.pt",
         "autoencoder.json",
         "autoencoder.pt",
-        "data.npz",
+        "data",
         "diffusion-final.pt",
         "diffusion.json",
         "diffusion.pt",
+        "latents.npy",
         "preview.pt",
         "tokenizer",
     }
@@ -116,6 +120,7 @@ def test_another_evaluation_than_of_pictograms_is_refused(shipped, capsys):
         (["diffusion"], "python -m training data"),
         (["ship", "--out", "model"], "python -m training diffusion"),
         (["preview", "--out", "model"], "python -m training data"),
+        (["finish", "--out", "model"], "python -m training data"),
         (["data", "--coco", "captions.json"], "give --images"),
         (["autoencoder", "--steps", "0"], "python -m training data"),
     ],
@@ -140,6 +145,42 @@ def test_a_lora_of_few_steps_is_made_from_any_model(shipped, tmp_path):
     work, out = shipped
     lora = tmp_path / "few-steps.safetensors"
     asked = [*STEPS, "--pictures", "2", "--model", str(out), "--out", str(lora)]
-    shutil.copy(work / "data.npz", tmp_path)
+    shutil.copytree(work / "data", tmp_path / "data")
     assert main(["few-steps", *asked, "--work", str(tmp_path)]) == 0
     assert 0 < lora.stat().st_size <= 2_000_000
+
+
+def test_a_decoder_is_finished_for_any_model_of_pictograms(shipped, tmp_path, monkeypatch, capsys):
+    _, out = shipped
+    rng = np.random.default_rng(0)
+    Pictograms(
+        names=("owl", "fish"),
+        keywords=(("bird",), ()),
+        images=rng.integers(0, 256, (2, len(STYLES), 128, 128, 3), np.uint8),
+        held_out=np.eye(2, len(STYLES), dtype=bool),
+        everyday=np.ones(2, bool),
+    ).save(tmp_path / "data.npz")
+    few = dataclasses.replace(finish_command.CLASSIFIER, steps=1, batch_size=2)
+    monkeypatch.setattr(finish_command, "CLASSIFIER", few)
+    monkeypatch.setattr(finish_command.MobileNet, "load", lambda folder: lambda images: [images])
+    model, finished = tmp_path / "model", tmp_path / "finished"
+    asked = [*STEPS, "--model", str(out), "--out", str(finished), "--work", str(tmp_path)]
+    assert main(["finish", *asked]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["held_out"] == 2
+    assert told["psnr"][0] != told["psnr"][1]
+    shutil.copytree(out, model)
+    shutil.copytree(finished / "vae", model / "vae", dirs_exist_ok=True)
+    _, before = ship.read_model(out)
+    _, after = ship.read_model(model)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert {name.partition(".")[0] for name in changed} == {"decoder", "post_quant_conv"}
+
+
+def test_only_pictograms_are_finished(shipped, tmp_path, capsys):
+    work, out = shipped
+    asked = ["--model", str(out), "--out", str(tmp_path), "--work", str(work)]
+    assert main(["finish", *STEPS, *asked]) == USER_ERROR
+    assert "learns from pictograms" in capsys.readouterr().err

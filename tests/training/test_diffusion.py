@@ -13,7 +13,6 @@ from runtime.samplers.noise_schedule import NoiseSchedule
 from tests.support import tolerances
 from training import autoencoder, diffusion
 from training.diffusion import (
-    MAX_TOKENS,
     PREVIEW_STEPS,
     SCHEDULER,
     TERMINAL_SNR,
@@ -25,6 +24,7 @@ from training.diffusion import (
     initialise,
 )
 from training.loop import LoopSettings
+from training.text_encoders import MAX_TOKENS
 from training.vocabulary import cut_vocabulary, write_tokenizer
 
 TINY = dataclasses.replace(
@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def examples():
     latents = torch.randn(3, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
-    return Examples(latents=latents, caption=lambda index, rng: TEXTS[index])
+    return Examples(latents=latents, captions=lambda index, rng: [TEXTS[index]])
 
 
 def train(examples, tokenizer, folder, *, steps, batch_size=4, sample_steps=1000, seed=0):

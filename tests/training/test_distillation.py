@@ -123,7 +123,7 @@ def test_factors_change_nothing_at_first(teacher):
     assert torch.equal(before, after)
     learnt = {name for name, value in module.named_parameters() if value.requires_grad}
     assert learnt
-    assert all(name.endswith((".up", ".down")) for name in learnt)
+    assert all(name.endswith((".lora.up.weight", ".lora.down.weight")) for name in learnt)
 
 
 def test_the_student_comes_near_in_few_calls(teacher, student, taught, folder):

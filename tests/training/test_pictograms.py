@@ -83,7 +83,7 @@ def test_saved_pictograms_come_back(fetched, tmp_path):
     np.testing.assert_array_equal(loaded.images, data.images)
     np.testing.assert_array_equal(loaded.held_out, data.held_out)
     np.testing.assert_array_equal(loaded.everyday, data.everyday)
-    training = load_training_set(tmp_path / "data.npz")
+    training = load_training_set(tmp_path)
     assert isinstance(training, PictogramTrainingSet)
     assert len(training.images) == len(training.pairs) == 12 - data.held_out.sum()
 

@@ -4,7 +4,6 @@ On a GPU or an NPU, none of which has run it yet, what is particular to the CPU 
 """
 
 import math
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,23 +16,22 @@ from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Engine, EngineSpec, Ranges
 from engine.backends.binding import bind, weight_chunks
+from engine.backends.openvino.float32_ends import UNREAD, keep_ends
 from engine.backends.openvino.gates import part_gates
 from engine.backends.openvino.int8 import QuantizedWeight, is_quantized, quantize
 from engine.backends.openvino.layers import put_weight, round_inputs
+from engine.backends.openvino.library import CAPABILITIES, CPU, import_library
 from engine.backends.openvino.winograd import transform_convolutions
 from engine.backends.settings import ComputePrecision, cpu_count
 from engine.checkpoints.formats.files import release
 from engine.checkpoints.formats.tensors import is_mapped
-from engine.errors import BackendError, GraphError, LatentrtError, install, memory_hint
+from engine.errors import BackendError, GraphError, LatentrtError, memory_hint
 from engine.graphs.graph import Graph
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.store.scratch import Scratch
 
 FILE_BYTES = 2**26  # of weights in memory alone, from where on they are put into a file
 RELEASE_S = 0.1  # between two times that this is done
-CONVERTER = "openvino.tools.ovc"  # reports over the network that it was imported
-CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
-CPU = "CPU"
 HINTS = {"float32": "f32", "float16": "f16"}  # to other devices
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,9 +57,10 @@ class OpenVinoEngine:
     float16 weights stay where they are, in the checkpoint's mapped file, and the library widens
     each as it rearranges it: no float32 copy of all of them is made. Those that a file holds as
     other numbers (bfloat16, float8, GGML's blocks) are put into a file of their own, where nothing
-    is computed in float32 as float16. bfloat16 is what convolutions
-    and matrix products take and give; they sum in float32, as norms do. In int8 the layers whose
-    `ranges` are known take whole numbers, and all else is bfloat16 where the processor has it.
+    is computed in float32 as float16. bfloat16 is what convolutions and matrix products take and
+    give; they sum in float32, as norms do, and both ends of a model are float32 (`float32_ends`).
+    In int8 the layers whose `ranges` are known take whole numbers, and all else is bfloat16 where
+    the processor has it.
 
     The shapes of the first run are compiled in: then the library lets go of the weights as they
     came, and convolutions whose heights and widths are known take fewer products. When other shapes
@@ -77,7 +76,7 @@ class OpenVinoEngine:
         ranges: Ranges | None = None,
         device: str = CPU,
     ) -> None:
-        self._library = _import()
+        self._library = import_library()
         self._graph = graph
         self._core = self._library.Core()
         self._device = device
@@ -134,7 +133,8 @@ class OpenVinoEngine:
         if compiled is self._compiled and not self._settled:  # weights of any size are packed now
             self._release()
             self._settled = True
-        return {output.get_any_name(): results[output] for output in compiled.outputs}
+        found = {output.get_any_name(): results[output] for output in compiled.outputs}
+        return {name: array for name, array in found.items() if not name.startswith(UNREAD)}
 
     def rebind(self, weights: Arrays, names: Collection[str]) -> None:
         """Take the weights anew; see `engine.backends.base.Engine`."""
@@ -208,7 +208,7 @@ class OpenVinoEngine:
     def _assembled(self) -> Any:
         """Return the model with its weights in it, for any shapes of its inputs."""
         with self._graph_errors():
-            model = self._core.read_model(weights_as_inputs(self._graph.data()))
+            model = self._read()
             self._prepare(model)
             parameters: dict[str, list[Any]] = {}
             for given in model.get_parameters():
@@ -253,10 +253,16 @@ class OpenVinoEngine:
             **{n: scratch.put(_narrow(a) if narrow else a) for n, a in arrays.items()},
         }
 
+    def _read(self) -> Any:
+        """Return the graph as a model of the library, its weights being parameters."""
+        return self._core.read_model(weights_as_inputs(self._graph.data()))
+
     def _prepare(self, model: Any) -> None:
         """Change a model whose weights are still parameters."""
         part_gates(self._library, model)
         round_inputs(self._library, model, self._ranges)
+        if self._device == CPU and self._precision != "float32":
+            keep_ends(self._library, model, self._graph.weights)
 
     def _check(self, inputs: Arrays) -> None:
         """Refuse what the library would fill with zeros, cast or broadcast."""
@@ -303,29 +309,6 @@ def _joined(some: Shapes, others: Shapes) -> Shapes:
         name: tuple(a if a == b else ANY for a, b in zip(shape, others[name], strict=True))
         for name, shape in some.items()
     }
-
-
-def capabilities() -> frozenset[str]:
-    """Return what the library can compute in on this processor, such as "BF16" and "INT8"."""
-    return frozenset(_import().Core().get_property("CPU", CAPABILITIES))
-
-
-def _import() -> Any:
-    """Import the library without its model converter, whose import sends usage statistics."""
-    absent = CONVERTER not in sys.modules
-    if absent:
-        sys.modules[CONVERTER] = None  # type: ignore[assignment]
-    try:
-        import openvino
-    except ImportError as error:
-        raise BackendError(
-            "the backend 'openvino' needs openvino, which is not installed; "
-            + install("openvino", "openvino")
-        ) from error
-    finally:
-        if absent:
-            sys.modules.pop(CONVERTER, None)
-    return openvino
 
 
 def _reason(error: Exception) -> str:

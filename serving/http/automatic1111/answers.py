@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from runtime.images.a1111 import SAMPLER_LABELS, parameter_fields
+from runtime.images.a1111 import SAMPLER_LABELS
+from runtime.images.a1111_reader import parameter_fields
 from runtime.images.exif import texts_of
 from runtime.images.files import program_version
 from serving.http.automatic1111.fields import DrawingBody, ImageBody
@@ -30,7 +31,7 @@ def drawn(body: DrawingBody, job: Job, pictures: Sequence[DrawnPicture]) -> dict
     finished = [(index, picture) for index, picture in enumerate(pictures) if picture.data]
     given = body.override_settings or {}
     overrides = {name: given[name] for name in Settings.model_fields if name in given}
-    parameters = {**body.model_dump(), "override_settings": overrides}
+    parameters = {**body.model_dump(), "override_settings": overrides, "alwayson_scripts": {}}
     if isinstance(body, ImageBody) and not body.include_init_images:
         parameters |= {"init_images": None, "mask": None}
     sent = body.send_images is not False

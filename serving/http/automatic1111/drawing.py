@@ -6,10 +6,11 @@ from typing import Any
 from runtime.images.upscaling import Hires
 from runtime.request import MASKED, WHOLE
 from serving.errors import BadRequestError, NotFoundError
+from serving.http.automatic1111.controlnet import control_requests
 from serving.http.automatic1111.fields import DrawingBody, ImageBody, TextBody
 from serving.http.automatic1111.names import method, upscaler
 from serving.http.automatic1111.settings import NOISES, Settings
-from serving.http.fields import check_whole, file_format
+from serving.http.fields import Catalog, check_whole, file_format
 from serving.limits import Limits
 from serving.picture_request import PictureRequest
 from serving.uploads import read_base64, size_of
@@ -45,15 +46,20 @@ NOT_DONE_IN_HIRES: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def text_request(body: TextBody, settings: Settings, limits: Limits) -> PictureRequest:
+def text_request(
+    body: TextBody, settings: Settings, limits: Limits, catalog: Catalog
+) -> PictureRequest:
     """Return what txt2img asks for. Raises RefusalError or RequestError."""
     fields = _fields(body, settings, limits)
     if body.enable_hr:
         fields["hires"] = _hires(body, fields, limits)
-    return _request(fields, settings).checked(limits)
+    controls = control_requests(body, catalog, limits, None, None)
+    return _request(fields, settings, controls=controls).checked(limits)
 
 
-def image_request(body: ImageBody, settings: Settings, limits: Limits) -> PictureRequest:
+def image_request(
+    body: ImageBody, settings: Settings, limits: Limits, catalog: Catalog
+) -> PictureRequest:
     """Return what img2img asks for. Raises RefusalError or RequestError."""
     fields = _fields(body, settings, limits)
     fields["strength"] = _given(body.denoising_strength, STRENGTH)
@@ -65,6 +71,7 @@ def image_request(body: ImageBody, settings: Settings, limits: Limits) -> Pictur
         drawn["mask_inverted"] = bool(body.inpainting_mask_invert)
         drawn["fill_masked"] = _fills(body)
         fields |= _inpainting(body)
+    drawn["controls"] = control_requests(body, catalog, limits, image, drawn.get("mask"))
     return _request(fields, settings, **drawn).checked(limits)
 
 
@@ -82,12 +89,6 @@ def _request(fields: Mapping[str, Any], settings: Settings, **drawn: Any) -> Pic
 def _fields(body: DrawingBody, settings: Settings, limits: Limits) -> dict[str, Any]:
     """Return what both have in common, by the runtime's names; what is left out is not there."""
     _refuse(body, NOT_DONE)
-    if body.alwayson_scripts:
-        name = next(iter(body.alwayson_scripts))
-        raise BadRequestError(
-            f"alwayson_scripts names {name[:60]!r}; there are no scripts here, so leave it out",
-            param="alwayson_scripts",
-        )
     sampler, schedule = method(body.sampler_name or body.sampler_index, body.scheduler)
     counts = [
         check_whole(name, _given(getattr(body, name), 1), 1, limits.pictures)

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from serving.client import EngineClient
+from serving.http.automatic1111.controlnet import SCRIPT
 from serving.http.automatic1111.names import (
     LATENT_MODES,
     list_samplers,
@@ -71,8 +72,9 @@ def add_lists(router: APIRouter, catalog: Catalog, engine: EngineClient) -> None
 
     @router.get("/scripts")
     async def scripts() -> dict[str, list[str]]:
-        """List no scripts."""
-        return {"txt2img": [], "img2img": []}
+        """List ControlNet, where there is one."""
+        names = [SCRIPT] if catalog.controls else []
+        return {"txt2img": names, "img2img": names}
 
     @router.get("/cmd-flags")
     async def flags() -> dict[str, Any]:

@@ -6,7 +6,8 @@ Facts of its `modules/sd_samplers_kdiffusion.py` and `modules/sd_schedulers.py`.
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.images.a1111 import AUTOMATIC, SAMPLER_LABELS, a1111_method
+from runtime.images.a1111 import AUTOMATIC, SAMPLER_LABELS
+from runtime.images.a1111_reader import a1111_method
 from runtime.images.upscaling import MODES, PIXELS
 from runtime.samplers import SAMPLERS
 from serving.errors import BadRequestError

@@ -29,7 +29,7 @@ from serving.picture_request import PictureRequest
 
 API = "automatic1111"
 Body = TypeVar("Body", bound=DrawingBody)
-Make = Callable[[Body, Settings, Limits], PictureRequest]
+Make = Callable[[Body, Settings, Limits, Catalog], PictureRequest]
 
 
 class Drawings:
@@ -80,7 +80,7 @@ def automatic1111_routes(
     async def draw(request: Request, body: Body, make: Make[Body]) -> Response:
         """Draw what a body asks for with the caller's options and its own, which may stay."""
         caller, given = request.state.caller, body.override_settings or {}
-        picture_request = make(body, options.changed(caller, given), limits)
+        picture_request = make(body, options.changed(caller, given), limits, catalog)
         if given and body.override_settings_restore_afterwards is False:
             options.keep(caller, given)
         return await drawings.draw(request, body, picture_request)

@@ -242,3 +242,27 @@ def test_what_is_no_pair_of_halves(tmp_path: Path) -> None:
     save(tmp_path / "learned_embeds_2.safetensors", {"<a>": VECTORS[:2].clone()})
     with pytest.raises(ModelError, match="unequal numbers of vectors"):
         read_embedding(tmp_path)
+
+
+BESIDE = ("clip_l_out", "clip_g_out", "t5", "step", "optimizer_state")
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_else_an_embedding_holds_is_told(beside, tmp_path):
+    state = {"clip_l": torch.ones(2, 8), "clip_g": torch.ones(2, 16), beside: torch.zeros(3)}
+    embedding = read_embedding(save(tmp_path / "cat.pt", state))
+    assert set(embedding.vectors) == {"text_encoder", "text_encoder_2"}
+    assert embedding.unused == (beside,)
+
+
+def test_a_file_of_nothing_else_is_no_embedding(tmp_path):
+    with pytest.raises(ModelError, match="'step' as I64"):
+        read_embedding(save(tmp_path / "a.pt", {"step": torch.tensor(3)}))
+
+
+@pytest.mark.parametrize("names", [("<a>", "<b>"), ("string_to_param.a", "string_to_param.b")])
+def test_several_words_are_refused_with_what_to_do(names, tmp_path):
+    path = tmp_path / "two.safetensors"
+    save_file(dict.fromkeys(names, VECTORS.clone()) | {names[1]: VECTORS + 1}, path)
+    with pytest.raises(ModelError, match="of several words save each as a file"):
+        read_embedding(path)

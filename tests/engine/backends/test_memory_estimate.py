@@ -1,5 +1,6 @@
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from engine.backends.memory_estimate import (
     activation_bytes,
     estimate,
     estimate_build,
+    require_memory,
     weight_bytes,
 )
 from engine.checkpoints.families.sd import CLIP_L, SD1, SD2
@@ -90,6 +92,33 @@ def test_a_request_holds_all_weights_and_the_largest_activations():
     assert said.activations == 5 * GIB
     alone = estimate({"vae_decoder": graphs["vae_decoder"]}, {"vae_decoder": VAE}, sizes)
     assert alone.tables == 0
+
+
+def test_sessions_with_memory_of_their_own_are_added_up():
+    """As counted on the stand-in: 0.2 GiB for a step and 0.35 GiB for a decoder."""
+    configs = {"step": SD1, "vae_decoder": VAE}
+    graphs = {part: graph_of(part, config) for part, config in configs.items()}
+    sizes = Sizes(height=512, width=512)
+    shared, own = (estimate(graphs, configs, sizes, shared=each) for each in (True, False))
+    assert own.activations == pytest.approx(0.55 * GIB, rel=0.1)
+    assert shared.activations == activation_bytes(graphs["vae_decoder"], VAE, sizes)
+    assert own.total - own.activations == shared.total - shared.activations
+
+
+def test_a_second_request_on_open_sessions_fits_where_the_first_did():
+    graphs, configs = {"step": graph_of("step", SD1)}, {"step": SD1}
+    sizes = Sizes(height=512, width=512)
+    needed = estimate(graphs, configs, sizes, shared=False)
+
+    def device(free):
+        scratch = SimpleNamespace(nbytes=0)
+        return SimpleNamespace(memory=lambda: (free, 80 * GIB), scratch=lambda nbytes: scratch)
+
+    require_memory(device(needed.total), graphs, configs, sizes, [], shared=False)
+    with pytest.raises(BackendError, match="are missing"):
+        require_memory(device(needed.total - 1), graphs, configs, sizes, [], shared=False)
+    left = needed.total - needed.weights - needed.activations
+    require_memory(device(left), graphs, configs, sizes, ["step"], shared=False)
 
 
 def test_a_build_needs_its_weights_twice():

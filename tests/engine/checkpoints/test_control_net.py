@@ -8,6 +8,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 
 from engine.checkpoints.control_net import open_control_net
+from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.families.sd import SD1, SD2
 from engine.checkpoints.families.xl import XL
 from engine.checkpoints.ldm_names import control_net_sources
@@ -96,6 +97,18 @@ def test_a_folder_s_configuration_is_the_published_architecture():
         ControlNetConfig.from_dict(SD1_JSON | {"controlnet_conditioning_channel_order": "bgr"})
 
 
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_published_unet_has_a_control_net_of_its_way_down(family):
+    """Those with transformers that differ within a level too, such as SSD-1B's."""
+    for unet in family.published.get("unet", ()):
+        config, down = control_net_of(unet), unet.tensor_shapes()
+        assert config.down_depths() == unet.down_depths()
+        own = {n: s for n, s in config.tensor_shapes().items() if not n.startswith("controlnet_")}
+        first = own.pop("conv_in.weight")
+        assert first[0] == down["conv_in.weight"][0]
+        assert own.items() <= down.items()
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_numbers_come_from_where_they_are(whole, tmp_path):
     weights = numbers(SMALL)
@@ -117,7 +130,7 @@ def test_numbers_come_from_where_they_are(whole, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"lora_controlnet": ()}, "is a control-LoRA, which cannot be used"),
+        ({"lora_controlnet": ()}, "is a control-LoRA, which is read with its model's UNet"),
         ({"task_embedding": (6, 8)}, "is a union of ControlNets"),
         ({"difference": ()}, "is the difference of a ControlNet"),
         ({"another.weight": (1,)}, r"holds another\.weight, for which this architecture has no"),

@@ -314,6 +314,14 @@ def test_taught_words_are_rows_after_the_vocabulary(teachable, tmp_path):
     assert engines["text_encoder"].calls[-1]["extra_embeddings"].shape == (1, 768)
 
 
+def test_what_an_embedding_holds_beside_its_vectors_is_noted(teachable, tmp_path):
+    ours, _ = teachable
+    word = embedding("<one>", 1, tmp_path, text_encoder=768, text_encoder_2=1280)
+    taught = ours.with_embeddings([replace(word, unused=("clip_l_out", "t5"))])
+    said = f"{word.path} also holds 'clip_l_out', 't5', which is not used"
+    assert taught.notes == [said, f"{word.path} is meant by '<one>'"]
+
+
 def test_words_that_cannot_be_taught(teachable, tmp_path):
     ours, _ = teachable
     with pytest.raises(ModelError, match="1 numbers for the text_encoder"):

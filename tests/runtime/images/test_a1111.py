@@ -1,6 +1,8 @@
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,16 +11,22 @@ from PIL import Image, PngImagePlugin
 from engine.errors import RequestError
 from runtime.conditioning.syntax import parse
 from runtime.images.a1111 import (
+    AUTOMATIC,
     NOISE_LABELS,
     PARAMETERS_KEY,
     SAMPLER_LABELS,
     SCHEDULE_LABELS,
     format_parameters,
-    parse_parameters,
+    schedule_label,
 )
+from runtime.images.a1111_reader import parse_parameters
+from runtime.images.files import SPACING_KEY, write_image
 from runtime.images.upscaling import UPSCALERS
 from runtime.noise import MAX_SEED, NOISES
-from runtime.samplers import SAMPLERS, SCHEDULES, resolve
+from runtime.samplers import IN_LAMBDA, SAMPLERS, SCHEDULES, resolve
+from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS, NoiseSchedule
+from runtime.samplers.program import Run
+from runtime.samplers.sigma_schedules import levels
 
 # Pieces that look like the syntax of the text, beside any characters.
 LOOKALIKES = ["\n", "Negative prompt:", "Steps: 3, Sampler: Euler", ", ", ": ", '"', "\\", " ", "x"]
@@ -168,12 +176,109 @@ def test_every_label_of_a_sampler_is_understood(sampler):
 
 
 @pytest.mark.parametrize("schedule", [None, *SCHEDULES])
-def test_every_label_of_a_schedule_is_understood(schedule):
-    label = SCHEDULE_LABELS.get(schedule, schedule)
-    text = f"a\nSteps: 1, Sampler: Euler, Schedule type: {label}, Seed: 1, Version: latentrt"
-    read = parse_parameters(text)
-    assert read["sampler"] == "euler"
-    assert read["schedule"] == schedule
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("spacing", [None, *TIMESTEP_SPACINGS])
+def test_every_schedule_that_is_written_is_read(sampler, schedule, spacing):
+    settings = {"prompt": "a", "sampler": sampler, "schedule": schedule, "seed": 1}
+    for steps in (20, 30):
+        settings |= {"num_inference_steps": steps, "timestep_spacing": spacing}
+        text = format_parameters({**settings, "latentrt": "0.1.0"})
+        read = parse_parameters(text)
+        assert (read["sampler"], read["schedule"]) == (sampler, schedule)
+        label = read_as_automatic1111(text)["Schedule type"]
+        assert label in {AUTOMATIC, *LEVELS, "Normal", "Beta", "Align Your Steps"}, "it is known"
+
+
+@pytest.mark.parametrize("label", ["leading", "linspace", "kl_optimal", "Automatic", "Karras"])
+def test_labels_of_older_files_of_ours_are_understood(label):
+    text = f"a\nSteps: 1, Sampler: DPM++ 2M, Schedule type: {label}, Seed: 1, Version: latentrt"
+    expected = {"Automatic": None, "Karras": "karras"}.get(label, label)
+    assert parse_parameters(text)["schedule"] == expected
+
+
+# Automatic1111's schedules as its modules/sd_schedulers.py has them, the last level being 0, on the
+# table of Stable Diffusion.
+NOISE = NoiseSchedule.from_config(
+    {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+)
+TABLE = NOISE.sigmas(np.arange(1000.0))
+HIGH, LOW = TABLE[-1], TABLE[0]
+
+
+def at(timesteps):
+    return np.exp(np.interp(timesteps, np.arange(1000), np.log(TABLE)))
+
+
+LEVELS = {
+    "Uniform": lambda n: at(np.linspace(999, 0, n)),
+    "SGM Uniform": lambda n: at(np.linspace(999, 0, n + 1)[:-1]),
+    "Simple": lambda n: TABLE[[-(1 + int(x * (1000 / n))) for x in range(n)]],
+    "DDIM": lambda n: TABLE[np.arange(1, 1000, max(1000 // n, 1))][::-1],
+    "Karras": lambda n: np.linspace(HIGH ** (1 / 7), LOW ** (1 / 7), n) ** 7,
+    "Exponential": lambda n: np.exp(np.linspace(np.log(HIGH), np.log(LOW), n)),
+    "KL Optimal": lambda n: np.tan(np.linspace(np.arctan(HIGH), np.arctan(LOW), n + 1))[:-1],
+}
+AUTOMATICALLY = {
+    **dict.fromkeys(("dpmpp_2m", "dpmpp_sde", "dpmpp_2s_a", "dpm2", "dpm2_a"), "Karras"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "Exponential"),
+}
+DISCARDS = ("dpm2", "dpm2_a", "dpmpp_3m_sde")  # the level before 0, after one step more
+EVEN = ("Uniform", "SGM Uniform", "Simple", "DDIM", AUTOMATIC)
+THEIRS = (*AUTOMATICALLY, "euler", "euler_a", "heun", "lms")
+
+
+def its_levels(label, sampler, steps):
+    label = AUTOMATICALLY.get(sampler, "Uniform") if label == AUTOMATIC else label
+    return LEVELS[label](steps + 1)[:-1] if sampler in DISCARDS else LEVELS[label](steps)
+
+
+def distance(ours, theirs):
+    """The mean factor between levels; a run of other steps is another picture."""
+    return np.inf if ours.shape != theirs.shape else np.abs(np.log(ours / theirs)).mean()
+
+
+@pytest.mark.parametrize("steps", [8, 20, 25, 30, 37, 50])
+@pytest.mark.parametrize("spacing", [None, *TIMESTEP_SPACINGS])
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_the_label_is_of_the_levels_that_come_nearest(sampler, spacing, steps):
+    whole = SAMPLERS[sampler] in IN_LAMBDA
+    noise = replace(NOISE, timestep_spacing=spacing)
+    run = Run(noise_schedule=noise, num_inference_steps=steps, first=0, schedule=None)
+    ours = levels(run, whole=whole)[1][:-1]
+    label = schedule_label(sampler, None, spacing, steps)
+    chosen = distance(ours, its_levels(label, sampler, steps))
+    if spacing == "leading" and not whole and sampler not in DISCARDS:
+        assert label in ("DDIM",) if steps != 30 else ("Automatic", "Uniform"), "it would run 31"
+        assert chosen < 1e-6 or steps == 30
+    elif spacing == "trailing" or (spacing != "leading" and sampler not in ("dpm2", "dpm2_a")):
+        assert chosen < 0.004
+    if steps > 8:  # with few, no even spacing of its DPM2 comes near diffusers'
+        best = min(distance(ours, its_levels(each, sampler, steps)) for each in EVEN)
+        assert chosen < best + 0.015
+
+
+def test_a_file_says_the_schedule_that_automatic1111_needs(tmp_path):
+    image, settings = Image.new("RGB", (8, 8)), {"prompt": "a", "sampler": "dpmpp_2m"}
+    settings |= {"schedule": None, "seed": 1, "num_inference_steps": 20}
+    for spacing, label in ((None, "SGM Uniform"), ("trailing", "Simple")):
+        image.info[SPACING_KEY] = spacing
+        write_image(image, tmp_path / "a.png", settings)
+        with Image.open(tmp_path / "a.png") as file:
+            text = file.info[PARAMETERS_KEY]
+        assert f"Schedule type: {label}" in text
+        assert parse_parameters(text)["schedule"] is None
+
+
+def test_the_size_is_that_of_the_first_run(tmp_path):
+    """As Automatic1111 means it, which enlarges it again."""
+    settings = {**PLAIN, "hires": {"scale": 2, "strength": 0.5, "upscaler": "lanczos"}}
+    write_image(Image.new("RGB", (1024, 1536)), tmp_path / "a.png", settings)
+    with Image.open(tmp_path / "a.png") as file:
+        read = parse_parameters(file.info[PARAMETERS_KEY])
+    assert (read["width"], read["height"]) == (512, 768)
+    write_image(Image.new("RGB", (40, 24)), tmp_path / "b.png", {**settings, "height": None})
+    with Image.open(tmp_path / "b.png") as file:
+        assert "Size: 40x24" in file.info[PARAMETERS_KEY]
 
 
 def test_labels_are_of_what_there_is():
@@ -250,6 +355,9 @@ def test_a_text_of_forge_with_a_hires_fix():
         ("Sampler: Euler, Schedule type: Align Your Steps", "euler", "a1111_align_your_steps"),
         ("Sampler: Euler, Schedule type: SGM Uniform", "euler", "sgm_uniform"),
         ("Sampler: Heun, Schedule type: DDIM", "heun", "leading"),
+        ("Sampler: DPM2, Schedule type: Uniform", "dpm2", "sgm_uniform"),
+        ("Sampler: DPM2 a, Schedule type: Automatic", "dpm2_a", "karras"),
+        ("Sampler: DPM++ 3M SDE, Schedule type: Normal", "dpmpp_3m_sde", "sgm_uniform"),
         ("Sampler: Euler, Schedule type: Turbo", "euler", "trailing"),
         ("Sampler: DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential"),
         ("Sampler: DPM++ 2M Karras, Schedule type: Automatic", "dpmpp_2m", "karras"),

@@ -40,9 +40,9 @@ BIAS = "decoder.conv_out.bias"
 
 
 def has_bfloat16():
-    from engine.backends.openvino.engine import _import
+    from engine.backends.openvino.library import import_library
 
-    return "BF16" in _import().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in import_library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 BFLOAT16 = pytest.param(
@@ -325,7 +325,7 @@ def test_a_processor_without_bfloat16(graph, weights, monkeypatch):
             return ["FP32", "INT8"]
 
     library = type("Library", (), {"Core": Core})
-    monkeypatch.setattr("engine.backends.openvino.engine._import", lambda: library)
+    monkeypatch.setattr("engine.backends.openvino.engine.import_library", lambda: library)
     with pytest.raises(BackendError, match=r"no bfloat16 arithmetic .*use the precision float32"):
         open_engine(graph, weights, SETTINGS, "bfloat16")
 

@@ -20,14 +20,8 @@ from engine.backends.tensorrt.build_request import BuildRequest, BuildSettings
 from engine.backends.tensorrt.build_worker import fraction
 from engine.backends.tensorrt.profiles import Profile, Range
 from engine.errors import BackendError, GraphError, ModelError, OutputError
-from engine.graphs.graph import (
-    CONTROLLED_LEVELS,
-    METADATA_KEY,
-    Graph,
-    find_graph,
-    graph_folders,
-    signature,
-)
+from engine.graphs.graph import METADATA_KEY, Graph, find_graph, graph_folders, signature
+from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model, find_model
 
 PICTOGRAM = find_model("pictogram")

@@ -13,7 +13,8 @@ import safetensors.numpy
 from engine.backends.tensorrt.build import build
 from engine.backends.tensorrt.build_request import BuildRequest, BuildSettings
 from engine.backends.tensorrt.profiles import Profile, Range
-from engine.graphs.graph import CONTROLLED_LEVELS, find_graph, graph_folders
+from engine.graphs.graph import find_graph, graph_folders
+from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model
 from tests.support import original_layout as original
 from tests.support.tolerances import ENGINE_BYTES, ENGINE_PEAK, ENGINE_SPARE

@@ -4,8 +4,9 @@ import pytest
 
 from engine.backends.tensorrt.profiles import REGISTERS, Profile, Range, input_shapes, parse_range
 from engine.errors import BackendError
-from engine.graphs.graph import CONTROLLED_LEVELS, Graph, signature
+from engine.graphs.graph import Graph, signature
 from engine.graphs.onnx_bytes import fields
+from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model, find_model
 from engine.shipped import GRAPHS
 from export.published import published_parts

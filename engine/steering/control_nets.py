@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from engine.backends.base import Engine
-from engine.backends.settings import ON_GPU, ComputePrecision, graph_precision
+from engine.backends.settings import ON_GPU, graph_precision
 from engine.checkpoints.component import Component
+from engine.checkpoints.control_lora import ControlLora
 from engine.checkpoints.control_net import open_control_net
 from engine.configs.control_net import ControlNetConfig
-from engine.engines import Engines, capabilities, open_engine
+from engine.engines import Engines, open_engine
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import find_graph
 
@@ -25,7 +26,7 @@ class _ControlNet:
 
     path: Path
     config: ControlNetConfig
-    weights: Component
+    weights: Component | ControlLora
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
 
 
@@ -64,7 +65,7 @@ class ControlNets:
                 continue
             if not path.exists():
                 raise ModelError(f"the ControlNet {path} does not exist; give a file or a folder")
-            config, weights = open_control_net(path, model.unet)
+            config, weights = open_control_net(path, model.unet, model.weights("step"))
             nets[name] = _ControlNet(path=path, config=config, weights=weights)
         self._nets = nets
 
@@ -80,7 +81,7 @@ class ControlNets:
         """Return a part's engine, opening it at the first call; raises GraphError, BackendError."""
         net = self._nets[name]
         if part not in net.opened:
-            settings, precision = self._engines.settings, self._precision()
+            settings, precision = self._engines.settings, self._engines.precision_beside
             graph = find_graph(
                 part,
                 net.config,
@@ -95,8 +96,3 @@ class ControlNets:
     def close(self) -> None:
         """Let go of all engines."""
         self._nets = {}
-
-    def _precision(self) -> ComputePrecision:
-        if self._engines.precision != "int8":
-            return self._engines.precision
-        return "bfloat16" if "BF16" in capabilities() else "float32"

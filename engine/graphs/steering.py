@@ -1,0 +1,83 @@
+"""What parts that pictures steer take beside the inputs of a step: residuals, keys and values.
+
+All of it is float32. Symbols beside those of `engine.graphs.graph`: k pictures that are attended to
+one by one, t tokens of each.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from engine.configs.base import Config
+
+__all__ = [
+    "CONTROLLED_LEVELS",
+    "IP_BY_GROUPS",
+    "IP_PARTS",
+    "MAX_LEVELS",
+    "ip_weights",
+    "residual_inputs",
+    "residual_names",
+    "steering_inputs",
+]
+
+Shapes = dict[str, tuple[str | int, ...]]
+
+MAX_LEVELS = 4  # of a UNet that have residuals or masks among a part's inputs
+# Of the parts that pictures steer: how many levels have residuals.
+CONTROLLED_LEVELS: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("step_controlled", "step_controlled_ip", "control"), MAX_LEVELS),
+        **dict.fromkeys(("step_shallow_controlled", "step_shallow_controlled_ip"), 1),
+        **dict.fromkeys(("step_ip", "step_shallow_ip"), 0),
+    }
+)
+IP_PARTS = frozenset(part for part in CONTROLLED_LEVELS if part.endswith("_ip"))
+IP_BY_GROUPS = tuple(f"ip_weights_{level}" for level in range(MAX_LEVELS))
+
+
+def steering_inputs(part: str, config: Config) -> Shapes:
+    """Return what a part takes for ControlNets and IP-Adapters, shapes by name."""
+    return {**residual_inputs(part, config), **(_ip_inputs(config) if part in IP_PARTS else {})}
+
+
+def residual_names(config: Config) -> list[str]:
+    """Return what the residuals of every level are called, as inputs of a controlled step."""
+    return [f"residuals_{level}" for level in range(len(config.residual_widths()))]
+
+
+def residual_inputs(part: str, config: Config) -> Shapes:
+    """What ControlNets add to a UNet's maps: (g, B, C, h, w) a level; a shallow step has the first.
+
+    C counts all maps of the level, channels behind channels.
+    """
+    levels = config.residual_widths()[: CONTROLLED_LEVELS.get(part, 0)]
+    return {
+        f"residuals_{level}": ("g", "B", sum(widths), *_sides(level))
+        for level, widths in enumerate(levels)
+    }
+
+
+def ip_weights(config: Config) -> dict[int, str]:
+    """Return what the weights of pictures are called, by the levels that attend to them."""
+    return {
+        level: f"ip_weights_{level}"
+        for level in sorted({a.level for a in config.cross_attentions()})
+    }
+
+
+def _ip_inputs(config: Config) -> Shapes:
+    """What an IP-Adapter makes of pictures: keys and values of all layers, behind each other.
+
+    The bias is -inf for a token that only fills up, else 0; a level's weights say how much each
+    picture counts at each of its places. A shallow step reads of these what it needs.
+    """
+    width = sum(layer.width for layer in config.cross_attentions())
+    shapes: Shapes = dict.fromkeys(("ip_keys", "ip_values"), ("B", "k", "t", width))
+    shapes["ip_bias"] = ("B", "k", "t")
+    for level, name in ip_weights(config).items():
+        shapes[name] = ("g", "B", "k", *_sides(level))
+    return shapes
+
+
+def _sides(level: int) -> tuple[str, str]:
+    return (f"h{level}", f"w{level}") if level else ("h", "w")

@@ -1,0 +1,61 @@
+"""What a ControlNet's file is: its kind, the family of its UNets, and what of it is used."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoints.component import Component
+from engine.checkpoints.control_lora import ControlLora
+from engine.checkpoints.control_net import open_control_net
+from engine.checkpoints.families import FAMILIES
+from engine.checkpoints.formats.files import Weights
+from engine.configs.base import Shape
+from engine.configs.unet import UNetConfig
+from engine.errors import ModelError
+from engine.model import Model, find_model, shipped_models
+
+__all__ = ["describe_control_net"]
+
+
+def describe_control_net(
+    path: Path, weights: Weights
+) -> tuple[dict[str, Any], Mapping[str, Shape], list[str]]:
+    """Return the facts of a ControlNet, its tensors' shapes, and notes on what is not used.
+
+    Raises ModelError where it steers the UNet of no family that is known here.
+    """
+    reasons = list[str]()
+    for title, unet in _unets():
+        try:
+            unread = Component(weights=weights, sources={}, shapes=unet.tensor_shapes())
+            config, net = open_control_net(path, unet, unread)
+        except ModelError as error:
+            reasons.append(str(error))
+            continue
+        is_lora = isinstance(net, ControlLora)
+        facts = {
+            "kind": "control-LoRA" if is_lora else "ControlNet",
+            "file": str(path),
+            "family": title,
+            "use": "give it as --control, with a --control-image",
+            "residuals": [sum(widths) for widths in config.residual_widths()],
+            "used_tensors": len(net.used()),
+        }
+        unused = sorted(set(weights) - net.used())
+        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
+        notes = [f"not used: {unused[0]}{more}"] if unused else []
+        return facts, net.shapes, notes
+    own = [reason for reason in reasons if reason.startswith(str(path))]
+    of_what = [reason for reason in own if "of another family" not in reason]
+    raise ModelError((of_what or own)[0])
+
+
+def _unets() -> Iterator[tuple[str, UNetConfig]]:
+    """Yield every UNet that is known here, with its family's title."""
+    for family in FAMILIES.values():
+        for config in family.published.get("unet", ()):
+            if isinstance(config, UNetConfig):
+                yield family.title, config
+    for name in shipped_models():
+        model = Model.open(find_model(name))
+        yield model.family.title, model.unet
