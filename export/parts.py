@@ -94,6 +94,7 @@ class Step(nn.Module):
         if edited_image is not None:  # groups that see other pictures share nothing
             x = torch.cat([x[None].expand(groups, *x.shape), edited_image], dim=2).flatten(0, 1)
             timestep, in_common = for_groups(timestep, groups), None
+            images[:3] = [for_groups(image, groups) for image in images[:3]]
         out, features = self.model.with_deep(
             x.to(dtype),
             timestep,

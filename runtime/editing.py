@@ -45,7 +45,7 @@ def check_editing(request: Request, model: Model) -> None:
             f"{model.path} edits a picture as the prompt tells it; give image, the picture"
         )
     given = [name for name in OF_OTHERS if getattr(request, name) is not None]
-    given += [name for name in ("controls", "image_prompts") if getattr(request, name)]
+    given += ["controls"] if request.controls else []
     given += ["apg"] if request.apg else []
     if given:
         raise RequestError(

@@ -12,7 +12,7 @@ from engine.backends.settings import BackendSettings
 from engine.engines import Engines
 from engine.errors import GraphError, RequestError
 from engine.model import Model, find_model
-from runtime import Control, Hires, Pipeline, Request
+from runtime import Control, Hires, ImagePrompt, Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.files import read_settings
 from tests.support.pictures import drawing
@@ -136,6 +136,9 @@ def test_what_cannot_be_is_one_sentence(pipeline):
     control = Control(net="a", image=drawing(64, 64))
     with pytest.raises(RequestError, match="deep_shrink and controls came together"):
         draw(other, deep_shrink=0.5, controls=[control])
+    other._attended_images = other._controlled
+    with pytest.raises(RequestError, match="deep_shrink and image_prompts came together"):
+        draw(other, deep_shrink=0.5, image_prompts=[ImagePrompt(image=drawing(64, 64))])
     other.engines.settings = BackendSettings(backend="tensorrt")
     with pytest.raises(RequestError, match="tensorrt draws with plain graphs alone"):
         other.plan(Request(prompt=PROMPT, deep_shrink=0.5))
