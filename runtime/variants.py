@@ -88,7 +88,10 @@ def fields_of_plan(
 
 
 def with_kept_image(tables: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
-    """Return tables for runs that keep an image outside a mask, in two more registers."""
+    """Return tables for runs that keep an image outside a mask, in two more registers.
+
+    tables: of a run's calls, (N, ...) float64; what of them has r registers then has r + 2
+    """
     more = {"recalled": ((0, 0), (0, 2)), "directions": ((0, 0), (0, 2), (0, 0))}
     return {
         name: np.pad(table, more[name]) if name in more else table for name, table in tables.items()

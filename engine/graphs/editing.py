@@ -95,7 +95,7 @@ class Editor:
         )
 
     def constant(self, array: NDArray[Any]) -> bytes:
-        """Return a constant, which is written once."""
+        """Return a constant of any shape and dtype, which is written once."""
         key = array.dtype.name, array.shape, array.tobytes()
         if key not in self._constants:
             self._constants[key] = b"%s.constant_%d" % (self._name, len(self._constants))
