@@ -260,7 +260,7 @@ def contenders(scenario: Scenario, only: Sequence[str]) -> list[str]:
     chosen = [
         name
         for name, contender in CONTENDERS.items()
-        if (contender.draws in scenario.beside if contender.draws else True)
+        if _can_draw(contender, scenario)
         and (any(text in name for text in only) if only else _is_usual(contender, scenario))
     ]
     if not chosen:
@@ -270,10 +270,13 @@ def contenders(scenario: Scenario, only: Sequence[str]) -> list[str]:
     return chosen
 
 
-def _is_usual(contender: Contender, scenario: Scenario) -> bool:
-    """Tell whether a contender is measured where nobody chooses."""
-    if scenario.precisions and contender.precision not in scenario.precisions:
-        return False
+def _can_draw(contender: Contender, scenario: Scenario) -> bool:
     if contender.saves and scenario.steps == 1:  # there is no step before
         return False
-    return contender.quick or scenario.name != "pictogram"
+    return not contender.draws or contender.draws in scenario.beside
+
+
+def _is_usual(contender: Contender, scenario: Scenario) -> bool:
+    """Tell whether a contender is measured where nobody chooses."""
+    compared = not scenario.precisions or contender.precision in scenario.precisions
+    return compared and (contender.quick or scenario.name != "pictogram")

@@ -84,6 +84,11 @@ def optimum_parts(kind: str, precision: str, scenario: Scenario, threads: int) -
         pipe.reshape(
             batch_size=1, height=scenario.size, width=scenario.size, num_images_per_prompt=1
         )
+        if not scenario.is_guided:  # for which it reshapes the UNet whatever is asked for
+            shapes = {given: given.get_partial_shape() for given in pipe.unet.model.inputs}
+            for shape in (shape for shape in shapes.values() if len(shape) > 1):
+                shape[0] = 1
+            pipe.unet.model.reshape(shapes)
         pipe.compile()
     else:
         import onnxruntime
@@ -144,25 +149,32 @@ def export_by_optimum(kind: str, stored: str, prompt: str, source: str, target: 
 
 
 def _describe_tiny_autoencoders() -> None:
-    """Let tiny autoencoders say what optimum's exporter asks of every one.
+    """Let tiny autoencoders answer as optimum's exporter asks every one.
 
-    That is a distribution of what they encode, and levels by the names of their blocks.
+    That is with a distribution of what they encode, latents called z, and levels by the names of
+    their blocks.
     """
     from diffusers import AutoencoderTiny
 
     library: Any = AutoencoderTiny
-    encode, init = library.encode, library.__init__
+    encode, decode, init = library.encode, library.decode, library.__init__
 
     def as_distribution(self: Any, x: Any) -> dict[str, Any]:
         return {"latent_dist": SimpleNamespace(parameters=encode(self, x).latents)}
 
+    def decoded(self: Any, z: Any, **options: Any) -> Any:
+        return decode(self, z, **options)
+
     @wraps(init)  # whose arguments are those of a configuration
     def with_levels(self: Any, *arguments: Any, **options: Any) -> None:
         init(self, *arguments, **options)
-        levels = len(self.config.encoder_block_out_channels)
-        self.register_to_config(down_block_types=["DownEncoderBlock2D"] * levels)
+        levels = len(self.config.decoder_block_out_channels)
+        self.register_to_config(
+            down_block_types=["DownEncoderBlock2D"] * levels,
+            up_block_types=["UpDecoderBlock2D"] * levels,
+        )
 
-    library.encode, library.__init__ = as_distribution, with_levels
+    library.encode, library.decode, library.__init__ = as_distribution, decoded, with_levels
 
 
 def cpp_parts(scenario: Scenario, threads: int) -> Parts:
@@ -250,7 +262,7 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         drawn = pipe(scenario.prompt, generator=noise if noise[1:] else noise[0], **options)
         return np.stack([np.asarray(image) for image in drawn.images])
 
-    parts: dict[str, Callable[[], Any]] = {
+    parts: dict[str, Callable[[], NDArray[Any]]] = {
         "text": text,
         "step": lambda: _numpy(guided()),
         "decode": decode,

@@ -1,7 +1,7 @@
 """A model: its architectures, its noise schedule and where its weights are.
 
-It comes as a folder in diffusers' layout or as one file in the layout of the original training
-code. Neither is converted: the parts' weights are found under their graphs' names on access.
+It is a folder in diffusers' layout or one file in that of the original training code. Neither is
+converted: the parts' weights are found under their graphs' names on access.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 from engine.checkpoints.component import Component, ComponentName, diffusers_component
 from engine.checkpoints.families import FAMILIES, Family, family_of
@@ -38,20 +38,12 @@ from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
 from engine.shipped import MODELS
 
+_STEPS: list[Part] = [part for part in get_args(Part) if part.startswith("step")]
 # The component of a model that holds a part's architecture and weights.
 COMPONENTS: Mapping[Part, ComponentName] = MappingProxyType(
     {
-        "text_encoder": "text_encoder",
-        "text_encoder_2": "text_encoder_2",
-        "step": "unet",
-        "step_shallow": "unet",
-        "step_controlled": "unet",
-        "step_shallow_controlled": "unet",
-        "step_shrunk": "unet",
-        "step_ip": "unet",
-        "step_shallow_ip": "unet",
-        "step_controlled_ip": "unet",
-        "step_shallow_controlled_ip": "unet",
+        **{"text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"},
+        **dict.fromkeys(_STEPS, "unet"),
         "vae_decoder": "vae",
         "vae_encoder": "vae",
         "preview_decoder": "preview_decoder",
@@ -124,8 +116,11 @@ class Model:
         unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
             with the UNet's own path as the model's, there is no other model
         """
-        parts = dict(zip(PIECES, (text_encoder, text_encoder_2, unet), strict=True))
-        pieces = {name: piece for name, piece in parts.items() if piece is not None}
+        pieces: dict[ComponentName, Path] = {
+            name: piece
+            for name, piece in zip(PIECES, (text_encoder, text_encoder_2, unet), strict=True)
+            if piece is not None
+        }
         if path == unet:
             model = cls(path=path, **read_pieces(pieces, prediction_type))
         else:
@@ -137,9 +132,14 @@ class Model:
         if preview_decoder is not None:
             model = model._with_preview_decoder(preview_decoder)
         model._check_whole()
-        given: dict[str, Any] = {str(name): path for name, path in parts.items()}
-        given |= {"prediction_type": prediction_type, "vae": vae}
-        given["preview_decoder"] = preview_decoder
+        given = {
+            "unet": unet,
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "prediction_type": prediction_type,
+            "vae": vae,
+            "preview_decoder": preview_decoder,
+        }
         return replace(model, given=MappingProxyType(given))
 
     @classmethod

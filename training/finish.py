@@ -2,8 +2,8 @@
 
 As latent diffusion trains its autoencoder (Esser et al. 2021, arXiv:2012.09841, equations 5 to 7;
 Rombach et al. 2022, arXiv:2112.10752): pixels, what a network sees in them, and from a step on a
-discriminator of patches (Isola et al. 2017, arXiv:1611.07004) with the hinge loss, which weighs as
-much in the decoder's last layer as all else. The encoder stays, so that latents stay true.
+discriminator of patches (Isola et al. 2017, arXiv:1611.07004) with the hinge loss, which weighs
+half as much in the decoder's last layer as all else. The encoder stays, so latents stay true.
 """
 
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ SLOPE = 0.2
 PERCEPTUAL_WEIGHT = 0.2
 ADVERSARIAL_WEIGHT = 0.5
 MAX_WEIGHT = 1e4
-DISCRIMINATOR_START = 0.15  # of the training
+ADVERSARIAL_START = 0.15  # of the training, in which the discriminator learns alone
 WHOLE_PICTURES_FROM = 0.85
 SHOWN = 12
 
@@ -40,7 +40,8 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = []
         for inner, outer in zip((3, *WIDTHS), WIDTHS, strict=False):
             layers += [spectral_norm(nn.Conv2d(inner, outer, 4, 2, 1)), nn.LeakyReLU(SLOPE)]
-        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(WIDTHS[-1], 1, 4, 1, 1)))
+        # The last is free to scale what the others may not, or all patches would look alike.
+        self.layers = nn.Sequential(*layers, nn.Conv2d(WIDTHS[-1], 1, 4, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return how real each patch of images (B, 3, H, W) of -1 to 1 looks, (B, 1, h, w)."""
@@ -88,7 +89,7 @@ def train(
 
     def form() -> tuple[bool, bool]:
         whole = settings.device != "cpu" or loop.fraction() > WHOLE_PICTURES_FROM
-        return whole, loop.fraction() >= DISCRIMINATOR_START
+        return whole, loop.fraction() >= ADVERSARIAL_START
 
     def losses(step: int) -> Losses:
         whole, is_opposed = form()
@@ -104,10 +105,10 @@ def train(
         if is_opposed:
             adversarial = -module.real_patches(output).mean()
             weight = _weight(loss, adversarial, autoencoder.decoder.conv_out.weight)
-            told = hinge(module.discriminator(batch), module.discriminator(output.detach()))
-            loss = loss + weight * adversarial + told
-            shown |= {"weight": weight, "hinge": told.detach()}
-        return {"loss": loss, **shown}
+            loss = loss + weight * adversarial
+            shown["weight"] = weight
+        told = hinge(module.discriminator(batch), module.discriminator(output.detach()))
+        return {"loss": loss + told, **shown, "hinge": told.detach()}
 
     def sample(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, Opponents)

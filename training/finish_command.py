@@ -20,7 +20,10 @@ CLASSIFIER = LoopSettings(steps=2000, batch_size=64, learning_rate=2e-3)
 
 
 def run_finish(options: argparse.Namespace) -> None:
-    """Train the classifier of the loss, then the decoder; write `vae/`, print what it gained."""
+    """Train the classifier of the loss, then the decoder; write `vae/`, print what it gained.
+
+    Raises RequestError for other pictures than pictograms.
+    """
     data = load_training_set(options.work)
     if not isinstance(data, PictogramTrainingSet):
         raise RequestError("finish learns from pictograms, whose subjects and styles are known")

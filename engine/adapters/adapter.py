@@ -22,7 +22,7 @@ from engine.adapters.choice import AdapterChoice, as_choice, parse_adapter
 from engine.adapters.info import describe_modules, family_of, family_of_model, words_of
 from engine.adapters.lora import Change, Factor, with_channels
 from engine.adapters.modules import ModuleChange, read_modules
-from engine.adapters.names import flat_name, module_index
+from engine.adapters.names import TRAINING, flat_name, module_index
 from engine.adapters.textual_inversion import Embedding
 from engine.adapters.updates import Adapted, Update
 from engine.checkpoints.component import ComponentName
@@ -115,6 +115,8 @@ class Adapter:
         if misfits and (strict or fitting < len(misfits)):
             raise self._refusal(next(iter(misfits.values())), fitting, known)
         notes = [self._note(list(misfits))] if misfits else []
+        if unused := [name for name in self.weights.tensors if TRAINING.fullmatch(name)]:
+            notes.append(f"{_named(unused)} in {self.path.name} is a training's and not used")
         return Resolution(updates=MappingProxyType(updates), notes=notes)
 
     def _updates(
@@ -195,11 +197,9 @@ class Adapter:
             )
 
     def _note(self, misfits: Sequence[str]) -> str:
-        named = ", ".join(short(name) for name in misfits[:MOST_NAMED])
-        more = f" and {len(misfits) - MOST_NAMED} more" if len(misfits) > MOST_NAMED else ""
         return (
             f"{len(misfits)} of the {len(self.modules)} modules of {self.path.name} do not fit the "
-            f"model and are not used: {named}{more}"
+            f"model and are not used: {_named(misfits)}"
         )
 
     def _refusal(self, problem: str, fitting: int, components: Mapping[str, Shapes]) -> ModelError:
@@ -212,6 +212,12 @@ class Adapter:
             f"{self.path} {problem}; {fitting} of its {len(self.modules)} modules fit and {seems}"
             f"{is_model}: use an adapter made for this model"
         )
+
+
+def _named(names: Sequence[str]) -> str:
+    """List the first of some names, and count the others."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(short(name) for name in names[:MOST_NAMED]) + more
 
 
 def read_adapter(path: Path) -> Adapter:

@@ -20,7 +20,7 @@ from engine.adapters.lora import (
     LowRank,
     Transposed,
 )
-from engine.adapters.names import REFUSED, flat_name, split_name
+from engine.adapters.names import REFUSED, TRAINING, flat_name, split_name
 from engine.checkpoints.formats.tensors import StoredTensor, short
 from engine.errors import ModelError
 
@@ -107,7 +107,7 @@ def read_modules(
     groups: dict[tuple[str | None, str], dict[str, StoredTensor]] = defaultdict(dict)
     names: dict[tuple[str | None, str], str] = {}
     for name, tensor in tensors.items():
-        if name.startswith(BUNDLED):
+        if name.startswith(BUNDLED) or TRAINING.fullmatch(name):
             continue
         split = split_name(name)
         if split is None:

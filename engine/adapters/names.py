@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from engine.checkpoints.ldm_names import RESNET, UNET
 
-__all__ = ["REFUSED", "flat_name", "module_index", "split_name"]
+__all__ = ["REFUSED", "TRAINING", "flat_name", "module_index", "split_name"]
 
 # What stands before a module's name, and the component it means (None: the names themselves tell).
 PREFIXES: Mapping[str, str | None] = MappingProxyType(
@@ -24,6 +24,10 @@ PREFIXES: Mapping[str, str | None] = MappingProxyType(
         "lora_te1_": "text_encoder",
         "lora_te2_": "text_encoder_2",
         "lora_te_": "text_encoder",
+        "lora_unet.": "unet",
+        "lora_te1.": "text_encoder",
+        "lora_te2.": "text_encoder_2",
+        "lora_te.": "text_encoder",
         "lycoris_": None,
         "_orig_mod_": None,  # of torch.compile, where names have no dots
         "unet.": "unet",
@@ -47,6 +51,11 @@ PART = re.compile(
     r"|\.(?P<plain>dora_scale|diff|diff_b|w_norm|b_norm)"
     r"|\.(?P<lycoris>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2))(?:\.\w+)?"
     r")",
+    re.ASCII,
+)
+# What training programs put beside weights; nothing is drawn with it.
+TRAINING = re.compile(
+    r"(global_)?steps?|epochs?|(optimizer|lr_scheduler|scheduler)([._].*)?|(ema_)?decay|num_updates",
     re.ASCII,
 )
 MAX_NAME = 1000  # characters; real names have some 150

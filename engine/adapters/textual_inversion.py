@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.adapters.names import TRAINING
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.formats.tensors import short
 from engine.errors import ModelError
@@ -38,9 +39,9 @@ ENCODERS: Mapping[str, str] = MappingProxyType(
     }
 )
 A1111 = "string_to_param."
-# What files hold beside them: what OneTrainer adds behind the text encoders, other models' text
-# encoders, and the state of a training.
-BESIDE = re.compile(r"clip_[lg]_out|t5(xxl)?(_out)?|qwen.*|step|steps|epoch|optimizer.*", re.ASCII)
+# What files hold beside them: OneTrainer's vectors behind the text encoders, and those of other
+# models' text encoders.
+BESIDE = re.compile(r"clip_[lg]_out|(t5|qwen|llama|gemma)\w{0,20}", re.ASCII)
 MAX_VECTORS = 1024  # a prompt has 75 tokens
 
 
@@ -114,7 +115,8 @@ def parse_embedding(text: str) -> tuple[Path, str]:
 
 def _read(path: Path) -> Embedding:
     weights = open_weights(path)
-    unused = tuple(name for name in weights.tensors if BESIDE.fullmatch(name))
+    beside = BESIDE, TRAINING
+    unused = tuple(n for n in weights.tensors if any(each.fullmatch(n) for each in beside))
     left = {n: tensor for n, tensor in weights.tensors.items() if n not in unused}
     if left:
         weights = replace(weights, tensors=MappingProxyType(left))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Self
+from typing import Self, TypedDict
 
 from engine.configs.base import Shape
 from engine.configs.diffusion import LARGEST_ID, AutoencoderConfig, TextEncoderConfig, UNetConfig
@@ -24,6 +24,7 @@ __all__ = [
     "clip_config",
     "first_transformer",
     "open_clip_config",
+    "told_numbers",
     "unet_config",
 ]
 
@@ -118,6 +119,27 @@ class _Level:
     blocks: list[int] = field(default_factory=list)
 
 
+class ToldNumbers(TypedDict):
+    """Fields of a UNet's configuration on the numbers that XL is told."""
+
+    addition_time_embed_dim: int
+    time_ids: int
+
+
+def told_numbers(inputs: int, pooled: int, *, refiner: bool) -> ToldNumbers:
+    """Read off how many numbers XL is told: 6 sizes, or 4 and a score where 5 alone divide evenly.
+
+    inputs: of the layer that takes the pooled text, of the width `pooled`, and each number's values
+    refiner: whether the only text encoder gives the context too, from which 5 follow
+    """
+    left = max(inputs - pooled, 0)
+    scored = not refiner and left % SIZES != 0 and left % (SIZES - 1) == 0
+    return {
+        "addition_time_embed_dim": left // (SIZES - (refiner or scored)) if inputs else 0,
+        "time_ids": SIZES - 1 if inputs and scored else 0,
+    }
+
+
 def unet_config(stored: Stored, *, linear: bool, pooled: int, refiner: bool) -> UNetConfig:
     """Read off a UNet's architecture.
 
@@ -159,7 +181,7 @@ def unet_config(stored: Stored, *, linear: bool, pooled: int, refiner: bool) -> 
         only_cross_attention=_text_alone(stored, levels, context),
         use_linear_projection=linear,
         addition_embed_type="text_time" if inputs else None,
-        addition_time_embed_dim=max(inputs - pooled, 0) // (SIZES - refiner) if inputs else 0,
+        **told_numbers(inputs, pooled, refiner=refiner),
         projection_class_embeddings_input_dim=inputs,
         time_cond_proj_dim=stored.size(condition, 1) if condition else 0,
     )

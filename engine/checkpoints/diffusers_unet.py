@@ -1,6 +1,6 @@
 """The architecture of a UNet, read off the shapes of its tensors in diffusers' layout."""
 
-from engine.checkpoints.architecture import HEAD_DIM, SD1_HEADS, SIZES, Stored
+from engine.checkpoints.architecture import HEAD_DIM, SD1_HEADS, Stored, told_numbers
 from engine.configs.diffusion import UNetConfig
 
 __all__ = ["diffusers_unet_config"]
@@ -37,7 +37,7 @@ def diffusers_unet_config(stored: Stored, *, pooled: int, refiner: bool) -> UNet
         transformer_layers_per_block=lowest if equal else tuple(depth or 1 for depth in depths),
         use_linear_projection=linear,
         addition_embed_type="text_time" if inputs else None,
-        addition_time_embed_dim=max(inputs - pooled, 0) // (SIZES - refiner) if inputs else 0,
+        **told_numbers(inputs, pooled, refiner=refiner),
         projection_class_embeddings_input_dim=inputs,
         time_cond_proj_dim=stored.size(condition, 1) if condition in stored else 0,
     )

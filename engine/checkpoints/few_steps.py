@@ -10,8 +10,13 @@ from engine.checkpoints.families.base import Variant
 
 __all__ = ["find_variant", "find_variant_of_adapter", "name_words"]
 
-WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", re.ASCII)
 WORDS = {"turbo": "turbo", "lightning": "lightning", "hyper": "hyper", "lcm": "lcm", "tcd": "tcd"}
+CAPITALS = "(?:TURBO|LIGHTNING|HYPER|LCM|TCD|DMD)"  # glued to what it is of, as in "XLTURBOV10"
+WORD = re.compile(
+    rf"(?:SD)?XL(?={CAPITALS}(?![A-UW-Za-z]|V(?!\d)))|{CAPITALS}(?=V\d)"
+    r"|[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+",
+    re.ASCII,
+)
 # "hyper" before any other word belongs to it, as in "hyper realistic".
 AFTER_HYPER = re.compile(
     r"\d+|sd(xl|v)?|xl|v|vae|baked\w*|lora|cfg|fp|bf|steps?|unet|inpaint\w*|pruned|merged?|mix|dpm\w*"

@@ -23,6 +23,7 @@ from engine.checkpoints.diffusers_unet import diffusers_unet_config
 from engine.checkpoints.families import Family, family_of
 from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.parts import PartLayout, open_clip, read_config, unet
+from engine.checkpoints.pipeline_index import with_pooled_text
 from engine.checkpoints.prediction import Evidence, TrainingFacts, conclude
 from engine.checkpoints.single_file import COMPRESSION, FileFields
 from engine.configs.diffusion import Config, TextEncoderConfig, UNetConfig, read_json
@@ -200,9 +201,11 @@ def _open_unet(
     if "conv_in.weight" in weights:
         pooling = before.get("text_encoder_2")
         pooled = pooling.symbols()["P"] if pooling else POOLED
-        config = _stated(path, UNetConfig) or diffusers_unet_config(
-            stored, pooled=pooled, refiner=refiner
-        )
+        config = _stated(path, UNetConfig)
+        if config is None:
+            config = diffusers_unet_config(stored, pooled=pooled, refiner=refiner)
+        elif pooling and "text_embeds" in config.extra_inputs:
+            config = with_pooled_text(config, pooled)
         return config, diffusers_component(path, weights, config)
     projection = weights.tensors.get("middle_block.1.proj_in.weight")
     linear = len(projection.shape) == 2 if projection else "label_emb" in stored

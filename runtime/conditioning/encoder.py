@@ -26,7 +26,7 @@ from runtime.conditioning.tokenizer import (
     load_tokenizers,
     make_chunks,
 )
-from runtime.conditioning.words import teachable
+from runtime.conditioning.words import known_words
 
 __all__ = ["Encoder", "Texts"]
 
@@ -100,7 +100,7 @@ class Encoder:
     """The text encoders of a model with their tokenizers.
 
     extra: (e, D) for each, the rows of the words that textual inversion taught them
-    taught: the known words of each textual inversion; notes: what was concluded of them
+    embedding_words: the known words of each textual inversion; notes: what was concluded of them
     cache: of what the engines gave lately; new weights need another
     """
 
@@ -108,7 +108,7 @@ class Encoder:
     tokenizers: Mapping[TextPart, Tokenizer]
     engine: Callable[[Part], Engine]
     extra: Mapping[TextPart, Array] = field(default_factory=dict)
-    taught: Mapping[Embedding, Sequence[str]] = field(default_factory=dict)
+    embedding_words: Mapping[Embedding, Sequence[str]] = field(default_factory=dict)
     notes: Sequence[str] = ()
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
 
@@ -124,11 +124,11 @@ class Encoder:
         for embedding in joined:
             embedding.check(widths)
         tokenizers, extra = load_tokenizers(self.model), {}
-        taught, notes = teachable(joined, next(iter(tokenizers.values())).is_token)
+        known, notes = known_words(joined, next(iter(tokenizers.values())).is_token)
         for name, config in encoders.items() if joined else ():
             words, first = {}, config.vocab_size
             for embedding in joined:
-                for word in taught[embedding]:
+                for word in known[embedding]:
                     rows = embedding.rows[word]
                     words[word] = range(first + rows.start, first + rows.stop)
                 first += len(embedding.vectors[name])
@@ -138,7 +138,7 @@ class Encoder:
             self,
             tokenizers=tokenizers,
             extra=extra,
-            taught=taught,
+            embedding_words=known,
             notes=notes,
             cache=EmbeddingCache(),
         )
@@ -146,7 +146,7 @@ class Encoder:
     @property
     def words(self) -> dict[str, str]:
         """The words that textual inversion taught, by themselves in small letters."""
-        return {word.lower(): word for words in self.taught.values() for word in words}
+        return {word.lower(): word for words in self.embedding_words.values() for word in words}
 
     def unused_words(self, texts: Sequence[str]) -> list[str]:
         """Say of each textual inversion of which the texts hold no word, which words it has."""
@@ -154,7 +154,7 @@ class Encoder:
         held = {word for text in texts for word in tokenizer.words_in(text)}
         return [
             f"the prompt holds no word of {embedding.path}: write {' or '.join(map(repr, words))}"
-            for embedding, words in self.taught.items()
+            for embedding, words in self.embedding_words.items()
             if not held & {tokenizer.normal(word).strip() for word in words}
         ]
 

@@ -9,10 +9,10 @@ from engine.adapters.textual_inversion import Embedding
 from engine.checkpoints.formats.tensors import short
 from engine.errors import RequestError
 
-__all__ = ["split_at_words", "teachable", "word_pattern"]
+__all__ = ["known_words", "split_at_words", "word_pattern"]
 
 
-def teachable(
+def known_words(
     embeddings: Sequence[Embedding], is_token: Callable[[str], bool]
 ) -> tuple[dict[Embedding, Sequence[str]], list[str]]:
     """Choose the words of each embedding; returns them, and a sentence on each embedding.
@@ -28,7 +28,7 @@ def teachable(
             f"Two textual inversions mean the word {counts.most_common(1)[0][0]!r}; rename the "
             "file of one, or give FILE=WORD."
         )
-    taught: dict[Embedding, Sequence[str]] = {}
+    known: dict[Embedding, Sequence[str]] = {}
     notes = []
     for embedding in embeddings:
         words = [embedding.name]
@@ -43,12 +43,12 @@ def teachable(
                 continue
             names.add(word.lower())
             words.append(word)
-        taught[embedding] = words
+        known[embedding] = words
         if embedding.unused:
             held = ", ".join(map(short, embedding.unused))
             notes.append(f"{embedding.path} also holds {held}, which is not used")
         notes.append(f"{embedding.path} is meant by {' or '.join(map(repr, words))}")
-    return taught, notes
+    return known, notes
 
 
 def word_pattern(words: Iterable[str]) -> re.Pattern[str]:

@@ -185,6 +185,8 @@ OF_OTHER_MODELS = tuple(
 def test_one_run_has_few_step_models_beside_each_other():
     chosen = choice(model="sdturbo")
     assert chosen.contenders() == [PEAK, *ONE_STEP, *OF_OTHER_MODELS]
+    named = choice(model="sdturbo", only=("latentrt, OpenVINO bfloat16",)).contenders()
+    assert named == [PEAK, ONE_STEP[0], OF_OTHER_MODELS[0], OF_OTHER_MODELS[3]], "nothing is cached"
     more = whole_of(4)
     assert chosen.parts(ONE_STEP[0]) == (*PARTS, WHOLE, more), "requests are run, not added up"
     assert chosen.scenario.wholes == {WHOLE: 1, more: 4}
@@ -222,7 +224,7 @@ def small_model(name):
         "text_encoder": text,
         "unet": replace(
             unet,
-            block_out_channels=(32,) * levels,
+            block_out_channels=(64,) * levels,
             attention_head_dim=(1,) * levels,
             cross_attention_dim=64,
         ),

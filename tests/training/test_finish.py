@@ -50,15 +50,18 @@ def test_the_encoder_stays_and_the_decoder_learns(module, images, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["finish-000003.png", "finish.pt"]
 
 
-@pytest.mark.parametrize(("start", "learns"), [(0.0, True), (2.0, False)])
-def test_the_discriminator_learns_from_its_start_on(
-    module, images, tmp_path, monkeypatch, start, learns
+@pytest.mark.parametrize(("start", "opposed"), [(0.0, 3), (0.5, 1), (2.0, 0)])
+def test_the_discriminator_learns_alone_until_its_start(
+    module, images, tmp_path, monkeypatch, start, opposed
 ):
-    monkeypatch.setattr(finish, "DISCRIMINATOR_START", start)
+    monkeypatch.setattr(finish, "ADVERSARIAL_START", start)
+    weighed, weigh = [], finish._weight
+    monkeypatch.setattr(finish, "_weight", lambda *given: weighed.append(1) or weigh(*given))
     finish.train(module, images, network, SETTINGS, tmp_path)
     optimizers = torch.load(tmp_path / "finish.pt", weights_only=True)["optimizers"]
     decoders = sum(p.requires_grad for p in module.parameters())
-    assert len(optimizers[0]["state"]) == decoders + (8 if learns else 0)
+    assert len(optimizers[0]["state"]) == decoders + 8
+    assert len(weighed) == opposed
 
 
 def test_each_loss_reaches_its_own_parameters(module):
@@ -78,7 +81,7 @@ def test_the_hinge_loss():
     assert hinge(torch.tensor([1.5]), torch.tensor([-1.5])) == 0
 
 
-def test_the_discriminator_weighs_as_much_in_the_last_layer_as_all_else():
+def test_the_discriminator_is_weighed_by_the_gradients_of_the_last_layer():
     last = torch.tensor([1.0, 2.0], requires_grad=True)
     loss, adversarial = (3 * last).sum(), (last * torch.tensor([0.0, -1.5])).sum()
     expected = finish.ADVERSARIAL_WEIGHT * (3 * 2**0.5) / (1.5 + 1e-4)
@@ -88,14 +91,14 @@ def test_the_discriminator_weighs_as_much_in_the_last_layer_as_all_else():
     assert not tiny.requires_grad
 
 
-def test_no_layer_of_the_discriminator_stretches():
+def test_no_layer_of_the_discriminator_but_the_last_stretches():
     torch.manual_seed(0)
     discriminator = Discriminator()
     for _ in range(50):  # each call follows the largest direction a little further
         discriminator(torch.rand(1, 3, 32, 32))
     convolutions = [layer for layer in discriminator.layers if hasattr(layer, "weight")]
     assert len(convolutions) == 4
-    for layer in convolutions:
+    for layer in convolutions[:-1]:
         values = torch.linalg.svdvals(layer.weight.detach().flatten(1))
         assert float(values[0]) == pytest.approx(1.0, abs=0.02)
     assert discriminator(torch.rand(1, 3, 64, 64)).shape == (1, 1, 7, 7)

@@ -76,7 +76,8 @@ def control_requests(
 ) -> tuple[ControlRequest, ...]:
     """Return the controls among a body's scripts, of which there are no others.
 
-    image, mask: what is drawn over, which a unit without a picture sees. Raises RefusalError.
+    image, mask: what is drawn over, which a unit without a picture sees
+    Raises RefusalError, and BadRequestError for a unit that is none.
     """
     units = list[Any]()
     for name, given in (body.alwayson_scripts or {}).items():

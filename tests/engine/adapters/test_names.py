@@ -111,3 +111,17 @@ def test_prefixes_are_nested(prefix):
     module = "mid_block_attn" if prefix.endswith("_") else "mid_block.attn"
     split = split_name(f"{prefix}{module}.lora_A.weight")
     assert split == ("unet", module, "down")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "component"),
+    [
+        ("lora_unet.", "unet"),
+        ("lora_te.", "text_encoder"),
+        ("lora_te1.", "text_encoder"),
+        ("lora_te2.", "text_encoder_2"),
+    ],
+)
+def test_kohyas_prefixes_before_names_with_dots(prefix, component):
+    split = split_name(f"{prefix}mid_block.attn.lora_down.weight")
+    assert split == (component, "mid_block.attn", "down")

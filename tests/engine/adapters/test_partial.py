@@ -174,3 +174,27 @@ def test_adapters_of_few_steps_are_known_by_name(name: str) -> None:
 )
 def test_subjects_of_such_names_are_none(name: str) -> None:
     assert find_variant_of_adapter(Path(f"{name}.safetensors"), FAMILIES["xl"].variants) is None
+
+
+@pytest.mark.parametrize(
+    "beside", ["step", "global_step", "epoch", "optimizer.exp_avg", "lr_scheduler", "ema_decay"]
+)
+def test_a_trainings_state_beside_an_adapter_is_named(tmp_path: Path, beside: str) -> None:
+    state = factors("lora_unet_blocks_0_to_q")
+    plain = deltas(written(tmp_path, state))
+    path = written(tmp_path, state | {beside: np.ones(3, np.float32)})
+    assert read_adapter(path).modules[0].module == "blocks_0_to_q"
+    resolution = read_adapter(path).resolve({"unet": SHAPES})
+    assert resolution.notes == [f"'{beside}' in {path.name} is a training's and not used"]
+    assert {n: v.tolist() for n, v in deltas(path).items()} == {
+        n: v.tolist() for n, v in plain.items()
+    }
+
+
+def test_output_vectors_of_a_word_in_an_adapter_are_named(tmp_path: Path) -> None:
+    names = ("clip_l", "clip_g", "clip_l_out", "t5")
+    words = {f"bundle_emb.cat.{name}": np.ones((2, 4), np.float32) for name in names}
+    adapter = read_adapter(written(tmp_path, factors("lora_unet_blocks_0_to_q"), words))
+    (embedding,) = adapter.embeddings
+    assert set(embedding.vectors) == {"text_encoder", "text_encoder_2"}
+    assert set(embedding.unused) == {"clip_l_out", "t5"}

@@ -1,5 +1,8 @@
 """Models in pieces: the UNet, the text encoders and the autoencoder as files of their own."""
 
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -9,6 +12,7 @@ from engine.errors import ModelError
 from engine.model import Model
 from tests.support.original_layout import SMALL, model_names, random_tensors
 
+WIDTH = 16  # of what a number becomes that the small XL is told
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXTS = {
     "sd1": {"text_encoder": "cond_stage_model.transformer."},
@@ -97,6 +101,47 @@ def test_a_piece_replaces_the_models_own(tmp_path, replaced):
         expected = (plain if name == replaced else changed).component(name)
         assert all(np.array_equal(model.component(name)[each], expected[each]) for each in expected)
     assert any(str(given[replaced]) in note for note in model.notes)
+
+
+FORMS = ("one file", "pieces", "converted", "a folder of the UNet")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("count", [5, 6])
+def test_the_pooled_texts_width_tells_how_many_numbers_xl_is_told(tmp_path, form, count):
+    """Two text encoders and an aesthetics score: 5 numbers, as in diffusers' own dummy models."""
+    params = SMALL["xl"]
+    unet = replace(params.unet, adm_in_channels=params.open_clip.projection + count * WIDTH)
+    state = random_tensors(model_names(replace(params, unet=unet)))
+    path = write(tmp_path / "whole.safetensors", state)
+    if form == "one file":
+        model = Model.open(path)
+    elif form == "pieces":
+        given = {
+            name: write(tmp_path / f"{name}.safetensors", dict(under(state, prefix)))
+            for name, prefix in {"unet": UNET, "vae": VAE, **TEXTS["xl"]}.items()
+        }
+        model = Model.open(given["unet"], **given)
+    else:
+        plain = Model.open(path)
+        given = {
+            name: write(tmp_path / f"{name}.safetensors", dict(plain.component(name)))
+            for name in plain.configs
+        }
+        if form == "a folder of the UNet":
+            folder = tmp_path / "unet"
+            folder.mkdir()
+            given["unet"].rename(folder / "diffusion_pytorch_model.safetensors")
+            config = asdict(replace(plain.unet, time_ids=0))
+            (folder / "config.json").write_text(json.dumps(config))
+            given["unet"] = folder
+        model = Model.open(given["unet"], **given)
+    assert model.unet.addition_time_ids == count
+    assert model.unet.symbols()["P"] == params.open_clip.projection
+
+
+def under(state, prefix):
+    return ((n.removeprefix(prefix), v) for n, v in state.items() if n.startswith(prefix))
 
 
 def test_a_piece_of_few_steps_is_known_by_its_name(tmp_path):

@@ -232,6 +232,10 @@ def test_the_size_in_training(name, metadata, size):
         ("dmd2_sdxl_4step.safetensors", "xl", "dmd2", (4, 4), "LCM"),
         ("epicrealismXL_vxviLastfameDMD2.safetensors", "xl", "dmd2", (4, 4), "LCM"),
         ("model-TCD.safetensors", "xl", "tcd", (4, 8), "TCD"),
+        ("wildcardxXLTURBOV10.safetensors", "xl", "turbo", (1, 4), "EulerAncestralDiscrete"),
+        ("photoSDXLLIGHTNING_4step.safetensors", "xl", "lightning", (4, 4), "EulerDiscrete"),
+        ("stableDiffusionXLLCM.safetensors", "xl", "lcm", (4, 8), "LCM"),
+        ("someXLDMD2.safetensors", "xl", "dmd2", (4, 4), "LCM"),
     ],
 )
 def test_models_of_few_steps_are_known_by_name(name, family, variant, steps, method):
@@ -259,6 +263,7 @@ def test_models_of_few_steps_are_known_by_title():
     [
         *("hyperrealism.ckpt", "turbocharged.ckpt", "enlightening.ckpt", "hyper_realistic_v3.ckpt"),
         *("hyperRealism_v2.ckpt", "Hyper-Detailed-Mix.ckpt", "dmd_v2.ckpt", "lcmachine.ckpt"),
+        *("XLTURBOCHARGER.ckpt", "XLTURBOVISION.ckpt", "XLHYPERREAL.ckpt"),
         *("BlightningRod.ckpt", "ponyDiffusionV6XL_v6StartWithThisOne.safetensors"),
     ],
 )
