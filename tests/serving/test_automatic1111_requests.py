@@ -156,7 +156,9 @@ def test_every_listed_name_can_be_asked_for():
 
 def test_tiling_joins_all_edges():
     for given, seamless in ((True, "both"), (False, None), (None, None)):
-        fields = text_request(TextBody(prompt="a", tiling=given), SETTINGS, Limits()).fields
+        fields = text_request(
+            TextBody(prompt="a", tiling=given), SETTINGS, Limits(), CATALOG
+        ).fields
         assert fields.get("seamless") == seamless
 
 

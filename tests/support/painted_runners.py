@@ -8,7 +8,7 @@ from threading import Event
 
 from PIL import Image, PngImagePlugin
 
-from serving.model_runner import FinishedPicture
+from serving.unfinished_picture import FinishedPicture
 from tests.support.model_runners import FakeModelRunner, FakePicture
 
 SIDE = 64
