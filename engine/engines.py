@@ -28,6 +28,7 @@ from engine.checkpoints.component import Component, ComponentName
 from engine.devices.device import Device
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import Graph, Part, find_graph, graph_folders
+from engine.graphs.variants import Variant
 from engine.model import COMPONENTS, Model
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Engines:
     settings, precision: how they run, with nothing left open
     ranges: of the inputs of the layers that compute in int8
     folders: where graphs are looked for
-    opened: the engines that are open
+    opened: the engines that are open; opened_variants: those that compute more than their parts
     adapter_notes: what of the adapters is not used, a sentence each
     """
 
@@ -66,6 +67,7 @@ class Engines:
         self.ranges = ranges
         self.folders = folders
         self.opened: dict[Part, Engine] = {}
+        self.opened_variants: dict[tuple[Part, Variant], Engine] = {}
         self.adapter_notes: tuple[str, ...] = ()
         self._adapted: Mapping[ComponentName, Adapted] = {}
         self._closed = False
@@ -144,25 +146,25 @@ class Engines:
         precision = graph_precision(self.settings, self.precision)
         return find_graph(part, self.model.config(part), precision, self.folders, self.model.path)
 
-    def engine(self, part: Part) -> Engine:
-        """Return a part's engine, opening it at the first call.
+    def engine(self, part: Part, variant: Variant | None = None) -> Engine:
+        """Return a part's engine, or that of a variant of it, opening it at the first call.
 
         Raises ModelError, GraphError or BackendError.
         """
+        if variant is not None:
+            key = part, variant
+            if key not in self.opened_variants:
+                self.opened_variants[key] = self._opened(part, variant)
+            return self.opened_variants[key]
         if part not in self.opened:
-            if self._closed:
-                raise BackendError(f"the engines of {self.model.path} were closed; load it again")
-            name = COMPONENTS[part]
-            found = self.model.weights(part)
-            with self._naming_the_model():
-                self.opened[part] = self.open(part, self._adapted.get(name) or found)
-            found.weights.release()
+            self.opened[part] = self._opened(part)
         return self.opened[part]
 
-    def open(self, part: Part, weights: Arrays) -> Engine:
+    def open(self, part: Part, weights: Arrays, variant: Variant | None = None) -> Engine:
         """Open a part with its weights; raises GraphError, ModelError or BackendError."""
+        graph = self.graph(part)
         spec = EngineSpec(
-            graph=self.graph(part),
+            graph=graph if variant is None else variant.of(graph),
             weights=weights,
             settings=self.settings,
             precision=self.precision,
@@ -204,13 +206,24 @@ class Engines:
         """Let go of all engines with their memory; nothing can be opened any more."""
         self._closed = True
         self.opened.clear()
+        self.opened_variants.clear()
         self._adapted = {}
+
+    def _opened(self, part: Part, variant: Variant | None = None) -> Engine:
+        if self._closed:
+            raise BackendError(f"the engines of {self.model.path} were closed; load it again")
+        found = self.model.weights(part)
+        with self._naming_the_model():
+            engine = self.open(part, self._adapted.get(COMPONENTS[part]) or found, variant)
+        found.weights.release()
+        return engine
 
     def _rebind(self, adapted: Mapping[ComponentName, Adapted]) -> None:
         """Hand the weights that differ to the open engines: to all of them or, failing, to none."""
         before, changed = self._adapted, []
+        variants = ((part, engine) for (part, _), engine in self.opened_variants.items())
         try:
-            for part, engine in self.opened.items():
+            for part, engine in (*self.opened.items(), *variants):
                 if (name := COMPONENTS[part]) in adapted:
                     old = before.get(name)
                     touched = adapted[name].touched | (old.touched if old else frozenset())

@@ -62,6 +62,7 @@ ADVICE: Mapping[ComponentName, str] = MappingProxyType(
     {"vae": "give one with --vae", "preview_decoder": "give one with --preview-decoder FILE"}
 )
 WHOLE = "use a file of the whole model"
+AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig
 C = TypeVar("C", bound=Config)
 
 
@@ -162,9 +163,8 @@ class Model:
     @classmethod
     def _from_folder(cls, path: Path, *, needs_vae: bool) -> Self:
         index = read_json(path / "model_index.json")
-        notes = []
-        if index.get("_class_name") not in PIPELINES:
-            notes = check_index(path / "model_index.json", index)
+        known = index.get("_class_name") in PIPELINES
+        notes = [] if known else check_index(path / "model_index.json", index)
         unet = read_json(path / "unet" / "config.json")
         sample_size = unet.get("sample_size", 64)
         if type(sample_size) is not int or sample_size < 1:
@@ -235,27 +235,27 @@ class Model:
         return self._config("unet", UNetConfig)
 
     @property
-    def vae(self) -> AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig:
+    def vae(self) -> AnyAutoencoder:
         """The autoencoder's architecture; raises ModelError when the model has none."""
         config = self._config("vae", Config)
-        assert isinstance(
-            config, AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig
-        )
+        assert isinstance(config, AnyAutoencoder)
         return config
 
     @property
     def text_encoders(self) -> dict[TextPart, TextEncoderConfig]:
         """The text encoders' architectures: one, or XL's two."""
-        return {
-            name: self._config(name, TextEncoderConfig)
-            for name in TEXT_ENCODERS
-            if name in self.configs
-        }
+        present = (name for name in TEXT_ENCODERS if name in self.configs)
+        return {name: self._config(name, TextEncoderConfig) for name in present}
 
     @property
     def is_inpainting(self) -> bool:
         """Whether the UNet also sees a mask and the masked picture's latents."""
         return "image_conditioning" in self.unet.extra_inputs
+
+    @property
+    def is_editing(self) -> bool:
+        """Whether the UNet also sees the latents of a picture, which a text says how to change."""
+        return "edited_image" in self.unet.extra_inputs
 
     def config(self, part: Part) -> Config:
         """Return the architecture of a part."""
@@ -294,7 +294,7 @@ class Model:
                 f"{self.path} has a UNet that makes {unet.out_channels} channels and an "
                 f"autoencoder that takes {latent}; use parts of one model"
             )
-        if unet.in_channels not in (latent, 2 * latent + 1):
+        if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1):
             raise foreign_channels(self.path, unet.in_channels, latent)
         if all(name in self.configs for name in TEXT_ENCODERS if name in self.family.parts):
             self._check_texts()

@@ -77,7 +77,7 @@ def _model(options: argparse.Namespace) -> None:
         preview_decoder=options.preview_decoder,
         prediction_type=options.prediction_type,
     )
-    usual = [part for part in COMPONENTS if part not in CONTROLLED_LEVELS]
+    usual = [part for part in COMPONENTS if part not in (*CONTROLLED_LEVELS, "step_shrunk")]
     parts = options.parts or [part for part in usual if COMPONENTS[part] in model.configs]
     if options.backend:
         for line in build_engines(model, parts, engine_choices(model, options)):
@@ -111,13 +111,13 @@ def _control_net(options: argparse.Namespace) -> None:
 
 
 def _graphs(options: argparse.Namespace) -> None:
-    from export.published import published_parts
+    from export.published import precisions, published_parts
     from export.writing import write_published
 
     folder = _made(options.out)
     parts = options.parts or COMPONENTS
     for part, config in (found for found in published_parts() if found[0] in parts):
-        for precision in get_args(Precision):
+        for precision in precisions(part, config):
             print(write_published(part, config, precision, folder), flush=True)
 
 

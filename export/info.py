@@ -96,6 +96,7 @@ def _checkpoint(path: Path, weights: Weights) -> dict[str, Any]:
         "family": file.family.title,
         "variant": file.variant.name if file.variant else None,
         "inpainting": file.is_inpainting,
+        "editing": file.is_editing,
         "prediction_type": file.scheduler["prediction_type"],
         "picture": [file.sample_size * 8] * 2,
     }
@@ -113,6 +114,7 @@ def _model(model: Model, layout: str) -> dict[str, Any]:
         "family": _family(model),
         "variant": None,
         "inpainting": model.is_inpainting,
+        "editing": model.is_editing,
         "prediction_type": model.scheduler.get("prediction_type", "epsilon"),
         "picture": [side, side],
         **_formats([part.weights for part in parts.values()]),

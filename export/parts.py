@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from export.modules.autoencoder import Autoencoder
+from export.modules.layers import for_groups
 from export.modules.unet import UNet
 
 TINY = 1e-12  # below any spread of an output
@@ -41,11 +42,13 @@ class Step(nn.Module):
     the UNet's maps, which makes it `step_controlled` or, of the first alone,
     `step_shallow_controlled`. ip_keys and ip_values: (B, k, t, W), what IP-Adapters make of
     pictures, with ip_bias and the weights (g, B, k, h, w) of each level, for `step_ip` and its kin.
+    shrinks: whether it is `step_shrunk`, see `UNet.with_deep`.
     """
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, unet: UNet, *, shrinks: bool = False) -> None:
         super().__init__()
         self.model = unet
+        self.shrinks = shrinks
 
     def forward(
         self,
@@ -63,6 +66,7 @@ class Step(nn.Module):
         time_ids: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         image_conditioning: Tensor | None = None,
+        edited_image: Tensor | None = None,
         deep: Tensor | None = None,
         residuals_0: Tensor | None = None,
         residuals_1: Tensor | None = None,
@@ -86,11 +90,17 @@ class Step(nn.Module):
         x = registers[:, 0] * input_scale[:, None, None, None]
         if image_conditioning is not None:
             x = torch.cat([x, image_conditioning], dim=1)
+        in_common: int | None = groups
+        if edited_image is not None:  # groups that see other pictures share nothing
+            x = torch.cat([x[None].expand(groups, *x.shape), edited_image], dim=2).flatten(0, 1)
+            timestep, in_common = for_groups(timestep, groups), None
+            images[:3] = [for_groups(image, groups) for image in images[:3]]
         out, features = self.model.with_deep(
             x.to(dtype),
             timestep,
             context.flatten(0, 1).to(dtype),
-            groups=groups,
+            groups=in_common,
+            shrinks=self.shrinks,
             deep=None if deep is None else deep.flatten(0, 1).to(dtype),
             residuals=[r.flatten(0, 1).to(dtype) for r in residuals if r is not None],
             images=images,

@@ -1,6 +1,7 @@
 """The architectures whose graphs ship: those that the families publish, in all their forms."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 from engine.checkpoints.families import FAMILIES
 from engine.configs.control_net import control_net_of
@@ -10,17 +11,17 @@ from engine.configs.diffusion import (
     TinyDecoderConfig,
     UNetConfig,
 )
-from engine.graphs.graph import Part
+from engine.graphs.graph import Part, Precision
 from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS
 
-CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship
+CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship, and whose shrunk steps'
 
 
 def published_parts() -> Iterator[tuple[Part, Config]]:
     """List the parts whose graphs ship, the model that ships aside."""
     for part, component in COMPONENTS.items():
-        if part in CONTROLLED_LEVELS:
+        if part in (*CONTROLLED_LEVELS, "step_shrunk"):
             continue
         configs = (
             config for family in FAMILIES.values() for config in family.published.get(component, ())
@@ -29,6 +30,7 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
     for family in (family for name, family in FAMILIES.items() if name in CONTROLLED):
         unet = family.published["unet"][0]  # as first trained
         assert isinstance(unet, UNetConfig)
+        yield "step_shrunk", unet
         yield "step_controlled", unet
         yield "step_shallow_controlled", unet
         yield "control_hint", control_net_of(unet)
@@ -37,3 +39,9 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
     yield "vae_decoder", TinyAutoencoderConfig()
     yield "vae_encoder", TinyAutoencoderConfig()
     yield "preview_decoder", TinyDecoderConfig()
+
+
+def precisions(part: Part, config: Config) -> tuple[Precision, ...]:
+    """Return the precisions in which a part's graph ships: float32 alone where no GPU runs it."""
+    on_processor = part == "step_shrunk" or "edited_image" in config.extra_inputs
+    return ("float32",) if on_processor else get_args(Precision)

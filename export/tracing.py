@@ -67,7 +67,7 @@ MODULES: Mapping[type[Config], Callable[[Part, Any], nn.Module]] = {
     BertConfig: lambda part, config: TextEncode(BertTextEncoder(config)),
     T5Config: lambda part, config: TextEncode(T5TextEncoder(config)),
     GPT2TextConfig: lambda part, config: TextEncode(GPT2TextEncoder(config)),
-    UNetConfig: lambda part, config: Step(UNet(config)),
+    UNetConfig: lambda part, config: Step(UNet(config), shrinks=part == "step_shrunk"),
     ControlNetConfig: lambda part, config: (ControlHint if part == "control_hint" else Control)(
         ControlNet(config)
     ),
@@ -128,7 +128,7 @@ def trace(part: Part, config: Config, precision: Precision) -> TracedPart:
     names of the checkpoint and hold nothing.
     """
     described = signature(part, config)
-    side = config.latent_multiple
+    side = config.latent_multiple * (1 + (part == "step_shrunk"))
     sizes = {"B": 2, "g": 2, "r": 3, "n": 5, "p": 3, "e": 3, "h": 2 * side, "w": 3 * side}
     sizes |= {"k": 2, "t": 3}
     real = example_inputs(part, config, sizes, torch.Generator().manual_seed(0))

@@ -123,7 +123,7 @@ def _write(
             show_progress(done, total)
             if watched:
                 watched.see(progress)
-        images = pipeline.finish(group, pipeline.decode(progress.latents))
+        images = pipeline.finish(group, pipeline.decode(progress.latents, group))
         finished = zip(_finished(finisher, images), group.settings, strict=True)
         for (image, more, note), settings in finished:
             path = next(paths)

@@ -12,9 +12,11 @@ from engine.adapters.few_steps import with_few_steps
 from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import Embedding, read_embedding
 from engine.backends.base import DeviceEngine, Engine
+from engine.devices.device import HostOrDeviceArray
 from engine.engines import Engines
 from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
+from engine.graphs.variants import Variant
 from engine.model import Model
 from engine.steering.control_nets import ControlNets
 from engine.steering.ip_adapters import IPAdapters
@@ -26,7 +28,7 @@ from runtime.denoising.controls import ControlledSteps
 from runtime.denoising.device_loop import DeviceLoop
 from runtime.denoising.device_rows import DeviceRows
 from runtime.denoising.image_prompts import AttendedImages
-from runtime.denoising.latents import State
+from runtime.denoising.latents import LatentSpace, State
 from runtime.denoising.rows import Row, step_rows
 from runtime.images import tiles
 from runtime.images.previews import finite
@@ -61,6 +63,9 @@ class AdaptedModel:
         self._device_loop, self._device_rows = DeviceLoop(), DeviceRows()
         self._distilled = engines.model  # as its adapters distil it, where they do
         self._few_steps = ""
+        self._latents = LatentSpace(
+            model=engines.model, engine=engines.engine, threads=engines.settings.threads
+        )
         # The adapters that were given, beside those that prompts name, and the words they bring.
         self._loras: Sequence[tuple[Adapter, AdapterChoice]] = ()
         self._named: Sequence[AdapterChoice] = ()
@@ -154,9 +159,9 @@ class AdaptedModel:
         """The folder or the file that the model came from."""
         return self.model.path
 
-    def engine(self, part: Part) -> Engine:
-        """Return a part's engine, opening it at the first call."""
-        return self.engines.engine(part)
+    def engine(self, part: Part, variant: Variant | None = None) -> Engine:
+        """Return a part's engine, or that of a variant of it, opening it at the first call."""
+        return self.engines.engine(part, variant)
 
     def previews(self, latents: Array) -> list[Image.Image]:
         """Draw what latents (B, C, h, w) are about to become, by the tiny decoder.
@@ -166,13 +171,20 @@ class AdaptedModel:
         run, compression = self.engine("preview_decoder").run, self.model.vae.compression
         return [Image.fromarray(p) for p in tiles.decode(run, finite(latents), compression)]
 
+    def decode(self, latents: HostOrDeviceArray, plan: Plan | None = None) -> list[Image.Image]:
+        """Decode latents (B, C, h, w) into images of 8 h by 8 w pixels; plan: whose they are."""
+        space = self._latents
+        if plan is not None and plan.seamless:
+            space = replace(space, seamless=plan.seamless)
+        return [Image.fromarray(pixels) for pixels in space.decode(latents)]
+
     def step_rows(self, rows: Sequence[Row], *, filled_to: int = 0) -> None:
         """Make the next call of rows of one bucket together, on a device where engines live there.
 
         filled_to: rows that the call has at least, by repeats
         Raises BackendError, and then every row is where it was.
         """
-        engine = self.engine(rows[0].part)
+        engine = self.engine(rows[0].part, rows[0].variant)
         if isinstance(engine, DeviceEngine) and engine.device.has_addresses:
             self._device_rows.step(rows, engine, filled_to=filled_to)
         else:
@@ -203,6 +215,10 @@ class AdaptedModel:
     def __exit__(self, *error: object) -> None:
         """Close the pipeline."""
         self.close()
+
+    def _is_on_device(self, plan: Plan) -> bool:
+        part = plan.step_parts[0]
+        return hasattr(self.engine(part, plan.variants.get(part)), "device")
 
     def _check_steering(self, request: Request) -> None:
         """Raise RequestError for ControlNets or IP-Adapters that there are not."""

@@ -21,6 +21,7 @@ from engine.command_line import CommandParser
 from engine.engines import QUANTIZED, Engines, capabilities, ranges_of
 from engine.errors import exit_status
 from engine.graphs.graph import Part, graph_folders
+from engine.graphs.variants import Variant
 from engine.model import Model, find_model
 from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.tokenizer import load_tokenizers
@@ -53,10 +54,10 @@ class Calibrated:
 class ObservingEngines(Engines):
     """Engines of which those with layers for int8 remember how large their inputs became."""
 
-    def open(self, part: Part, weights: Arrays) -> Engine:
+    def open(self, part: Part, weights: Arrays, variant: Variant | None = None) -> Engine:
         """Open a part; see `Engines`."""
-        if part not in QUANTIZED:
-            return super().open(part, weights)
+        if part not in QUANTIZED or variant is not None:
+            return super().open(part, weights, variant)
         from engine.backends.openvino.observer import ObservingEngine
 
         graph, threads = self.graph(part), self.settings.threads

@@ -34,6 +34,9 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
         "timestep_spacing": "schedule",
         "sigma_schedule": "schedule",
         "rng": "noise",
+        **dict.fromkeys(("tiling", "tile", "circular"), "seamless"),
+        **dict.fromkeys(("kohya_deep_shrink", "hidiffusion"), "deep_shrink"),
+        "image_cfg_scale": "image_guidance_scale",
     }
 )
 
@@ -80,6 +83,49 @@ def check_number(name: str, value: object, kind: type, low: float, high: float) 
     if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]
         what = "whole number" if kind is Integral else "number"
         raise RequestError(f"{name} is {value!r}; give a {what} from {low} to {high}")
+
+
+def check_given(name: str, value: object, kind: type, low: float, high: float) -> None:
+    """Do as `check_number` does, unless there is no value."""
+    if value is not None:
+        check_number(name, value, kind, low, high)
+
+
+def check_scale(name: str, value: object, most: float) -> None:
+    """Refuse what is neither a number from 0 to the most nor several of them: RequestError."""
+    several = isinstance(value, Sequence) and not isinstance(value, str) and len(value)
+    for scale in value if several else [value]:  # type: ignore[attr-defined]
+        check_number(name, scale, Real, 0, most)
+
+
+def check_apg(value: object) -> None:
+    """Refuse what is not eta, threshold and momentum of projected guidance: RequestError."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 3:
+        raise RequestError(
+            f"apg is {value!r}; give eta, the threshold and the momentum, such as (0.0, 15.0, -0.5)"
+        )
+    check_number("apg's eta", value[0], Real, 0, 10)
+    check_number("apg's threshold", value[1], Real, 0, 10**6)
+    check_number("apg's momentum", value[2], Real, -1, 1)
+
+
+def check_sides(height: int, width: int, multiple: int, most: int) -> None:
+    """Refuse sides that are no multiples of a number of pixels, or too long: RequestError."""
+    for name, side in (("height", height), ("width", width)):
+        check_number(name, side, Integral, multiple, most)
+        if side % multiple:
+            raise RequestError(
+                f"{name} is {side}; it must be a multiple of {multiple}, "
+                f"such as {max(round(side / multiple), 1) * multiple}"
+            )
+
+
+def check_extend(value: object) -> None:
+    """Refuse what is not four numbers, by which a canvas reaches beyond an image: RequestError."""
+    if not isinstance(value, Sequence) or len(value) != 4:
+        raise RequestError(
+            f"extend is {value!r}; give four numbers of pixels: left, top, right, bottom"
+        )
 
 
 def check_interval(name: str, value: object) -> None:

@@ -135,7 +135,9 @@ class CallArguments:
     def _groups(self, encoded: Array, names: Sequence[str], repeats: int) -> Array:
         """Lay the groups (g, B, ...) of a call: [negative, prompt], or the prompt alone."""
         if len(encoded) > 2:
-            raise RequestError("prompt_embeds with negative_scale or AND; give texts for these")
+            raise RequestError(
+                "prompt_embeds with negative_scale, pag_scale or AND; give texts for these"
+            )
         groups = []
         for name in names[: len(encoded)]:
             found = self.embeds.get(name)

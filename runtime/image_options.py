@@ -31,6 +31,11 @@ IMAGE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "metavar": "KIND:AMOUNT",
             "help": "noise that --image gets first: gaussian:VARIANCE or salt-pepper:SHARE, 0 to 1",
         },
+        "--image-guidance-scale": {
+            "type": float,
+            "metavar": "S",
+            "help": "how closely a model that edits keeps to --image, 1 or more (default: 1.5)",
+        },
         "--mask": {
             "type": Path,
             "metavar": "FILE",

@@ -18,7 +18,8 @@ kernel below it).
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import TypeAlias
 
@@ -31,8 +32,10 @@ from runtime.philox import curand_normal, philox4x32
 
 __all__ = [
     *("MAX_SEED", "NOISES", "Noise", "PhiloxNoise", "TorchNoise"),
-    *("make_noise", "seeds_of"),
+    *("draw", "draw_seeds", "fresh_noise", "make_noise", "seeds_of", "vary"),
 ]
+
+AHEAD_BYTES = 2**24  # of noise that is drawn before it is needed
 
 MAX_SEED = 2**64 - 1
 
@@ -249,3 +252,27 @@ def seeds_of(
         return tuple(int(seed) for seed in given)
     check_number(name, given, Integral, 0, MAX_SEED)
     return tuple((int(given) + i * step) % (MAX_SEED + 1) for i in range(count))
+
+
+def draw_seeds(count: int, step: int) -> list[int]:
+    """Draw the first of so many seeds below 2**32; the others follow it by a step."""
+    first = secrets.randbelow(2**32)
+    return [first + i * step for i in range(count)]
+
+
+def fresh_noise(
+    rngs: Sequence[Noise], shape: tuple[int, int, int], needs_noise: NDArray[np.bool_]
+) -> Iterator[NDArray[np.float32]]:
+    """Yield the noise of each call, (B, C, h, w), drawn some calls ahead.
+
+    A draw between two calls takes ten times as long as draws in a row: the engine has emptied the
+    processor's caches.
+    """
+    silence = np.zeros((len(rngs), *shape), np.float32)
+    ahead = max(1, AHEAD_BYTES // silence.nbytes)
+    waiting: list[NDArray[np.float32]] = []
+    for call, draws in enumerate(needs_noise):
+        if draws and not waiting:
+            left = int(needs_noise[call:].sum())
+            waiting = [draw(rngs, shape) for _ in range(min(ahead, left))]
+        yield waiting.pop(0) if draws else silence

@@ -7,7 +7,6 @@ a picture's file are options too.
 import argparse
 from collections.abc import Mapping
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
@@ -17,17 +16,15 @@ from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
 from engine.errors import RequestError
 from runtime.checks import FOREIGN_NAMES
+from runtime.drawing_options import DRAWING_OPTIONS
 from runtime.image_options import IMAGE_OPTIONS
 from runtime.images.canvas import ALPHA
 from runtime.images.files import open_image
 from runtime.images.upscaling import Hires
-from runtime.noise import NOISES
 from runtime.output_options import OUTPUT_OPTIONS
-from runtime.plan import STEPS
-from runtime.presets import PRESETS, describe_presets
+from runtime.presets import describe_presets
 from runtime.regions import parse_region
 from runtime.request import Request
-from runtime.samplers import DEFAULT_SAMPLER, SAMPLERS, SCHEDULES
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 from runtime.steering_options import (
     STEERING_FIELDS,
@@ -35,7 +32,7 @@ from runtime.steering_options import (
     steering_arguments,
     steering_of,
 )
-from runtime.text_options import TEXT_OPTIONS, read_numbers
+from runtime.text_options import TEXT_OPTIONS
 
 __all__ = [
     *("AGAIN", "FIELDS", "HIRES", "MADE_WITH"),
@@ -111,7 +108,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 def add_request_options(parser: argparse.ArgumentParser) -> None:
     """Add what says with what and how pictures are drawn, all but the prompt."""
     _add_model(parser.add_argument_group("the model"))
-    _add_drawing(parser.add_argument_group("how it is drawn"))
+    drawing = parser.add_argument_group("how it is drawn")
+    for flags, option in DRAWING_OPTIONS:
+        drawing.add_argument(*flags, **option)
     text = parser.add_argument_group("the text and its guidance")
     text.add_argument(
         "--region",
@@ -206,87 +205,6 @@ def add_engine_options(group: Any) -> None:
     add("--threads", type=int, metavar="N", help="processor threads (default: one for each core)")
 
 
-def _add_drawing(group: Any) -> None:
-    add = group.add_argument
-    add("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)}; see below")
-    add(
-        "--sampler",
-        metavar="NAME",
-        help=f"one of {', '.join(SAMPLERS)} (default: {DEFAULT_SAMPLER})",
-    )
-    add(
-        "--schedule",
-        metavar="NAME",
-        help=f"one of {', '.join(SCHEDULES)} (default: the model's own)",
-    )
-    add(
-        "--steps",
-        dest="num_inference_steps",
-        type=int,
-        metavar="N",
-        help=f"denoising steps (default: {STEPS}, or what a distilled model is made for)",
-    )
-    add(
-        "--cache-interval",
-        type=int,
-        default=1,
-        metavar="N",
-        help="compute the whole UNet at every Nth call only: faster, less exact "
-        "(default: %(default)s)",
-    )
-    add(
-        "--eta",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="noise that ddim and tcd add, 0 to 1 (default: %(default)s)",
-    )
-    add("--height", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    add("--width", type=int, metavar="PIXELS", help="a multiple of 8 (default: the model's own)")
-    add(
-        "-s",
-        "--seed",
-        type=partial(read_numbers, int, ",", None),
-        metavar="N",
-        help="the same seed gives the same picture; with commas one for each picture, -1 for any",
-    )
-    add(
-        "--variation-strength",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="0 to 1: how far from the seed's noise to that of --variation-seed (default: 0)",
-    )
-    add(
-        "--variation-seed",
-        type=partial(read_numbers, int, ",", None),
-        metavar="N",
-        help="whose noise pictures of one seed vary by; counts up for several pictures",
-    )
-    add(
-        "--noise",
-        choices=tuple(NOISES),
-        default="cpu",
-        help="whose random numbers a seed means: torch's on the processor, or on a GPU, as "
-        "Automatic1111's (default: %(default)s)",
-    )
-    add(
-        "-n",
-        "--num-images",
-        dest="num_images_per_prompt",
-        type=int,
-        default=1,
-        metavar="N",
-        help="pictures to draw, with seeds that count up (default: %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        help="pictures to draw at once, the others after them (default: by memory, up to 4)",
-    )
-
-
 def backend_settings(options: argparse.Namespace) -> BackendSettings:
     """Return the settings of the backend that the options of the engines give."""
     return BackendSettings(**{name: getattr(options, name) for name in _BACKEND})
@@ -328,7 +246,7 @@ def make_request(options: argparse.Namespace, pictures: Mapping[str, Any] | None
     pictures: what `read_pictures` gives for these options; None reads it
     Raises RequestError, also for an option without what it is for.
     """
-    for name in ("strength", "mask", "extend", "image_noise"):
+    for name in ("strength", "mask", "extend", "image_noise", "image_guidance_scale"):
         if getattr(options, name) is not None and not options.image:
             option = name.replace("_", "-")
             raise RequestError(f"--{option} came without --image; give the picture to start from")

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engine.adapters.adapter import AdapterChoice
-from engine.backends.settings import BackendSettings, ComputePrecision
+from engine.backends.settings import ON_GPU, BackendSettings, ComputePrecision
 from engine.devices.device import HostOrDeviceArray, on_host
 from engine.engines import Engines
 from engine.errors import RequestError
@@ -28,7 +28,6 @@ from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.controls import call_controls
 from runtime.denoising.groups import batch_limit, groups_of
 from runtime.denoising.latents import (
-    LatentSpace,
     Progress,
     State,
     parts_of,
@@ -45,6 +44,7 @@ from runtime.request import Request
 from runtime.request_options import CallOptions
 from runtime.result import ArrayResult, DrawnImage, Result
 from runtime.templates import expand_request, with_templates
+from runtime.variants import check_gpu
 
 OWN = "own"  # as a preview decoder: the model's
 SHIPPED = "pictogram"
@@ -71,9 +71,6 @@ class Pipeline(AdaptedModel):
     ) -> None:
         super().__init__(engines, tokenizers, lora_dir=lora_dir)
         self.wildcards = wildcards
-        self._latents = LatentSpace(
-            model=engines.model, engine=engines.engine, threads=engines.settings.threads
-        )
 
     @classmethod
     def load(
@@ -169,7 +166,7 @@ class Pipeline(AdaptedModel):
         images = [
             image
             for group, latents in zip(groups, drawn, strict=True)
-            for image in self.finish(group, self.decode(latents))
+            for image in self.finish(group, self.decode(latents, group))
         ]
         if call.output_type == "np":
             return ArrayResult.of(np.stack([as_floats(image) for image in images]), plan)
@@ -202,7 +199,7 @@ class Pipeline(AdaptedModel):
             for row in finished_rows(
                 list(rows), self.step_rows, self.start, limit, is_exact=is_exact
             ):
-                (image,) = self.finish(row.plan, self.decode(row.latents))
+                (image,) = self.finish(row.plan, self.decode(row.latents, row.plan))
                 (settings,) = row.plan.settings
                 notes = row.plan.notes
                 yield DrawnImage(image=image, request=rows[row], settings=settings, notes=notes)
@@ -216,6 +213,8 @@ class Pipeline(AdaptedModel):
         """
         if request.regions:
             check_backend(self.engines.settings.backend)
+        if (backend := self.engines.settings.backend) in ON_GPU:
+            check_gpu(request, self.model, backend)
         chosen, notes = request, list[str]()
         self._check_steering(request)
         if request.is_template:
@@ -259,7 +258,7 @@ class Pipeline(AdaptedModel):
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
         self._latents.open_upscalers(plan)
         for part in parts_of(plan, self.model):
-            self.engine(part)
+            self.engine(part, plan.variants.get(part))
         self._open_steering(plan)
 
     def step(self, state: State, inputs: StepInputs) -> State:
@@ -271,7 +270,7 @@ class Pipeline(AdaptedModel):
         if inputs.is_controlled and inputs.is_full:
             steering = call_controls(inputs, state.hints)
             given |= self._controlled.residuals(given, [steering] * len(given["noise"]))
-        outputs = self.engine(inputs.part).run(given)
+        outputs = self.engine(inputs.part, inputs.variant).run(given)
         return state.after(outputs, given)
 
     def denoise(self, plan: Plan) -> Iterator[Progress]:
@@ -287,10 +286,6 @@ class Pipeline(AdaptedModel):
                     state=state,
                 )
             latents = state.latents if run.hires is not None else None
-
-    def decode(self, latents: HostOrDeviceArray) -> list[Image.Image]:
-        """Decode latents (B, C, h, w) into images of 8 h by 8 w pixels."""
-        return [Image.fromarray(pixels) for pixels in self._latents.decode(latents)]
 
     def finish(self, plan: Plan, images: list[Image.Image]) -> list[Image.Image]:
         """Bring a plan's decoded images to its image's size, with its own pixels outside the mask.
@@ -334,7 +329,7 @@ class Pipeline(AdaptedModel):
 
     def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
         """Make all calls of a run that nobody watches; returns the latents, where they are."""
-        if hasattr(self.engine(plan.step_parts[0]), "device"):
+        if self._is_on_device(plan):
             return self._device_loop.finish(state, plan.steps(), self.engines.engine)
         for inputs in plan.steps():
             state = self.step(state, inputs)
@@ -342,7 +337,7 @@ class Pipeline(AdaptedModel):
 
     def _steps(self, plan: Plan, state: State) -> Iterator[tuple[StepInputs, State]]:
         """Make the calls of a run one by one; yields each with the state after it."""
-        if hasattr(self.engine(plan.step_parts[0]), "device"):
+        if self._is_on_device(plan):
             yield from self._device_loop.steps(state, plan.steps(), self.engines.engine)
             return
         for inputs in plan.steps():

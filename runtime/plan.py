@@ -5,7 +5,7 @@ recommend, then from the defaults here.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -13,11 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from engine.graphs.graph import Part
+from engine.graphs.variants import Variant
 from engine.model import Model
 from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.control import Control, StepControl, control_calls
+from runtime.editing import check_editing, edited_calls
 from runtime.framing import frame_of
 from runtime.image_prompt import ImagePrompt, attention_maps, with_image_prompts
 from runtime.images.canvas import BLUR, latent_mask
@@ -28,9 +31,10 @@ from runtime.picture_settings import picture_settings
 from runtime.presets import preset, variant_sampler
 from runtime.regions import shares_of, with_regions
 from runtime.request import Request
-from runtime.samplers import DEFAULT_SAMPLER, Program, program, resolve
+from runtime.samplers import CFG_PP_SCALE, DEFAULT_SAMPLER, Program, is_cfg_pp, program, resolve
 from runtime.samplers.noise_schedule import NoiseSchedule
-from runtime.step_inputs import STEP_PARTS, StepInputs, StepPart
+from runtime.step_inputs import STEP_PARTS, StepInputs, StepPart, rows_of_calls
+from runtime.variants import fields_of_plan, with_kept_image
 
 __all__ = ["Plan", "StepInputs", "make_plan"]
 
@@ -65,6 +69,9 @@ class Plan:
     upscaler: of such a run, how the latents before it are enlarged
     controls: what steers the run; control_calls: how much, at each of its calls
     image_prompts: pictures that are attended to; is_guided: whether calls move away from something
+    seamless: the axes along which opposite edges join
+    shrunk_calls: how many calls, the first, have lower levels of half the sides
+    variants: what parts compute beside what they always do; tables: what that is told, (N, ...)
     """
 
     program: Program
@@ -96,19 +103,17 @@ class Plan:
     control_calls: Sequence[Sequence[StepControl]] = ()
     image_prompts: Sequence[ImagePrompt] = ()
     is_guided: bool = False
+    seamless: str | None = None
+    shrunk_calls: int = 0
+    variants: Mapping[Part, Variant] = field(default_factory=dict)
+    tables: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
     def step_parts(self) -> list[StepPart]:
         """The parts that make the run's calls of the UNet: the whole, and around deep features."""
         whole, shallow = STEP_PARTS[bool(self.controls), bool(self.image_prompts)]
-        return [whole] if all(self.full_calls) else [whole, shallow]
-
-    def hint_image(self, image: Image.Image) -> Image.Image:
-        """Return a control's picture as it lies over what is drawn, of the run's sides."""
-        if self.frame is not None:
-            image = self.frame.drawn(image)
-        size = self.width, self.height
-        return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+        parts = [whole] if all(self.full_calls) else [whole, shallow]
+        return ["step_shrunk", *parts] if self.shrunk_calls else parts
 
     def runs(self) -> Iterator["Plan"]:
         """Yield this run and what follows it."""
@@ -134,31 +139,39 @@ class Plan:
 
     def steps(self) -> list[StepInputs]:
         """Return what each call of the UNet in this run is given beside the latents."""
-        program, batch = self.program, len(self.seeds)
+        program = self.program
         matrices, outside = program.matrices, np.zeros(program.matrices.shape[::2])
+        tables = self.tables
         if self.blends:
             matrices, outside = program.blended()
-        tables = matrices, outside, program.timesteps, program.input_scales
-        numbers = zip(
-            *(_rows(table, batch) for table in tables),
-            program.signal_scales.tolist(),
-            program.noise_scales.tolist(),
-            strict=True,
+            tables = with_kept_image(tables) if tables else tables
+        rows = rows_of_calls(
+            {
+                "matrices": matrices,
+                "outside": outside,
+                "timestep": program.timesteps,
+                "input_scale": program.input_scales,
+                **tables,
+            },
+            len(self.seeds),
         )
         controls = self.control_calls or [()] * len(self.conditioning)
-        calls = zip(self.conditioning, numbers, self.full_calls, controls, strict=False)
+        scales = zip(program.signal_scales.tolist(), program.noise_scales.tolist(), strict=True)
+        calls = zip(self.conditioning, rows, self.full_calls, controls, scales, strict=False)
         return [
             StepInputs(
                 conditioning=conditioning,
-                per_step=dict(zip(PER_STEP, rows, strict=True)),
+                per_step=per_step,
                 is_full=is_full,
                 signal_scale=signal,
                 noise_scale=noise,
                 controls=steering,
                 is_controlled=bool(self.controls),
                 has_images=bool(self.image_prompts),
+                is_shrunk=at < self.shrunk_calls,
+                variants=self.variants,
             )
-            for conditioning, (*rows, signal, noise), is_full, steering in calls
+            for at, (conditioning, per_step, is_full, steering, (signal, noise)) in enumerate(calls)
         ]
 
     @property
@@ -184,10 +197,11 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
     Raises RequestError for what the model cannot do.
     """
     wanted, multiple = _filled_in(request, model), model.vae.compression
-    frame = None
-    if wanted.image is not None:
-        frame = frame_of(wanted, model.sample_size * multiple, multiple)
-    height, width = wanted.size((model.sample_size * multiple,) * 2, multiple)
+    if model.is_editing or wanted.image_guidance_scale is not None:
+        check_editing(request, model)
+    own = model.sample_size * multiple
+    frame = None if wanted.image is None else frame_of(wanted, own, multiple)
+    height, width = wanted.size((own, own), multiple)
     if frame is not None:
         height, width = frame.height, frame.width
 
@@ -209,13 +223,12 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             mask_blur=wanted.mask_blur,
             blends=mask is not None and not model.is_inpainting,
             image_noise=ImageNoise.read(wanted.image_noise) if wanted.image_noise else None,
-            from_noise=mask is not None and strength == 1,
+            from_noise=model.is_editing or (mask is not None and strength == 1),
             paste_back=wanted.paste_back,
         )
     areas = (region.prompt for region in wanted.regions)
     unused = encoder.unused_words([*wanted.prompts, *wanted.negative_prompts, *areas])
-    size = first.height, first.width
-    settings = picture_settings(wanted, first.seeds, first.variation_seeds, size)
+    settings = picture_settings(wanted, first.seeds, first.variation_seeds, (height, width))
     first = replace(first, settings=settings, notes=unused)
     if wanted.hires is None:
         return first
@@ -239,19 +252,19 @@ def _filled_in(request: Request, model: Model) -> Request:
         choices = (getattr(request, name), chosen.get(name), *others)
         return next((choice for choice in choices if choice is not None), None)
 
+    sampler = choose("sampler", variant_sampler(model) if model.variant else None, DEFAULT_SAMPLER)
+    usual = CFG_PP_SCALE if is_cfg_pp(sampler) else GUIDANCE_SCALE
     return replace(
         request,
         num_inference_steps=choose("num_inference_steps", model.steps, STEPS),
-        guidance_scale=choose("guidance_scale", model.guidance_scale, GUIDANCE_SCALE),
+        guidance_scale=choose("guidance_scale", model.guidance_scale, usual),
         guidance_rescale=choose("guidance_rescale", 0.0),
-        sampler=choose(
-            "sampler", variant_sampler(model) if model.variant else None, DEFAULT_SAMPLER
-        ),
+        sampler=sampler,
         schedule=choose("schedule"),
         height=choose("height", chosen.get("size")),
         width=choose("width", chosen.get("size")),
         strength=None
-        if request.image is None
+        if request.image is None or model.is_editing
         else choose("strength", PAINTED_STRENGTH if painted else STRENGTH),
         seed=request.draw_seeds(),  # once for all runs
         variation_seed=request.draw_variation_seeds() or None,
@@ -276,18 +289,14 @@ def _run(
     if curve == A1111_STEPS and "time_ids" in encoder.model.unet.extra_inputs:
         curve = f"{A1111_STEPS}_xl"  # Automatic1111 takes the table by the model
     matrices = program(
-        sampler,
-        schedule,
-        int(steps),
-        schedule=curve,
-        strength=strength,
-        eta=request.eta,
+        sampler, schedule, int(steps), schedule=curve, strength=strength, eta=request.eta
     )
     guidance = Guidance.over(
         request.guidance_scale,
         len(matrices.timesteps),
         request.guidance_interval,
         request.negative_scale,
+        always=matrices.unconditional is not None,
     )
     prompts, parts = request.composed(encoder.words)
     maps = None
@@ -306,26 +315,29 @@ def _run(
         repeats=request.num_images_per_prompt,
     )
     conditioning = encoder.condition(
-        texts,
-        guidance,
-        *size,
-        clip_skip=request.clip_skip,
-        clean_prompt=request.clean_prompt,
+        texts, guidance, *size, clip_skip=request.clip_skip, clean_prompt=request.clean_prompt
     )
     pictures = [each for each in request.image_prompts if each.over(len(conditioning)).any()]
     if pictures:
         places = attention_maps(pictures, encoder.model, frame, size)
         conditioning = with_image_prompts(conditioning, pictures, len(prompts), places)
+    is_guided = any(len(call["context"]) > len(prompts) for call in conditioning)
     controls = [control for control in request.controls if control.over(len(conditioning)).any()]
-    groups = [len(call["guidance"]) for call in conditioning]
+    if encoder.model.is_editing:
+        conditioning = edited_calls(conditioning, request.image_guidance_scale, len(prompts))
+    fields: dict[str, Any] = {"program": matrices, "conditioning": conditioning}
+    asked = (request.seamless, request.pag_scale, request.apg, request.deep_shrink)
+    if any(asked) or matrices.unconditional is not None:
+        model, count = encoder.model, len(prompts)
+        fields |= fields_of_plan(request, model, schedule, guidance, matrices, conditioning, count)
+    groups = [len(call["guidance"]) for call in fields["conditioning"]]
+    seen = len(prompts) * (1 + bool(request.pag_scale))  # perturbed or not
     residuals = sum(map(len, encoder.model.unet.residual_widths()))
     return Plan(
-        program=matrices,
-        conditioning=conditioning,
         controls=controls,
-        control_calls=control_calls(controls, groups, len(prompts), residuals) if controls else (),
+        control_calls=control_calls(controls, groups, seen, residuals) if controls else (),
         image_prompts=pictures,
-        is_guided=max(groups) > len(prompts),
+        is_guided=is_guided,
         guidance_rescale=request.guidance_rescale,
         cache_interval=request.cache_interval,
         seeds=list(request.seeds),
@@ -334,9 +346,5 @@ def _run(
         noise=request.noise,
         height=size[0],
         width=size[1],
+        **fields,
     )
-
-
-def _rows(table: NDArray[Any], batch: int) -> Array:
-    """Repeat one picture's numbers for the whole batch, call by call: (N, …) -> (N, B, …)."""
-    return np.repeat(np.asarray(table, np.float32)[:, None], batch, axis=1)

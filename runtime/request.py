@@ -1,6 +1,5 @@
 """What a user asks for, checked before anything is computed."""
 
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -12,12 +11,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.errors import RequestError
+from engine.graphs.seamless import AXES
 from runtime.checks import (
+    check_apg,
     check_choice,
+    check_extend,
+    check_given,
     check_image,
     check_interval,
     check_names,
     check_number,
+    check_scale,
+    check_sides,
     texts,
 )
 from runtime.conditioning import alternatives
@@ -29,7 +34,7 @@ from runtime.images.canvas import ALPHA, BLUR, MAX_BLUR, MAX_SIDE, transparency
 from runtime.images.files import upright
 from runtime.images.image_noise import check_image_noise
 from runtime.images.upscaling import MAX_STEPS, Hires
-from runtime.noise import NOISES, seeds_of
+from runtime.noise import NOISES, draw_seeds, seeds_of
 from runtime.presets import PRESETS
 from runtime.regions import Region, check_regions
 from runtime.samplers import DEFAULT_SAMPLER, resolve
@@ -49,6 +54,7 @@ OF_AN_IMAGE: Mapping[str, object] = MappingProxyType(
         "paste_back": True,
         "extend": None,
         "image_noise": None,
+        "image_guidance_scale": None,
     }
 )  # fields that cannot act without one, with what they are then
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
@@ -72,6 +78,8 @@ class Request:
     guidance_interval: the part of the run that is guided; the rest costs half
     negative_scale: how far to move from the negative prompt beside moving to the prompt, from the
         empty one between them; None lets the negative prompt take the empty one's place
+    pag_scale: how far to move from what the UNet sees without its middle's attention (PAG)
+    apg: eta, the threshold (0 for none) and the momentum of projected guidance (APG)
     sampler: None takes "ddim"
     schedule: the sigma schedule, such as "karras"; None for the model's own
     height, width: in pixels, multiples of 8; None takes the image's, whatever it is, or what the
@@ -96,10 +104,13 @@ class Request:
         are painted anew
     strength: how far from the image to go, above 0 and up to 1; None takes 0.8, and 1 where
         something is painted anew
+    image_guidance_scale: how closely a model that edits keeps to the image, from 1; None takes 1.5
     image_noise: that the image gets first, "gaussian:VARIANCE" or "salt-pepper:SHARE", 0 to 1
     hires: a second, larger run; controls: pictures that steer, by ControlNets of the pipeline
     image_prompts: pictures that are attended to beside the text, by IP-Adapters of the pipeline
     regions: areas that have texts of their own; elsewhere the prompt counts
+    seamless: "x", "y" or "both": the axes along which copies of the picture join without a seam
+    deep_shrink: the first part of the calls, whose lower levels see half the sides, such as 0.35
     cache_interval: the UNet runs whole at every so many calls and around the deep features of the
         last of these in between (DeepCache): from 3 on twice as fast or more, and less exact; 1
         always runs it whole
@@ -124,6 +135,8 @@ class Request:
     guidance_rescale: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     negative_scale: float | None = None
+    pag_scale: float | None = None
+    apg: tuple[float, float, float] | None = None
     sampler: str | None = None
     schedule: str | None = None
     height: int | None = None
@@ -141,10 +154,13 @@ class Request:
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
     image_noise: str | None = None
+    image_guidance_scale: float | None = None
     hires: Hires | None = None
     regions: Sequence[Region] = ()
     controls: Sequence[Control] = ()
     image_prompts: Sequence[ImagePrompt] = ()
+    seamless: str | None = None
+    deep_shrink: float | None = None
     cache_interval: int = 1
     eta: float = 0.0
     prompt_syntax: bool = True
@@ -190,8 +206,7 @@ class Request:
         object.__setattr__(self, "variation_seeds", varied)
 
     def _check_method(self) -> None:
-        if self.num_inference_steps is not None:
-            check_number("num_inference_steps", self.num_inference_steps, Integral, 1, MAX_STEPS)
+        check_given("num_inference_steps", self.num_inference_steps, Integral, 1, MAX_STEPS)
         for name, example in (("preset", "fast"), ("sampler", "ddim"), ("schedule", "karras")):
             if not isinstance(getattr(self, name), str | None):
                 raise RequestError(
@@ -199,9 +214,12 @@ class Request:
                 )
         if self.preset is not None:
             check_choice("preset", self.preset, tuple(PRESETS))
+        if self.seamless is not None:
+            check_choice("seamless", self.seamless, tuple(AXES))
         if self.sampler is not None or self.schedule is not None:
             resolve(self.sampler or DEFAULT_SAMPLER, self.schedule)
         check_number("cache_interval", self.cache_interval, Integral, 1, MAX_STEPS)
+        check_given("deep_shrink", self.deep_shrink, Real, 0, 1)
         check_number("eta", self.eta, Real, 0, 1)
         check_number("clip_skip", self.clip_skip, Integral, 1, MAX_CLIP_SKIP)
         for name in ("prompt_syntax", "clean_prompt", "paste_back"):
@@ -212,27 +230,24 @@ class Request:
 
     def _check_size(self) -> None:
         for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), Integral, 1, MAX_SIDE)
+            check_given(name, getattr(self, name), Integral, 1, MAX_SIDE)
 
     def _check_guidance(self) -> None:
-        scales = self.guidance_scale
-        if scales is not None:
-            several = isinstance(scales, Sequence) and not isinstance(scales, str) and len(scales)
-            for scale in scales if several else [scales]:  # type: ignore[union-attr]
-                check_number("guidance_scale", scale, Real, 0, MAX_SCALE)
-        if self.guidance_rescale is not None:
-            check_number("guidance_rescale", self.guidance_rescale, Real, 0, 1)
-        if self.negative_scale is not None:
-            check_number("negative_scale", self.negative_scale, Real, 0, MAX_SCALE)
+        if self.guidance_scale is not None:
+            check_scale("guidance_scale", self.guidance_scale, MAX_SCALE)
+        check_given("guidance_rescale", self.guidance_rescale, Real, 0, 1)
+        check_given("negative_scale", self.negative_scale, Real, 0, MAX_SCALE)
+        check_given("pag_scale", self.pag_scale, Real, 0, MAX_SCALE)
+        if self.apg is not None:
+            check_apg(self.apg)
         check_interval("guidance_interval", self.guidance_interval)
 
     def _check_image(self) -> None:
         check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
-        if self.strength is not None:
-            check_number("strength", self.strength, Real, 0, 1)
+        check_given("strength", self.strength, Real, 0, 1)
         if self.image_noise is not None:
             check_image_noise(self.image_noise, self.strength, bool(self.mask or self.extend))
+        check_given("image_guidance_scale", self.image_guidance_scale, Real, 1, MAX_SCALE)
         if self.image is None:
             for name, default in OF_AN_IMAGE.items():
                 if getattr(self, name) != default:
@@ -250,12 +265,8 @@ class Request:
         if self.inpaint_area == MASKED and self.mask is None:
             raise RequestError('inpaint_area is "masked" without a mask; give what to paint anew')
         check_number("mask_padding", self.mask_padding, Integral, 0, MAX_SIDE)
-        if self.extend is not None and (
-            not isinstance(self.extend, Sequence) or len(self.extend) != 4
-        ):
-            raise RequestError(
-                f"extend is {self.extend!r}; give four numbers of pixels: left, top, right, bottom"
-            )
+        if self.extend is not None:
+            check_extend(self.extend)
         if self.hires is not None and not isinstance(self.hires, Hires):
             raise RequestError(f"hires is {self.hires!r}; give Hires(scale=2.0)")
         if self.hires is not None and (self.mask is not None or self.extend is not None):
@@ -290,10 +301,8 @@ class Request:
         return self._drawn(self.variation_seeds, 1) if self.variation_strength else []
 
     def _drawn(self, given: Sequence[int] | None, step: int) -> list[int]:
-        if given is not None:
-            return list(given)
-        first = secrets.randbelow(2**32)
-        return [first + i * step for i in range(len(self.prompts) * self.num_images_per_prompt)]
+        count = len(self.prompts) * self.num_images_per_prompt
+        return draw_seeds(count, step) if given is None else list(given)
 
     @property
     def adapters(self) -> tuple[AdapterTag, ...]:
@@ -337,11 +346,5 @@ class Request:
         """
         height = default[0] if self.height is None else self.height
         width = default[1] if self.width is None else self.width
-        for name, side in (("height", height), ("width", width)):
-            check_number(name, side, Integral, multiple, MAX_SIDE)
-            if side % multiple:
-                raise RequestError(
-                    f"{name} is {side}; it must be a multiple of {multiple}, "
-                    f"such as {max(round(side / multiple), 1) * multiple}"
-                )
+        check_sides(height, width, multiple, MAX_SIDE)
         return int(height), int(width)

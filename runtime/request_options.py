@@ -25,6 +25,8 @@ class RequestOptions(TypedDict, total=False):
     guidance_rescale: float | None
     guidance_interval: tuple[float, float] | None
     negative_scale: float | None
+    pag_scale: float | None
+    apg: tuple[float, float, float] | None
     sampler: str | None
     schedule: str | None
     height: int | None
@@ -42,10 +44,13 @@ class RequestOptions(TypedDict, total=False):
     extend: tuple[int, int, int, int] | None
     strength: float | None
     image_noise: str | None
+    image_guidance_scale: float | None
     hires: Hires | None
     regions: Sequence[Region] | None
     controls: Sequence[Control] | None
     image_prompts: Sequence[ImagePrompt] | None
+    seamless: str | None
+    deep_shrink: float | None
     cache_interval: int | None
     eta: float | None
     prompt_syntax: bool | None

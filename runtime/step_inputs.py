@@ -1,15 +1,17 @@
 """What one call of the UNet is given, beside the latents and what is the same at every call."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.graphs.graph import Part
+from engine.graphs.variants import Variant
 from runtime.control import StepControl
 
-__all__ = ["STEP_PARTS", "StepInputs", "StepPart"]
+__all__ = ["STEP_PARTS", "StepInputs", "StepPart", "rows_of_calls"]
 
 Array = NDArray[np.float32]
 StepPart = Literal[
@@ -21,6 +23,7 @@ StepPart = Literal[
     "step_shallow_ip",
     "step_controlled_ip",
     "step_shallow_controlled_ip",
+    "step_shrunk",
 ]
 # The parts that make calls of the UNet, whole and shallow, by whether a run is controlled and has
 # image prompts.
@@ -45,6 +48,8 @@ class StepInputs:
     signal_scale, noise_scale: alpha and sigma of the latents that go in
     controls: what steers this call; is_controlled: whether any call of the run is steered, so that
         all have one graph; has_images: whether the run has image prompts, likewise
+    is_shrunk: whether the UNet's lower levels see half the sides, where it runs whole
+    variants: what parts compute beside what they always do
     """
 
     conditioning: Mapping[str, Array]
@@ -55,9 +60,31 @@ class StepInputs:
     controls: Sequence[StepControl] = ()
     is_controlled: bool = False
     has_images: bool = False
+    is_shrunk: bool = False
+    variants: Mapping[Part, Variant] = field(default_factory=dict)
 
     @property
     def part(self) -> StepPart:
         """The part whose engine is called."""
         whole, shallow = STEP_PARTS[self.is_controlled, self.has_images]
+        if self.is_shrunk:
+            whole = "step_shrunk"
         return whole if self.is_full else shallow
+
+    @property
+    def variant(self) -> Variant | None:
+        """What that part computes beside what it always does."""
+        return self.variants.get(self.part)
+
+
+def rows_of_calls(tables: Mapping[str, NDArray[np.float64]], batch: int) -> list[dict[str, Array]]:
+    """Return what every call is given of a run's tables, (N, ...) each: (B, ...) float32 by name.
+
+    All B pictures are given the same.
+    """
+    repeated = {
+        name: np.repeat(np.asarray(table, np.float32)[:, None], batch, axis=1)
+        for name, table in tables.items()
+    }
+    calls = len(next(iter(repeated.values())))
+    return [{name: table[call] for name, table in repeated.items()} for call in range(calls)]

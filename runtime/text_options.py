@@ -50,6 +50,17 @@ TEXT_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "metavar": "S",
             "help": "a scale of its own for the negative prompt (default: that of the guidance)",
         },
+        "--pag-scale": {
+            "type": float,
+            "metavar": "P",
+            "help": "perturbed-attention guidance beside the other, such as 3 (default: none)",
+        },
+        "--apg": {
+            "type": partial(read_numbers, float, ":", 3),
+            "metavar": "ETA:R:M",
+            "help": "projected guidance at high scales: how much is taken of what is parallel, the "
+            "largest norm (0: any) and the momentum, such as 0:15:-0.5",
+        },
         "--plain-prompt": {
             "dest": "prompt_syntax",
             "action": "store_false",

@@ -131,7 +131,8 @@ class PictureRequest:
         steps = float(given.get("num_inference_steps") or DEFAULT_STEPS)
         texts = [given.get("prompt", ""), *(region.prompt for region in self.regions)]
         parts = sum(str(text).count("AND") + 1 for text in texts)
-        groups = 1 + parts + (given.get("negative_scale") is not None)
+        perturbed = parts if given.get("pag_scale") else 0
+        groups = 1 + parts + perturbed + (given.get("negative_scale") is not None)
         work = steps * pixels / PIXELS * groups / GROUPS
         work *= 1 + CONTROL_SHARE * len(self.controls)
         if hires := given.get("hires"):

@@ -152,7 +152,7 @@ class RowPicture:
         if not np.isfinite(latents).all():
             raise not_finite(self.picture_request.model)
         plan = self.row.plan
-        (image,) = self.pipeline.finish(plan, self.pipeline.decode(latents))
+        (image,) = self.pipeline.finish(plan, self.pipeline.decode(latents, plan))
         chosen = self.pipeline.engines
         settings = {
             **plan.settings[0],

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from engine.backends.settings import BackendSettings, ComputePrecision
 from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape
-from engine.graphs.graph import Graph
+from engine.graphs.graph import Graph, Part
+from engine.graphs.variants import Variant
 from engine.model import Model
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -48,6 +49,14 @@ class Engine(Protocol):
         One after the other, so that never two of all are in memory. Raises BackendError or
         ModelError, and then some are new: the former weights must be bound again.
         """
+        ...
+
+
+class FindEngine(Protocol):
+    """As `Engines.engine`: returns the engine of a part, or that of a variant of it."""
+
+    def __call__(self, part: Part, variant: Variant | None = None) -> Engine:
+        """Open it at the first call; raises ModelError, GraphError or BackendError."""
         ...
 
 

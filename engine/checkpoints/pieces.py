@@ -178,7 +178,7 @@ def _conclude(path: Path, config: UNetConfig, family: Family, asked: str | None)
     return conclude(
         Evidence(path=path, metadata=weights.metadata, names=weights.tensors),
         family,
-        inpainting="image_conditioning" in config.extra_inputs,
+        sees_picture=not {"image_conditioning", "edited_image"}.isdisjoint(config.extra_inputs),
         time_condition="timestep_cond" in config.extra_inputs,
         compression=COMPRESSION,
         asked=asked,

@@ -91,14 +91,15 @@ def conclude(
     evidence: Evidence,
     family: Family,
     *,
-    inpainting: bool,
+    sees_picture: bool,
     time_condition: bool,
     compression: int,
     asked: str | None,
 ) -> TrainingFacts:
     """Conclude how a model was trained; raises ModelError when `asked` is no prediction type.
 
-    inpainting, time_condition: the UNet takes a masked picture, or an embedded guidance scale
+    sees_picture, time_condition: the UNet takes a picture, as for inpainting, or an embedded
+        guidance scale
     compression: pixels along one side of the square that a latent stands for
     """
     notes = []
@@ -108,7 +109,7 @@ def conclude(
         scheduler |= few_steps.scheduler
         notes.append(f"it is distilled to few steps ({few_steps.name}), {why}")
     kind, why = prediction_type(
-        evidence, family, usual=not inpainting and few_steps is None, asked=asked
+        evidence, family, usual=not sees_picture and few_steps is None, asked=asked
     )
     scheduler["prediction_type"] = kind
     notes.append(f"its prediction type is {kind}, {why}")
@@ -136,7 +137,7 @@ def prediction_type(
 ) -> Answer:
     """Decide what a model predicts; raises ModelError when what is asked for is none.
 
-    usual: the model is neither for inpainting nor distilled to few steps
+    usual: the model takes no picture and is not distilled to few steps
     """
     if asked is not None:
         if asked not in get_args(PredictionType):

@@ -146,7 +146,7 @@ def _conclude(
     return conclude(
         Evidence(path=path, metadata=weights.metadata, names=weights.tensors),
         family,
-        inpainting="image_conditioning" in unet.extra_inputs,
+        sees_picture=not {"image_conditioning", "edited_image"}.isdisjoint(unet.extra_inputs),
         time_condition="timestep_cond" in unet.extra_inputs,
         compression=vae.compression if vae else COMPRESSION,
         asked=asked,

@@ -83,12 +83,11 @@ SIGNATURES: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 MAX_TENSORS = 20_000  # the largest models, with averaged weights, have some 5,000
 
-# Channels of the UNet's input that are neither 4 nor, with a mask and a masked picture, 9
+# Channels of the UNet's input that are neither 4 nor, with a picture, 8 nor, with a mask too, 9
 CHANNELS: Mapping[int, str] = MappingProxyType(
     {
         5: "Stable Diffusion 2 with depth",
         7: "the upscaler of Stable Diffusion",
-        8: "InstructPix2Pix",
     }
 )
 
@@ -121,5 +120,5 @@ def foreign_channels(path: Path, channels: int, latent: int) -> ModelError:
     seems = f", as {CHANNELS[channels]} does" if channels in CHANNELS else ""
     return ModelError(
         f"{path} has a UNet that takes {channels} channels{seems}; supported are {latent} "
-        f"(text to image) and {2 * latent + 1} (inpainting)"
+        f"(text to image), {2 * latent} (editing by instructions) and {2 * latent + 1} (inpainting)"
     )

@@ -131,12 +131,13 @@ class UNetConfig(Config):
 
     @property
     def extra_inputs(self) -> tuple[str, ...]:
-        """XL's second conditioning, LCM's guidance scale, and what inpainting sees."""
+        """XL's second conditioning, LCM's guidance scale, and what is seen of a picture."""
         names = ["text_embeds", "time_ids"] if self.addition_embed_type == "text_time" else []
         if self.time_cond_proj_dim:
             names.append("timestep_cond")
         if self.in_channels > self.out_channels:
-            names.append("image_conditioning")
+            edits = self.in_channels == 2 * self.out_channels
+            names.append("edited_image" if edits else "image_conditioning")
         return tuple(names)
 
     @property

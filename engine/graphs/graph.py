@@ -37,6 +37,7 @@ Part = Literal[
     "step_shallow",
     "step_controlled",
     "step_shallow_controlled",
+    "step_shrunk",
     "step_ip",
     "step_shallow_ip",
     "step_controlled_ip",
@@ -103,14 +104,11 @@ _STEP_INPUTS = {
     "mask": _tensor("float32", "B", 1, "h", "w"),
     "outside": _tensor("float32", "B", "r + 2"),
 }
-_NEXT_REGISTERS = _tensor("float32", "B", "r", "C", "h", "w")
+_NEXT = {"next_registers": _tensor("float32", "B", "r", "C", "h", "w")}
 # What enters the last residual block of the UNet: a step gives it, a shallow step begins there.
 _DEEP = _tensor("float32", "g", "B", "F", "h", "w")
-_STEP = Signature(inputs=_STEP_INPUTS, outputs={"next_registers": _NEXT_REGISTERS, "deep": _DEEP})
-_SHALLOW = Signature(
-    inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs={"next_registers": _NEXT_REGISTERS}
-)
-
+_STEP = Signature(inputs=_STEP_INPUTS, outputs={**_NEXT, "deep": _DEEP})
+_SHALLOW = Signature(inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs=_NEXT)
 # What a ControlNet sees of a step.
 _CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
@@ -119,6 +117,7 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
         "text_encoder_2": _TEXT_ENCODER,
         "step": _STEP,
         "step_shallow": _SHALLOW,
+        "step_shrunk": _STEP,  # whose lower levels see half the width and height (deep shrink)
         # What these and `control` take beside, by level, `signature` adds.
         "step_controlled": _STEP,
         "step_shallow_controlled": _SHALLOW,
@@ -201,6 +200,8 @@ EXTRA_INPUTS: Mapping[str, Tensor] = MappingProxyType(
         "timestep_cond": _tensor("float32", "B", "E"),
         # What an inpainting model sees unscaled: the mask, the masked picture's latents.
         "image_conditioning": _tensor("float32", "B", "X", "h", "w"),
+        # What a model that follows instructions edits: its latents, zeros in the first group.
+        "edited_image": _tensor("float32", "g", "B", "X", "h", "w"),
     }
 )
 
@@ -309,7 +310,7 @@ def graph_folders(chosen: str | Path | None = None) -> Sequence[Path]:
 # What makes the graphs of some parts; {} is what they are of.
 MAKES: Mapping[str, str] = MappingProxyType(
     {
-        **{part: f"export {{}} --parts {part}" for part in IP_PARTS},
+        **{part: f"export {{}} --parts {part}" for part in (*IP_PARTS, "step_shrunk")},
         "language_model": "export language-model {}",
         "step_controlled": "export control-net CONTROLNET --model {}",
         "step_shallow_controlled": "export control-net CONTROLNET --model {}",

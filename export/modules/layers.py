@@ -179,6 +179,11 @@ def for_groups(values: Tensor, groups: int | None) -> Tensor:
     return values[None].expand(groups, *values.shape).flatten(0, 1)
 
 
+def resized(values: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bring maps (B, C, h, w) to another size, as torch's bicubic interpolation does."""
+    return F.interpolate(values, size=size, mode="bicubic", align_corners=False)
+
+
 class GEGLU(nn.Module):
     """Gated linear unit with GELU (Shazeer 2020, arXiv:2002.05202)."""
 

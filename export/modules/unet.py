@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.configs.diffusion import UNetConfig
 from export.modules.embeddings import TextEmbedding, TimestepEmbedding, sinusoids
-from export.modules.layers import Context, TextAndImages, for_groups
+from export.modules.layers import Context, TextAndImages, for_groups, resized
 from export.modules.unet_blocks import (
     MidBlock,
     TransformerBlock,
@@ -20,6 +20,8 @@ from export.modules.unet_blocks import (
     make_down_blocks,
     make_up_blocks,
 )
+
+SHRUNK_FROM = 1  # the level whose input deep shrink halves
 
 
 class UNetEncoder(nn.Module):
@@ -55,15 +57,24 @@ class UNetEncoder(nn.Module):
         self.begins_alike = has_attention and config.addition_embed_type is None
 
     def encode(
-        self, first: Tensor, time_embedding: Tensor, context: Context, groups: int | None = None
+        self,
+        first: Tensor,
+        time_embedding: Tensor,
+        context: Context,
+        groups: int | None = None,
+        *,
+        shrinks: bool = False,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Go down from the first convolution's (B, C, h, w) and through the middle.
 
         Returns (B, C', h', w'), the maps on the way after the first convolution's, and the time
-        embedding; for groups see `UNet.with_deep`.
+        embedding; for groups and shrinks see `UNet.with_deep`.
         """
         hidden_states, skips = first, []
-        for block in self.down_blocks:
+        for level, block in enumerate(self.down_blocks):
+            if shrinks and level == SHRUNK_FROM:
+                height, width = hidden_states.shape[2:]
+                hidden_states = resized(hidden_states, (height // 2, width // 2))
             hidden_states, more = block(hidden_states, time_embedding, context, groups)
             time_embedding, groups = for_groups(time_embedding, groups), None
             skips += more
@@ -124,6 +135,7 @@ class UNet(UNetEncoder):
         *,
         groups: int | None = None,
         deep: Tensor | None = None,
+        shrinks: bool = False,
         residuals: Sequence[Tensor] = (),
         images: Sequence[Tensor] = (),
         text_embeds: Tensor | None = None,
@@ -140,6 +152,8 @@ class UNet(UNetEncoder):
         deep: (B, block_out_channels[0], h, w), what the last residual block takes beside the first
         skip. Given those of an earlier call, only what lies around them is computed (Ma et al.
         2024, DeepCache, arXiv:2312.00858, section 3.3, with the uppermost skip).
+        shrinks: whether all below the first level sees half the height and width of what came
+        before, which is enlarged again where it meets the whole size (Kohya's deep shrink, 2023).
         residuals: by level (B, C, h, w), what is added to the level's skips and behind the middle,
         channels behind channels (Zhang et al. 2023, arXiv:2302.05543, section 3.2).
         images: what is attended to beside the text, for all B: keys (B, k, t, W), values and bias,
@@ -151,12 +165,12 @@ class UNet(UNetEncoder):
         added = [piece for level, widths in levels for piece in level.split(widths, dim=1)]
         attended = self._attended(context, images, groups)
         if deep is None and self.begins_alike:
-            deep = self._deep(first, time_embedding, attended, groups, added[1:])
+            deep = self._deep(first, time_embedding, attended, groups, added[1:], shrinks)
         first, time_embedding = for_groups(first, groups), for_groups(time_embedding, groups)
         if self.config.addition_embed_type is not None:
             time_embedding = time_embedding + self.embed_text(context, text_embeds, time_ids)
         if deep is None:
-            deep = self._deep(first, time_embedding, attended, None, added[1:])
+            deep = self._deep(first, time_embedding, attended, None, added[1:], shrinks)
         if added:
             first = first + added[0]
         top = self.up_blocks[-1]
@@ -180,13 +194,17 @@ class UNet(UNetEncoder):
         context: Context,
         groups: int | None,
         added: Sequence[Tensor],
+        shrinks: bool,
     ) -> Tensor:
         """Run all but the last residual block, which alone sees the first skip."""
-        hidden_states, skips, time_embedding = self.encode(first, time_embedding, context, groups)
+        hidden_states, skips, time_embedding = self.encode(
+            first, time_embedding, context, groups, shrinks=shrinks
+        )
+        whole = self.config.layers()[0] + 1 if shrinks else None
         if added:
             skips = [skip + piece for skip, piece in zip(skips, added, strict=False)]
         if len(added) > len(skips):
             hidden_states = hidden_states + added[-1]
         for block in self.up_blocks:
-            hidden_states = block(hidden_states, skips, time_embedding, context)
+            hidden_states = block(hidden_states, skips, time_embedding, context, whole)
         return hidden_states

@@ -18,6 +18,7 @@ from export.modules.layers import (
     TextAndImages,
     Upsample,
     for_groups,
+    resized,
 )
 
 TRANSFORMER_EPS = 1e-6  # the group norm before a transformer; the residual blocks' is configured
@@ -196,13 +197,21 @@ class UpBlock(Block):
     """A level on the way up; every residual block also sees one skip."""
 
     def forward(
-        self, hidden_states: Tensor, skips: list[Tensor], time_embedding: Tensor, context: Context
+        self,
+        hidden_states: Tensor,
+        skips: list[Tensor],
+        time_embedding: Tensor,
+        context: Context,
+        whole: int | None = None,
     ) -> Tensor:
         """Consume the last skips; return (B, C, h, w) at the size of the next level.
 
-        Runs no more residual blocks than there are skips.
+        Runs no more residual blocks than there are skips. whole: how many of the first skips are
+        of the whole size, where the others are shrunk; what meets the last of them is enlarged.
         """
         for i in range(min(len(self.resnets), len(skips))):
+            if len(skips) == whole:
+                hidden_states = resized(hidden_states, tuple(skips[-1].shape[2:]))
             hidden_states = self.layer(i, hidden_states, skips.pop(), time_embedding, context)
         if hasattr(self, "upsamplers"):
             hidden_states = self.upsamplers[0](hidden_states, tuple(skips[-1].shape[2:]))

@@ -144,7 +144,7 @@ class Batch:
         try:
             if not np.isfinite(row.latents).all():
                 raise BackendError("the model gave latents that are no numbers")
-            (image,) = self.pipeline.finish(row.plan, self.pipeline.decode(row.latents))
+            (image,) = self.pipeline.finish(row.plan, self.pipeline.decode(row.latents, row.plan))
         except LatentrtError as error:
             self._fail(row, error)
             return

@@ -179,7 +179,7 @@ class Encoder:
         Raises RequestError for a text that is none.
         """
         embeds_scale = bool(self.model.unet.time_cond_proj_dim)  # such a model guides itself
-        guided = [scale > 1 and not embeds_scale for scale in guidance.scales]
+        guided = [guidance.is_guided(scale) and not embeds_scale for scale in guidance.scales]
         shown = _shown(texts, guided)
         distinct = dict.fromkeys(text for groups in shown for group in groups for text in group)
         encoded = self._encode(list(distinct), clip_skip, clean_prompt)

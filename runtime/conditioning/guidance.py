@@ -25,10 +25,12 @@ class Guidance:
 
     scales: s at each call of the UNet; where it is 1 or less the prompts alone are seen
     negative_scale: t, or None where the negative prompt takes the place of the empty one
+    always: whether the unconditional output is needed at every call, as by CFG++
     """
 
     scales: tuple[float, ...]
     negative_scale: float | None = None
+    always: bool = False
 
     @classmethod
     def over(
@@ -37,18 +39,29 @@ class Guidance:
         calls: int,
         interval: tuple[float, float] = (0.0, 1.0),
         negative_scale: float | None = None,
+        always: bool = False,
     ) -> "Guidance":
         """Spread a scale over a run.
 
         scale: a number, or several that the run passes through at even distances
         interval: the part of the run that is guided (Kynkäänniemi et al. 2024, arXiv:2404.07724):
             calls from int(start calls) to int(stop calls), the latter left out, as in diffusers
+        always: as the field
         """
         points = np.atleast_1d(np.asarray(scale, np.float64))
         scales = np.interp(np.linspace(0, points.size - 1, calls), np.arange(points.size), points)
         start, stop = (int(end * calls) for end in interval)
         scales[:start] = scales[stop:] = 1.0
-        return cls(scales=tuple(scales.tolist()), negative_scale=negative_scale)
+        return cls(scales=tuple(scales.tolist()), negative_scale=negative_scale, always=always)
+
+    def is_guided(self, scale: float) -> bool:
+        """Tell whether a call with this scale sees more than the prompts."""
+        return scale > 1 or self.always
+
+    def negatives(self, call: int) -> int:
+        """Return how many groups a call has that guidance moves away from."""
+        both = 1 + (self.negative_scale is not None)
+        return both if self.is_guided(self.scales[call]) else 0
 
     def weights(self, scale: float, parts: NDArray[np.float64]) -> Array:
         """Return what each group counts at a call with this scale: (g, P, ...) float32.
@@ -57,7 +70,7 @@ class Guidance:
         [uncond, cond]: uncond, the negative prompt where it is another, the parts; at a scale of 1
         or less the parts alone.
         """
-        if scale <= 1:
+        if not self.is_guided(scale):
             whole = parts.sum(0)
             return (parts / np.where(whole == 0, 1, whole)).astype(np.float32)
         t = self.negative_scale

@@ -85,7 +85,7 @@ class ControlledSteps:
         for control in plan.controls:
             key = control.net, id(control.image), control.preprocessor_text
             if key not in made:
-                pixels = hint_pixels(control.shown(plan.hint_image(control.image)))
+                pixels = hint_pixels(control.shown(_over(plan, control.image)))
                 made[key] = self._run(control.net, "control_hint", {"picture": pixels})["hint"]
             hints.append(made[key])
         return tuple(hints)
@@ -142,6 +142,14 @@ class ControlledSteps:
 
 Residuals = Callable[[Mapping[str, Any], Sequence[Sequence[CallControl]]], dict[str, Array]]
 """As `ControlledSteps.residuals`."""
+
+
+def _over(plan: Plan, image: Image.Image) -> Image.Image:
+    """Return a control's picture as it lies over what is drawn, of the run's sides."""
+    if plan.frame is not None:
+        image = plan.frame.drawn(image)
+    size = plan.width, plan.height
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def hint_pixels(image: Image.Image) -> Array:

@@ -13,23 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.backends.base import Engine
+from engine.backends.base import FindEngine
 from engine.backends.settings import BackendSettings
 from engine.devices.device import DeviceArray, HostOrDeviceArray, on_host
 from engine.errors import RequestError
 from engine.graphs.graph import Part
 from engine.model import Model
+from runtime.editing import edited_latents
 from runtime.images import tiles
 from runtime.images.canvas import GRAY, masked_pixels
-from runtime.images.image_noise import noise_seed
+from runtime.images.image_noise import noise_seed, noisy_pixels
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import PIXELS, is_trained, upscale_latents, upscale_pixels
-from runtime.noise import Noise, draw, make_noise, vary
+from runtime.noise import Noise, draw, fresh_noise, make_noise, vary
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
-
-AHEAD_BYTES = 2**24  # of noise that is drawn before it is needed
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -65,8 +64,12 @@ class State:
             "registers": self.registers,
             "noise": next(self.noise),
         }
+        if "shown" in given:
+            shown = given.pop("shown")[..., None, None, None]
+            given["edited_image"] = shown * given.pop("image_latents")
         if not step.is_full:
             given["deep"] = self.deep
+            given.pop("perturbed", None)  # the middle is not run
             if step.is_controlled:
                 given["residuals_0"] = self.residuals
         return given
@@ -134,12 +137,14 @@ class LatentSpace:
 
     engine: returns the engine of a part
     threads: of the trained upscalers that hires fix names; upscalers: those that are open, by path
+    seamless: the axes along which the opposite edges of pictures join, as `Request` has them
     """
 
     model: Model
-    engine: Callable[[Part], Engine]
+    engine: FindEngine
     threads: int | None = None
     upscalers: dict[str, Upscaler] = field(default_factory=dict)
+    seamless: str | None = None
 
     def start(self, plan: Plan, latents: HostOrDeviceArray | None = None) -> State:
         """Return what a run's first call starts from.
@@ -147,12 +152,14 @@ class LatentSpace:
         latents: (B, C, h, w) of the run before, which are enlarged to this one's size
         Raises BackendError when an engine fails.
         """
+        if plan.seamless != self.seamless:
+            return replace(self, seamless=plan.seamless).start(plan, latents)
         rngs = [make_noise(plan.noise, seed) for seed in plan.seeds]
         if latents is not None:
             latents = self._enlarged(_on_host(latents), plan, rngs)
         program, shape, batch = plan.program, self.shape(plan), len(rngs)
         if plan.image is not None and (plan.blends or not plan.from_noise):
-            latents = self._encode(_start_pixels(plan), rngs)
+            latents = self._encode(self._start_pixels(plan), rngs)
         noise = draw(rngs, shape) if plan.latents is None else plan.latents
         if plan.variation_seeds:
             others = [make_noise(plan.noise, seed) for seed in plan.variation_seeds]
@@ -166,6 +173,8 @@ class LatentSpace:
         mask = np.ones((batch, 1, *shape[1:]), np.float32)
         rescale = np.full(batch, plan.guidance_rescale, np.float32)
         constant: dict[str, Array] = {"guidance_rescale": rescale, "mask": mask}
+        if self.model.is_editing:
+            constant["image_latents"] = edited_latents(self.model, self.engine, plan.image, batch)
         if self.model.is_inpainting:
             constant["image_conditioning"] = self._image_conditioning(plan, rngs)
         elif plan.cells is not None:
@@ -199,6 +208,9 @@ class LatentSpace:
 
     def decode(self, latents: HostOrDeviceArray) -> NDArray[np.uint8]:
         """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
+        if self.seamless:
+            compression = self.model.vae.compression
+            return tiles.decode_seamless(self.engine, _on_host(latents), compression, self.seamless)
         engine = self.engine("vae_decoder")
         if not hasattr(engine, "device"):
             latents = _on_host(latents)
@@ -208,6 +220,14 @@ class LatentSpace:
             whole: NDArray[np.uint8] = engine.run({"latents": latents})["pixels"]  # type: ignore[dict-item]
             return whole
         return tiles.decode(engine.run, latents, self.model.vae.compression)
+
+    def _start_pixels(self, plan: Plan) -> NDArray[np.uint8]:
+        """Return the image that a run starts from, (H, W, 3), or noisy ones, (B, H, W, 3)."""
+        pixels = np.asarray(plan.image)
+        if plan.image_noise is None:
+            return pixels
+        streams = [make_noise(plan.noise, noise_seed(seed)) for seed in plan.seeds]
+        return noisy_pixels(pixels, plan.image_noise, streams, plan.mask)
 
     def _image_conditioning(self, plan: Plan, rngs: Sequence[Noise]) -> Array:
         """Return what a nine-channel model sees beside the latent, (B, 1 + C, h, w).
@@ -245,46 +265,15 @@ class LatentSpace:
         if vae.draws_posterior:
             noise = draw(rngs, shape)
         pixels = np.broadcast_to(pixels, (len(rngs), *pixels.shape[-3:]))
-        run = self.engine("vae_encoder").run
-        return tiles.encode(run, np.ascontiguousarray(pixels), noise, compression)
+        pixels = np.ascontiguousarray(pixels)
+        if self.seamless:
+            return tiles.encode_seamless(self.engine, pixels, noise, compression, self.seamless)
+        return tiles.encode(self.engine("vae_encoder").run, pixels, noise, compression)
 
     def shape(self, plan: Plan) -> tuple[int, int, int]:
         """Return (C, h, w) of a picture's latents."""
         vae = self.model.vae
         return vae.latent_channels, plan.height // vae.compression, plan.width // vae.compression
-
-
-def fresh_noise(
-    rngs: Sequence[Noise], shape: tuple[int, int, int], needs_noise: NDArray[np.bool_]
-) -> Iterator[Array]:
-    """Yield the noise of each call, (B, C, h, w), drawn some calls ahead.
-
-    A draw between two calls takes ten times as long as draws in a row: the engine has emptied the
-    processor's caches.
-    """
-    silence = np.zeros((len(rngs), *shape), np.float32)
-    ahead = max(1, AHEAD_BYTES // silence.nbytes)
-    waiting: list[Array] = []
-    for call, draws in enumerate(needs_noise):
-        if draws and not waiting:
-            left = int(needs_noise[call:].sum())
-            waiting = [draw(rngs, shape) for _ in range(min(ahead, left))]
-        yield waiting.pop(0) if draws else silence
-
-
-def _start_pixels(plan: Plan) -> NDArray[np.uint8]:
-    """Return the image that a run starts from, (H, W, 3), or noisy ones, (B, H, W, 3).
-
-    What a mask keeps gets no noise.
-    """
-    pixels = np.asarray(plan.image)
-    if plan.image_noise is None:
-        return pixels
-    streams = [make_noise(plan.noise, noise_seed(seed)) for seed in plan.seeds]
-    noisy = np.stack([plan.image_noise.added(pixels, stream.normal) for stream in streams])
-    if plan.mask is not None:
-        noisy = np.where(np.asarray(plan.mask)[..., None] < 128, pixels, noisy)
-    return noisy
 
 
 def predicted_x0(schedule: NoiseSchedule, inputs: StepInputs, state: State) -> Array:
@@ -297,6 +286,8 @@ def predicted_x0(schedule: NoiseSchedule, inputs: StepInputs, state: State) -> A
     x, out = np.eye(2)
     x0_row, _ = predict(schedule, inputs.noise_scale, x, out, inputs.signal_scale)
     given = {**state.given, "registers": _on_host(state.given["registers"])}
+    if "directions" in given and given["directions"][..., 0].any():
+        return _kept_outside(_on_host(state.registers)[:, 1], given)  # where CFG++ leaves it
     return solved_x0(given, state.latents, x0_row)
 
 
@@ -312,8 +303,13 @@ def solved_x0(
     of_x, of_out = x0_row.astype(np.float32)
     known = np.einsum("r,brchw->bchw", weights[:-2], registers) + weights[-1] * given["noise"]
     x0: Array = of_x * registers[:, 0] + of_out / weights[-2] * (latents - known)
+    return _kept_outside(x0, given)
+
+
+def _kept_outside(x0: Array, given: Mapping[str, NDArray[Any]]) -> Array:
+    """Put the image that is kept outside a mask there."""
     if given["outside"].any():
-        x0 = given["mask"] * x0 + (1 - given["mask"]) * registers[:, -2]
+        x0 = given["mask"] * x0 + (1 - given["mask"]) * given["registers"][:, -2]
     return x0
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import Engine
+from engine.backends.base import FindEngine
 from engine.devices.device import HostOrDeviceArray
 from engine.graphs.graph import Part
 from engine.graphs.steering import IP_BY_GROUPS, MAX_LEVELS
+from engine.graphs.variants import Variant
 from runtime.denoising.controls import CallControl, Residuals, call_controls
 from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
@@ -38,12 +39,17 @@ BY_GROUPS = frozenset(
         *IP_BY_GROUPS,
         "context",
         "guidance",
+        "perturbed",
+        "shown",
+        "edited_image",
+        "update",
         "text_embeds",
         "time_ids",
         "deep",
     )
 )
 BY_REGISTERS = frozenset(("registers", "matrices", "outside"))  # padded to the most of a call
+DIRECTED = {"recalled": 0, "directions": 1}  # too, and the rows that each has beyond the registers
 
 Start = Callable[[Plan, HostOrDeviceArray | None], State]
 """As `Pipeline.start`: a plan and the latents of the run before to the state before its first call.
@@ -107,7 +113,7 @@ class Row:
         step = self._steps[self._at]
         shared = {**step.conditioning, **self._state.constant}
         shapes = sorted((name, _shape_of_one(name, array)) for name, array in shared.items())
-        return step.part, self._state.registers.shape[2:], tuple(shapes)
+        return step.part, step.variant, self._state.registers.shape[2:], tuple(shapes)
 
     @property
     def is_sensitive(self) -> bool:
@@ -124,6 +130,11 @@ class Row:
     def part(self) -> Part:
         """The part whose engine the next call runs."""
         return self._steps[self._at].part
+
+    @property
+    def variant(self) -> Variant | None:
+        """What that part computes beside what it always does."""
+        return self._steps[self._at].variant
 
     @property
     def controls(self) -> list[CallControl]:
@@ -171,7 +182,7 @@ def rows_of(plan: Plan) -> list[Row]:
 
 def step_rows(
     rows: Sequence[Row],
-    engine: Callable[[Part], Engine],
+    engine: FindEngine,
     *,
     filled_to: int = 0,
     residuals: Residuals | None = None,
@@ -188,7 +199,7 @@ def step_rows(
     if residuals is not None and rows[0].takes_residuals:
         added = residuals(laid, [rows[index].controls for index in filled])
         laid |= added
-    outputs = engine(rows[0].part).run(laid)
+    outputs = engine(rows[0].part, rows[0].variant).run(laid)
     for index, row in enumerate(rows):
         inputs[index] |= {name: _take(name, array, index) for name, array in added.items()}
         registers = row.inputs()["registers"].shape[1]
@@ -215,6 +226,9 @@ def padded(name: str, array: NDArray[Any], registers: int) -> NDArray[Any]:
     array: an input of pictures: registers (B, r, C, h, w), matrices (B, r, r + 2), outside
         (B, r + 2), or any other, which stays; registers: the r of what is returned
     """
+    if name in DIRECTED:
+        more = registers + DIRECTED[name] - array.shape[1]
+        return np.pad(array, ((0, 0), (0, more), *[(0, 0)] * (array.ndim - 2))) if more else array
     if name not in BY_REGISTERS or array.shape[1] == registers + 2 * (name == "outside"):
         return array
     own = array.shape[1] - 2 * (name == "outside")

@@ -6,17 +6,26 @@ so a picture's other noise is the same with and without.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from engine.errors import RequestError
+from runtime.noise import Noise
 
-__all__ = ["GAUSSIAN", "SALT_PEPPER", "ImageNoise", "check_image_noise", "noise_seed"]
+__all__ = [
+    "GAUSSIAN",
+    "SALT_PEPPER",
+    "ImageNoise",
+    "check_image_noise",
+    "noise_seed",
+    "noisy_pixels",
+]
 
 GAUSSIAN, SALT_PEPPER = KINDS = ("gaussian", "salt-pepper")
 _STREAM = 0x9E3779B9  # the golden ratio's bits, as good as any; a seed's low half chooses a stream
@@ -78,3 +87,19 @@ def check_image_noise(text: str, strength: float | None, is_painted: bool) -> No
 def noise_seed(seed: int) -> int:
     """Return the seed of a picture's image noise, another stream than the picture's own."""
     return seed ^ _STREAM
+
+
+def noisy_pixels(
+    pixels: NDArray[np.uint8],
+    image_noise: ImageNoise,
+    streams: Sequence[Noise],
+    mask: Image.Image | None,
+) -> NDArray[np.uint8]:
+    """Return an image (H, W, 3) with noise of each picture's own, (B, H, W, 3).
+
+    streams: of each picture's random numbers; mask: of the image, what is black keeps none
+    """
+    noisy = np.stack([image_noise.added(pixels, stream.normal) for stream in streams])
+    if mask is not None:
+        noisy = np.where(np.asarray(mask)[..., None] < 128, pixels, noisy)
+    return noisy

@@ -24,8 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.base import FindEngine
 from engine.devices.device import DeviceArray, HostOrDeviceArray, on_host
 from engine.errors import RequestError
+from engine.graphs.seamless import AXES
+from engine.graphs.variants import Variant
 
 # Up to this area a picture is computed whole: 1024 × 1024 pixels, which is what XL is trained on.
 WHOLE = 128 * 128
@@ -94,6 +97,78 @@ def encode(
         for image, drawn in zip(pixels, noise, strict=True)
     ]
     return np.ascontiguousarray(np.moveaxis(np.stack(latents), -1, 1))
+
+
+def decode_seamless(
+    engine: FindEngine, latents: NDArray[np.float32], compression: int, along: str
+) -> NDArray[np.uint8]:
+    """Decode latents (B, C, h, w) whose opposite edges join into pixels (B, H, W, 3), uint8.
+
+    engine: returns that of `vae_decoder`, and of a variant; along: "x", "y" or "both"
+    Tiles reach beyond the edges, to the other side. Raises BackendError when an engine fails.
+    """
+    if _side(latents.shape[2:], None) is None:
+        run = engine("vae_decoder", Variant(seamless=along)).run
+        return decode(run, latents, compression)
+    margins = _margins(latents.shape[2:], along)
+    wider = np.pad(latents, ((0, 0), (0, 0), *((margin,) * 2 for margin in margins)), mode="wrap")
+    pixels = decode(engine("vae_decoder").run, wider, compression)
+    for axis, margin in enumerate(margins, start=1):
+        pixels = _folded(pixels, axis, compression * margin)
+    return pixels
+
+
+def encode_seamless(
+    engine: FindEngine,
+    pixels: NDArray[np.uint8],
+    noise: NDArray[np.float32],
+    compression: int,
+    along: str,
+) -> NDArray[np.float32]:
+    """Encode pixels (B, H, W, 3), uint8, whose opposite edges join into latents (B, C, h, w).
+
+    engine and along: as for `decode_seamless`; noise: as for `encode`
+    """
+    if _side(noise.shape[2:], None) is None:
+        run = engine("vae_encoder", Variant(seamless=along)).run
+        return encode(run, pixels, noise, compression)
+    margins = _margins(noise.shape[2:], along)
+    sides = [(margin,) * 2 for margin in margins]
+    wider = np.pad(noise, ((0, 0), (0, 0), *sides), mode="wrap")
+    sides = [(compression * margin,) * 2 for margin in margins]
+    larger = np.pad(pixels, ((0, 0), *sides, (0, 0)), mode="wrap")
+    latents = encode(engine("vae_encoder").run, larger, wider, compression)
+    for axis, margin in enumerate(margins, start=2):
+        latents = _folded(latents, axis, margin)
+    return np.ascontiguousarray(latents)
+
+
+def _margins(size: tuple[int, ...], along: str) -> list[int]:
+    """Return how far tiles reach beyond the edges of (h, w) latents, along each axis."""
+    return [
+        min(TILE // 2, side // 2) if axis in AXES[along] else 0
+        for axis, side in enumerate(size, start=2)
+    ]
+
+
+def _folded(array: Array, axis: int, margin: int) -> Array:
+    """Fade what lies beyond the edges along an axis into the other side, and cut it off.
+
+    Tiles at the two ends are offset on their own, so that what both show is not quite the same.
+    """
+    if not margin:
+        return array
+    whole = np.moveaxis(array, axis, 0)
+    inside = whole[margin:-margin].astype(np.float32)
+    own = (0.5 + (np.arange(margin, dtype=np.float32) + 0.5) / (2 * margin)).reshape(
+        -1, *[1] * (array.ndim - 1)
+    )
+    first = own * inside[:margin] + (1 - own) * whole[-margin:]
+    last = own[::-1] * inside[-margin:] + (1 - own[::-1]) * whole[:margin]
+    inside[:margin], inside[-margin:] = first, last
+    if array.dtype == np.uint8:
+        return np.moveaxis(_as_bytes(inside), 0, axis)
+    return np.moveaxis(inside, 0, axis)
 
 
 def _side(size: tuple[int, ...], tile: int | None) -> int | None:

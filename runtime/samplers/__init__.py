@@ -25,16 +25,18 @@ from dataclasses import replace
 from typing import Any, cast
 
 from engine.errors import RequestError
-from runtime.samplers import discrete, k_diffusion, multistep
+from runtime.samplers import cfg_pp, discrete, k_diffusion, multistep
 from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS, NoiseSchedule, TimestepSpacing
 from runtime.samplers.program import Call, Program, Run, assemble
 from runtime.samplers.sigma_schedules import SCHEDULES
 
 __all__ = [
+    "CFG_PP_SCALE",
     "DEFAULT_SAMPLER",
     "SAMPLERS",
     "SCHEDULES",
     "Program",
+    "is_cfg_pp",
     "program",
     "resolve",
     "takes",
@@ -44,11 +46,15 @@ __all__ = [
 DEFAULT_SAMPLER = "ddim"
 WITH_ETA = ("ddim", "tcd")
 
-TRAINED_TIMESTEPS = (discrete.ddpm, discrete.ddim, discrete.plms, discrete.lcm, discrete.tcd)
+TRAINED_TIMESTEPS = (
+    *(discrete.ddpm, discrete.ddim, discrete.plms, discrete.lcm, discrete.tcd),
+    cfg_pp.ddim_cfg_pp,
+)
 IN_SIGMA = (
     *(k_diffusion.euler, k_diffusion.euler_a, k_diffusion.heun),
     *(k_diffusion.dpm2, k_diffusion.dpm2_a, k_diffusion.lms, k_diffusion.ipndm),
     *(k_diffusion.dpmpp_sde, k_diffusion.dpmpp_2s_a, k_diffusion.edm_euler),
+    *(cfg_pp.euler_cfg_pp, cfg_pp.euler_a_cfg_pp, cfg_pp.dpmpp_2m_cfg_pp),
 )
 IN_LAMBDA = (
     *(multistep.dpmpp_2m, multistep.dpmpp_2m_sde, multistep.dpmpp_3m_sde, multistep.dpmpp_2s),
@@ -57,6 +63,7 @@ IN_LAMBDA = (
 SAMPLERS: Mapping[str, Callable[..., Iterator[Call]]] = {
     method.__name__: method for method in (*TRAINED_TIMESTEPS, *IN_SIGMA, *IN_LAMBDA)
 }
+CFG_PP_SCALE = 0.6  # what CFG++ guides with where nobody says, as its authors do
 
 # The names that diffusers, Automatic1111 and ComfyUI give them, written as `_key` writes them.
 SAMPLER_NAMES: Mapping[str, str] = {
@@ -117,6 +124,11 @@ def program(
         schedule=curve,
     )
     return assemble(run, list(method(run, **options)), exploding=method in IN_SIGMA)
+
+
+def is_cfg_pp(name: str) -> bool:
+    """Tell whether a sampler needs the unconditional output at every call."""
+    return resolve(name)[0].endswith("cfg_pp")
 
 
 def resolve(name: str, schedule: str | None = None) -> tuple[str, str | None]:

@@ -35,10 +35,16 @@ def ddim(run: Run, *, eta: float = 0.0) -> Iterator[Call]:
 
     Each step reaches T // N timesteps down, whatever the spacing, as diffusers' does.
     """
+    timesteps, reached = ddim_levels(run)
+    draws = np.full(timesteps.shape, eta > 0)
+    return _generalized_ddpm(run, timesteps, reached, eta, draws)
+
+
+def ddim_levels(run: Run) -> tuple[Steps, Array]:
+    """Return DDIM's timesteps (N,) and alphas_cumprod after each step, (N,)."""
     timesteps = _whole(run)[run.first :]
     previous = timesteps - run.noise_schedule.num_train_timesteps // run.num_inference_steps
-    draws = np.full(timesteps.shape, eta > 0)
-    return _generalized_ddpm(run, timesteps, _signal(run.noise_schedule, previous), eta, draws)
+    return timesteps, _signal(run.noise_schedule, previous)
 
 
 def plms(run: Run) -> Iterator[Call]:

@@ -26,7 +26,7 @@ def euler_a(run: Run) -> Iterator[Call]:
     """Euler's method with ancestral noise (k-diffusion, `sample_euler_ancestral`)."""
     x, out, n = np.eye(3)
     for timestep, sigma, reached in steps(*levels(run)):
-        down, up = _ancestral(sigma, reached)
+        down, up = ancestral_step(sigma, reached)
         x0, eps = predict(run.noise_schedule, sigma, x, out)
         yield Call(timestep, sigma, [x0 + down * eps + up * n], True)
 
@@ -75,12 +75,12 @@ def dpmpp_sde(run: Run) -> Iterator[Call]:
     x, base, out, n = np.eye(4)
     for timestep, sigma, reached in steps(*levels(run)):
         middle = np.sqrt(sigma * reached)
-        down, up = _ancestral(sigma, middle)
+        down, up = ancestral_step(sigma, middle)
         x0, _ = predict(run.noise_schedule, sigma, x, out)
         moved = x0 + down / sigma * (x - x0) + up * n
         yield Call(timestep, sigma, [moved, x], bool(reached > 0))
         if reached > 0:
-            down, up = _ancestral(sigma, reached)
+            down, up = ancestral_step(sigma, reached)
             x0, _ = predict(run.noise_schedule, middle, x, out)
             moved = x0 + down / sigma * (base - x0) + up * n
             yield Call(float(timestep_of(run.noise_schedule, middle)), middle, [moved, base], True)
@@ -132,7 +132,7 @@ def _midpoint(run: Run, *, ancestral: bool, on_x0: bool = False) -> Iterator[Cal
     """Step with eps, or x0, as it is at the geometric mean of a step's ends."""
     x, base, out, n = np.eye(4)
     for timestep, sigma, reached in steps(*levels(run, round_karras=not on_x0)):
-        down, up = _ancestral(sigma, reached) if ancestral else (reached, 0.0)
+        down, up = ancestral_step(sigma, reached) if ancestral else (reached, 0.0)
         middle = np.sqrt(sigma * down)
         _, eps = predict(run.noise_schedule, sigma, x, out)
         yield Call(timestep, sigma, [x + (middle - sigma) * eps, x])
@@ -143,7 +143,7 @@ def _midpoint(run: Run, *, ancestral: bool, on_x0: bool = False) -> Iterator[Cal
             yield Call(timestep, middle, [moved + up * n, base], ancestral)
 
 
-def _ancestral(sigma: float, reached: float) -> tuple[float, float]:
+def ancestral_step(sigma: float, reached: float) -> tuple[float, float]:
     """Return sigma_down and sigma_up: DDPM's variance (arXiv:2006.11239, equation 7) in sigma."""
     down = reached**2 / sigma  # down^2 + up^2 = reached^2
     return down, float(np.sqrt(reached**2 - down**2))

@@ -29,6 +29,7 @@ class Program:
         signal_scales, noise_scales: (N + 1,), float64: where x stands, signal_scale x0 +
             noise_scale eps, at each call of the UNet and, last, at the end: (1, 0), even where a
             method stops short of it. Image-to-image starts at the first of them
+        unconditional: (N, r) or None, float64: what the unconditional output adds to each register
         initial_noise: text-to-image starts as initial_noise times noise, at "leading" spacing
             more than the first of noise_scales
     """
@@ -40,6 +41,7 @@ class Program:
     signal_scales: Array
     noise_scales: Array
     initial_noise: float
+    unconditional: Array | None = None
 
     def __post_init__(self) -> None:
         """Check the shapes against each other, and that every number is finite."""
@@ -93,9 +95,10 @@ class Run:
 class Call:
     """One call of the UNet and what follows from it.
 
-    timestep: what the UNet is told; rows: what each register becomes, on [R; out; n], and x itself
-    first; draws: whether n is drawn; sigma, alpha: x = alpha x0 + sigma eps when the UNet sees it;
-    sigma_data: the deviation of x0 that its input is scaled for
+    timestep: what the UNet is told; rows: what each register becomes, on [R; out; n] or, with the
+    unconditional output, on [R; out; n; uncond], and x itself first; draws: whether n is drawn;
+    sigma, alpha: x = alpha x0 + sigma eps when the UNet sees it; sigma_data: the deviation of x0
+    that its input is scaled for
     """
 
     timestep: float
@@ -138,6 +141,9 @@ def assemble(run: Run, calls: Sequence[Call], *, exploding: bool) -> Program:
     alphas = np.array([*(call.alpha for call in calls), 1.0])
     sigmas = np.array([*(call.sigma for call in calls), 0.0])
     matrices = np.array([np.stack(call.rows) for call in calls])
+    unconditional = None
+    if matrices.shape[2] > matrices.shape[1] + 2:
+        unconditional, matrices = matrices[:, :, -1].copy(), matrices[:, :, :-1]
     matrices[0, :, 1:-2] = 0  # nothing is remembered yet
     held, input_scales, initial_noise = np.ones_like(sigmas), np.ones(len(calls)), 1.0
     if exploding:
@@ -150,6 +156,8 @@ def assemble(run: Run, calls: Sequence[Call], *, exploding: bool) -> Program:
         held = 1 / np.hypot(alphas, sigmas)
         matrices[:, :, 0] /= held[:-1, None]
         matrices[:, 0] *= held[1:, None]
+        if unconditional is not None:
+            unconditional[:, 0] *= held[1:]
     return Program(
         timesteps=np.array([call.timestep for call in calls], np.float64),
         input_scales=input_scales,
@@ -158,4 +166,5 @@ def assemble(run: Run, calls: Sequence[Call], *, exploding: bool) -> Program:
         signal_scales=held * alphas,
         noise_scales=held * sigmas,
         initial_noise=initial_noise,
+        unconditional=unconditional,
     )

@@ -64,6 +64,8 @@ class DrawingFields(BaseModel):
     guidance_rescale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     negative_scale: float | None = None
+    pag_scale: float | None = None
+    apg: tuple[float, float, float] | None = None
     sampler: str | None = None
     schedule: str | None = None
     height: int | None = None
@@ -79,7 +81,10 @@ class DrawingFields(BaseModel):
     extend: tuple[int, int, int, int] | None = None
     strength: float | None = None
     image_noise: str | None = None
+    image_guidance_scale: float | None = None
     hires: HiresFields | None = None
+    seamless: str | None = None
+    deep_shrink: float | None = None
     cache_interval: int | None = None
     eta: float | None = None
     prompt_syntax: bool | None = None

@@ -18,15 +18,23 @@ from engine.graphs.graph import find_graph
 from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model
 from engine.shipped import GRAPHS
-from export.published import published_parts
+from export.published import precisions, published_parts
 from tests.support import published_configs as published
-from tests.support.original_layout import DISTILLED, FULL, inpainting, model_names, write_sparse
+from tests.support.original_layout import (
+    DISTILLED,
+    FULL,
+    editing,
+    inpainting,
+    model_names,
+    write_sparse,
+)
 
 PARTS = list(published_parts())
 BASE = (published.UNET_SD15, published.UNET_SD21, published.UNET_XL, published.UNET_REFINER)
 UNETS = [
     *BASE,
     *(BASE[i] | {"in_channels": 9} for i in range(3)),
+    BASE[0] | {"in_channels": 8},
     *(BASE[i] | {"time_cond_proj_dim": 256} for i in (0, 2)),
     *published.DISTILLED.values(),
 ]
@@ -45,6 +53,7 @@ def test_the_architectures_are_those_of_the_published_configurations():
     assert sorted(keys("step")) == sorted(keys("step_shallow")) == sorted(expected)
     unet = UNetConfig.from_dict(published.UNET_SD15)
     assert keys("step_controlled") == keys("step_shallow_controlled") == [unet.key()]
+    assert keys("step_shrunk") == [unet.key()]
     assert keys("control") == keys("control_hint") == [control_net_of(unet).key()]
     expected = {TextEncoderConfig.from_dict(values).key() for values in TEXTS}
     assert sorted(keys("text_encoder")) == sorted(expected)
@@ -60,6 +69,7 @@ def told_its_guidance(params):
 
 VARIANTS = {**FULL, **DISTILLED}
 VARIANTS |= {f"{name}-inpainting": inpainting(FULL[name]) for name in ("sd1", "sd2", "xl")}
+VARIANTS["sd1-editing"] = editing(FULL["sd1"])
 VARIANTS |= {f"{name}-lcm": told_its_guidance(FULL[name]) for name in ("sd1", "xl")}
 
 
@@ -70,7 +80,7 @@ def test_every_family_of_one_file_has_its_graphs(params, tmp_path):
     configs = Model.read(path).configs
     assert configs
     for part, name in COMPONENTS.items():
-        if name in configs and part not in CONTROLLED_LEVELS:
+        if name in configs and part not in (*CONTROLLED_LEVELS, "step_shrunk"):
             kind = "text_encoder" if part == "text_encoder_2" else part
             assert configs[name].key() in keys(kind), (part, configs[name])
 
@@ -81,8 +91,11 @@ def test_a_distilled_file_is_of_the_architecture_of_its_folder(name, tmp_path):
     assert Model.read(path).unet == UNetConfig.from_dict(published.DISTILLED[name])
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize(("part", "config"), PARTS, ids=[f"{p}-{c.key()}" for p, c in PARTS])
+@pytest.mark.parametrize(
+    ("part", "config", "precision"),
+    [(part, config, each) for part, config in PARTS for each in precisions(part, config)],
+    ids=[f"{p}-{c.key()}-{each}" for p, c in PARTS for each in precisions(p, c)],
+)
 def test_the_graph_ships_and_wants_the_weights_of_its_architecture(part, config, precision):
     graph = find_graph(part, config, precision, [GRAPHS], "the published model")
     assert graph.precision == precision

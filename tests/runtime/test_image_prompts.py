@@ -1,7 +1,7 @@
 """Image prompts against diffusers' IP-Adapters, and what turning them on and off costs."""
 
 import tempfile
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import diffusers
@@ -195,6 +195,34 @@ def test_a_control_net_beside_it(loaded, place):
     assert psnr(draw(pipeline, controls=[control]), theirs) < SMALL_PICTURE_PSNR_DB - 10
 
 
+@pytest.mark.parametrize("fields", [{}, {"guidance_scale": 1.0}])
+def test_perturbed_attention_beside_it(loaded, fields):
+    small, pipeline, states, encoder, _ = loaded("sd1")
+    kind = partial(diffusers.StableDiffusionPAGPipeline, pag_applied_layers="mid")
+    other = reference_pipeline(kind, small, [states["plus"]], encoder, 0.8)
+    given = {**FIELDS, "pag_scale": 3.0, **fields}
+    generator = torch.Generator().manual_seed(SEED)
+    theirs = other(PROMPT, ip_adapter_image=[PICTURE], generator=generator, **given).images[0]
+    prompt = ImagePrompt(image=PICTURE, adapter="plus", scale=0.8)
+    assert psnr(draw(pipeline, prompt, pag_scale=3.0, **fields), theirs) >= SMALL_PICTURE_PSNR_DB
+    assert psnr(draw(pipeline, prompt, **fields), theirs) < SMALL_PICTURE_PSNR_DB - 10
+    assert psnr(draw(pipeline, pag_scale=3.0, **fields), theirs) < SMALL_PICTURE_PSNR_DB - 10
+
+
+def test_a_model_that_edits_sees_it_too(loaded):
+    small, pipeline, states, encoder, _ = loaded("editing")
+    kind, own = diffusers.StableDiffusionInstructPix2PixPipeline, drawing(PIXELS, PIXELS)
+    other = reference_pipeline(kind, small, [states["plus"]], encoder, 0.8)
+    fields = {name: FIELDS[name] for name in ("negative_prompt", "num_inference_steps")}
+    fields |= {"image": own, "guidance_scale": 6.0, "image_guidance_scale": 1.5}
+    generator = torch.Generator().manual_seed(SEED)
+    theirs = other(PROMPT, ip_adapter_image=[PICTURE], generator=generator, **fields).images[0]
+    fields |= {"height": None, "width": None}
+    prompt = ImagePrompt(image=PICTURE, adapter="plus", scale=0.8)
+    assert psnr(draw(pipeline, prompt, **fields), theirs) >= SMALL_PICTURE_PSNR_DB
+    assert psnr(draw(pipeline, **fields), theirs) < SMALL_PICTURE_PSNR_DB - 10
+
+
 def test_around_deep_features_it_still_counts(loaded, place):
     _, pipeline, *_ = loaded("sd1")
     trace_ip_graphs(pipeline.model, place / "graphs", ("step_shallow", "step_shallow_ip"))
@@ -330,6 +358,31 @@ def test_rows_of_one_call_are_what_they_are_alone(loaded):
     assert sorted(sizes) == [1] * 4 + [3] * 4, "those with one picture share all calls"
     for index, prompts in enumerate(lists):
         assert same(together[index], draw(pipeline, *prompts, seed=index))
+
+
+def test_every_variant_of_a_step_takes_it(loaded):
+    """Seamless pictures and other guidance, alone and in rows, with a picture and without."""
+    _, pipeline, *_ = loaded("sd1")
+    prompt = ImagePrompt(image=PICTURE, adapter="linear")
+    variants = (
+        {"seamless": "x"},
+        {"seamless": "both", "pag_scale": 2.0},
+        {"apg": (0.0, 5.0, -0.5)},
+        {"sampler": "euler_cfg_pp", "guidance_scale": 0.6},
+        {"pag_scale": 2.0, "guidance_interval": (0.0, 0.5), "negative_scale": 2.0},
+    )
+    requests = [
+        Request(**{"prompt": PROMPT, "seed": seed, "sampler": "ddim", **FIELDS, **fields, **seen})
+        for seed, fields in enumerate(variants)
+        for seen in ({"image_prompts": (prompt,)}, {})
+    ]
+    drawn = {each.request: each.image for each in pipeline.draw(requests, batch_size=4)}
+    for seed, fields in enumerate(variants):
+        alone = draw(pipeline, prompt, seed=seed, **fields)
+        assert same(drawn[2 * seed], alone), fields
+        assert same(drawn[2 * seed + 1], draw(pipeline, seed=seed, **fields)), fields
+        assert psnr(drawn[2 * seed], drawn[2 * seed + 1]) < SMALL_PICTURE_PSNR_DB - 10, fields
+        assert psnr(alone, draw(pipeline, prompt, seed=seed)) < SMALL_PICTURE_PSNR_DB - 10, fields
 
 
 def test_a_plain_step_has_the_operations_that_it_had(loaded):

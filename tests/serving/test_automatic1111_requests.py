@@ -154,6 +154,14 @@ def test_every_listed_name_can_be_asked_for():
             assert schedule in SCHEDULES
 
 
+def test_tiling_joins_all_edges():
+    for given, seamless in ((True, "both"), (False, None), (None, None)):
+        fields = text_request(
+            TextBody(prompt="a", tiling=given), SETTINGS, Limits(), CATALOG
+        ).fields
+        assert fields.get("seamless") == seamless
+
+
 def test_what_is_left_out_is_chosen_by_the_model():
     fields = text_request(TextBody(prompt=None), SETTINGS, Limits(), CATALOG).fields
     assert {name: value for name, value in fields.items() if name != "seed"} == {
@@ -165,7 +173,6 @@ def test_what_is_left_out_is_chosen_by_the_model():
     ("given", "param"),
     [
         ({"restore_faces": True}, "restore_faces"),
-        ({"tiling": True}, "tiling"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         ({"alwayson_scripts": {"ADetailer": {"args": []}}}, "alwayson_scripts"),
         ({"s_churn": 0.5}, "s_churn"),

@@ -223,6 +223,10 @@ def inpainting(params: ModelParams) -> ModelParams:
     return replace(params, unet=replace(params.unet, in_channels=9))
 
 
+def editing(params: ModelParams) -> ModelParams:
+    return replace(params, unet=replace(params.unet, in_channels=8))
+
+
 def consistency(params: ModelParams) -> ModelParams:
     """LCM: the guidance scale is embedded, and told with the timestep."""
     return replace(params, unet=replace(params.unet, time_cond=48))

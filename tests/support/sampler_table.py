@@ -8,6 +8,8 @@ from tests.support.schedulers import CLASSES, CONFIG, TRAINED_TIMESTEPS, largest
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "samplers.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->"
+# CFG++'s methods are given two outputs: tests/runtime/test_guidance_variants.py has them.
+MEASURED = [name for name in SAMPLERS if not name.endswith("cfg_pp")]
 CURVES = [name for name in SCHEDULES[3:] if not name.startswith("a1111")]  # those differ in levels
 # steps, strength and prediction. At even numbers of steps sgm_uniform has timesteps between two
 # whole ones
@@ -35,7 +37,7 @@ FLOAT32_TABLES = {
 
 def combinations():
     """List every sampler with every schedule that it takes; None is its own."""
-    for name in SAMPLERS:
+    for name in MEASURED:
         yield name, None
         if name == "edm_euler":
             yield from ((name, schedule) for schedule in ("karras", "exponential"))
@@ -63,7 +65,7 @@ def table():
     """Render the table in Markdown."""
     allowed = set(combinations())
     lines = ["| | own | " + " | ".join(CURVES) + " |", "|---" * (len(CURVES) + 2) + "|"]
-    for name in SAMPLERS:
+    for name in MEASURED:
         cells = []
         for schedule in (None, *CURVES):
             starred = name not in CLASSES or (name == "euler_a" and schedule)

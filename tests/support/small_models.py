@@ -350,6 +350,12 @@ SMALL: Mapping[str, SmallModel] = {
     "inpainting": SmallModel(
         "sd-v1-5-inpainting", original.inpainting(SHALLOW), "StableDiffusionInpaint", SCHEDULE
     ),
+    "editing": SmallModel(
+        "instruct-pix2pix-00-22000",
+        original.editing(SHALLOW),
+        "StableDiffusionInstructPix2Pix",
+        SCHEDULE,
+    ),
     "lcm": SmallModel(
         "dreamshaper-v7", original.consistency(SHALLOW), "StableDiffusion", CONSISTENCY
     ),

@@ -24,6 +24,7 @@ __all__ = [
 CLIP_PLACE = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")
 OPEN_CLIP_PLACE = ("cond_stage_model.model.",)
 OPEN_CLIP_WIDTH = 1024
+EDITING_CHANNELS = 8  # the latent and the latents of the picture that is edited
 INPAINTING_CHANNELS = 9  # the latent, the mask and the masked picture's latents
 LCM_GUIDANCE_CHANNELS = 256  # of the embedded guidance scale that an LCM's UNet is told
 
@@ -144,6 +145,7 @@ SD1_FAMILY = Family(
             "unet": (
                 SD1,
                 replace(SD1, in_channels=INPAINTING_CHANNELS),
+                replace(SD1, in_channels=EDITING_CHANNELS),
                 replace(SD1, time_cond_proj_dim=LCM_GUIDANCE_CHANNELS),
                 *(BK_SDM, BK_SDM_SMALL, BK_SDM_TINY, SDXS),
             ),

@@ -22,12 +22,12 @@ STRETCH, CROP, PAD = 0, 1, 2  # of resize_mode
 WITH_ETA = ("ddim", "tcd")
 WITH_NOISE = (
     *("euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde"),
+    "euler_a_cfg_pp",
 )  # samplers whose eta is 1 here
 SAME = (None, "", "Use same checkpoint", "Use same sampler", "Use same scheduler")
 # What is not done here: the values that ask for nothing, and why there is no more.
 NOT_DONE: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "restore_faces": ((False,), "no model here restores faces"),
-    "tiling": ((False,), "pictures that tile are not drawn here"),
     "script_name": (("", "None"), "there are no scripts here"),
     "s_min_uncond": ((0,), "no step is left unguided here"),
     "s_churn": ((0,), "samplers add no noise of their own here"),
@@ -103,6 +103,7 @@ def _fields(body: DrawingBody, settings: Settings, limits: Limits) -> dict[str, 
         "width": body.width,
         "height": body.height,
         "seed": _seed(body.seed),
+        "seamless": "both" if body.tiling else None,
         "eta": _eta(sampler, body.eta),
     }
     if body.subseed_strength:

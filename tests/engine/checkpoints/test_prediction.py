@@ -25,7 +25,7 @@ def concluded(name="model.safetensors", family="sd2", **known):
         metadata=known.pop("metadata", {}),
         names=known.pop("names", ()),
     )
-    options = {"inpainting": False, "time_condition": False, "compression": 8, "asked": None}
+    options = {"sees_picture": False, "time_condition": False, "compression": 8, "asked": None}
     return conclude(evidence, FAMILIES[family], **options | known)
 
 
@@ -162,7 +162,7 @@ def test_other_families_predict_noise_unless_something_is_said(family):
 
 
 def test_stable_diffusion_2_for_inpainting_or_few_steps_predicts_noise():
-    assert kind(concluded("inpainting.ckpt", inpainting=True)) == EPSILON
+    assert kind(concluded("inpainting.ckpt", sees_picture=True)) == EPSILON
     assert kind(concluded("sd_turbo.safetensors")) == EPSILON
 
 

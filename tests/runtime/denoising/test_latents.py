@@ -74,7 +74,7 @@ def test_noise_drawn_ahead_is_that_of_each_call(monkeypatch, sampler):
     options = {"prompt": ["a", "b"], "sampler": sampler, "seed": 1, "num_inference_steps": 5}
     drawn = []
     for ahead in (1, 2**14, 2**24):  # one call, two calls, all at once
-        monkeypatch.setattr("runtime.denoising.latents.AHEAD_BYTES", ahead)
+        monkeypatch.setattr("runtime.noise.AHEAD_BYTES", ahead)
         *_, last = pipeline.denoise(pipeline.plan(Request(**options)))
         drawn.append(last.latents)
     np.testing.assert_array_equal(drawn[0], drawn[1])

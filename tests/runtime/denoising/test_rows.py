@@ -53,7 +53,10 @@ def draw_together(pipeline, requests, apart=2):
     Returns the images of each request and the number of pictures in each call.
     """
     sizes, waiting, drawn = [], list(requests.items()), {}
-    engines = {part: Watched(pipeline.engine(part), sizes) for part in ("step", "step_shallow")}
+
+    def engine(part, variant=None):
+        return Watched(pipeline.engine(part, variant), sizes)
+
     board = []
     for turn in count():
         if waiting and turn % apart == 0:
@@ -66,7 +69,7 @@ def draw_together(pipeline, requests, apart=2):
         if board:
             oldest = board[0][1]
             fitting = [row for _, row in board if row.bucket == oldest.bucket]
-            step_rows([oldest] if oldest.is_sensitive else fitting[:TOGETHER], engines.__getitem__)
+            step_rows([oldest] if oldest.is_sensitive else fitting[:TOGETHER], engine)
         for name, row in list(board):
             if row.is_done:
                 board.remove((name, row))
@@ -162,7 +165,7 @@ def test_a_call_that_failed_is_made_again_with_the_same_noise(pipeline):
         row.enter(pipeline.start)
     while not rows[0].is_done:
         with pytest.raises(BackendError):
-            step_rows(rows, lambda part: Failing())
+            step_rows(rows, lambda part, variant: Failing())
         for row in rows:
             step_rows([row], pipeline.engine)
     expected = pipeline("a red apple", seed=3, num_inference_steps=STEPS, sampler="ddpm")

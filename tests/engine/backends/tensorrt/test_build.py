@@ -29,7 +29,7 @@ MODEL = Model.open(PICTOGRAM)
 PARTS = tuple(
     part
     for part, name in COMPONENTS.items()
-    if name in MODEL.configs and part not in CONTROLLED_LEVELS
+    if name in MODEL.configs and part not in (*CONTROLLED_LEVELS, "step_shrunk")
 )
 PROFILE = Profile(
     height=Range(64, 128, 256),

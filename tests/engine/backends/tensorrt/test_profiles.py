@@ -117,7 +117,9 @@ CONFIGS = [
         *((part, MODEL.config(part)) for part, name in COMPONENTS.items() if name in MODEL.configs),
         *published_parts(),
     )
-    if part not in (*CONTROLLED_LEVELS, "control_hint")  # TensorRT builds none of these
+    # TensorRT builds none of these
+    if part not in (*CONTROLLED_LEVELS, "control_hint", "step_shrunk")
+    and "edited_image" not in config.extra_inputs
 ]
 
 
