@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from engine.adapters.adapter import Adapted, Adapter, AdapterChoice, apply_adapters
+from engine.adapters.choice import AdapterChoice
 from engine.backends.base import Arrays, Engine, EngineSpec, Ranges
 from engine.backends.openvino.int8 import find_ranges, ranges_name
 from engine.backends.registry import BACKENDS
@@ -32,6 +32,7 @@ from engine.graphs.variants import Variant
 from engine.model import COMPONENTS, Model
 
 if TYPE_CHECKING:
+    from engine.adapters.adapter import Adapted, Adapter
     from engine.checkpoints.control_lora import ControlLora
 
 OWN_ACTIVATIONS = ("cuda", "webgpu")  # backends whose engines keep theirs, each its own
@@ -87,12 +88,9 @@ class Engines:
         A GPU whose backend a card has run before is chosen where it passes a test of its own
         (`engine.backends.self_test`). On the processor the order is that of `python -m benchmarks
         processors`: int8 where somebody has calibrated it, bfloat16 where the processor computes
-        in it, float32; OpenVINO's wherever its kernels can be used. By `python -m benchmarks
-        quality` half of bfloat16's pictures are within 48 dB of float32's, and half of int8's
-        within 34.
+        in it, float32; OpenVINO's wherever its kernels can be used.
 
-        fast_start: whether it matters more that engines open soon, as ONNX Runtime's do; only for
-            a small model, whose pictures take no longer than that
+        fast_start: whether a small model should rather open soon, as it does on ONNX Runtime
         Raises BackendError.
         """
         settings, folders = settings or BackendSettings(), graph_folders(graphs)
@@ -189,13 +187,15 @@ class Engines:
         device = _device(self.settings.backend)
         require_memory(device, graphs, configs, Sizes(**sizes), opened, shared=shared)
 
-    def set_loras(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
+    def set_loras(self, adapters: "Sequence[tuple[Adapter, AdapterChoice]]") -> None:
         """Put these adapters on in place of those that are on; none gives the base back.
 
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
         if not adapters and not self._adapted:
             return
+        from engine.adapters.adapter import apply_adapters
+
         adapted, notes = apply_adapters(self.model, adapters)
         self._rebind(adapted)
         self.adapter_notes = tuple(notes)
@@ -218,7 +218,7 @@ class Engines:
         found.weights.release()
         return engine
 
-    def _rebind(self, adapted: Mapping[ComponentName, Adapted]) -> None:
+    def _rebind(self, adapted: "Mapping[ComponentName, Adapted]") -> None:
         """Hand the weights that differ to the open engines: to all of them or, failing, to none."""
         before, changed = self._adapted, []
         variants = ((part, engine) for (part, _), engine in self.opened_variants.items())

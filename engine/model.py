@@ -18,18 +18,13 @@ from engine.checkpoints.families import FAMILIES, Family, family_of
 from engine.checkpoints.families.base import Variant
 from engine.checkpoints.families.variants import EMBEDDED_GUIDANCE
 from engine.checkpoints.formats.files import open_weights
-from engine.checkpoints.pieces import PIECES, read_pieces, replaced_pieces
 from engine.checkpoints.pipeline_index import check_index, latent_side, with_pooled_text
-from engine.checkpoints.single_file import open_vae, read_file
-from engine.checkpoints.tiny_autoencoder import open_tiny_decoder
-from engine.checkpoints.unsupported import foreign_channels
 from engine.configs.diffusion import (
     AUTOENCODERS,
+    AnyAutoencoder,
     AutoencoderConfig,
     Config,
-    IdentityAutoencoderConfig,
     TextEncoderConfig,
-    TinyAutoencoderConfig,
     TinyDecoderConfig,
     UNetConfig,
     read_json,
@@ -62,7 +57,6 @@ ADVICE: Mapping[ComponentName, str] = MappingProxyType(
     {"vae": "give one with --vae", "preview_decoder": "give one with --preview-decoder FILE"}
 )
 WHOLE = "use a file of the whole model"
-AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig
 C = TypeVar("C", bound=Config)
 
 
@@ -116,21 +110,30 @@ class Model:
         unet, text_encoder, text_encoder_2: files or folders of these, instead of the model's own;
             with the UNet's own path as the model's, there is no other model
         """
-        pieces: dict[ComponentName, Path] = {
-            name: piece
-            for name, piece in zip(PIECES, (text_encoder, text_encoder_2, unet), strict=True)
-            if piece is not None
+        parts: dict[ComponentName, Path | None] = {
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "unet": unet,
         }
+        pieces = {name: piece for name, piece in parts.items() if piece is not None}
         if path == unet:
+            from engine.checkpoints.pieces import read_pieces
+
             model = cls(path=path, **read_pieces(pieces, prediction_type))
         else:
             model = cls.read(path, prediction_type, needs_vae=vae is None)
             if pieces:
+                from engine.checkpoints.pieces import replaced_pieces
+
                 model = replace(model, **replaced_pieces(model, pieces))
         if vae is not None:
-            model = model._with_vae(vae)
+            from engine.checkpoints.pieces import replaced_vae
+
+            model = replace(model, **replaced_vae(model, vae))
         if preview_decoder is not None:
-            model = model._with_preview_decoder(preview_decoder)
+            from engine.checkpoints.pieces import added_preview_decoder
+
+            model = replace(model, **added_preview_decoder(model, preview_decoder))
         model._check_whole()
         given = {
             "unet": unet,
@@ -156,6 +159,8 @@ class Model:
                 scheduler = {**model.scheduler, "prediction_type": prediction_type}
                 model = replace(model, scheduler=scheduler)
         else:
+            from engine.checkpoints.single_file import read_file
+
             model = cls(path=path, **read_file(path, prediction_type))
         model._check_widths()
         return model
@@ -186,6 +191,8 @@ class Model:
 
         def find(name: ComponentName) -> Component:
             if name == "preview_decoder":
+                from engine.checkpoints.tiny_autoencoder import open_tiny_decoder
+
                 return open_tiny_decoder(path / name)[1]
             return diffusers_component(path / name, open_weights(path / name), configs[name])
 
@@ -201,32 +208,6 @@ class Model:
             ),
             guidance_scale=EMBEDDED_GUIDANCE if config.time_cond_proj_dim else None,
             notes=tuple(notes),
-        )
-
-    def _with_vae(self, path: Path) -> Self:
-        config, component = open_vae(path, self.family.scaling_factor)
-        own = self.find
-        return replace(
-            self,
-            configs=MappingProxyType({**self.configs, "vae": config}),
-            find=lambda name: component if name == "vae" else own(name),
-            notes=(*self.notes, f"the autoencoder is that of {path}"),
-        )
-
-    def _with_preview_decoder(self, path: Path) -> Self:
-        config, component = open_tiny_decoder(path)
-        latent = self.vae.latent_channels, self.vae.compression
-        if (config.latent_channels, config.compression) != latent:
-            raise ModelError(
-                f"{path} decodes latents of {config.latent_channels} channels to "
-                f"{config.compression} pixels along each side, and those of {self.path} have "
-                f"{latent[0]} and {latent[1]}; give a tiny decoder of this model's family"
-            )
-        own = self.find
-        return replace(
-            self,
-            configs=MappingProxyType({**self.configs, "preview_decoder": config}),
-            find=lambda name: component if name == "preview_decoder" else own(name),
         )
 
     @property
@@ -295,6 +276,8 @@ class Model:
                 f"autoencoder that takes {latent}; use parts of one model"
             )
         if unet.in_channels not in (latent, 2 * latent, 2 * latent + 1):
+            from engine.checkpoints.unsupported import foreign_channels
+
             raise foreign_channels(self.path, unet.in_channels, latent)
         if all(name in self.configs for name in TEXT_ENCODERS if name in self.family.parts):
             self._check_texts()

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from PIL import Image
 
-from engine.adapters.adapter import Adapter, AdapterChoice, read_adapters
-from engine.adapters.few_steps import with_few_steps
+from engine.adapters.choice import AdapterChoice
 from engine.adapters.folder import check_folder
-from engine.adapters.textual_inversion import Embedding, read_embedding
 from engine.backends.base import DeviceEngine, Engine
 from engine.devices.device import HostOrDeviceArray
 from engine.engines import Engines
@@ -18,16 +17,10 @@ from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
 from engine.graphs.variants import Variant
 from engine.model import Model
-from engine.steering.control_nets import ControlNets
-from engine.steering.ip_adapters import IPAdapters
 from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer
-from runtime.denoising.controls import ControlledSteps
-from runtime.denoising.device_loop import DeviceLoop
-from runtime.denoising.device_rows import DeviceRows
-from runtime.denoising.image_prompts import AttendedImages
 from runtime.denoising.latents import LatentSpace, State
 from runtime.denoising.rows import Row, step_rows
 from runtime.images import tiles
@@ -36,12 +29,23 @@ from runtime.plan import Array, Plan
 from runtime.request import Request
 from runtime.samplers.noise_schedule import NoiseSchedule
 
+# What a plain prompt has no use for is imported where it is used: it would be a third of all that
+# a process reads before its first picture.
+if TYPE_CHECKING:
+    from engine.adapters.adapter import Adapter
+    from engine.adapters.textual_inversion import Embedding
+    from engine.steering.control_nets import ControlNets
+    from engine.steering.ip_adapters import IPAdapters
+    from runtime.denoising.controls import ControlledSteps
+    from runtime.denoising.device_loop import DeviceLoop
+    from runtime.denoising.device_rows import DeviceRows
+    from runtime.denoising.image_prompts import AttendedImages
+
 
 class AdaptedModel:
     """A model's engines and text encoders, with the adapters and the words that are on.
 
     engines: the engines, with the settings and the precision that were chosen for them
-    control_nets, ip_adapters: the ControlNets and IP-Adapters that requests may name
     lora_dir: where adapters are that prompts name, as `<lora:name:0.8>`
     """
 
@@ -56,11 +60,6 @@ class AdaptedModel:
         self.lora_dir = None if lora_dir is None else check_folder(lora_dir)
         self.encoder = Encoder(model=engines.model, tokenizers=tokenizers, engine=engines.engine)
         self.schedule = NoiseSchedule.from_config(engines.model.scheduler)
-        self.control_nets = ControlNets(engines)
-        self._controlled = ControlledSteps(unet=engines.model.unet, nets=self.control_nets)
-        self.ip_adapters = IPAdapters(engines)
-        self._attended_images = AttendedImages(adapters=self.ip_adapters)
-        self._device_loop, self._device_rows = DeviceLoop(), DeviceRows()
         self._distilled = engines.model  # as its adapters distil it, where they do
         self._few_steps = ""
         self._latents = LatentSpace(
@@ -87,6 +86,8 @@ class AdaptedModel:
         strict: whether every module must fit the model, and not only half of them
         Raises ModelError when one does not fit, and then the adapters stay as they were.
         """
+        from engine.adapters.adapter import read_adapters
+
         chosen: Sequence[str | Path | AdapterChoice] = several(loras)
         adapters = read_adapters(chosen, strict=strict)
         self._put_on(adapters)
@@ -101,6 +102,8 @@ class AdaptedModel:
         """
         files: Sequence[str | Path] = several(embeddings)
         if files or self.encoder.extra:
+            from engine.adapters.textual_inversion import read_embedding
+
             read = [read_embedding(path) for path in files]
             self.encoder = self.encoder.with_embeddings([*read, *self._bundled])
             self._embeddings = read
@@ -142,6 +145,20 @@ class AdaptedModel:
             given = dict.fromkeys(files, path_of(image_encoder))
         self.ip_adapters.set(files, given)
         self._attended_images.forget()
+
+    @cached_property
+    def control_nets(self) -> "ControlNets":
+        """The ControlNets that requests may name."""
+        from engine.steering.control_nets import ControlNets
+
+        return ControlNets(self.engines)
+
+    @cached_property
+    def ip_adapters(self) -> "IPAdapters":
+        """The IP-Adapters that requests may name."""
+        from engine.steering.ip_adapters import IPAdapters
+
+        return IPAdapters(self.engines)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -188,17 +205,22 @@ class AdaptedModel:
         if isinstance(engine, DeviceEngine) and engine.device.has_addresses:
             self._device_rows.step(rows, engine, filled_to=filled_to)
         else:
-            residuals = self._controlled.residuals
-            step_rows(rows, self.engine, filled_to=filled_to, residuals=residuals)
+            step_rows(
+                rows,
+                self.engine,
+                filled_to=filled_to,
+                residuals=lambda laid, controls: self._controlled.residuals(laid, controls),
+            )
 
     def close(self) -> None:
         """Let go of the engines and of the memory on a device; then nothing can be drawn."""
-        self._device_loop.reset()
-        self._device_rows.reset()
+        self._forget_recordings()
         self.engines.close()
-        self.control_nets.close()
-        self.ip_adapters.close()
-        self._attended_images.forget()
+        for made in ("control_nets", "ip_adapters"):
+            if made in vars(self):
+                getattr(self, made).close()
+        if "_attended_images" in vars(self):
+            self._attended_images.forget()
         self.encoder = self.encoder.without_cache()
 
     def __reduce__(self) -> NoReturn:
@@ -215,6 +237,36 @@ class AdaptedModel:
     def __exit__(self, *error: object) -> None:
         """Close the pipeline."""
         self.close()
+
+    @cached_property
+    def _controlled(self) -> "ControlledSteps":
+        from runtime.denoising.controls import ControlledSteps
+
+        return ControlledSteps(unet=self.model.unet, nets=self.control_nets)
+
+    @cached_property
+    def _attended_images(self) -> "AttendedImages":
+        from runtime.denoising.image_prompts import AttendedImages
+
+        return AttendedImages(adapters=self.ip_adapters)
+
+    @cached_property
+    def _device_loop(self) -> "DeviceLoop":
+        from runtime.denoising.device_loop import DeviceLoop
+
+        return DeviceLoop()
+
+    @cached_property
+    def _device_rows(self) -> "DeviceRows":
+        from runtime.denoising.device_rows import DeviceRows
+
+        return DeviceRows()
+
+    def _forget_recordings(self) -> None:
+        """Let go of what was recorded on a device, where anything was."""
+        for made in ("_device_loop", "_device_rows"):
+            if made in vars(self):
+                getattr(self, made).reset()
 
     def _is_on_device(self, plan: Plan) -> bool:
         part = plan.step_parts[0]
@@ -243,15 +295,16 @@ class AdaptedModel:
             state = replace(state, constant={**state.constant, **images})
         return state
 
-    def _put_on(self, adapters: Sequence[tuple[Adapter, AdapterChoice]]) -> None:
+    def _put_on(self, adapters: "Sequence[tuple[Adapter, AdapterChoice]]") -> None:
         bundled = [embedding for adapter, _ in adapters for embedding in adapter.embeddings]
         encoder = self.encoder.without_cache()
         if bundled or self._bundled:
             encoder = encoder.with_embeddings([*self._embeddings, *bundled])
-        self._device_loop.reset()
-        self._device_rows.reset()
+        self._forget_recordings()
         self.engines.set_loras(adapters)
         self.encoder, self._bundled = encoder, bundled
+        from engine.adapters.few_steps import with_few_steps
+
         choices = [choice for _, choice in adapters]
         self._distilled, self._few_steps = with_few_steps(self.model, choices)
         self.schedule = NoiseSchedule.from_config(self._distilled.scheduler)
@@ -260,6 +313,8 @@ class AdaptedModel:
         """Put on the adapters that the prompts name; return notes on what they name in vain."""
         named, notes = self._names_in(request)
         if named != list(self._named):
+            from engine.adapters.adapter import read_adapters
+
             self._put_on([*self._loras, *read_adapters(named)])
             self._named = named
             _, notes = self._names_in(request)  # they may have brought words

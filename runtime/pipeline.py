@@ -14,7 +14,7 @@ from typing import Any, Self, Unpack, cast
 import numpy as np
 from PIL import Image
 
-from engine.adapters.adapter import AdapterChoice
+from engine.adapters.choice import AdapterChoice
 from engine.backends.settings import ON_GPU, BackendSettings, ComputePrecision
 from engine.devices.device import HostOrDeviceArray, on_host
 from engine.engines import Engines
@@ -25,7 +25,6 @@ from runtime.adapted_model import AdaptedModel
 from runtime.checks import OneOrMore, path_of
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
 from runtime.conditioning.wildcards import Wildcards
-from runtime.denoising.controls import call_controls
 from runtime.denoising.groups import batch_limit, groups_of
 from runtime.denoising.latents import (
     Progress,
@@ -268,6 +267,8 @@ class Pipeline(AdaptedModel):
         """
         given = state.inputs(inputs)
         if inputs.is_controlled and inputs.is_full:
+            from runtime.denoising.controls import call_controls  # for those who steer alone
+
             steering = call_controls(inputs, state.hints)
             given |= self._controlled.residuals(given, [steering] * len(given["noise"]))
         outputs = self.engine(inputs.part, inputs.variant).run(given)

@@ -25,11 +25,27 @@ from engine.checkpoints.formats.files import Weights, open_weights
 from engine.checkpoints.parts import PartLayout, open_clip, read_config, unet
 from engine.checkpoints.pipeline_index import with_pooled_text
 from engine.checkpoints.prediction import Evidence, TrainingFacts, conclude
-from engine.checkpoints.single_file import COMPRESSION, FileFields
-from engine.configs.diffusion import Config, TextEncoderConfig, UNetConfig, read_json
+from engine.checkpoints.single_file import COMPRESSION, FileFields, open_vae
+from engine.checkpoints.tiny_autoencoder import open_tiny_decoder
+from engine.configs.diffusion import (
+    AnyAutoencoder,
+    Config,
+    TextEncoderConfig,
+    UNetConfig,
+    read_json,
+)
 from engine.errors import ModelError
 
-__all__ = ["PIECES", "ModelFields", "is_piece", "open_piece", "read_pieces", "replaced_pieces"]
+__all__ = [
+    "PIECES",
+    "ModelFields",
+    "added_preview_decoder",
+    "is_piece",
+    "open_piece",
+    "read_pieces",
+    "replaced_pieces",
+    "replaced_vae",
+]
 
 C = TypeVar("C", bound=Config)
 PIECES: tuple[ComponentName, ...] = ("text_encoder", "text_encoder_2", "unet")
@@ -64,12 +80,20 @@ class ModelFields(Protocol):
     """What is asked of a model of which pieces are replaced; see `engine.model.Model`."""
 
     @property
+    def path(self) -> Path:
+        """Its folder or file."""
+
+    @property
     def family(self) -> Family:
         """Its family."""
 
     @property
     def configs(self) -> Mapping[ComponentName, Config]:
         """Its parts' architectures."""
+
+    @property
+    def vae(self) -> AnyAutoencoder:
+        """The autoencoder's architecture; raises ModelError when it has none."""
 
     @property
     def find(self) -> Callable[[ComponentName], Component]:
@@ -133,6 +157,42 @@ def replaced_pieces(model: ModelFields, paths: Mapping[ComponentName, Path]) -> 
                 "notes": (*fields["notes"], *facts.notes),
             }
     return fields
+
+
+def replaced_vae(model: ModelFields, path: Path) -> dict[str, Any]:
+    """Return the fields of a model that are others with the autoencoder of a file or a folder.
+
+    Raises ModelError for what is none.
+    """
+    config, component = open_vae(path, model.family.scaling_factor)
+    notes = (*model.notes, f"the autoencoder is that of {path}")
+    return {**_with_part(model, "vae", config, component), "notes": notes}
+
+
+def added_preview_decoder(model: ModelFields, path: Path) -> dict[str, Any]:
+    """Return the fields of a model that are others with a tiny decoder, of a file or a folder.
+
+    Raises ModelError for what is none, and for one of another family's latents.
+    """
+    config, component = open_tiny_decoder(path)
+    latent = model.vae.latent_channels, model.vae.compression
+    if (config.latent_channels, config.compression) != latent:
+        raise ModelError(
+            f"{path} decodes latents of {config.latent_channels} channels to "
+            f"{config.compression} pixels along each side, and those of {model.path} have "
+            f"{latent[0]} and {latent[1]}; give a tiny decoder of this model's family"
+        )
+    return _with_part(model, "preview_decoder", config, component)
+
+
+def _with_part(
+    model: ModelFields, name: ComponentName, config: Config, component: Component
+) -> dict[str, Any]:
+    own = model.find
+    return {
+        "configs": MappingProxyType({**model.configs, name: config}),
+        "find": lambda asked: component if asked == name else own(asked),
+    }
 
 
 def _open(

@@ -30,6 +30,7 @@ from engine.errors import ModelError
 
 __all__ = [
     "AUTOENCODERS",
+    "AnyAutoencoder",
     "AutoencoderConfig",
     "Config",
     "IdentityAutoencoderConfig",
@@ -204,6 +205,9 @@ class AutoencoderConfig(Config):
     def activations(self, part: str, sizes: Sizes) -> int:
         """Estimate the most numbers alive at once, in the largest block of all levels."""
         return max(_alive(self, part, sizes.pixels))
+
+
+AnyAutoencoder = AutoencoderConfig | TinyAutoencoderConfig | IdentityAutoencoderConfig
 
 
 # Fields of diffusers' configuration with the only values that are implemented; the statistics are

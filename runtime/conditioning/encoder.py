@@ -8,11 +8,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.adapters.textual_inversion import Embedding, join_halves
 from engine.backends.base import Engine
 from engine.graphs.graph import Part, TextPart
 from engine.model import Model
@@ -27,6 +27,9 @@ from runtime.conditioning.tokenizer import (
     make_chunks,
 )
 from runtime.conditioning.words import known_words
+
+if TYPE_CHECKING:
+    from engine.adapters.textual_inversion import Embedding
 
 __all__ = ["Encoder", "Texts"]
 
@@ -108,7 +111,7 @@ class Encoder:
     tokenizers: Mapping[TextPart, Tokenizer]
     engine: Callable[[Part], Engine]
     extra: Mapping[TextPart, Array] = field(default_factory=dict)
-    embedding_words: Mapping[Embedding, Sequence[str]] = field(default_factory=dict)
+    embedding_words: "Mapping[Embedding, Sequence[str]]" = field(default_factory=dict)
     notes: Sequence[str] = ()
     cache: EmbeddingCache = field(default_factory=EmbeddingCache)
 
@@ -116,8 +119,10 @@ class Encoder:
         """Return the encoder for other weights, whose cache is empty."""
         return replace(self, cache=EmbeddingCache())
 
-    def with_embeddings(self, embeddings: Sequence[Embedding]) -> "Encoder":
+    def with_embeddings(self, embeddings: "Sequence[Embedding]") -> "Encoder":
         """Return encoders that know these words and no others; raises ModelError, RequestError."""
+        from engine.adapters.textual_inversion import join_halves
+
         encoders = self.model.text_encoders
         widths = {str(name): config.hidden_size for name, config in encoders.items()}
         joined = join_halves(embeddings, widths)

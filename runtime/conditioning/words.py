@@ -4,17 +4,20 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from engine.adapters.textual_inversion import Embedding
 from engine.checkpoints.formats.tensors import short
 from engine.errors import RequestError
+
+if TYPE_CHECKING:
+    from engine.adapters.textual_inversion import Embedding
 
 __all__ = ["known_words", "split_at_words", "word_pattern"]
 
 
 def known_words(
-    embeddings: Sequence[Embedding], is_token: Callable[[str], bool]
-) -> tuple[dict[Embedding, Sequence[str]], list[str]]:
+    embeddings: "Sequence[Embedding]", is_token: Callable[[str], bool]
+) -> "tuple[dict[Embedding, Sequence[str]], list[str]]":
     """Choose the words of each embedding; returns them, and a sentence on each embedding.
 
     is_token: tells whether the model's vocabulary has a word

@@ -7,7 +7,7 @@ the posterior of the masked image, then the calls that draw.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,14 @@ from runtime.editing import edited_latents
 from runtime.images import tiles
 from runtime.images.canvas import GRAY, masked_pixels
 from runtime.images.image_noise import noise_seed, noisy_pixels
-from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import PIXELS, is_trained, upscale_latents, upscale_pixels
 from runtime.noise import Noise, draw, fresh_noise, make_noise, vary
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
+
+if TYPE_CHECKING:
+    from runtime.images.upscaler import Upscaler
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -143,7 +145,7 @@ class LatentSpace:
     model: Model
     engine: FindEngine
     threads: int | None = None
-    upscalers: dict[str, Upscaler] = field(default_factory=dict)
+    upscalers: "dict[str, Upscaler]" = field(default_factory=dict)
     seamless: str | None = None
 
     def start(self, plan: Plan, latents: HostOrDeviceArray | None = None) -> State:
@@ -201,6 +203,8 @@ class LatentSpace:
         first, *others = plan.runs()
         for path in (run.upscaler for run in others if is_trained(run.upscaler)):
             if path not in self.upscalers:
+                from runtime.images.upscaler import Upscaler
+
                 settings = BackendSettings(threads=self.threads)
                 self.upscalers[path] = Upscaler.load(path, settings=settings)
             factor = max(others[-1].width / first.width, 1)

@@ -14,7 +14,7 @@ row differs in the last bits beside others, and `Row.is_sensitive` says so.
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,12 @@ from engine.devices.device import HostOrDeviceArray
 from engine.graphs.graph import Part
 from engine.graphs.steering import IP_BY_GROUPS, MAX_LEVELS
 from engine.graphs.variants import Variant
-from runtime.denoising.controls import CallControl, Residuals, call_controls
 from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
 from runtime.samplers.noise_schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from runtime.denoising.controls import CallControl, Residuals
 
 __all__ = ["Row", "padded", "part_of", "rows_of", "step_rows"]
 
@@ -137,8 +139,10 @@ class Row:
         return self._steps[self._at].variant
 
     @property
-    def controls(self) -> list[CallControl]:
+    def controls(self) -> "list[CallControl]":
         """What steers the next call."""
+        from runtime.denoising.controls import call_controls
+
         assert self._state is not None
         return call_controls(self._steps[self._at], self._state.hints)
 
@@ -185,7 +189,7 @@ def step_rows(
     engine: FindEngine,
     *,
     filled_to: int = 0,
-    residuals: Residuals | None = None,
+    residuals: "Residuals | None" = None,
 ) -> None:
     """Make the next call of rows of one bucket together.
 

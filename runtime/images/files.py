@@ -24,7 +24,6 @@ from engine.errors import OutputError, RequestError
 from engine.store.cache import write_atomically, write_new
 from runtime.images.a1111 import PARAMETERS_KEY, format_parameters
 from runtime.images.exif import exif_bytes, texts_of
-from runtime.images.foreign import parse_foreign
 
 SETTINGS_KEY = "latentrt"  # the PNG text chunk that holds the settings as JSON
 WHITE = 255
@@ -237,7 +236,12 @@ def read_settings(path: str | Path) -> dict[str, Any] | None:
             with Image.open(path) as file:
                 texts = texts_of(file)
         ours = texts.get(SETTINGS_KEY)
-        settings = json.loads(ours) if ours else parse_foreign(texts)
+        if ours:
+            settings = json.loads(ours)
+        else:
+            from runtime.images.foreign import parse_foreign  # nobody who draws reads these
+
+            settings = parse_foreign(texts)
     except (OSError, ValueError, SyntaxError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read as a picture ({error})") from error
     return settings if isinstance(settings, dict) and settings else None

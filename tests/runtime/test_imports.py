@@ -9,9 +9,25 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NEVER = {"torch", "diffusers", "transformers", "onnx", "safetensors", "export", "training"}
+OURS = {"engine", "runtime", "latentrt"}
 LATE = {"onnxruntime", "tokenizers"}
 CHOSEN = {"cuda", "openvino", "tensorrt", "tensorrt_bindings", "tensorrt_rtx"}
 CHOSEN |= {"tensorrt_rtx_bindings"}
+# What a plain prompt has no use for, by the rooms that are the largest.
+UNUSED = {
+    "engine.adapters.adapter",
+    "engine.checkpoints.control_net",
+    "engine.checkpoints.formats.gguf",
+    "engine.checkpoints.formats.torch_archive",
+    "engine.checkpoints.single_file",
+    "engine.steering.ip_adapters",
+    "runtime.calibration",
+    "runtime.denoising.device_loop",
+    "runtime.images.foreign",
+    "runtime.images.safety",
+    "runtime.images.upscaler",
+}
+MOST_OF_OURS = 125
 NVIDIA = ("libcuda", "libcudart", "libnvinfer", "libtensorrt", "libnvrtc", "libcudnn")
 DRAW = """
 from engine.backends.settings import BackendSettings
@@ -23,8 +39,8 @@ pipeline("a", image=image, num_inference_steps=2)
 
 
 def loaded(code):
-    """Run code in a fresh process; return the top-level modules that it has loaded."""
-    report = "\nimport json, sys; print(json.dumps([name.split('.')[0] for name in sys.modules]))"
+    """Run code in a fresh process; return the modules that it has loaded."""
+    report = "\nimport json, sys; print(json.dumps([*sys.modules]))"
     done = subprocess.run(
         [sys.executable, "-c", code + report],
         cwd=ROOT,
@@ -33,6 +49,13 @@ def loaded(code):
         check=True,
     )
     return set(json.loads(done.stdout))
+
+
+def test_a_plain_prompt_loads_what_it_needs():
+    ours = {name for name in loaded(DRAW) if name.partition(".")[0] in OURS}
+    assert "runtime.pipeline" in ours
+    assert not UNUSED & ours
+    assert len(ours) <= MOST_OF_OURS
 
 
 def test_drawing_loads_no_torch():

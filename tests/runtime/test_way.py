@@ -15,7 +15,8 @@ WALK = """
 import json, sys, threading
 from importlib import import_module
 
-import_module("latentrt.public")  # what importing runs is no part of the way
+for room in ("latentrt.public", "runtime.__main__"):
+    import_module(room)  # what importing runs is no part of the way
 main, root, files = import_module(sys.argv[2]).main, sys.argv[1], {}
 
 def note(frame, event, argument):

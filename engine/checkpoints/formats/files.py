@@ -16,9 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.checkpoints.formats.gguf import MAGIC as GGUF
-from engine.checkpoints.formats.gguf import read_gguf
-from engine.checkpoints.formats.picture import is_picture, read_picture
 from engine.checkpoints.formats.scales import with_scales
 from engine.checkpoints.formats.tensors import (
     MAX_HEADER,
@@ -29,9 +26,6 @@ from engine.checkpoints.formats.tensors import (
     read_header,
     short,
 )
-from engine.checkpoints.formats.torch_archive import read_archive
-from engine.checkpoints.formats.torch_legacy import MAGIC as LEGACY
-from engine.checkpoints.formats.torch_legacy import read_legacy
 from engine.checkpoints.formats.wrappers import unwrap
 from engine.errors import ModelError
 
@@ -259,6 +253,14 @@ def read_tensors(path: Path, file: mmap.mmap) -> tuple[dict[str, StoredTensor], 
     """
     if file[4:9] == b"\0\0\0\0{":  # safetensors: a header of less than 4 GB, in JSON
         return read_header(path, file)
+    # Most files end here; the readers of others are imported where one is met.
+    from engine.checkpoints.formats.gguf import MAGIC as GGUF
+    from engine.checkpoints.formats.gguf import read_gguf
+    from engine.checkpoints.formats.picture import is_picture, read_picture
+    from engine.checkpoints.formats.torch_archive import read_archive
+    from engine.checkpoints.formats.torch_legacy import MAGIC as LEGACY
+    from engine.checkpoints.formats.torch_legacy import read_legacy
+
     if file[:4] in (b"PK\3\4", b"PK\5\6"):
         return read_archive(path, file)
     if file[: len(GGUF)] == GGUF:
