@@ -81,7 +81,7 @@ def _measured(
             variables=limited,
         )
     except ContenderError as failure:
-        return {"skipped": str(failure)}
+        return {"skipped": str(failure).rpartition(": ")[2]}  # without the file and its place
     if not first.is_file():
         file.rename(first)
         return {"seconds": taken, "agrees": True}
