@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -12,7 +13,7 @@ from engine.adapters.few_steps import with_few_steps
 from engine.adapters.folder import check_folder
 from engine.adapters.textual_inversion import Embedding, read_embedding
 from engine.backends.base import DeviceEngine, Engine
-from engine.devices.device import HostOrDeviceArray
+from engine.devices.device import DeviceArray, HostOrDeviceArray, within_memory
 from engine.engines import Engines
 from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
@@ -176,7 +177,10 @@ class AdaptedModel:
         space = self._latents
         if plan is not None and plan.seamless:
             space = replace(space, seamless=plan.seamless)
-        return [Image.fromarray(pixels) for pixels in space.decode(latents)]
+        decode = partial(space.decode, latents)
+        on_device = isinstance(latents, DeviceArray)
+        decoded = within_memory(decode, self._forget_forms) if on_device else decode()
+        return [Image.fromarray(pixels) for pixels in decoded]
 
     def step_rows(self, rows: Sequence[Row], *, filled_to: int = 0) -> None:
         """Make the next call of rows of one bucket together, on a device where engines live there.
@@ -193,8 +197,7 @@ class AdaptedModel:
 
     def close(self) -> None:
         """Let go of the engines and of the memory on a device; then nothing can be drawn."""
-        self._device_loop.reset()
-        self._device_rows.reset()
+        self._forget_forms()
         self.engines.close()
         self.control_nets.close()
         self.ip_adapters.close()
@@ -215,6 +218,11 @@ class AdaptedModel:
     def __exit__(self, *error: object) -> None:
         """Close the pipeline."""
         self.close()
+
+    def _forget_forms(self) -> None:
+        """Let go of what is kept on a device for runs of forms that may come again."""
+        self._device_loop.reset()
+        self._device_rows.reset()
 
     def _is_on_device(self, plan: Plan) -> bool:
         part = plan.step_parts[0]
@@ -248,8 +256,7 @@ class AdaptedModel:
         encoder = self.encoder.without_cache()
         if bundled or self._bundled:
             encoder = encoder.with_embeddings([*self._embeddings, *bundled])
-        self._device_loop.reset()
-        self._device_rows.reset()
+        self._forget_forms()
         self.engines.set_loras(adapters)
         self.encoder, self._bundled = encoder, bundled
         choices = [choice for _, choice in adapters]
