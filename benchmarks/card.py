@@ -3,14 +3,17 @@
     python -m benchmarks card --out gpu-CARD.json --seconds 300
 
 A section that has not its seconds left is left for the next call, which goes on with the file;
-what failed is tried again. With --dry every section runs in its smallest form, on any backend, so
-that a script's mistakes are found without a card.
+what failed or was skipped is tried again. With --dry every section runs in its smallest form, on
+any backend, so that a script's mistakes are found without a card.
 """
 
+import gc
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from ctypes.util import find_library
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +25,7 @@ from benchmarks.contenders import load_pipeline
 from benchmarks.distances import relative_error
 from benchmarks.gpu_contenders import queued
 from benchmarks.resumable import begin, keep
+from benchmarks.sanitizer import find_tool, sanitizer_figures
 from benchmarks.scenarios import QUEUED, SEED, Scenario, engine_inputs
 from benchmarks.torch_step import kernel_times, torch_figures
 from engine.backends.base import DeviceEngine
@@ -30,11 +34,17 @@ from engine.errors import LatentrtError, RequestError
 from runtime import Pipeline
 from runtime.images.files import psnr
 
-WEBGPU = "webgpu"
+WEBGPU, CUDA = "webgpu", "cuda"
 STEPS = 50
+UNMEASURED = {"failed", "skipped"}  # what a section says that is to be tried again
+SANITIZER_S = 100  # of compute-sanitizer, under which kernels take many times as long
 Case = TypeVar("Case")
 Load = Callable[[Scenario, str, BackendSettings], Pipeline]
 """Loads a scenario's model in a precision on a backend."""
+
+
+class NotMeasuredError(Exception):
+    """A section cannot be measured on this machine; its text says why, and what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +203,46 @@ def _sizes(card: Card) -> dict[str, Any]:
     return found
 
 
+def _settings(card: Card) -> dict[str, Any]:
+    """Leave the settings of the backend `cuda` out, one at a time."""
+    if card.backend != CUDA:
+        raise NotMeasuredError(f"the settings are those of the backend {CUDA}")
+    from benchmarks.card_settings import settings_figures
+
+    scenario = card.scenario("sd15-512")
+    pipeline = card.open(scenario)
+    engine, model = pipeline.engine("step"), pipeline.model
+    if not isinstance(engine, DeviceEngine):
+        raise RequestError("the backend has no device; choose one of a GPU")
+    device, graph = engine.device, pipeline.engines.graph("step")
+    inputs = engine_inputs(scenario, model)["step"]
+    pipeline.close()
+    del engine
+    gc.collect()  # its memory is told from that of the sessions to come
+    return settings_figures(graph, model.weights("step"), device, inputs, card.seconds)
+
+
+def _sanitizer(card: Card) -> dict[str, Any]:
+    """Draw the model that ships under compute-sanitizer; dry by itself, on the processor."""
+    if card.backend == WEBGPU:
+        raise NotMeasuredError("compute-sanitizer sees CUDA's kernels, and WebGPU has none")
+    tool = find_tool()
+    if card.dry:
+        return sanitizer_figures(tool=None, backend="cpu", seconds=SANITIZER_S)
+    if tool is None:
+        raise NotMeasuredError(
+            "compute-sanitizer is neither on the path nor in CUDA's folder; install NVIDIA's CUDA "
+            "toolkit, or set CUDA_HOME"
+        )
+    return sanitizer_figures(tool, card.backend, SANITIZER_S)
+
+
 def _webgpu(card: Card) -> dict[str, Any]:
     """Do the first sections for the model that ships through WebGPU."""
+    if sys.platform == "linux" and find_library("vulkan") is None and not card.dry:
+        raise NotMeasuredError(
+            "WebGPU wants Vulkan, whose library is not on this machine; install libvulkan1"
+        )
     other = card if card.dry else replace(card, backend=WEBGPU)
     scenario = card.scenario("pictogram-128", steps=20)
     pipeline, host = other.open(scenario), card.open(scenario, "cpu")
@@ -215,6 +263,8 @@ SECTIONS: Mapping[str, Section] = {
     "compiled": Section(seconds=120, measure=lambda card: torch_figures(card.dry, compiled=True)),
     "sizes": Section(seconds=120, measure=_sizes),
     "profile": Section(seconds=40, measure=_profile),
+    "settings": Section(seconds=120, measure=_settings),
+    "sanitizer": Section(seconds=SANITIZER_S, measure=_sanitizer),
     "webgpu": Section(seconds=60, measure=_webgpu),
 }
 
@@ -241,7 +291,7 @@ def measure(
     asked = {"name": "card", "backend": card.backend, "dry": card.dry}
     report = begin(asked, out, lambda: {"sections": {}})
     for name in names:
-        if "failed" in report["sections"].get(name, {"failed": "not measured"}):
+        if UNMEASURED & report["sections"].get(name, dict.fromkeys(UNMEASURED)).keys():
             section = SECTIONS[name]
             if until - time.monotonic() < section.seconds and not card.dry:
                 show(json.dumps({"section": name, "left": f"{section.seconds:.0f} s are wanted"}))
@@ -261,6 +311,8 @@ def _measured(card: Card, section: Section) -> dict[str, Any]:
     began = time.monotonic()
     try:
         found = dict(section.measure(card))
+    except NotMeasuredError as reason:
+        found = {"skipped": str(reason)}
     except (LatentrtError, ImportError, RuntimeError) as failure:  # torch's are the last
         found = {"failed": str(failure).splitlines()[0][:300] if str(failure) else repr(failure)}
     return {**found, "took_s": time.monotonic() - began}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from engine.adapters.choice import AdapterChoice
-from engine.backends.base import Arrays, Engine, EngineSpec, Ranges
+from engine.backends.base import Arrays, DeviceEngine, Engine, EngineSpec, Ranges
 from engine.backends.openvino.int8 import find_ranges, ranges_name
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import (
@@ -176,16 +176,16 @@ class Engines:
 
         parts: that it needs; sizes: fields of `engine.backends.memory_estimate.Sizes`
         """
-        if self.settings.backend not in ON_GPU:
+        if (backend := self.settings.backend) not in ON_GPU:
             return
         from engine.backends.memory_estimate import Sizes, require_memory
 
         graphs = {part: self.graph(part) for part in parts}
         configs = {part: self.model.config(part) for part in parts}
-        opened = [part for part in parts if part in self.opened]
-        shared = self.settings.backend not in OWN_ACTIVATIONS
-        device = _device(self.settings.backend)
-        require_memory(device, graphs, configs, Sizes(**sizes), opened, shared=shared)
+        opened = {part: self.opened[part] for part in parts if part in self.opened}
+        device, shared = _device(backend), backend not in OWN_ACTIVATIONS
+        held = sum(each.held for each in opened.values() if isinstance(each, DeviceEngine))
+        require_memory(device, graphs, configs, Sizes(**sizes), opened, shared=shared, held=held)
 
     def set_loras(self, adapters: "Sequence[tuple[Adapter, AdapterChoice]]") -> None:
         """Put these adapters on in place of those that are on; none gives the base back.

@@ -57,6 +57,10 @@ class BackendError(LatentrtError):
     """The library that runs engines is missing or failed."""
 
 
+class OutOfMemoryError(BackendError):
+    """A device has not the memory that is wanted; to users a BackendError."""
+
+
 class RequestError(LatentrtError, ValueError):
     """An invalid request: size, steps, prompt, sampler, seed."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -11,7 +11,7 @@ from PIL import Image
 from engine.adapters.choice import AdapterChoice
 from engine.adapters.folder import check_folder
 from engine.backends.base import DeviceEngine, Engine
-from engine.devices.device import HostOrDeviceArray
+from engine.devices.device import DeviceArray, HostOrDeviceArray, within_memory
 from engine.engines import Engines
 from engine.errors import ModelError
 from engine.graphs.graph import Part, TextPart
@@ -193,7 +193,10 @@ class AdaptedModel:
         space = self._latents
         if plan is not None and plan.seamless:
             space = replace(space, seamless=plan.seamless)
-        return [Image.fromarray(pixels) for pixels in space.decode(latents)]
+        decode = partial(space.decode, latents)
+        on_device = isinstance(latents, DeviceArray)
+        decoded = within_memory(decode, self._forget_forms) if on_device else decode()
+        return [Image.fromarray(pixels) for pixels in decoded]
 
     def step_rows(self, rows: Sequence[Row], *, filled_to: int = 0) -> None:
         """Make the next call of rows of one bucket together, on a device where engines live there.
@@ -214,7 +217,7 @@ class AdaptedModel:
 
     def close(self) -> None:
         """Let go of the engines and of the memory on a device; then nothing can be drawn."""
-        self._forget_recordings()
+        self._forget_forms()
         self.engines.close()
         for made in ("control_nets", "ip_adapters"):
             if made in vars(self):
@@ -262,8 +265,8 @@ class AdaptedModel:
 
         return DeviceRows()
 
-    def _forget_recordings(self) -> None:
-        """Let go of what was recorded on a device, where anything was."""
+    def _forget_forms(self) -> None:
+        """Let go of what is kept on a device for runs of forms that may come again, if anything."""
         for made in ("_device_loop", "_device_rows"):
             if made in vars(self):
                 getattr(self, made).reset()
@@ -300,7 +303,7 @@ class AdaptedModel:
         encoder = self.encoder.without_cache()
         if bundled or self._bundled:
             encoder = encoder.with_embeddings([*self._embeddings, *bundled])
-        self._forget_recordings()
+        self._forget_forms()
         self.engines.set_loras(adapters)
         self.encoder, self._bundled = encoder, bundled
         from engine.adapters.few_steps import with_few_steps

@@ -77,6 +77,11 @@ class DeviceEngine(Engine, Protocol):
         """Where it runs."""
         ...
 
+    @property
+    def held(self) -> int:
+        """The bytes of its own activations, which it lets go of where memory is short."""
+        ...
+
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
         """Get ready for inputs of these shapes; return outputs of the shapes that they make.
 

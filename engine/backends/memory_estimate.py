@@ -9,7 +9,7 @@ top. Once an engine is built it says itself what it needs.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from engine.configs.base import Config, Sizes
@@ -24,14 +24,16 @@ __all__ = [
     "estimate",
     "estimate_build",
     "require_memory",
+    "session_bytes",
     "weight_bytes",
 ]
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
-# Times the estimates, that ONNX Runtime's sessions allocated on the stand-in for CUDA: 0.2 GiB for
-# a step of Stable Diffusion 1.5 at 512 x 512 and 0.35 GiB for its decoder.
-ARENA = 1.4
+# Times the estimates, that ONNX Runtime's sessions keep by what they took on the stand-in for CUDA,
+# by the beginning of a part's name; and times that, that their first runs take.
+KEPT = {"step_shallow": 1.3, "step": 2.7, "vae_decoder": 1.2, "": 1.7}
+FIRST_RUN = 1.5
 ITEM_BYTES = {"float32": FLOAT32, "float16": 2}
 
 
@@ -87,7 +89,7 @@ def estimate(
     return MemoryEstimate(
         # The two parts of a UNet have the same weights, and an engine each.
         weights=sum(weight_bytes(graph) for graph in graphs.values()),
-        activations=max(activations, default=0) if shared else int(ARENA * sum(activations)),
+        activations=max(activations, default=0) if shared else _of_sessions(graphs, activations),
         tables=FLOAT32 * (configs["step"].tables(sizes) if "step" in configs else 0),
         images=3 * sizes.batch * sizes.height * sizes.width,
     )
@@ -117,18 +119,28 @@ def require_memory(
     opened: Collection[Part],
     *,
     shared: bool = True,
+    held: int = 0,
 ) -> None:
     """Raise BackendError when a request on these parts does not fit; see `MemoryEstimate.require`.
 
     opened: the parts whose weights are on the device already; so is the memory that engines share
-    shared: as `estimate` has it; where not, open parts are taken to have theirs for these sizes
+    shared: as `estimate` has it; held: bytes that open engines keep of their own, for these sizes
+        or others, which they let go of where that is wanted
     """
-    there = sum(weight_bytes(graphs[part]) for part in opened) + device.scratch(0).nbytes
-    if not shared:
-        kept = (activation_bytes(graphs[part], configs[part], sizes) for part in opened)
-        there += int(ARENA * sum(kept))
+    there = sum(weight_bytes(graphs[part]) for part in opened) + device.scratch(0).nbytes + held
     needed = estimate(graphs, configs, sizes, shared=shared)
     needed.require(device.memory()[0] + there)
+
+
+def session_bytes(part: str, activations: int) -> int:
+    """Estimate what a session keeps for activations of its own, of their bytes by the estimate."""
+    return int(next(times for name, times in KEPT.items() if part.startswith(name)) * activations)
+
+
+def _of_sessions(parts: Iterable[str], activations: Iterable[int]) -> int:
+    """Return what the sessions of all parts keep, and the first run of the largest beside it."""
+    kept = [session_bytes(*each) for each in zip(parts, activations, strict=True)]
+    return sum(kept) + int((FIRST_RUN - 1) * max(kept, default=0))
 
 
 def weight_bytes(graph: Graph) -> int:

@@ -55,7 +55,7 @@ def find_device(index: int = 0) -> "CudaDevice":
         ) from error
 
 
-KEPT = 2**64 - 1  # bytes that the pool keeps for later: all; `_allocate` trims it when it must
+KEPT = 2**64 - 1  # bytes that the pool keeps for later: all, until it is trimmed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -128,9 +128,7 @@ class CudaDevice:
         size = max(nbytes, 1)  # an empty array has an address too
         with suppress(MemoryError):
             return self._take(size)
-        with self._errors():  # what the pool keeps for later may be in pieces that are too small
-            self._stream.sync()
-            self._check(self._driver.cuMemPoolTrimTo(self._pool.handle, 0))
+        self.trim()  # what the pool keeps for later may be in pieces that are too small
         try:
             return self._take(size)
         except MemoryError as error:
@@ -238,6 +236,13 @@ class CudaDevice:
             free, total = self._check(self._driver.cuMemGetInfo())
             pool = self._pool.attributes
             return free + pool.reserved_mem_current - pool.used_mem_current, total
+
+    @_alone
+    def trim(self) -> None:
+        """Wait for all work, and give back the memory that the pool keeps for later."""
+        with self._errors():
+            self._stream.sync()
+            self._check(self._driver.cuMemPoolTrimTo(self._pool.handle, 0))
 
     def _copy(self, to: int, source: int, nbytes: int) -> None:
         self._check(self._driver.cuMemcpyAsync(to, source, nbytes, self._stream.handle))

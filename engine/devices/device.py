@@ -5,17 +5,18 @@ Work is queued on one stream and done in order, while the processor goes on. Onl
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import BackendError
+from engine.errors import OutOfMemoryError
 
 Shape = tuple[int, ...]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,20 +126,32 @@ class Device(Protocol):
         """Return the bytes that are free, and all that there are."""
         ...
 
+    def trim(self) -> None:
+        """Wait for all work, and give back the memory that is kept for later arrays."""
+        ...
+
+
+def within_memory(work: Callable[[], Result], let_go: Callable[[], None]) -> Result:
+    """Do what takes a device's memory; where that is short, let go of some and do it once more."""
+    with suppress(OutOfMemoryError):
+        return work()
+    let_go()  # outside of the handler, which would keep what had been made
+    return work()
+
 
 def on_host(array: HostOrDeviceArray) -> NDArray[Any]:
     """Return an array of the same shape and dtype on the CPU; waits for a device's."""
     return array.device.download(array) if isinstance(array, DeviceArray) else array
 
 
-def out_of_memory(asked: int, free: int, total: int) -> BackendError:
+def out_of_memory(asked: int, free: int, total: int) -> OutOfMemoryError:
     """Make the error for a piece of memory that a device has not, in bytes."""
     missing = (
         f"{_size(asked - free)} are missing"
         if asked > free
         else "these are in pieces which are too small"
     )
-    return BackendError(
+    return OutOfMemoryError(
         f"{_size(asked)} of the GPU's memory were asked for and {_size(free)} of {_size(total)} "
         f"are free, so {missing}; ask for a smaller picture or fewer at once, or close other "
         "programs that use the GPU"

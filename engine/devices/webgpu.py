@@ -144,6 +144,9 @@ class WebGpuDevice:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return total, total
 
+    def trim(self) -> None:
+        """Give nothing back: the library keeps what it keeps."""
+
     @contextmanager
     def _errors(self) -> Iterator[None]:
         with self.lock:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import DeviceEngine, Engine
-from engine.devices.device import Device, DeviceArray, HostOrDeviceArray
+from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, within_memory
 from engine.errors import BackendError
 from engine.graphs.graph import Part
 from runtime.denoising.latents import State
@@ -245,7 +245,7 @@ class DeviceLoop:
         if form not in self._recordings:
             while len(self._recordings) >= FORMS:
                 self._recordings.popitem(last=False)  # its memory goes before the next comes
-            self._recordings[form] = make()
+            self._recordings[form] = within_memory(make, self._recordings.clear)
         self._recordings.move_to_end(form)
         return self._recordings[form]
 

@@ -9,6 +9,7 @@ and a number of slots, has arrays and a recording of its own, whatever is drawn 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import DeviceEngine
-from engine.devices.device import DeviceArray, HostOrDeviceArray, Shape
+from engine.devices.device import DeviceArray, HostOrDeviceArray, Shape, within_memory
 from runtime.denoising.device_loop import Recording
 from runtime.denoising.rows import BY_GROUPS, BY_REGISTERS, Row, padded
 
@@ -154,7 +155,8 @@ class DeviceRows:
         if form not in self._slots:
             while len(self._slots) >= FORMS:
                 self._slots.popitem(last=False)  # its memory goes before the next comes
-            self._slots[form] = Slots.of(engine, shapes)
+            make = partial(Slots.of, engine, shapes)
+            self._slots[form] = within_memory(make, self._slots.clear)
         self._slots.move_to_end(form)
         return self._slots[form]
 

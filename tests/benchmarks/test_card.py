@@ -1,14 +1,18 @@
 """Every section in its smallest form, on a device of the processor's memory."""
 
 import json
+import sys
 from functools import partial
 
+import onnxruntime
 import pytest
 
 from benchmarks import card
 from benchmarks.__main__ import main
-from benchmarks.card import SECTIONS, Card, measure
+from benchmarks.card import SECTIONS, UNMEASURED, Card, measure
 from benchmarks.contenders import load_pipeline
+from benchmarks.sanitizer import find_tool, sanitizer_figures
+from engine.backends.onnxruntime.cuda import PROVIDER
 from engine.backends.settings import BackendSettings
 from engine.errors import BackendError, OutputError, RequestError
 from tests.support.fake_cuda import FakeDevice, FakeEngine
@@ -41,10 +45,19 @@ def lines(dry):
     return printed
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+# It opens sessions of the CUDA provider: tests/standin runs it dry, beside the others.
+PROVIDERS_OWN = "settings"
+
+
+@pytest.mark.parametrize("name", [name for name in SECTIONS if name != PROVIDERS_OWN])
 def test_every_section_runs_dry(lines, name):
-    assert "failed" not in lines[name], lines[name]
-    assert lines[name]["took_s"] > 0
+    assert UNMEASURED.isdisjoint(lines[name]), lines[name]
+    assert 0 < lines[name]["took_s"] < SECTIONS[name].seconds
+
+
+def test_settings_want_the_provider(lines):
+    if PROVIDER not in onnxruntime.get_available_providers():
+        assert "needs onnxruntime-gpu" in lines[PROVIDERS_OWN]["failed"]
 
 
 def test_the_figures_of_a_dry_run(lines):
@@ -118,3 +131,81 @@ def test_the_command(counted, tmp_path, capsys):
     assert [json.loads(line)["section"] for line in printed.out.splitlines()] == ["one", "two"] * 2
     assert f"the figures are in {out}" in printed.err
     assert "attach them to an issue" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("section", "backend", "reason"),
+    [
+        ("sanitizer", "cuda", "compute-sanitizer is neither on the path nor in CUDA's folder"),
+        ("sanitizer", "webgpu", "WebGPU has none"),
+        ("webgpu", "cuda", "wants Vulkan, whose library is not on this machine"),
+        ("settings", "tensorrt", "the settings are those of the backend cuda"),
+    ],
+)
+def test_what_a_machine_has_not_is_skipped_and_tried_again(
+    section, backend, reason, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("benchmarks.resumable.describe", lambda: {"processor": "a", "cores": 2})
+    monkeypatch.setattr(card, "find_tool", lambda: None)
+    monkeypatch.setattr(card, "find_library", lambda name: None)
+    monkeypatch.setattr("sys.platform", "linux")
+    out = tmp_path / "card.json"
+    report = measure(Card(backend=backend), only=[section], out=out, show=str)
+    assert reason in report["sections"][section]["skipped"]
+    assert card.failed(report) == []
+    monkeypatch.setitem(SECTIONS, section, card.Section(seconds=1, measure=lambda card: {"ms": 1}))
+    again = measure(Card(backend=backend), only=[section], out=out, show=str)
+    assert again["sections"][section]["ms"] == 1
+
+
+SANITIZER = """#!{python}
+import subprocess, sys
+tool, _, log, report, *command = sys.argv[1:]
+with open(report, "w") as file:
+    print("========= COMPUTE-SANITIZER", file=file)
+    {wrong}
+    print("========= ERROR SUMMARY: {errors} errors", file=file)
+sys.exit(subprocess.run(command).returncode)
+"""
+
+
+def sanitizer(folder, errors=0, wrong="pass"):
+    """Write a program with the tool's arguments that reports errors and runs the command."""
+    program = folder / "compute-sanitizer"
+    program.write_text(SANITIZER.format(python=sys.executable, errors=errors, wrong=wrong))
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_what_the_sanitizer_says_is_read(tmp_path):
+    invalid = "print('========= Invalid __global__ read of size 4 bytes', file=file)"
+    found = sanitizer_figures(sanitizer(tmp_path, errors=2, wrong=invalid), "cpu", 60)
+    assert (found["tool"], found["errors"]) == ("memcheck", 2)
+    assert "Invalid __global__ read of size 4 bytes" in found["first"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "seconds", "reason"),
+    [
+        ("sys.exit(3)", 60, "no picture was drawn, with the status 3"),
+        ("file.close(); sys.exit(subprocess.run(command).returncode)", 60, "wrote no summary"),
+        ("import time; time.sleep(20)", 1, "was not drawn within 1 s"),
+    ],
+)
+def test_a_sanitizer_without_a_result_is_a_failure(tmp_path, wrong, seconds, reason):
+    with pytest.raises(BackendError, match=reason):
+        sanitizer_figures(sanitizer(tmp_path, wrong=wrong), "cpu", seconds)
+
+
+def test_the_sanitizer_is_found_in_cudas_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("benchmarks.sanitizer.DEFAULT", str(tmp_path))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert find_tool() is None
+    (tmp_path / "bin").mkdir()
+    program = sanitizer(tmp_path / "bin")
+    assert find_tool() == program
+    monkeypatch.setattr("benchmarks.sanitizer.DEFAULT", "/nowhere")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert find_tool() == program

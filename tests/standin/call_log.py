@@ -30,6 +30,21 @@ def operations(calls: list[list[str]]) -> dict[str, int]:
     return {kind: counted[kind] for kind in OPERATIONS}
 
 
+def arena(calls: list[list[str]]) -> tuple[int, int]:
+    """Return the device's bytes that the library took and has not given back, and the most.
+
+    The device's own arrays are taken elsewhere, by cudaMallocFromPoolAsync.
+    """
+    held = most = 0
+    for kind, function, *said in calls:
+        if (kind, function) == ("allocate", "cudaMalloc"):
+            held += int(said[0])
+        elif (kind, function) == ("free", "cudaFree"):
+            held -= int(said[0])
+        most = max(most, held)
+    return held, most
+
+
 def copied(calls: list[list[str]], direction: str, function: str = "") -> list[int]:
     """Return the bytes of all copies in a direction, as "HtoD", or of one function's."""
     copies = (call for call in calls if call[0] == "copy")

@@ -3,16 +3,19 @@
 import ctypes
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from threading import RLock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.devices.device import DeviceArray, Shape
+from engine.devices.device import DeviceArray, Shape, out_of_memory
 from engine.errors import BackendError
 
 TO_DEVICE, FROM_DEVICE, WITHIN = 1, 2, 3  # cudaMemcpyKind
+EXHAUSTED = 2  # cudaErrorMemoryAllocation
+DRIVERS_OWN = 2 << 30  # bytes, as standin.cpp has it
 
 
 class StandInDevice:
@@ -33,8 +36,14 @@ class StandInDevice:
 
     def empty(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceArray:
         dtype, address = np.dtype(dtype), ctypes.c_void_p()
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        nbytes = prod(shape) * dtype.itemsize
+        asked = ctypes.byref(address), ctypes.c_size_t(nbytes), None, ctypes.c_void_p(self.stream)
+        failed = self._runtime.cudaMallocFromPoolAsync(*asked)
+        if failed == EXHAUSTED:
+            self._runtime.cudaGetLastError()  # else the library finds it
+            raise out_of_memory(nbytes, *self.memory())
+        if failed:
+            raise BackendError(f"cudaMallocFromPoolAsync: {failed}")
         memory = _Memory(self._runtime, address.value)
         return DeviceArray(
             address=memory.address, shape=shape, dtype=dtype, memory=memory, device=self
@@ -79,7 +88,12 @@ class StandInDevice:
         self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream))
 
     def memory(self) -> tuple[int, int]:
-        return 78 << 30, 80 << 30
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        return free.value, total.value
+
+    def trim(self) -> None:
+        self.wait()
 
     def _replay(self, graph: Any, kept: object) -> None:
         self._call("cudaGraphLaunch", graph, ctypes.c_void_p(self.stream))
@@ -94,10 +108,20 @@ class StandInDevice:
             raise BackendError(f"{function}: {failed}")
 
 
+class CountingDevice(StandInDevice):
+    """The stand-in, with the number of recordings."""
+
+    recorded = 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+        return super().record(work)
+
+
 class _Memory:
     def __init__(self, runtime: Any, address: int) -> None:
         self._runtime = runtime
         self.address = address
 
     def __del__(self) -> None:
-        self._runtime.cudaFree(ctypes.c_void_p(self.address))
+        self._runtime.cudaFreeAsync(ctypes.c_void_p(self.address), None)

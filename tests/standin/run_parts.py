@@ -3,15 +3,18 @@
 LD_LIBRARY_PATH=STANDIN LATENTRT_CUDA_LOG=FILE python run_parts.py MODEL
 """
 
+import gc
 import json
 import sys
 from collections import Counter
 
 import numpy as np
 
+from engine.backends.memory_estimate import activation_bytes, session_bytes
 from engine.backends.onnxruntime.cuda import OnnxRuntimeCudaEngine
+from engine.configs.base import Config
 from engine.graphs.graph import Graph
-from tests.standin.call_log import CallLog, copied, operations
+from tests.standin.call_log import CallLog, arena, copied, operations
 from tests.standin.device import StandInDevice
 from tests.standin.models import Case, cases
 
@@ -19,8 +22,12 @@ RUNS = 3  # after those of `prepare`
 OPENING = "cudaMemcpy"  # what a session copies with when it is opened; all else does not wait
 
 
-def facts_of(graph: Graph, case: Case, device: StandInDevice, log: CallLog) -> dict[str, object]:
+def facts_of(
+    graph: Graph, config: Config, case: Case, device: StandInDevice, log: CallLog
+) -> dict[str, object]:
     """Open a part, run it, record it, and say what was asked for."""
+    gc.collect()  # the sessions of the part before go before this one's come
+    log.take()
     weights = {name: np.zeros(shape, graph.precision) for name, shape in graph.weights.items()}
     engine = OnnxRuntimeCudaEngine(graph, weights, device)
     loaded, inputs = log.take(), case.shapes(graph)
@@ -43,6 +50,12 @@ def facts_of(graph: Graph, case: Case, device: StandInDevice, log: CallLog) -> d
         "elsewhere": engine._form(inputs).elsewhere,
         "operators": sorted({node.op_type for each in assigned for node in each.get_nodes()}),
         "records": engine.records,
+        "arenas": [arena(prepared), arena(other)],
+        "estimates": [
+            session_bytes(graph.part, activation_bytes(graph, config, case.sizes(pictures)))
+            for pictures in (1, 2)
+        ],
+        "held": engine.held,
         "weights": sum(int(np.prod(shape)) for shape in graph.weights.values()),
         "uploaded": copied(loaded, "HtoD"),
         "constants": copied(prepared, "HtoD", OPENING),
@@ -60,7 +73,8 @@ def facts_of(graph: Graph, case: Case, device: StandInDevice, log: CallLog) -> d
 def main() -> None:
     """Print the facts of all parts of a model."""
     case, device, log = cases()[sys.argv[1]], StandInDevice(), CallLog()
-    print(json.dumps({name: facts_of(g, case, device, log) for name, g in case.graphs()}))
+    facts = {n: facts_of(g, config, case, device, log) for n, config, g in case.graphs()}
+    print(json.dumps(facts))
 
 
 if __name__ == "__main__":

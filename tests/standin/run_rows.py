@@ -12,23 +12,13 @@ from engine.backends.settings import BackendSettings
 from runtime import Pipeline, Request
 from runtime.denoising.rows import Row, rows_of
 from tests.standin.call_log import CallLog
-from tests.standin.device import StandInDevice
+from tests.standin.device import CountingDevice
 from tests.standin.models import cases
 
 SIDES, COUNTS = (128, 192), (1, 2, 4)
 PROVEN = 3  # calls of a form until its recording is believed
 ROUNDS = 4
 STEPS = 60
-
-
-class CountingDevice(StandInDevice):
-    """The stand-in, with the number of recordings."""
-
-    recorded = 0
-
-    def record(self, work):
-        self.recorded += 1
-        return super().record(work)
 
 
 def begun(pipeline: Pipeline, seed: int, side: int) -> Row:
@@ -43,7 +33,7 @@ def main() -> None:
     """Print the counts until all forms are recorded, and of the rounds after that."""
     device, log = CountingDevice(), CallLog()
     pipeline = Pipeline.load("pictogram", settings=BackendSettings(backend="cpu", threads=1))
-    graph = dict(cases()["pictogram"].graphs())["step"]
+    graph = cases()["pictogram"].graph("step")
     weights = {name: np.zeros(shape, graph.precision) for name, shape in graph.weights.items()}
     engine = OnnxRuntimeCudaEngine(graph, weights, device)
     pipeline.engines.opened["step"] = engine

@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <unordered_map>
 
@@ -20,6 +21,7 @@ namespace {
 constexpr size_t ALIGNMENT = 256;
 constexpr size_t MAX_COPIED = 1 << 20;  // larger arrays are weights and pictures, of no use here
 constexpr int MULTIPROCESSORS = 132;
+constexpr size_t DRIVERS_OWN = 2ull << 30;  // bytes of a device that nobody is given
 
 FILE *log_file() {
     static FILE *file = [] {
@@ -70,6 +72,25 @@ void *take(size_t bytes) {
 void give_back(void *memory) {
     if (memory) free(static_cast<void **>(memory)[-1]);
 }
+
+// The pieces of the device's memory that are taken, and the bytes of all.
+std::mutex guard;
+size_t taken = 0;
+std::unordered_map<const void *, size_t> &pieces() {
+    static auto *sizes = new std::unordered_map<const void *, size_t>;
+    return *sizes;
+}
+
+// An H100's memory, or the bytes that LATENTRT_CUDA_BYTES says.
+size_t device_bytes() {
+    static const size_t value = [] {
+        const char *stated = getenv("LATENTRT_CUDA_BYTES");
+        return stated ? strtoull(stated, nullptr, 10) : 80ull << 30;
+    }();
+    return value;
+}
+
+size_t free_bytes() { return device_bytes() - DRIVERS_OWN - taken; }
 
 std::unordered_map<const void *, std::string> &kernels() {
     static auto *names = new std::unordered_map<const void *, std::string>;
@@ -150,21 +171,34 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *bloc
 
 // Memory
 
-static cudaError_t allocated(const char *function, void **memory, size_t bytes) {
+static cudaError_t allocated(const char *function, void **memory, size_t bytes, bool of_device = true) {
     REFUSE_WHILE_CAPTURED(function);
+    std::lock_guard lock(guard);
+    *memory = nullptr;
+    if (of_device && bytes > free_bytes()) {
+        say("exhausted", function, std::to_string(bytes));
+        return last = cudaErrorMemoryAllocation;
+    }
     say("allocate", function, std::to_string(bytes));
     *memory = take(bytes);
+    if (of_device) taken += pieces()[*memory] = bytes;
     return cudaSuccess;
 }
 static cudaError_t freed(const char *function, void *memory) {
-    say("free", function);
+    std::lock_guard lock(guard);
+    size_t bytes = 0;
+    if (auto found = pieces().find(memory); found != pieces().end()) {
+        taken -= bytes = found->second;
+        pieces().erase(found);
+    }
+    say("free", function, std::to_string(bytes));
     give_back(memory);
     return cudaSuccess;
 }
 API cudaError_t cudaMalloc(void **memory, size_t bytes) { return allocated("cudaMalloc", memory, bytes); }
 API cudaError_t cudaMallocFromPoolAsync(void **memory, size_t bytes, cudaMemPool_t, cudaStream_t) { return allocated("cudaMallocFromPoolAsync", memory, bytes); }
-API cudaError_t cudaMallocHost(void **memory, size_t bytes) { return allocated("cudaMallocHost", memory, bytes); }
-API cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned) { return allocated("cudaHostAlloc", memory, bytes); }
+API cudaError_t cudaMallocHost(void **memory, size_t bytes) { return allocated("cudaMallocHost", memory, bytes, false); }
+API cudaError_t cudaHostAlloc(void **memory, size_t bytes, unsigned) { return allocated("cudaHostAlloc", memory, bytes, false); }
 API cudaError_t cudaFree(void *memory) { return freed("cudaFree", memory); }
 API cudaError_t cudaFreeHost(void *memory) { return freed("cudaFreeHost", memory); }
 API cudaError_t cudaFreeAsync(void *memory, cudaStream_t) { return freed("cudaFreeAsync", memory); }
@@ -200,8 +234,9 @@ API cudaError_t cudaMemsetAsync(void *, int, size_t bytes, cudaStream_t) {
     return cudaSuccess;
 }
 API cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
-    *available = 78ull << 30;
-    *total = 80ull << 30;
+    std::lock_guard lock(guard);
+    *available = free_bytes();
+    *total = device_bytes();
     return cudaSuccess;
 }
 API cudaError_t cudaMemPoolCreate(cudaMemPool_t *pool, const cudaMemPoolProps *) { return made(pool); }
@@ -224,7 +259,7 @@ API cudaError_t cudaGetDeviceProperties(cudaDeviceProp *facts, int) {  // an H10
     strcpy(facts->name, "a stand-in");
     facts->major = compute_capability() / 10;
     facts->minor = compute_capability() % 10;
-    facts->totalGlobalMem = 80ull << 30;
+    facts->totalGlobalMem = device_bytes();
     facts->multiProcessorCount = MULTIPROCESSORS;
     facts->l2CacheSize = 50 << 20;
     facts->totalConstMem = 65536;

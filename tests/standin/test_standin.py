@@ -14,9 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.card import SECTIONS, UNMEASURED
+from benchmarks.card_settings import CHOICES
+from engine.backends.memory_estimate import FIRST_RUN
+from runtime.denoising.device_loop import ALIGNMENT
+
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 COUNTS = json.loads((HERE / "counts.json").read_text())
+PICTURES = COUNTS.pop("pictures")
 VECTOR = 2**18  # bytes; what a session may upload for itself is no larger
+OF_A_SESSION = 2**21  # bytes that a session takes whatever it computes
 
 
 def provider() -> Path | None:
@@ -74,21 +81,20 @@ def run(libraries):
     return run
 
 
+# Settings of a step without which it computes shapes: kernels that do nothing give none.
+OF_COMPUTED_SHAPES = {"sizes free", "without group norms"}
+VARIANTS = "sd15-variants"  # no memory is estimated for what no GPU's backend draws yet
 PARTS = [(model, part) for model, parts in COUNTS.items() for part in parts]
 
 
 # What may not be left for the GPU to compute, where sizes are fixed.
 OF_SHAPES = {"Shape", "Size", "ReduceProd", "Range", "ConstantOfShape", "NonZero"}
-# The library's Split uploads the sizes of its pieces, twice for each of four levels. No ControlNet
-# runs on this backend yet.
-SPLITTING, UPLOADS = ("sd15-control", "step_controlled"), 8
 
 
 @pytest.fixture(params=PARTS, ids=lambda named: "-".join(named))
 def part(request, run):
     model, name = request.param
-    uploads = UPLOADS if request.param == SPLITTING else 0
-    return COUNTS[model][name], {**run("run_parts.py", model)[name], "uploads": uploads}
+    return COUNTS[model][name], run("run_parts.py", model)[name]
 
 
 def test_all_parts_have_counts(run):
@@ -111,7 +117,7 @@ def test_no_arithmetic_of_shapes_is_left(part):
 def test_a_run_copies_and_waits_for_nothing_and_allocates_nothing(part):
     _, facts = part
     for kinds, copies in zip(facts["kinds"], facts["copies"], strict=True):
-        assert copies == {"HtoD": facts["uploads"], "DtoH": 0}
+        assert copies == {"HtoD": 0, "DtoH": 0}
         assert {"wait", "allocate", "free", "host", "refused"}.isdisjoint(kinds)
 
 
@@ -135,6 +141,92 @@ def test_rows_of_two_buckets_in_turn_are_recorded_once_for_each_form(run):
     assert facts["then"]["recorded"] == facts["then"]["kernels"] == 0
     assert facts["then"]["calls"] == facts["then"]["graphs"] == 24
     assert facts["first"]["refused"] == facts["then"]["refused"] == 0
+
+
+def test_a_picture_of_a_known_form_is_one_launch_and_the_decoder(run):
+    """Call by call, recorded, proven; from then on what goes up and comes down is committed."""
+    decoder = COUNTS["pictogram"]["vae_decoder"]["launch"]
+    first, second, third, *later = run("run_pictures.py")["repeated"]
+    assert [each["recorded"] for each in (first, second, third)] == [0, 1, 0]
+    assert third["graphs"] == 1
+    assert third["kernels"] > decoder, "the calls one by one beside the graph, to compare"
+    for each in later:
+        assert (each["recorded"], each["graphs"], each["kernels"]) == (0, 1, decoder)
+        assert {name: each[name] for name in PICTURES["later"]} == PICTURES["later"]
+    assert {name: first[name] for name in PICTURES["first"]} == PICTURES["first"]
+    assert PICTURES["later"]["down"] == 3 * 128**2, "the pixels"
+
+
+def test_forms_in_turn_are_recorded_once_each(run):
+    *proven, fourth, fifth = run("run_pictures.py")["rounds"]
+    assert sum(each["recorded"] for each in proven[-1]) == 0
+    for each in fourth + fifth:
+        assert (each["recorded"], each["graphs"], each["refused"]) == (0, 1, 0)
+
+
+def test_ten_steps_more_are_ten_rows_more_of_what_goes_up(run):
+    """Four tables tell a step what differs, each of rows that begin where a tensor may."""
+    *_, (twenty, _, _, thirty) = run("run_pictures.py")["rounds"]
+    assert thirty["up"] - twenty["up"] == 10 * 4 * ALIGNMENT
+    assert thirty["down"] == twenty["down"]
+
+
+@pytest.mark.parametrize("named", [each for each in PARTS if each[0] != VARIANTS], ids="-".join)
+def test_an_arena_is_within_the_estimate(named, run):
+    """What a session takes, of one picture and of two, and that the engine knows how much it is."""
+    model, part = named
+    facts = run("run_parts.py", model)[part]
+    for (held, most), estimate in zip(facts["arenas"], facts["estimates"], strict=True):
+        assert estimate / 3 < held <= estimate + OF_A_SESSION
+        assert held <= most <= FIRST_RUN * estimate + OF_A_SESSION
+    assert facts["held"] == sum(held for held, _ in facts["arenas"])
+
+
+def test_forms_that_do_not_fit_together_go_one_after_the_other(run):
+    facts = run("run_memory.py")
+    small, large, again = facts["small"], facts["large"], facts["again"]
+    assert [each["said"] for each in (*small, again)] == [""] * 6
+    assert min(each["forms"] for each in small[1:]) == 1, "not all at once"
+    assert max(each["forms"] for each in small) > 1, "those that fit stay"
+    assert all(0 <= each["held"] <= facts["room"] for each in (*small, large, again))
+    assert "is the picture too large" in large["said"]
+    assert (again["forms"], again["held"]) == (1, small[0]["held"])
+
+
+def test_pictures_of_sizes_that_do_not_fit_together_are_drawn_in_turn(run):
+    """From the prompt on; recordings hold sessions, and what fits nowhere is refused before."""
+    facts = run("run_small.py")
+    small, large, again = facts["small"], facts["large"], facts["again"]
+    assert [each["said"] for each in (*small, again)] == [""] * 6
+    decoders = [each["forms"]["vae_decoder"] for each in small]
+    assert decoders[0] == 1
+    assert max(decoders) < 3, "of three sizes"
+    assert all(0 < each["held"] < facts["room"] for each in (*small, large, again))
+    assert small[-1]["recorded"] == 3
+    assert "are missing" in large["said"]
+    assert large["forms"] == small[-1]["forms"], "nothing goes for what cannot be drawn"
+
+
+def test_a_session_asks_for_no_more_than_is_free(run):
+    """As it was said when it was opened, though the driver has more."""
+    facts = run("run_memory.py")
+    assert facts["claimed"]["exhausted"] == 0
+    assert 0 < facts["claimed"]["most"] <= facts["claim"]
+    assert "is the picture too large" in facts["claimed"]["said"]
+
+
+def test_the_sections_for_a_card_run_dry(run):
+    sections = run("run_card.py")
+    for name, found in sections.items():
+        assert UNMEASURED.isdisjoint(found), (name, found)
+        assert found["took_s"] < SECTIONS[name].seconds
+    settings = sections["settings"]
+    assert set(settings) == {*CHOICES, "took_s"}
+    for name in CHOICES:
+        assert ("failed" in settings[name]) == (name in OF_COMPUTED_SHAPES), (name, settings[name])
+    drawn = [settings[name] for name in CHOICES if name not in OF_COMPUTED_SHAPES]
+    assert all("ms" in each["recorded"] and each["elsewhere"] == {} for each in drawn)
+    assert settings["all settings"]["held"] > 0
 
 
 def test_weights_are_on_the_device_once(part):

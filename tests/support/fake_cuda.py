@@ -89,6 +89,8 @@ class FakeDevice:
         self.counts["empty"] += 1
         dtype = np.dtype(dtype)
         nbytes = prod(shape) * dtype.itemsize
+        if nbytes > self._total - self.allocated:
+            self._drain()  # what is freed is free when the work before is done
         free = self._total - self.allocated
         if nbytes > free:
             raise out_of_memory(nbytes, free, self._total)
@@ -161,6 +163,11 @@ class FakeDevice:
         return self._total - self.allocated, self._total
 
     @_alone
+    def trim(self) -> None:
+        self.counts["trim"] += 1
+        self._drain()
+
+    @_alone
     def queue(self, work: Work) -> None:
         """Queue what engines do; it finds its arrays with `at` when its turn comes."""
         if self._recorded is not None:
@@ -204,6 +211,7 @@ class FakeEngine:
     """A `DeviceEngine` that runs another engine, on arrays of a `FakeDevice`."""
 
     records = True
+    held = 0
 
     def __init__(self, engine: Engine, device: FakeDevice) -> None:
         self.device: Device = device

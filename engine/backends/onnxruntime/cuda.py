@@ -10,17 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Arrays, Engine, EngineSpec, run_from_host
-from engine.backends.onnxruntime.argmax import with_float_argmax
-from engine.backends.onnxruntime.attention import fuse_attention
-from engine.backends.onnxruntime.convolution import with_channels_last
 from engine.backends.onnxruntime.device_weights import DeviceWeights, widened
 from engine.backends.onnxruntime.fixed_sizes import FormSessions, Sizes, fix_sizes
-from engine.backends.onnxruntime.group_norm import fuse_group_norms
-from engine.backends.onnxruntime.products import with_exact_states, with_weights_as_they_lie
-from engine.backends.onnxruntime.transformer import fuse_transformers
+from engine.backends.onnxruntime.rewrites import rewritten
 from engine.devices.cuda import find_device
-from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape
-from engine.errors import BackendError, GraphError, first_line, install, memory_hint
+from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, Shape, within_memory
+from engine.errors import (
+    BackendError,
+    GraphError,
+    OutOfMemoryError,
+    first_line,
+    install,
+    memory_hint,
+)
 from engine.graphs.graph import Graph
 
 PROVIDER = "CUDAExecutionProvider"
@@ -43,13 +45,14 @@ def open_engine(spec: EngineSpec) -> Engine:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Form:
+class Form:
     """A session for inputs of certain shapes.
 
     binding: to the arrays of the last run; outputs: their shapes; dtypes: of inputs and outputs
     elsewhere: the operators that do not run on the GPU
     unread: inputs that nothing reads once their sizes are known
     weights: what the session's memory must be kept with
+    free: bytes of the device before it was opened; held: bytes that it has taken, once it is ready
     """
 
     session: Any
@@ -59,10 +62,12 @@ class _Form:
     elsewhere: tuple[str, ...]
     unread: frozenset[str]
     weights: DeviceWeights
+    free: int
+    held: int = 0
     is_ready: bool = False
 
     @classmethod
-    def of(cls, session: Any, weights: DeviceWeights) -> "_Form":
+    def of(cls, session: Any, weights: DeviceWeights, free: int) -> "Form":
         """Ask a session for all of that."""
         inputs, outputs, binding = session.get_inputs(), session.get_outputs(), session.io_binding()
         dtypes = {a.name: np.dtype(DTYPES[a.type]) for a in (*inputs, *outputs)}
@@ -86,6 +91,7 @@ class _Form:
             elsewhere=elsewhere,
             unread=frozenset(unread),
             weights=weights,
+            free=free,
         )
 
 
@@ -102,9 +108,7 @@ class OnnxRuntimeCudaEngine:
         self._graph = graph
         self._index = index
         data, in_float32 = widened(graph.data(), graph.weights)
-        self._weights = DeviceWeights(
-            graph, rewritten(data, graph.weights), in_float32, device, index
-        )
+        self._weights = DeviceWeights(graph, self._rewritten(data), in_float32, device, index)
         self._forms = FormSessions(self._weights.model, self._open)
         self._bound = self._failed = False
         self._take(weights, graph.weights)
@@ -121,7 +125,16 @@ class OnnxRuntimeCudaEngine:
     @property
     def records(self) -> bool:
         """Whether all that was prepared runs on the GPU alone."""
-        return not any(form.elsewhere for form in self._forms.opened())
+        return not any(form.elsewhere for form in self.opened())
+
+    @property
+    def held(self) -> int:
+        """The bytes that its sessions keep, by what was free before and after they were opened."""
+        return sum(form.held for form in self.opened())
+
+    def opened(self) -> Collection["Form"]:
+        """Return the forms that are open."""
+        return self._forms.opened()
 
     def prepare(self, inputs: Mapping[str, Shape]) -> Mapping[str, DeviceArray]:
         """Get ready for these shapes; see `engine.backends.base.DeviceEngine`.
@@ -153,12 +166,20 @@ class OnnxRuntimeCudaEngine:
             self._forms.clear()
         self._bound = True
 
-    def _form(self, inputs: Mapping[str, Shape]) -> "_Form":
-        """Return the form of these shapes, ready; after a failure all are opened again."""
+    def _form(self, inputs: Mapping[str, Shape]) -> "Form":
+        """Return the form of these shapes, ready; where memory is short, without the others."""
         if not self._bound:
             raise BackendError(
                 "the engine has no weights since they could not be changed; open it again"
             )
+        return within_memory(lambda: self._ready(inputs), self._let_go)
+
+    def _let_go(self) -> None:
+        self._forms.clear()
+        self.device.trim()
+
+    def _ready(self, inputs: Mapping[str, Shape]) -> "Form":
+        """Return the form of these shapes, ready; after a failure all are opened again."""
         failed, self._failed = self._failed, False
         if failed:
             self._forms.clear()
@@ -169,15 +190,16 @@ class OnnxRuntimeCudaEngine:
                     self._run_zeros(form, inputs)
                 self._failed = False
             self._run_zeros(form, inputs)
+            form.held = max(0, form.free - self.device.memory()[0])
         return form
 
-    def _outputs(self, form: "_Form") -> dict[str, DeviceArray]:
+    def _outputs(self, form: "Form") -> dict[str, DeviceArray]:
         return {
             name: self.device.empty(shape, form.dtypes[name])
             for name, shape in form.outputs.items()
         }
 
-    def _run_zeros(self, form: "_Form", inputs: Mapping[str, Shape]) -> None:
+    def _run_zeros(self, form: "Form", inputs: Mapping[str, Shape]) -> None:
         placed = {}
         for name, shape in inputs.items():
             placed[name] = self.device.empty(shape, form.dtypes[name])
@@ -192,7 +214,7 @@ class OnnxRuntimeCudaEngine:
 
     def _run(
         self,
-        form: "_Form",
+        form: "Form",
         inputs: Mapping[str, DeviceArray],
         outputs: Mapping[str, DeviceArray],
         options: Any,
@@ -205,9 +227,7 @@ class OnnxRuntimeCudaEngine:
             form.session.run_with_iobinding(form.binding, options)
         except Exception as error:  # the library's own exceptions share no base of their own
             self._failed = True  # who knows what the session has kept of it
-            raise BackendError(
-                f"ONNX Runtime failed on the GPU ({first_line(error)}){memory_hint(error)}"
-            ) from error
+            raise _failure(error) from error
 
     def _run_options(self, entries: Mapping[str, str]) -> Any:
         options = self._library.RunOptions()
@@ -215,24 +235,27 @@ class OnnxRuntimeCudaEngine:
             options.add_run_config_entry(name, value)
         return options
 
-    def _open(self, sizes: Sizes) -> "_Form":
+    def _open(self, sizes: Sizes) -> "Form":
         library = self._library
         options = library.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry(ASSIGNMENT, "1")
         fix_sizes(options, sizes)
+        free = self.device.memory()[0]
         kept = self._weights.give(options, library)
         try:
             session = library.InferenceSession(
                 self._weights.model,
                 options,
-                providers=[(PROVIDER, self._settings()), "CPUExecutionProvider"],
+                providers=[(PROVIDER, self._settings(free)), "CPUExecutionProvider"],
                 enable_fallback=0,  # on the processor alone, after some lines of print
-                disabled_optimizers=DISABLED,
+                disabled_optimizers=self._disabled(),
             )
         except Exception as error:
             if NEEDS_PROVIDER in str(error):
                 raise _not_started() from error
+            if memory_hint(error):
+                raise _failure(error) from error
             raise GraphError(
                 f"ONNX Runtime cannot open {self._graph.path} on the GPU ({first_line(error)}); "
                 "choose another backend, or make the graph anew with `python -m export MODEL`"
@@ -240,12 +263,20 @@ class OnnxRuntimeCudaEngine:
         if PROVIDER not in session.get_providers():
             raise _not_started()
         del kept
-        return _Form.of(session, self._weights)
+        return Form.of(session, self._weights, free)
 
-    def _settings(self) -> dict[str, str]:
+    def _rewritten(self, data: bytes) -> bytes:
+        return rewritten(data, self._graph.weights)
+
+    def _disabled(self) -> list[str]:
+        return DISABLED
+
+    def _settings(self, free: int) -> dict[str, str]:
         return {
             "device_id": str(self._index),
             "user_compute_stream": str(self.device.stream),
+            # Beyond, some drivers lend the processor's memory, and all is many times slower.
+            "gpu_mem_limit": str(free),
             "cudnn_conv_algo_search": "EXHAUSTIVE",  # once for each shape, when it is prepared
             "cudnn_conv_use_max_workspace": "1",
             "fuse_conv_bias": "1",
@@ -254,19 +285,6 @@ class OnnxRuntimeCudaEngine:
             "use_tf32": "1" if self._graph.precision == "float16" else "0",
             "prefer_nhwc": "1",  # for what is not `with_channels_last`
         }
-
-
-def rewritten(data: bytes, weights: Mapping[str, Shape]) -> bytes:
-    """Return a serialised ModelProto with the provider's own operators, which make fewer passes.
-
-    weights: the graph's, with their shapes
-    Of its two kernels for attention, ONNX's was 17 % off on an H100 in a step of Stable Diffusion
-    1.5, or made what is no number; its own is as near to float32 as torch is.
-    """
-    data = with_weights_as_they_lie(fuse_attention(data, causal=True), weights)
-    data = with_float_argmax(data)
-    data = fuse_transformers(with_exact_states(data), weights)
-    return with_channels_last(fuse_group_norms(data, weights), weights)
 
 
 def _import() -> Any:
@@ -286,6 +304,12 @@ def _import() -> Any:
     with redirect_stdout(StringIO()):  # what it misses is said when a session is opened
         onnxruntime.preload_dlls(directory="")  # from NVIDIA's packages, where these are installed
     return onnxruntime
+
+
+def _failure(error: Exception) -> BackendError:
+    hint = memory_hint(error)
+    kind = OutOfMemoryError if hint else BackendError
+    return kind(f"ONNX Runtime failed on the GPU ({first_line(error)}){hint}")
 
 
 def _not_started() -> BackendError:

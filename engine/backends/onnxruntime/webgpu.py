@@ -63,6 +63,7 @@ class OnnxRuntimeWebGpuEngine:
     """
 
     records = False
+    held = 0  # nobody knows: WebGPU does not tell what is free
 
     def __init__(self, graph: Graph, weights: Arrays, device: WebGpuDevice) -> None:
         self._device = device

@@ -34,6 +34,7 @@ class TensorRTEngine:
     """
 
     records = True
+    held = 0  # its activations are in the memory that all engines share
 
     def __init__(
         self, library: Any, plan: Path, graph: Graph, device: Device, kernels: Path | None = None

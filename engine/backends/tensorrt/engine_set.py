@@ -70,6 +70,7 @@ class EngineSet:
     settings: BackendSettings
     device: CudaDevice
     records: bool = True
+    held: int = 0
     store: EngineStore = field(default_factory=EngineStore)
     _weights: Arrays = field(default_factory=dict)
     _hash: str | None = None

@@ -196,6 +196,22 @@ def test_the_memory_of_a_form_that_is_used_no_more_is_freed(pipeline, device, mo
     assert device.allocated == held
 
 
+def test_forms_that_do_not_fit_together_are_drawn_in_turn(host):
+    options, peaks = [REQUEST | {"height": side, "width": side} for side in (64, 96)], []
+    for each in options:
+        pipeline, device = on_device(host, FakeDevice())
+        pipeline(**each)
+        peaks.append(device.peak)
+    expected = [pixels(host(**each)) for each in options]
+    pipeline, device = on_device(host, FakeDevice(total=max(peaks)))
+    for _ in range(2):
+        for each, pictures in zip(options, expected, strict=True):
+            np.testing.assert_array_equal(pixels(pipeline(**each)), pictures)
+    with pytest.raises(BackendError, match="are missing"):
+        pipeline(**REQUEST | {"height": 192, "width": 192})
+    np.testing.assert_array_equal(pixels(pipeline(**options[0])), expected[0])
+
+
 def test_recorded_work_is_dropped_with_the_adapters_or_the_shared_memory(host, pipeline, device):
     draw(pipeline, PROVEN)
     assert device.counts["record"] == 1

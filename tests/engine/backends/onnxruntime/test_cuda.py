@@ -17,7 +17,7 @@ from engine.backends.onnxruntime.cuda import PROVIDER, WARM_UP, OnnxRuntimeCudaE
 from engine.backends.onnxruntime.fixed_sizes import LIMIT
 from engine.checkpoints.families.sd import SD1
 from engine.configs.diffusion import AutoencoderConfig
-from engine.errors import BackendError, GraphError, ModelError
+from engine.errors import BackendError, GraphError, ModelError, OutOfMemoryError
 from engine.graphs.graph import find_graph, graph_folders
 from engine.graphs.onnx_bytes import GRAPH_NODE, MODEL_GRAPH, encode
 from engine.model import Model, find_model
@@ -41,6 +41,7 @@ class FakeLibrary:
     def __init__(self, device):
         self.device = device
         self.sessions = []
+        self.failures = []  # of the next runs
         self.elsewhere = []
         self.available = [PROVIDER, "CPUExecutionProvider"]
         self.started = [PROVIDER, "CPUExecutionProvider"]
@@ -154,6 +155,8 @@ class _Session:
     def run_with_iobinding(self, iobinding, run_options):
         if self.fail:
             raise RuntimeError(self.fail)
+        if self.library.failures:
+            raise RuntimeError(self.library.failures.pop())
         key = "disable_synchronize_execution_providers"
         assert run_options.get_run_config_entry(key) == "1"
         inputs, outputs = dict(iobinding._fake.inputs), dict(iobinding._fake.outputs)
@@ -330,6 +333,28 @@ def test_weights_that_cannot_be_bound_leave_an_engine_that_can_be_bound_again(li
         engine.run(inputs)
     engine.rebind(WEIGHTS, {BIAS})
     np.testing.assert_array_equal(engine.run(inputs)["pixels"], expected(inputs))
+
+
+def test_a_session_may_take_what_is_free(library, device):
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+    free = device.memory()[0]
+    engine.prepare({"latents": (1, 8, 8, 8)})
+    assert library.sessions[0].settings["gpu_mem_limit"] == str(free)
+    assert free < device.memory()[1], "the weights are on the device"
+
+
+@pytest.mark.parametrize("failing", [1, 3], ids=["once", "whatever is let go"])
+def test_other_forms_go_where_memory_is_short(library, device, failing):
+    engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+    engine.prepare({"latents": (1, 8, 8, 8)})
+    library.failures = ["Failed to allocate memory for requested buffer"] * failing
+    inputs = latents(1, 8, 16, 8)
+    if failing > 1:
+        with pytest.raises(OutOfMemoryError, match="Failed to allocate"):
+            engine.run(inputs)
+    np.testing.assert_array_equal(engine.run(inputs)["pixels"], expected(inputs))
+    assert [tuple(form.outputs["pixels"]) for form in engine.opened()] == [(1, 128, 64, 3)]
+    assert device.counts["trim"] == 1
 
 
 def test_a_failing_run_is_one_error(library, device):

@@ -1,0 +1,62 @@
+"""Draw pictures on the stand-in; prints what each queued, recorded and copied, as JSON.
+
+LD_LIBRARY_PATH=STANDIN LATENTRT_CUDA_LOG=FILE python run_pictures.py
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from engine.backends.onnxruntime import cuda as backend
+from engine.backends.settings import BackendSettings
+from engine.devices import cuda as devices
+from runtime import Pipeline
+from tests.standin.call_log import CallLog, copied
+from tests.standin.device import CountingDevice
+
+REPEATS = 5  # of one form: call by call, recorded, proven, launched twice
+FORMS = [  # a side, how many pictures, how many steps
+    {"height": side, "width": side, "num_images_per_prompt": count, "num_inference_steps": steps}
+    for side, count, steps in ((128, 1, 20), (192, 1, 20), (128, 2, 20), (128, 1, 30))
+]
+PROVEN, ROUNDS = 3, 2  # rounds of all forms until all are believed, and afterwards
+
+
+def on_the_stand_in() -> CountingDevice:
+    """Have the backend find the stand-in where it looks for a GPU."""
+    device = CountingDevice()
+    backend.find_device = devices.find_device = cache(lambda index=0: device)
+    return device
+
+
+def main() -> None:
+    """Print what pictures of one form take, one after the other, and of several forms in turn."""
+    device, log = on_the_stand_in(), CallLog()
+    settings = BackendSettings(backend="cuda")
+    pipeline = Pipeline.load("pictogram", precision="float16", settings=settings)
+
+    def drawn(options: Mapping[str, int], seed: int) -> dict[str, Any]:
+        recorded = device.recorded
+        log.take()
+        pipeline("a hat", seed=seed, sampler="ddim", **options)
+        calls = log.take()
+        launched = Counter(function for kind, function, *_ in calls if kind == "launch")
+        return {
+            "recorded": device.recorded - recorded,
+            "graphs": launched["graph"],
+            "kernels": launched["kernel"],
+            "waits": sum(kind == "wait" for kind, *_ in calls),
+            "refused": sum(kind == "refused" for kind, *_ in calls),
+            "up": sum(copied(calls, "HtoD")),
+            "down": sum(copied(calls, "DtoH")),
+        }
+
+    repeated = [drawn(FORMS[0], seed) for seed in range(REPEATS)]
+    rounds = [[drawn(form, seed) for form in FORMS] for seed in range(PROVEN + ROUNDS)]
+    print(json.dumps({"repeated": repeated, "rounds": rounds}))
+
+
+if __name__ == "__main__":
+    main()
