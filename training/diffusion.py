@@ -67,6 +67,7 @@ SCHEDULER = {
 }
 UNCONDITIONAL = 0.1  # share of captions replaced by nothing (Ho & Salimans 2022, arXiv:2207.12598)
 UNIFORM_TIMESTEPS = 0.3  # the others favour noise, where the text decides what is drawn
+OPTIMISATION = {"muon": True, "weight_decay": 0.2}  # beside what the command's options say
 PREVIEW_STEPS = (1, 5, 10, 15, 20)
 GUIDANCE_SCALE = 5.0
 
