@@ -302,12 +302,13 @@ def asked(tmp_path, tokenizer, monkeypatch):
     data.save(tmp_path / "data.npz")
     monkeypatch.setattr(search_command, "Trials", partial(Trials, unet=TINY))
     monkeypatch.setattr(dataset, "CAPTIONS", 2)
+    monkeypatch.setattr(search, "PIECES", 2)
     monkeypatch.setitem(RANGES, "batch_size", [2, 4])
     monkeypatch.setattr(
         search_command, "DEFAULTS", {"diffusion": (*DEFAULTS["diffusion"][:2], 2, 3e-3, 2)}
     )
     return [
-        "search", "--work", str(tmp_path), "--trials", "2", "--seeds", "1", "--trial-steps", "4",
+        "search", "--work", str(tmp_path), "--trials", "2", "--seeds", "1", "--trial-steps", "2",
     ]  # fmt: skip
 
 
