@@ -8,7 +8,7 @@ from training.diffusion import SCHEDULER, Denoiser
 from training.loop import attention, autocast
 
 BATCH = 64
-DRAWS = 4  # noise levels at which the validation loss sees each picture
+DRAWS = 2  # noise levels at which the validation loss sees each picture
 
 
 @torch.no_grad()
