@@ -27,6 +27,7 @@ from benchmarks import (
     quality,
     report,
     scale,
+    theory,
     watermark,
 )
 from benchmarks.options import add_card, add_compared, add_gpu, add_model, add_only
@@ -56,6 +57,7 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "quality": quality.measure,
     "gpu": gpu.measure,
     "image-noise": image_noise.measure,
+    "theory": theory.measure,
     "bfloat16": bfloat16.measure,
     "processors": processors.measure,
 }
@@ -122,7 +124,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     if measure is None:
         return _MEASURES[options.benchmark](options.repeats)
     given = {name: value for name, value in vars(options).items() if name != "benchmark"}
-    if options.benchmark in ("quality", "image-noise"):
+    if options.benchmark in ("quality", "image-noise", "theory"):
         del given["out"]  # is written when all is measured
     if options.benchmark == "quality":
         given["images"] = given.pop("pictures")
@@ -158,9 +160,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             "what float32 in places brings, beside bfloat16",
         ),
         ("processors", _add_processors, "backends on fewer instructions, and which is chosen"),
-        ("image-noise", _add_image_noise, "noise that image-to-image removes, by its strength"),
     ):
         add(commands.add_parser(name, help=text))
+    for name, pictures, text in (
+        ("image-noise", 48, "noise that image-to-image removes, by its strength"),
+        ("theory", 16, "schedules, the loss by noise level, and what guidance does"),
+    ):
+        _add_held_out(commands.add_parser(name, help=text), pictures)
     add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
     _add_serving(commands.add_parser("serving", help="batches under load, and a server's costs"))
     add_card(commands.add_parser("card", help="what one graphics card does, section by section"))
@@ -291,14 +297,14 @@ def _add_quality(added: argparse.ArgumentParser) -> None:
     added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
 
 
-def _add_image_noise(added: argparse.ArgumentParser) -> None:
+def _add_held_out(added: argparse.ArgumentParser, pictures: int) -> None:
     added.add_argument(
         "--data",
         type=Path,
         default=Path("work/data.npz"),
         help="what `python -m training data` makes (default: %(default)s)",
     )
-    added.add_argument("--pictures", type=int, default=48, help="(default: %(default)s)")
+    added.add_argument("--pictures", type=int, default=pictures, help="(default: %(default)s)")
     added.add_argument("--threads", type=int, help="(default: one for each processor core)")
     added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
 

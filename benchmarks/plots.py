@@ -12,6 +12,7 @@ from benchmarks.quality import LARGEST_DB, REFERENCE_NAME
 from benchmarks.scale import AXES, along
 from benchmarks.scenarios import WHOLE
 from engine.errors import BackendError, OutputError, install
+from training import search_report
 
 PLOTS = Path(__file__).parent.parent / "docs" / "plots"
 OURS = "latentrt, "
@@ -221,6 +222,71 @@ def serving(report: Mapping[str, Any]) -> Any:
     return figure
 
 
+def noise_schedules(report: Mapping[str, Any]) -> Any:
+    """Draw the signal and the noise of each schedule along its timesteps."""
+    figure, panels = _figure(2.9, columns=2)
+    for axes, what in zip(panels, ("signal", "noise"), strict=True):
+        for name, curve in report["schedules"].items():
+            shipped = name == "pictogram"
+            axes.plot(
+                curve["time"], curve[what], label=f"{name}, which ships" if shipped else name,
+                linewidth=2.4 if shipped else 1.3,
+            )  # fmt: skip
+        axes.set_xlabel("timestep t / T")
+        axes.set_ylabel({"signal": "signal √ᾱ", "noise": "noise √(1 − ᾱ)"}[what])
+        axes.grid(color=PALE, linewidth=0.6)
+    panels[1].legend(frameon=False, fontsize=8, loc="lower right")
+    _title(figure, "The forward process: signal and noise over the steps")
+    return figure
+
+
+def loss_by_noise(report: Mapping[str, Any]) -> Any:
+    """Draw the loss of the model that ships over its timesteps, with captions and without."""
+    figure, (axes,) = _figure(2.9)
+    for part, line in (("trained", "--"), ("held_out", "-")):
+        for name, text, colour in (
+            ("no_caption", "without captions", COLOURS["decoder"]),
+            ("caption", "with captions", COLOURS["UNet"]),
+        ):
+            found, shown = report["loss"][part], f"{part.replace('_', ' ')}, {text}"
+            axes.plot(
+                found["timesteps"], found[name], f"o{line}", color=colour, markersize=4, label=shown
+            )
+    axes.set_xlabel("timestep: from a clean latent to noise")
+    axes.set_ylabel("mean squared error in v")
+    axes.set_ylim(bottom=0)
+    axes.grid(color=PALE, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+    counts = report["request"]["loss_pictures"]
+    _title(
+        figure,
+        f"The loss on {counts['trained']} trained and {counts['held_out']} held-out pictures",
+    )
+    return figure
+
+
+def guidance_scale(report: Mapping[str, Any]) -> Any:
+    """Draw how many pictures match and how far they are apart, over the guidance scale."""
+    figure, (axes,) = _figure(2.9)
+    points = report["guidance"]
+    scales = [point["scale"] for point in points]
+    for name, text, colour in (
+        ("top_1", "nearest to the original asked for", COLOURS["UNet"]),
+        ("diversity", "distance between pictures of a caption", COLOURS["decoder"]),
+    ):
+        values = [point[name] for point in points]
+        axes.plot(scales, values, "o-", color=colour, markersize=4, label=text)
+    axes.set_xscale("log")
+    axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+    axes.minorticks_off()
+    axes.set_xlabel("guidance scale")
+    axes.set_ylim(0, 1.1 * max(max(point["top_1"], point["diversity"]) for point in points))
+    axes.grid(color=PALE, linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8, loc="center right")
+    _title(figure, "Guidance: match against diversity")
+    return figure
+
+
 def _figure(height: float, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
@@ -249,4 +315,8 @@ DRAWN: Mapping[str, Plot] = {
     "scaling": Plot(reports=("scale",), draw=scaling),
     "scaling-sd15": Plot(reports=("scale-sd15",), draw=scaling),
     "serving": Plot(reports=("serving",), draw=serving),
+    "search": Plot(reports=("search",), draw=search_report.figure),
+    "noise-schedules": Plot(reports=("theory",), draw=noise_schedules),
+    "loss-by-noise": Plot(reports=("theory",), draw=loss_by_noise),
+    "guidance-scale": Plot(reports=("theory",), draw=guidance_scale),
 }

@@ -17,7 +17,9 @@ from benchmarks.resource_tables import (
     scale_table,
 )
 from benchmarks.serving.tables import costs_table, load_table, simulation_table, steps_table
+from benchmarks.theory import guidance_table
 from engine.errors import OutputError
+from training.search_report import table as search_table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -53,6 +55,8 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "serving-simulation",
         "serving-costs",
     ),
+    README.parent / "docs" / "theory.md": ("theory",),
+    README.parent / "docs" / "training.md": ("search",),
 }
 SOURCES = {  # tables that are made of another's figures
     "speed": "latency-sd15",
@@ -173,6 +177,8 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "scale-sd15": scale_table,
     "speed": speed_table,
     "watermark": watermark_table,
+    "search": search_table,
+    "theory": guidance_table,
     "serving-steps": steps_table,
     "serving": load_table,
     "serving-simulation": simulation_table,

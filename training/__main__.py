@@ -2,7 +2,7 @@
 
 data, autoencoder, diffusion and ship are run in this order over one working folder, by `all` too;
 finish sharpens a model's decoder, preview adds a tiny one, few-steps a LoRA that draws in 4 calls,
-control a ControlNet that follows edges.
+control a ControlNet that follows edges, search finds hyper-parameters.
 """
 
 import argparse
@@ -54,6 +54,7 @@ from training.dataset import (
 from training.diffusers_folder import write_json
 from training.finish_command import run_finish
 from training.options import DEFAULTS, loop_settings, parser
+from training.search_command import run_search
 from training.shards import read_shards
 from training.text_commands import TEXT_ENCODER, prepare_text, run_synonyms
 from training.tuning_commands import run_fine_tune, run_lora
@@ -127,7 +128,7 @@ def _diffusion(options: argparse.Namespace) -> None:
     data = _training_set(options)
     start = _begin_from(options) if options.start else None
     trained = _load_autoencoder(options)
-    settings = dataclasses.replace(loop_settings(options), muon=True, weight_decay=0.2)
+    settings = dataclasses.replace(loop_settings(options), **diffusion.OPTIMISATION)
     text, frozen, tokenizer = prepare_text(options, data)
     denoiser = diffusion.train(
         _examples(options, data, trained.to(settings.device)),
@@ -331,6 +332,7 @@ COMMANDS = {
     "synonyms": run_synonyms,
     "ddpm": run_ddpm,
     "judge": run_judge,
+    "search": run_search,
     "lora": run_lora,
     "fine-tune": run_fine_tune,
 }

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,8 @@ SCHEDULER = {
 }
 UNCONDITIONAL = 0.1  # share of captions replaced by nothing (Ho & Salimans 2022, arXiv:2207.12598)
 UNIFORM_TIMESTEPS = 0.3  # the others favour noise, where the text decides what is drawn
+# Beside what the options of the command say.
+OPTIMISATION: Mapping[str, Any] = {"muon": True, "weight_decay": 0.2}
 PREVIEW_STEPS = (1, 5, 10, 15, 20)
 GUIDANCE_SCALE = 5.0
 

@@ -22,13 +22,18 @@ from training.devices import Losses
 from training.muon import Muon, is_hidden_matrix
 
 
+class DivergenceError(RequestError):
+    """A training's loss is no finite number any more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
     """Choices of one training.
 
     It ends after `steps`, or after `minutes` of computing if that comes first; the learning rate
     rises over `warmup_steps` and falls as a cosine to nothing at the end, whichever end it is.
-    batch_size: of all processes together; ema_decay: None for no average of the weights
+    batch_size: of all processes together; ema_decay: None for no average of the weights; stop: the
+    part of the training, above 0 to 1, after which a run leaves off, for a later one to go on
     """
 
     steps: int
@@ -44,6 +49,7 @@ class LoopSettings:
     sample_steps: int = 1000
     device: str = "cpu"
     seed: int = 0
+    stop: float = 1.0
     records: bool = True  # whether a GPU's step is a CUDA graph: nothing in it may change its place
 
     def __post_init__(self) -> None:
@@ -54,6 +60,8 @@ class LoopSettings:
                 raise RequestError(f"{name} is {getattr(self, name)}; give a positive number")
         if self.minutes is not None and self.minutes <= 0:
             raise RequestError(f"minutes is {self.minutes}; give a positive number, or none")
+        if not 0 < self.stop <= 1:
+            raise RequestError(f"stop is {self.stop}; give a number above 0, up to 1")
         devices.check_batch(self.batch_size)
 
 
@@ -88,10 +96,10 @@ class Loop:
         name: str = "",
         form: Callable[[], Hashable] = lambda: None,
     ) -> nn.Module:
-        """Call `losses(step)` until the end; return the EMA of the module.
+        """Call `losses(step)` until the end or `stop`; return the EMA of the module.
 
         form: what changes when the shapes in `losses` do
-        Raises RequestError when the loss is no finite number.
+        Raises DivergenceError when the loss is no finite number.
         """
         from tqdm import tqdm
 
@@ -104,7 +112,7 @@ class Loop:
         )
         losses = devices.distributed(self.module, losses)
         last = time.monotonic()
-        while self.fraction() < 1.0:
+        while self.fraction() < self.settings.stop:
             if self._captures:
                 values = self._replay(losses, form())
                 self._apply()
@@ -120,7 +128,7 @@ class Loop:
             if self.step % 20 == 0:
                 shown = {key: devices.mean(value) for key, value in values.items()}
                 if not math.isfinite(shown["loss"]):
-                    raise RequestError(
+                    raise DivergenceError(
                         f"the loss is {shown['loss']} at step {self.step}; begin anew in another "
                         "working folder, with a smaller --learning-rate"
                     )

@@ -111,6 +111,7 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
             )
     _add_classes(command)
     _add_tuning(command)
+    _add_search(command)
     everything = command("all", "data, autoencoder, diffusion and ship, what is not done yet")
     sources(everything)
     everything.add_argument(
@@ -187,6 +188,27 @@ def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None
     added.add_argument("--sampler", default="ddpm", help="(default: %(default)s)")
     added.add_argument("--sampler-steps", type=int, default=50, help="(default: %(default)s)")
     added.add_argument("--guidance-scale", type=float, default=1.0, help="(default: %(default)s)")
+
+
+def _add_search(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add the search of hyper-parameters."""
+    added = command("search", "find hyper-parameters of diffusion, beside random ones")
+    added.add_argument(
+        "--model", default="pictogram", help="whose autoencoder and tokens (default: %(default)s)"
+    )
+    for name, default, text in (
+        ("minutes", 12.0, "of training for each search"),
+        ("trial-minutes", 1.5, "of a trial that is not ended early"),
+        ("final-minutes", 5.0, "of the training with the best parameters, and of the default's"),
+    ):
+        added.add_argument(
+            f"--{name}", type=float, default=default, help=f"{text} (default: %(default)s)"
+        )
+    added.add_argument("--seeds", type=int, default=3, help="of each search (default: %(default)s)")
+    added.add_argument("--trials", type=int, help="at most in a search")
+    added.add_argument("--trial-steps", type=int, help="end a trial sooner, after so many steps")
+    added.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    added.add_argument("--threads", type=int, help="processor threads")
 
 
 def _add_tuning(command: Callable[[str, str], argparse.ArgumentParser]) -> None:

@@ -171,3 +171,17 @@ def test_processors_compute_attention_plainly():
     with autocast("cpu"), attention("cpu"):
         out = nn.functional.scaled_dot_product_attention(*(torch.ones(1, 1, 2, 4),) * 3)
     assert out.shape == (1, 1, 2, 4)
+
+
+def test_a_training_in_pieces_ends_as_an_unbroken_one(tmp_path):
+    _, expected = run(tmp_path / "a.pt")
+    for part, steps in ((0.25, 15), (0.5, 30), (1.0, 60), (0.5, 60)):
+        loop, ema = run(tmp_path / "b.pt", stop=part)
+        assert loop.step == steps
+    torch.testing.assert_close(dict(ema.state_dict()), dict(expected.state_dict()))
+
+
+@pytest.mark.parametrize("stop", [0, -0.5, 1.1, float("nan")])
+def test_a_part_that_is_none_is_refused(stop):
+    with pytest.raises(RequestError, match=r"stop is .*; give a number above 0, up to 1"):
+        settings(stop=stop)
