@@ -27,6 +27,7 @@ from benchmarks import (
     quality,
     report,
     scale,
+    tuning,
     watermark,
 )
 from benchmarks.options import add_card, add_compared, add_gpu, add_model, add_only
@@ -58,6 +59,7 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "image-noise": image_noise.measure,
     "bfloat16": bfloat16.measure,
     "processors": processors.measure,
+    "tuning": tuning.measure,
 }
 
 
@@ -159,6 +161,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ),
         ("processors", _add_processors, "backends on fewer instructions, and which is chosen"),
         ("image-noise", _add_image_noise, "noise that image-to-image removes, by its strength"),
+        ("tuning", _add_tuning, "seconds and memory of training a Stable Diffusion 1.5 on"),
     ):
         add(commands.add_parser(name, help=text))
     add_gpu(commands.add_parser("gpu", help="requests on an NVIDIA GPU, beside diffusers"))
@@ -301,6 +304,15 @@ def _add_image_noise(added: argparse.ArgumentParser) -> None:
     added.add_argument("--pictures", type=int, default=48, help="(default: %(default)s)")
     added.add_argument("--threads", type=int, help="(default: one for each processor core)")
     added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
+
+
+def _add_tuning(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--steps", type=int, default=6, help="of a round (default: %(default)s)")
+    added.add_argument(
+        "--size", type=int, default=512, help="of pictures in pixels (default: %(default)s)"
+    )
+    add_only(added)
+    add_compared(added, repeats=1)
 
 
 if __name__ == "__main__":

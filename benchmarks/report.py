@@ -17,6 +17,7 @@ from benchmarks.resource_tables import (
     scale_table,
 )
 from benchmarks.serving.tables import costs_table, load_table, simulation_table, steps_table
+from benchmarks.tuning import tuning_table
 from engine.errors import OutputError
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,6 +48,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "bfloat16-sd15",
         "bfloat16",
     ),
+    README.parent / "docs" / "training.md": ("tuning",),
     README.parent / "docs" / "serving.md": (
         "serving-steps",
         "serving",
@@ -172,6 +174,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "scale": scale_table,
     "scale-sd15": scale_table,
     "speed": speed_table,
+    "tuning": tuning_table,
     "watermark": watermark_table,
     "serving-steps": steps_table,
     "serving": load_table,
