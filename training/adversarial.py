@@ -14,6 +14,9 @@ def hinge(real: Tensor, drawn: Tensor) -> Tensor:
 
 
 def fixed(discriminator: nn.Module, *inputs: Tensor) -> Tensor:
-    """Return the discriminator's logits of inputs, of which the inputs alone learn."""
+    """Return the discriminator's logits, as it shapes them, of inputs that alone learn.
+
+    inputs: tensors of the shapes that the discriminator takes
+    """
     parameters = {name: value.detach() for name, value in discriminator.named_parameters()}
     return functional_call(discriminator, parameters, inputs)  # type: ignore[no-any-return]
