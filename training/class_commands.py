@@ -73,6 +73,12 @@ def run_judge(options: argparse.Namespace) -> None:
     learned = LabelledPictures.read(options.idx, "train", len(classes))
     tested = LabelledPictures.read(options.idx, "test", len(classes))
     drawn, how = _drawn(options, classes, tested.labels)
+    if drawn.shape != tested.images.shape:
+        sides = drawn.shape[1], tested.images.shape[1]
+        raise RequestError(
+            f"the model draws pictures of {sides[0]} pixels, and those of {options.idx} have "
+            f"{sides[1]}; give the data that it was trained on"
+        )
     settings = dataclasses.replace(loop_settings(options), warmup_steps=judge.SETTINGS.warmup_steps)
     referee = judge.train(learned, len(classes), settings, options.work)
     report = judge.evaluate(referee, drawn, learned, tested)

@@ -163,11 +163,11 @@ def read(path: Path, classes: int) -> Generator:
             description = json.loads((file.metadata() or {})[DESCRIPTION])
             side, count = description["side"], description["classes"]
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RequestError(
             f"{path} is no generator that `python -m training gan` wrote ({error!r})"
         ) from error
-    if side not in SIDES or count != classes:
+    if type(side) is not int or side not in SIDES or count != classes:
         raise RequestError(
             f"{path} draws {side} pixels and {count} classes, where {classes} are named; give the "
             "--classes that it was trained with"

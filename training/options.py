@@ -161,7 +161,7 @@ def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None
     ddpm = command("ddpm", "train a small model in pixels on labelled pictures")
     gan = command("gan", "train a conditional GAN of the same size on the same pictures")
     judging = command("judge", "measure what ddpm or gan wrote")
-    for added, steps, rate in ((ddpm, 3600, 2e-3), (gan, 3600, 5e-4), (judging, 800, 2e-3)):
+    for added, steps, rate in ((ddpm, 3600, 2e-3), (gan, 3000, 1e-3), (judging, 800, 2e-3)):
         added.add_argument(
             "--idx", type=Path, required=True, metavar="FOLDER", help="of MNIST's four IDX files"
         )

@@ -10,7 +10,7 @@ from engine.model import COMPONENTS, Model
 from tests.support.digits import write_digits
 from tests.support.pixel_models import TINY
 from tests.support.traced import trace_once
-from training import comparison, ddpm
+from training import comparison, ddpm, devices
 from training.__main__ import main
 from training.comparison import Comparison, Variant
 from training.idx import LabelledPictures
@@ -150,3 +150,7 @@ def test_the_command_compares_what_it_is_asked_to(tmp_path, monkeypatch, capsys)
     assert chosen.drawing == {"num_inference_steps": 7}
     assert (count, work, out) == (10, tmp_path / "w", tmp_path / "o")
     assert "noise schedule" in capsys.readouterr().out
+    monkeypatch.setattr(devices, "count", lambda: 2)
+    assert main(["ddpm", *given, *more]) == 2
+    assert "runs in one process" in capsys.readouterr().err
+    assert len(asked) == 1

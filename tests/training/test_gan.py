@@ -134,6 +134,8 @@ def test_files_that_are_none_are_refused_in_a_sentence(tmp_path):
         ({"gan": "[]"}, "is no generator"),
         ({"gan": json.dumps({"side": 10**6, "classes": CLASSES})}, "1000000 pixels"),
         ({"gan": json.dumps({"side": [SIDE], "classes": CLASSES})}, "pixels"),
+        ({"gan": json.dumps({"side": float(SIDE), "classes": CLASSES})}, "12.0 pixels"),
+        ({"gan": "[" * 10**5}, "is no generator"),
         ({}, "is no generator"),
         ({"gan": json.dumps({"side": 16, "classes": CLASSES})}, "of another form"),
     ):
@@ -162,6 +164,10 @@ def test_the_commands_train_and_judge_it(tmp_path, capsys):
     assert set(report["diversity_of_real"]) == {"features", "pixels"}
     with Image.open(picture) as shown:
         assert shown.size == (16 * 8, 10 * 8)
+    gan.write(Generator(12, 10), other := tmp_path / "other.safetensors")
+    assert main(["judge", *asked, *few, "--gan", str(other)]) == 2
+    assert "pictures of 12 pixels" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
     assert main(["judge", *asked, *few, "--gan", out, "--classes", "a,b"]) == 2
     assert "beyond the 2 classes" in capsys.readouterr().err
     with pytest.raises(SystemExit):
