@@ -28,6 +28,7 @@ from benchmarks import (
     report,
     scale,
     theory,
+    tuning,
     watermark,
 )
 from benchmarks.options import add_card, add_compared, add_gpu, add_model, add_only
@@ -60,6 +61,7 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "theory": theory.measure,
     "bfloat16": bfloat16.measure,
     "processors": processors.measure,
+    "tuning": tuning.measure,
 }
 
 
@@ -160,6 +162,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
             "what float32 in places brings, beside bfloat16",
         ),
         ("processors", _add_processors, "backends on fewer instructions, and which is chosen"),
+        ("tuning", _add_tuning, "seconds and memory of training a Stable Diffusion 1.5 on"),
     ):
         add(commands.add_parser(name, help=text))
     for name, pictures, text in (
@@ -307,6 +310,15 @@ def _add_held_out(added: argparse.ArgumentParser, pictures: int) -> None:
     added.add_argument("--pictures", type=int, default=pictures, help="(default: %(default)s)")
     added.add_argument("--threads", type=int, help="(default: one for each processor core)")
     added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
+
+
+def _add_tuning(added: argparse.ArgumentParser) -> None:
+    added.add_argument("--steps", type=int, default=6, help="of a round (default: %(default)s)")
+    added.add_argument(
+        "--size", type=int, default=512, help="of pictures in pixels (default: %(default)s)"
+    )
+    add_only(added)
+    add_compared(added, repeats=1)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.resource_tables import (
 )
 from benchmarks.serving.tables import costs_table, load_table, simulation_table, steps_table
 from benchmarks.theory import guidance_table
+from benchmarks.tuning import tuning_table
 from engine.errors import OutputError
 from training.search_report import table as search_table
 
@@ -49,6 +50,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "bfloat16-sd15",
         "bfloat16",
     ),
+    README.parent / "docs" / "training.md": ("tuning",),
     README.parent / "docs" / "serving.md": (
         "serving-steps",
         "serving",
@@ -176,6 +178,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "scale": scale_table,
     "scale-sd15": scale_table,
     "speed": speed_table,
+    "tuning": tuning_table,
     "watermark": watermark_table,
     "search": search_table,
     "theory": guidance_table,

@@ -42,7 +42,7 @@ from training import (
     text_encoders,
 )
 from training.captions import read_coco, read_flickr30k, read_folder
-from training.class_commands import run_ddpm, run_judge
+from training.class_commands import run_ddpm, run_gan, run_judge
 from training.dataset import (
     CAPTIONED,
     PICTOGRAMS,
@@ -331,6 +331,7 @@ COMMANDS = {
     "evaluate": _evaluate,
     "synonyms": run_synonyms,
     "ddpm": run_ddpm,
+    "gan": run_gan,
     "judge": run_judge,
     "search": run_search,
     "lora": run_lora,

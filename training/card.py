@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from training import vocabulary
 from training.dataset import EVERYDAY_SHARE, PICTOGRAMS
+from training.loop import spent
 from training.packages import PACKAGES, Package
 from training.pictograms import SIZE
 
@@ -119,9 +119,8 @@ def _account(record: dict[str, Any]) -> str:
 def _spent(checkpoint: Path) -> str:
     if not checkpoint.exists():
         return "its checkpoint was not kept"
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    minutes = state["seconds"] / 60
-    return f"{state['step']:,} steps, {minutes:.0f} minutes of computing"
+    steps, seconds = spent(checkpoint)
+    return f"{steps:,} steps, {seconds / 60:.0f} minutes of computing"
 
 
 def _quality(work: Path, *, pictograms: bool) -> str:

@@ -25,6 +25,7 @@ from training.ship import write_model
 from training.text_encoders import MAX_TOKENS
 from training.vocabulary import cut_vocabulary, write_tokenizer
 
+CHECKPOINT = "ddpm.pt"
 TIMESTEPS = 300
 # The names of diffusers' `beta_schedule` by those of the literature.
 SCHEDULES: Mapping[str, str] = {
@@ -90,7 +91,7 @@ def train(
     torch.manual_seed(settings.seed)
     denoiser = Denoiser(tokenizer.vocab_size, unet)
     initialise(denoiser)
-    loop = Loop(denoiser, settings, folder / "ddpm.pt")
+    loop = Loop(denoiser, settings, folder / CHECKPOINT)
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no noise twice
     device, batch = torch.device(settings.device), settings.batch_size

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
 from export.modules.autoencoder import Autoencoder
+from training.adversarial import fixed, hinge
 from training.autoencoder import crops, picture_loss, psnr, reconstruct
 from training.grids import save_grid
 from training.loop import Loop, LoopSettings, Losses, autocast
@@ -61,8 +60,7 @@ class Opponents(nn.Module):
 
     def real_patches(self, images: Tensor) -> Tensor:
         """Return the discriminator's logits of images (B, 3, H, W), of which these alone learn."""
-        parameters = {name: p.detach() for name, p in self.discriminator.named_parameters()}
-        return functional_call(self.discriminator, parameters, (images,))  # type: ignore[no-any-return]
+        return fixed(self.discriminator, images)
 
 
 def train(
@@ -119,11 +117,6 @@ def train(
     ema = loop.run(losses, sample=sample, name="finish", form=form)
     assert isinstance(ema, Opponents)
     return ema.autoencoder
-
-
-def hinge(real: Tensor, drawn: Tensor) -> Tensor:
-    """Return the discriminator's loss, (), for logits (B, 1, h, w) of real and drawn patches."""
-    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + drawn).mean())
 
 
 def _weight(loss: Tensor, adversarial: Tensor, last: Tensor) -> Tensor:

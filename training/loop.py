@@ -34,6 +34,7 @@ class LoopSettings:
     rises over `warmup_steps` and falls as a cosine to nothing at the end, whichever end it is.
     batch_size: of all processes together; ema_decay: None for no average of the weights; stop: the
     part of the training, above 0 to 1, after which a run leaves off, for a later one to go on
+    betas: of AdamW, how long the moments of gradients are remembered
     """
 
     steps: int
@@ -41,6 +42,7 @@ class LoopSettings:
     batch_size: int
     learning_rate: float
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
     warmup_steps: int = 200
     clip_norm: float = 1.0
     ema_decay: float | None = 0.999
@@ -240,6 +242,12 @@ class Loop:
             torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
+def spent(checkpoint: Path) -> tuple[int, float]:
+    """Return the steps and the seconds of computing that a checkpoint of a loop has behind it."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return state["step"], state["seconds"]
+
+
 def _averaged(module: nn.Module) -> nn.Module:
     """Copy a module's parameters that learn, for their average; the others are shared."""
     shared = {id(p): p for p in module.parameters() if not p.requires_grad}
@@ -260,7 +268,7 @@ def _optimizers(module: nn.Module, settings: LoopSettings) -> list[torch.optim.O
     rest = [p for _, p in named if id(p) not in chosen]
     rate, decay = settings.learning_rate, settings.weight_decay
     fused = settings.device.startswith("cuda")
-    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=fused)
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=settings.betas, weight_decay=decay, fused=fused)
     return [adamw, Muon(matrices, lr=rate, weight_decay=decay)] if matrices else [adamw]
 
 

@@ -158,9 +158,11 @@ def loop_settings(options: argparse.Namespace) -> LoopSettings:
 
 
 def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    """Add the model in pixels and its judge."""
+    """Add the model in pixels, the GAN beside it, and their judge."""
     ddpm = command("ddpm", "train a small model in pixels on labelled pictures")
-    for added in (ddpm, command("judge", "measure a model that ddpm wrote")):
+    gan = command("gan", "train a conditional GAN of the same size on the same pictures")
+    judging = command("judge", "measure what ddpm or gan wrote")
+    for added, steps, rate in ((ddpm, 3600, 2e-3), (gan, 3000, 1e-3), (judging, 800, 2e-3)):
         added.add_argument(
             "--idx", type=Path, required=True, metavar="FOLDER", help="of MNIST's four IDX files"
         )
@@ -173,21 +175,34 @@ def _add_classes(command: Callable[[str, str], argparse.ArgumentParser]) -> None
         added.add_argument("--seed", type=int, default=0)
         added.add_argument("--threads", type=int, help="processor threads")
         added.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-        added.add_argument("--steps", type=int, default=3600 if added is ddpm else 800)
+        added.add_argument("--steps", type=int, default=steps, help="(default: %(default)s)")
         added.add_argument("--minutes", type=float, help="end sooner, after this much computing")
         added.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
         added.add_argument(
-            "--learning-rate", type=float, default=2e-3, help="(default: %(default)s)"
+            "--learning-rate", type=float, default=rate, help="(default: %(default)s)"
         )
         added.set_defaults(sample_steps=1000)
     ddpm.add_argument("--beta-schedule", choices=SCHEDULES, default="cosine")
     ddpm.add_argument("--loss", choices=LOSSES, default="l2")
     ddpm.add_argument("--prediction", choices=PREDICTIONS, default=PREDICTIONS[0])
-    ddpm.add_argument("--out", type=Path, required=True, help="the model's folder")
-    added.add_argument("--model", type=Path, required=True, help="what ddpm wrote, exported")
-    added.add_argument("--sampler", default="ddpm", help="(default: %(default)s)")
-    added.add_argument("--sampler-steps", type=int, default=50, help="(default: %(default)s)")
-    added.add_argument("--guidance-scale", type=float, default=1.0, help="(default: %(default)s)")
+    ddpm.add_argument(
+        "--compare",
+        action="store_true",
+        help="train every schedule with --loss and every loss with --beta-schedule, judge them, "
+        "and write a table",
+    )
+    ddpm.add_argument("--out", type=Path, required=True, help="the model's folder, or the models'")
+    gan.add_argument("--out", type=Path, required=True, help="the generator, .safetensors")
+    drawn = judging.add_mutually_exclusive_group(required=True)
+    drawn.add_argument("--model", type=Path, help="what ddpm wrote, exported")
+    drawn.add_argument("--gan", type=Path, metavar="FILE", help="what gan wrote")
+    judging.add_argument("--picture", type=Path, metavar="PNG", help="also show some of them here")
+    judging.add_argument("--sampler", default="ddpm", help="(default: %(default)s)")
+    judging.add_argument("--guidance-scale", type=float, default=1.0, help="(default: %(default)s)")
+    for added in (judging, ddpm):
+        added.add_argument(
+            "--sampler-steps", type=int, default=50, help="to judge by (default: %(default)s)"
+        )
 
 
 def _add_search(command: Callable[[str, str], argparse.ArgumentParser]) -> None:

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 from scipy.linalg import sqrtm
+from scipy.spatial.distance import pdist
 
 from engine.backends.settings import BackendSettings
 from engine.configs.diffusion import IdentityAutoencoderConfig
@@ -19,6 +20,7 @@ from engine.model import COMPONENTS, Model
 from runtime import Pipeline
 from runtime.samplers.noise_schedule import NoiseSchedule
 from tests.support.digits import write_digits
+from tests.support.pixel_models import TINY
 from tests.support.tolerances import NOISE_SCHEDULE
 from tests.support.traced import trace_once
 from training import ddpm, judge
@@ -28,13 +30,6 @@ from training.loop import LoopSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-TINY = dataclasses.replace(
-    ddpm.UNET,
-    block_out_channels=(8, 16),
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=(1, 2),
-)
 CLASSES = ["zero", "One", "2"]
 SETTINGS = LoopSettings(steps=3, batch_size=8, learning_rate=1e-3, muon=True)
 PARTS = ("text_encoder", "step", "vae_decoder", "vae_encoder")
@@ -179,23 +174,46 @@ def test_an_identity_of_two_channels_or_another_class_is_refused():
         IdentityAutoencoderConfig.from_dict({"_class_name": "AutoencoderKL"})
 
 
-def test_the_judge_knows_drawn_digits_and_tells_what_is_drawn(splits, model, monkeypatch, tmp_path):
+def test_the_judge_knows_drawn_digits_and_tells_what_is_drawn(splits, model, tmp_path):
     settings = LoopSettings(steps=150, batch_size=32, learning_rate=3e-3, warmup_steps=20)
     trained = judge.train(splits[0], 3, settings, tmp_path)
     seen, _ = judge.look(trained, splits[1].images)
     assert (seen == splits[1].labels).mean() > 0.9
-    report = judge.evaluate(load(model), trained, *splits, CLASSES, num_inference_steps=2)
+    prompts = [CLASSES[label] for label in splits[1].labels]
+    drawn = judge.draw(load(model), prompts, 0, num_inference_steps=2)
+    report = judge.evaluate(trained, drawn, *splits)
     assert report["pictures"] == 120
     assert 0 <= report["accuracy_drawn"] < report["accuracy_real_test"]
     assert report["times_the_floor"] > 1, "three steps teach nothing"
-
-    def copies(pipeline, prompts, seed, how):
-        yield from splits[1].images
-
-    monkeypatch.setattr(judge, "draw", copies)
-    perfect = judge.evaluate(load(model), trained, *splits, CLASSES)
+    perfect = judge.evaluate(trained, splits[1].images, *splits)
     assert perfect["times_the_floor"] == 1
     assert perfect["accuracy_drawn"] == perfect["accuracy_real_test"]
+    assert perfect["diversity_of_real"] == {"features": 1, "pixels": 1}
+    firsts = [int((splits[1].labels == label).argmax()) for label in range(3)]
+    collapsed = judge.evaluate(trained, splits[1].images[firsts][splits[1].labels], *splits)
+    assert collapsed["diversity_of_real"] == pytest.approx({"features": 0, "pixels": 0}, abs=1e-6)
+    assert collapsed["times_the_floor"] > 1
+
+
+def test_pictures_of_a_class_that_are_all_alike_have_no_diversity():
+    labels = np.array([0, 1, 0, 1, 0, 2])
+    values = np.random.default_rng(0).normal(size=(3, 5))[labels]
+    assert judge.diversity(values, labels) == pytest.approx(0, abs=1e-6)
+    values[4] += [3, 0, 4, 0, 0]  # two of the three pairs of a class are 5 apart, and none of b's
+    assert judge.diversity(values, labels) == pytest.approx((2 / 3 * 5 + 0) / 2)
+    rng = np.random.default_rng(1)
+    values, labels = rng.normal(size=(40, 7)), np.arange(40) % 4
+    expected = np.mean([pdist(values[labels == each]).mean() for each in range(4)])
+    assert judge.diversity(values, labels) == pytest.approx(expected)
+    assert judge.diversity(values[:3], labels[:3]) == 0, "classes of one picture have no pairs"
+
+
+def test_the_grid_has_a_row_for_each_class():
+    labels = np.array([1, 0, 1, 1, 0])
+    images = np.arange(5, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    rows = judge.grid(images, labels, count=3)
+    assert [row.shape for row in rows] == [(3, 8, 8, 3)] * 2
+    assert [row[:, 0, 0, 0].tolist() for row in rows] == [[1, 4, 0], [0, 2, 3]]
 
 
 def test_the_frechet_distance_is_that_of_the_equation():

@@ -8,8 +8,9 @@ import torch
 
 from export.modules.autoencoder import Autoencoder
 from training import autoencoder, finish
+from training.adversarial import hinge
 from training.autoencoder import encode
-from training.finish import Discriminator, Opponents, hinge
+from training.finish import Discriminator, Opponents
 from training.loop import LoopSettings
 
 TINY = dataclasses.replace(autoencoder.CONFIG, block_out_channels=(8, 8, 8, 8))
