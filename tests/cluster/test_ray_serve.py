@@ -235,7 +235,7 @@ def test_a_killed_gateway_leaves_another(served):
 
 @pytest.mark.slow
 def test_engines_come_with_pictures_that_wait_and_go_without(served, alone):
-    quick = {"upscale_delay_s": 1, "downscale_delay_s": 5, "look_back_period_s": 2}
+    quick = {"upscale_delay_s": 1, "downscale_delay_s": 5}
     served.deploy({"max_replicas": 2, "target_ongoing_requests": 2, **quick})
     served.replicas(count=1)
     load = Load(served)

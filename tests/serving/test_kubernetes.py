@@ -123,7 +123,7 @@ def test_kuberays_pods_have_keys_and_time(ray_service):
         pod = template["spec"]
         (container,) = pod["containers"]
         environment = {each["name"]: each["value"] for each in container["env"]}
-        read = parse_options(make_parser("serve run"), [], environment, {"threads": 2})
+        read = parse_options(make_parser("serve run"), [], environment, {"threads": 1})
         assert (read.host, read.hosts, read.open) == ("0.0.0.0", [NAME], False)
         mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
         assert mounts.keys() == {each["name"] for each in pod["volumes"]}
