@@ -40,6 +40,7 @@ REQUESTS = [
     )
 ]
 QUEUE = 24
+LONG = 300  # seconds that a busy machine has for anything
 
 
 def digest(image):
@@ -82,7 +83,11 @@ class Served:
                     deployment["autoscaling_config"] |= scaling
         read = ServeDeploySchema.model_validate(config)
         self._client = self._client or serve_start(http_options=config["http_options"])
-        self._client.deploy_apps(read, _blocking=True)
+        self._client.deploy_apps(read)
+        end = time.monotonic() + LONG
+        while serve.status().applications["latentrt"].status != "RUNNING":
+            assert time.monotonic() < end, serve.status()
+            time.sleep(0.1)
 
     def draw(self, fields):
         """Return the answer to a request for a picture."""
@@ -91,7 +96,7 @@ class Served:
 
     def replicas(self, title=ENGINES, count=2):
         """Return the pids of a deployment, once there are as many as there should be."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + LONG
         while len(found := titled(title)) != count:
             assert time.monotonic() < end, found
             time.sleep(0.05)
@@ -99,7 +104,7 @@ class Served:
 
     def wait_running(self):
         """Wait until Ray Serve says that all replicas run."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + LONG
         while True:
             status = serve.status().applications["latentrt"]
             engines = status.deployments["Engine"].replica_states
@@ -151,7 +156,7 @@ class Load:
 
     def wait(self, more):
         """Wait until so many more pictures have come."""
-        wanted, end = len(self.answers) + more, time.monotonic() + 120
+        wanted, end = len(self.answers) + more, time.monotonic() + LONG
         while len(self.answers) < wanted:
             assert time.monotonic() < end
             time.sleep(0.02)
