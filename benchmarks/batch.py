@@ -21,6 +21,7 @@ from runtime.batch.drawing import Batch
 from runtime.batch.manifest import Manifest, opened_folder
 from runtime.batch.progress import Progress
 from runtime.batch.requests import Defaults
+from runtime.batch.store import FolderStore
 from runtime.batch.work import works
 from runtime.images.files import write_image
 
@@ -92,12 +93,10 @@ def _as_a_batch(pipeline: Pipeline, fields: list[dict[str, Any]], folder: Path) 
         Batch(
             pipeline=pipeline,
             defaults=defaults,
-            manifest=manifest,
-            folder=out,
+            store=FolderStore(folder=out, manifest=manifest, progress=progress),
             made_with={},
             ending=".png",
             mark=True,
             batch_size=None,
-            progress=progress,
         ).draw(works(path, defaults, {}))
     assert progress.drawn == len(fields)

@@ -23,10 +23,12 @@ def parse_options(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
     environment: Mapping[str, str],
+    settings: Mapping[str, Any] | None = None,
 ) -> argparse.Namespace:
     """Return the options of a command line, a file and an environment, in that order.
 
     parser: with an option --config, which names a file of TOML; it is not to be used again
+    settings: what a file would say, where another program has read it
     Raises RequestError for what a file or a variable says wrongly.
     """
     parser.parse_args(arguments)  # what it prints, such as its help, has the defaults
@@ -37,7 +39,9 @@ def parse_options(
     given = vars(parser.parse_args(arguments))
     variables = _from_environment(parser, actions, environment)
     path = given.get(CONFIG) or variables.pop(CONFIG, None)
-    file = {} if path is None else _from_file(parser, actions, path)
+    file = _parsed_settings(parser, actions, settings or {}, "args")
+    if path is not None:
+        file |= _from_file(parser, actions, path)
     return argparse.Namespace(**{**vars(defaults), **file, **variables, **given})
 
 
@@ -73,12 +77,21 @@ def _from_file(
     except (OSError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", None) or f"it is no TOML: {error}"
         raise RequestError(f"--config {path} cannot be read ({why})") from error
+    return _parsed_settings(parser, actions, settings, str(path))
+
+
+def _parsed_settings(
+    parser: argparse.ArgumentParser,
+    actions: Mapping[str, argparse.Action],
+    settings: Mapping[str, Any],
+    where: str,
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        action = _action(actions, name, f"{name} in {path}")
+        action = _action(actions, name, f"{name} in {where}")
         if name == CONFIG:
-            raise RequestError(f"{path} names another file of settings; put all into one")
-        found |= _parsed(parser, action, value, f"{name} in {path}")
+            raise RequestError(f"{where} names another file of settings; put all into one")
+        found |= _parsed(parser, action, value, f"{name} in {where}")
     return found
 
 

@@ -33,11 +33,7 @@ def serve(
     settings = engine.settings
     service = make_service(
         engine,
-        Catalog(
-            models=tuple(settings.models),
-            loras=tuple(settings.loras),
-            controls=tuple(settings.controls),
-        ),
+        Catalog.of(settings),
         AccessRules.of(options.host, options.hosts, options.origins, keys),
         limits=settings.limits,
         rows=RowLimits(settings.rows).largest,

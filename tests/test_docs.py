@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(sh|python)\n(.*?)```", re.DOTALL)
 BRING = re.compile(r"# bring: (.+)\n")
 PICTURES = {"photo.png", "hat.png"}  # which the tests bring
-NOT_OURS = ("pip", "pytest", ".ci/run", "printf")
+NOT_OURS = ("pip", "pytest", ".ci/run", "printf", "serve")
 MAX_README = 140  # lines
 
 

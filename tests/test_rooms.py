@@ -84,6 +84,7 @@ ROOMS = {
             "configuration",
             "options",
             "server",
+            "ray",
             "__main__",
         ),
     ),

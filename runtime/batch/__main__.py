@@ -7,13 +7,15 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from engine.command_line import CommandParser
-from engine.errors import OutputError, RequestError, exit_status
+from engine.errors import OutputError, RequestError, exit_status, libraries_of
 from runtime.again import made_with
+from runtime.batch.cluster import draw_on_cluster
 from runtime.batch.drawing import Batch
 from runtime.batch.lines import FORMATS
 from runtime.batch.manifest import (
@@ -26,6 +28,7 @@ from runtime.batch.manifest import (
 )
 from runtime.batch.progress import Progress
 from runtime.batch.requests import ANY_SEED, Defaults
+from runtime.batch.store import FolderStore
 from runtime.batch.work import Work, works
 from runtime.checks import check_choice, check_number
 from runtime.images.files import FORMATS as PICTURES
@@ -36,6 +39,7 @@ from runtime.request import MAX_IMAGES
 from runtime.terminal import Loading, say
 
 PASSED_OVER = 1  # the status where a line was no request or could not be drawn
+MOST_ACTORS = 10_000
 MOST_NAMED = 20  # lines that are passed over, on the terminal; the manifest has all
 
 
@@ -79,6 +83,18 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="in which lines may name pictures (default: that of FILE)",
     )
+    spread = parser.add_argument_group("who draws")
+    spread.add_argument(
+        "--ray",
+        action="store_true",
+        help="draw on the Ray cluster that RAY_ADDRESS names, or on one of this machine",
+    )
+    spread.add_argument(
+        "--actors",
+        type=int,
+        metavar="N",
+        help="processes with a model on the cluster (default: one for each GPU, or machine)",
+    )
     parser.add_argument(
         "--negative-prompt", default="", metavar="TEXT", help="what to keep away from"
     )
@@ -109,17 +125,18 @@ def _run(options: argparse.Namespace) -> int:
                 write_facts(options.out, {"seed": defaults.seed, "options": facts})
         manifest = manifest or stack.enter_context(Manifest.opened(options.out))
         good = _good(works(options.requests, defaults, done), manifest)
-        if progress.left:
+        store = FolderStore(folder=options.out, manifest=manifest, progress=progress)
+        if progress.left and options.ray:
+            draw_on_cluster(good, store, options, defaults, made)
+        elif progress.left:
             Batch(
                 pipeline=pipeline,
                 defaults=defaults,
-                manifest=manifest,
-                folder=options.out,
+                store=store,
                 made_with=made,
                 ending=f".{options.format}",
                 mark=options.mark,
                 batch_size=options.batch_size,
-                progress=progress,
             ).draw(good)
         else:
             deque(good, 0)  # which records the bad lines
@@ -131,11 +148,18 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse what no line could be drawn with. Raises RequestError."""
+    """Refuse what no line could be drawn with. Raises RequestError, BackendError without Ray."""
     options.format = options.format.lower()
     check_choice("--format", options.format, [ending.removeprefix(".") for ending in PICTURES])
     if options.batch_size is not None:
         check_number("--batch-size", options.batch_size, Integral, 1, MAX_IMAGES)
+    if options.ray:
+        with libraries_of("ray"):
+            import_module("ray.data")
+    if options.actors is not None:
+        check_number("--actors", options.actors, Integral, 1, MOST_ACTORS)
+        if not options.ray:
+            raise RequestError("--actors are those of a Ray cluster; give --ray, or leave it out")
     if options.seed == ANY_SEED:
         options.seed = None
     if options.seed is not None:

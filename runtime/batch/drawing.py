@@ -13,17 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from engine.errors import BackendError, LatentrtError
-from engine.store.cache import write_atomically
-from runtime.batch.manifest import Manifest
-from runtime.batch.progress import Progress
 from runtime.batch.requests import Defaults
+from runtime.batch.store import Store
 from runtime.batch.work import Work
 from runtime.conditioning.names import AdapterTag
 from runtime.denoising.groups import batch_limit
@@ -59,23 +56,21 @@ class _Place:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Batch:
-    """A folder's pictures on their way.
+    """Pictures on their way.
 
+    store: takes them, and what is passed over
     made_with: what every file says beside its request
     ending: of the files, such as ".png"; mark: as `write_image` takes it
     batch_size: rows of a call, as `Pipeline.groups` takes it
-    progress: is told of every picture
     """
 
     pipeline: Pipeline
     defaults: Defaults
-    manifest: Manifest
-    folder: Path
+    store: Store
     made_with: Mapping[str, Any]
     ending: str
     mark: bool
     batch_size: int | None
-    progress: Progress
     _places: dict[Row, _Place] = field(default_factory=dict)
     _unwritten: deque[Future[None]] = field(default_factory=deque)
     _disk: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
@@ -83,8 +78,8 @@ class Batch:
     def draw(self, work: Iterable[Work]) -> None:
         """Draw all; what fails is told and passed over. Once.
 
-        When it ends, however it ends, every picture that was finished has its file and its record.
-        Raises OutputError or OSError where nothing can be written.
+        When it ends, however it ends, every picture that was finished is in the store. Raises what
+        that raises, such as OutputError where nothing can be written.
         """
         with self._disk:
             for _, alike in groupby(self._by_adapters(work), lambda each: each[0]):
@@ -153,7 +148,7 @@ class Batch:
         self._unwritten.append(self._disk.submit(self._write, place, row.plan, image))
 
     def _write(self, place: _Place, plan: Plan, image: Image.Image) -> None:
-        """Write a picture's file, then its record."""
+        """Make a picture's file and its record, and have both kept."""
         line, (settings,) = place.work.line, plan.settings
         number = f"-{place.index + 1}" if place.work.count > 1 else ""
         name = f"{line.number:0{DIGITS}}{number}{self.ending}"
@@ -161,7 +156,6 @@ class Batch:
         if place.limit > 1 and not self.pipeline.engines.is_exact:
             made["batch_size"] = place.limit  # which changes its bits
         data = encode_image(image, FORMATS[self.ending], made, mark=self.mark)
-        write_atomically(self.folder / name, lambda file: file.write(data))
         record = {
             "line": line.number,
             "picture": place.index,
@@ -173,18 +167,17 @@ class Batch:
             "seconds": round(time.monotonic() - place.began, 3),
             "error": None,
         }
-        self.manifest.add({**record, "notes": list(plan.notes)} if plan.notes else record)
-        self.progress.drew()
+        notes = {"notes": list(plan.notes)} if plan.notes else {}
+        self.store.add(name, data, {**record, **notes})
 
     def _fail(self, row: Row, error: LatentrtError) -> None:
         place = self._places.pop(row)
         self._lose(place.work, error, place.index)
 
     def _lose(self, work: Work, error: LatentrtError, picture: int | None = None) -> None:
-        """Record why a line, or a picture of it, is passed over."""
+        """Have it kept why a line, or a picture of it, is passed over."""
         line = replace(work.line, error=str(error))
-        self.manifest.add_error(line, picture)
-        self.progress.lose(line, len(work.pictures) if picture is None else 1)
+        self.store.lose(line, picture, len(work.pictures) if picture is None else 1)
 
     def _wait(self, most: int) -> None:
         """Wait until so few pictures are unwritten; raises what their writing raised."""

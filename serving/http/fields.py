@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serving.engine_settings import EngineSettings
 from serving.errors import BadRequestError, NotFoundError
 from serving.limits import Limits
 from serving.picture_request import PictureRequest
@@ -158,6 +159,15 @@ class Catalog:
     models: tuple[str, ...]
     loras: tuple[str, ...]
     controls: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, settings: EngineSettings) -> Self:
+        """Return what an engine's settings name."""
+        return cls(
+            models=tuple(settings.models),
+            loras=tuple(settings.loras),
+            controls=tuple(settings.controls),
+        )
 
     def model(self, name: str | None) -> str:
         """Return a model's name. Raises NotFoundError for one that the operator did not list."""

@@ -13,10 +13,12 @@ from pathlib import Path
 import crossplane
 import httpx
 import pytest
+import yaml
 
 from serving.configuration import parse_options
 from serving.limits import Limits
 from serving.options import make_parser
+from serving.row_limits import ROWS
 from tests.support.servers import SlowStudio, serving
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +146,8 @@ def test_the_image_is_made_of_what_is_there(instructions):
     stages = [
         re.fullmatch(r"(\S+) AS (\w+)", said) for name, said in instructions if name == "FROM"
     ]
-    assert [stage[2] for stage in stages] == ["wheel", "base", "cuda", "cpu"], "cpu is the default"
+    made = [stage[2] for stage in stages]
+    assert made == ["wheel", "base", "cuda", "ray", "cpu"], "cpu is the default"
     for name, said in instructions:
         if name == "COPY" and not said.startswith("--from="):
             for path in said.split()[:-1]:
@@ -175,3 +178,30 @@ def test_the_container_asks_for_keys_and_says_how_it_is(instructions):
         assert asked != code
         assert subprocess.run([sys.executable, flag, asked]).returncode == 0
     assert subprocess.run([sys.executable, flag, asked], stderr=subprocess.PIPE).returncode == 1
+
+
+@pytest.fixture(scope="module")
+def ray_file():
+    return yaml.safe_load((DEPLOY / "ray.yaml").read_text(encoding="utf-8"))
+
+
+def test_ray_is_told_to_listen_on_this_machine_alone(ray_file):
+    (app,) = ray_file["applications"]
+    read = parse_options(make_parser("serve run"), [], {}, app["args"])
+    assert ray_file["http_options"]["host"] == read.host == "127.0.0.1"
+    assert ray_file["http_options"]["port"] == 7860
+    module, function = app["import_path"].split(":")
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    assert f"def {function}(" in path.read_text(encoding="utf-8")
+
+
+def test_rays_replicas_may_finish_what_they_have_begun(ray_file):
+    (app,) = ray_file["applications"]
+    gateway, engine = app["deployments"]
+    assert (gateway["name"], engine["name"]) == ("Gateway", "Engine")
+    assert gateway["num_replicas"] >= 2, "one may die"
+    for deployment in (gateway, engine):
+        assert deployment["graceful_shutdown_timeout_s"] > Limits().queue_seconds
+    scaling = engine["autoscaling_config"]
+    assert 1 <= scaling["min_replicas"] < scaling["max_replicas"]
+    assert scaling["target_ongoing_requests"] == ROWS, "a step's rows"

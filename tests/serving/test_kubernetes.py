@@ -93,3 +93,45 @@ def test_the_probes_are_answered_under_the_name_that_is_allowed(container):
 
 def test_it_may_finish_what_it_has_begun(pod):
     assert pod["terminationGracePeriodSeconds"] > Limits().queue_seconds
+
+
+@pytest.fixture(scope="module")
+def ray_service():
+    return yaml.safe_load((DEPLOY / "rayservice.yaml").read_text(encoding="utf-8"))
+
+
+def test_kuberays_application_is_that_of_a_cluster_without_it(ray_service):
+    given = yaml.safe_load(ray_service["spec"]["serveConfigV2"])
+    alone = yaml.safe_load((DEPLOY / "ray.yaml").read_text(encoding="utf-8"))
+    assert given.pop("proxy_location") == "EveryNode", "where KubeRay asks how it is"
+    assert alone.pop("proxy_location") == "HeadOnly"
+    assert given.pop("http_options") == alone.pop("http_options") | {
+        "host": "0.0.0.0",
+        "port": 8000,
+    }
+    del alone["applications"][0]["args"]["host"]  # which the environment says
+    assert given == alone
+
+
+def test_kuberays_pods_have_keys_and_time(ray_service):
+    spec = ray_service["spec"]["rayClusterConfig"]
+    templates = [spec["headGroupSpec"]["template"]]
+    templates += [group["template"] for group in spec["workerGroupSpecs"]]
+    image = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    (user,) = re.findall(r"useradd .*--uid (\d+)", image)
+    for template in templates:
+        pod = template["spec"]
+        (container,) = pod["containers"]
+        environment = {each["name"]: each["value"] for each in container["env"]}
+        read = parse_options(make_parser("serve run"), [], environment, {"threads": 1})
+        assert (read.host, read.hosts, read.open) == ("0.0.0.0", [NAME], False)
+        mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+        assert mounts.keys() == {each["name"] for each in pod["volumes"]}
+        assert str(read.api_key_file) == f"{mounts['keys']}/keys"
+        assert f"LATENTRT_CACHE={mounts['cache']}" in image
+        assert pod["securityContext"]["runAsUser"] == int(user)
+        assert pod["terminationGracePeriodSeconds"] > Limits().queue_seconds
+        (port,) = container["ports"]
+        assert port == {"name": "serve", "containerPort": 8000}
+    assert ray_service["spec"]["rayClusterDeletionDelaySeconds"] > Limits().queue_seconds
+    assert "FROM base AS ray" in image

@@ -30,6 +30,7 @@ ORACLES = frozenset(
         "peft",
         "playwright",
         "prometheus_client",
+        "ray",
         "resvg_py",
         "safetensors",
         "scipy",

@@ -18,7 +18,7 @@ from engine.backends.settings import BackendSettings
 from engine.engines import Engines
 from engine.errors import BackendError, OutputError
 from runtime import Pipeline, adapted_model
-from runtime.batch import drawing
+from runtime.batch import drawing, store
 from runtime.batch.__main__ import main
 from runtime.batch.manifest import Manifest, opened_folder
 from runtime.images.files import read_settings
@@ -341,7 +341,7 @@ def test_adapters_that_prompts_name_are_drawn_together(here, monkeypatch):
 
 def test_a_disk_that_is_full_is_one_sentence_and_the_rest_is_kept(monkeypatch, capsys):
     file = write(*(f"a {name}" for name in ("cat", "dog", "hat", "car", "cup", "key")))
-    write_atomically, written = drawing.write_atomically, []
+    write_atomically, written = store.write_atomically, []
 
     def full(path, write):
         if len(written) == 2:
@@ -350,7 +350,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_rest_is_kept(monkeypatch, c
         write_atomically(path, write)
 
     with monkeypatch.context() as patched:
-        patched.setattr(drawing, "write_atomically", full)
+        patched.setattr(store, "write_atomically", full)
         assert draw(file) == 2
     assert capsys.readouterr().err == "error: the disk is full\n"
     assert len(hashes()) == 2
