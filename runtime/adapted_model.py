@@ -32,6 +32,7 @@ from runtime.denoising.latents import LatentSpace, State
 from runtime.denoising.rows import Row, step_rows
 from runtime.images import tiles
 from runtime.images.previews import finite
+from runtime.images.upscaler import Upscaler
 from runtime.plan import Array, Plan
 from runtime.request import Request
 from runtime.samplers.noise_schedule import NoiseSchedule
@@ -142,6 +143,10 @@ class AdaptedModel:
             given = dict.fromkeys(files, path_of(image_encoder))
         self.ip_adapters.set(files, given)
         self._attended_images.forget()
+
+    def share_upscalers(self, upscalers: dict[str, Upscaler]) -> None:
+        """Take hires fix's trained upscalers from a dictionary by paths, and put new ones there."""
+        self._latents = replace(self._latents, upscalers=upscalers)
 
     @property
     def notes(self) -> tuple[str, ...]:

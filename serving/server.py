@@ -37,6 +37,8 @@ def serve(
             models=tuple(settings.models),
             loras=tuple(settings.loras),
             controls=tuple(settings.controls),
+            ip_adapters=tuple(settings.ip_adapters),
+            upscalers=tuple(settings.upscalers),
         ),
         AccessRules.of(options.host, options.hosts, options.origins, keys),
         limits=settings.limits,

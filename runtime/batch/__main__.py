@@ -34,6 +34,7 @@ from runtime.options import FIELDS, HIRES, add_request_options, load_arguments
 from runtime.pipeline import Pipeline
 from runtime.request import MAX_IMAGES
 from runtime.terminal import Loading, say
+from runtime.upscaler_folder import settle_upscalers
 
 PASSED_OVER = 1  # the status where a line was no request or could not be drawn
 MOST_NAMED = 20  # lines that are passed over, on the terminal; the manifest has all
@@ -136,6 +137,7 @@ def _check(options: argparse.Namespace) -> None:
     check_choice("--format", options.format, [ending.removeprefix(".") for ending in PICTURES])
     if options.batch_size is not None:
         check_number("--batch-size", options.batch_size, Integral, 1, MAX_IMAGES)
+    settle_upscalers(options)
     if options.seed == ANY_SEED:
         options.seed = None
     if options.seed is not None:
