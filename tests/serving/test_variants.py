@@ -21,7 +21,7 @@ KINDS = {
     "one along x": {"seamless": "x"},
     "perturbed": {"pag_scale": 3.0},
     "projected": {"apg": [0.0, 5.0, -0.5]},
-    "projected otherwise": {"apg": [1.0, 0.0, 0.0]},
+    "projected otherwise": {"apg": [0.5, 0.0, 0.0]},
     "CFG++": {"sampler": "euler_cfg_pp", "guidance_scale": 0.6},
     "CFG++ of two registers": {"sampler": "dpmpp_2m_cfg_pp", "guidance_scale": 1.5},
     "perturbed and projected": {"pag_scale": 1.0, "apg": [0.0, 5.0, 0.5]},
