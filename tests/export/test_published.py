@@ -123,7 +123,7 @@ def test_the_graphs_take_a_few_megabytes():
 SUMS = {"Add", "Concat", "Mul", "Reshape", "Shape", "Split", "Squeeze"}
 
 
-ATTENTION = SUMS | {"Attention"}
+ATTENTION = SUMS - {"Split"} | {"MatMul", "Softmax", "Transpose", "Slice", "Expand", "Unsqueeze"}
 OPERATIONS = {"step": 1417, "step_shallow": 207}
 
 
@@ -143,7 +143,10 @@ def test_a_step_pays_nothing_for_what_does_not_steer_it(plain, steered, kinds):
     found = [operations(part) for part in (plain, steered)]
     assert sum(found[0].values()) == OPERATIONS.get(plain, sum(found[0].values()))
     assert not found[0] - found[1]
-    assert set(found[1] - found[0]) == kinds
+    added = found[1] - found[0]
+    assert set(added) == kinds
+    layers = 1 if "shallow" in plain else len(SD1.cross_attentions())
+    assert added["Softmax"] == (layers if "Softmax" in kinds else 0)
 
 
 def operations(part):
