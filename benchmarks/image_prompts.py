@@ -42,9 +42,10 @@ Inputs = dict[str, NDArray[Any]]
 def picture_inputs(
     model: Model, step: Mapping[str, NDArray[Any]], prompts: int, tokens: int
 ) -> Inputs:
-    """Return what a step is given of pictures beside the inputs of a plain one.
+    """Return what a step is given of pictures beside the inputs of a plain one, all float32.
 
-    A guided step is given as many again, for what guidance moves away from.
+    ip_keys and ip_values (B, k, t, W), ip_bias (B, k, t), and weights (g, B, k, h, w) of each level.
+    A guided step has as many pictures again, for what guidance moves away from.
     """
     groups, batch = step["context"].shape[:2]
     pictures = prompts * min(groups, 2)
