@@ -44,7 +44,7 @@ def picture_inputs(
 ) -> Inputs:
     """Return what a step is given of pictures beside the inputs of a plain one, all float32.
 
-    ip_keys and ip_values (B, k, t, W), ip_bias (B, k, t), and weights (g, B, k, h, w) of each level.
+    ip_keys and ip_values (B, k, t, W), ip_bias (B, k, t), each level's weights (g, B, k, h, w).
     A guided step has as many pictures again, for what guidance moves away from.
     """
     groups, batch = step["context"].shape[:2]

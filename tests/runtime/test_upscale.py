@@ -319,7 +319,8 @@ def test_every_command_finds_them(here, folder, capsys):
     assert Path("c.png").read_bytes() == Path("a.png").read_bytes()
     assert enlarged("a.png", "--upscaler", "sharp", "-o", "d.png", *named) == 0
     assert read_settings("d.png")["left_out"]["upscale"] == "Sharp.safetensors"
-    lines = [{"prompt": "a", "hires": {"scale": 2, "upscaler": "sharp"}}, {"prompt": "b"}]
+    twice = {"scale": 2, "upscaler": "sharp", "num_inference_steps": 2}
+    lines = [{"prompt": "a", "hires": twice}, {"prompt": "b"}]
     lines.append({"prompt": "c", "hires": {"scale": 2, "upscaler": "none such"}})
     Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
     small = ("--height", "32", "--width", "32", "--steps", "1", "--threads", "1")
