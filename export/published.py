@@ -12,10 +12,10 @@ from engine.configs.diffusion import (
     UNetConfig,
 )
 from engine.graphs.graph import Part, Precision
-from engine.graphs.steering import CONTROLLED_LEVELS
+from engine.graphs.steering import CONTROLLED_LEVELS, IP_PARTS
 from engine.model import COMPONENTS
 
-CONTROLLED = ("sd1",)  # the families whose ControlNets' graphs ship, and whose shrunk steps'
+STEERED = ("sd1",)  # families whose steered and shrunk steps' graphs ship, and ControlNets'
 
 
 def published_parts() -> Iterator[tuple[Part, Config]]:
@@ -27,12 +27,11 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
             config for family in FAMILIES.values() for config in family.published.get(component, ())
         )
         yield from ((part, config) for config in dict.fromkeys(configs))
-    for family in (family for name, family in FAMILIES.items() if name in CONTROLLED):
+    for family in (family for name, family in FAMILIES.items() if name in STEERED):
         unet = family.published["unet"][0]  # as first trained
         assert isinstance(unet, UNetConfig)
         yield "step_shrunk", unet
-        yield "step_controlled", unet
-        yield "step_shallow_controlled", unet
+        yield from ((part, unet) for part in COMPONENTS if part in CONTROLLED_LEVELS)
         yield "control_hint", control_net_of(unet)
         yield "control", control_net_of(unet)
     # TAESD, for every family: in the place of its autoencoder, and for previews
@@ -43,5 +42,6 @@ def published_parts() -> Iterator[tuple[Part, Config]]:
 
 def precisions(part: Part, config: Config) -> tuple[Precision, ...]:
     """Return the precisions in which a part's graph ships: float32 alone where no GPU runs it."""
-    on_processor = part == "step_shrunk" or "edited_image" in config.extra_inputs
+    on_processor = part == "step_shrunk" or part in IP_PARTS
+    on_processor |= "edited_image" in config.extra_inputs
     return ("float32",) if on_processor else get_args(Precision)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from runtime.denoising.device_loop import DeviceLoop
     from runtime.denoising.device_rows import DeviceRows
     from runtime.denoising.image_prompts import AttendedImages
+    from runtime.images.upscaler import Upscaler
 
 
 class AdaptedModel:
@@ -159,6 +160,10 @@ class AdaptedModel:
         from engine.steering.ip_adapters import IPAdapters
 
         return IPAdapters(self.engines)
+
+    def share_upscalers(self, upscalers: "dict[str, Upscaler]") -> None:
+        """Take hires fix's trained upscalers from a dictionary by paths, and put new ones there."""
+        self._latents = replace(self._latents, upscalers=upscalers)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -38,13 +38,17 @@ def parse_again(
     options = parser.parse_args(arguments)
     if options.again:
         actions = [action for action in parser._actions if action.dest in names]
-        folders = [options.lora_dir] if options.lora_dir else []
+        folders = [folder for folder in (options.lora_dir, options.upscaler_dir) if folder]
         given = _given(make_parser(), arguments)
         found, notes = settings_of(options.again, actions, given, folders)
         for note in [*notes, *_give_way(found, options, given)]:
             say(f"note: {note}", sys.stderr)
         parser.set_defaults(**found)
         options = parser.parse_args(arguments)
+    if options.upscaler_dir:
+        from runtime.upscaler_folder import settle_upscalers  # no plain prompt needs it
+
+        settle_upscalers(options)
     return parser, options
 
 

@@ -49,7 +49,7 @@ FILES = {
     "wildcard_dir": ("--wildcard-dir", "folder of wildcards"),
 }
 AXES = ("x", "y", "z")  # the options of a sheet, of which it has the first
-UPSCALER_FILES = ("", ".pth", ".safetensors", ".pt")
+UPSCALER_FILES = ("", ".pth", ".safetensors", ".pt")  # as in runtime.upscaler_folder
 CHECKPOINTS = ("", ".safetensors", ".ckpt")
 ONNX = ".onnx"
 BARE = ("model", "loras", "controls")  # a server's names have no endings

@@ -43,6 +43,7 @@ from runtime.pipeline import Pipeline
 from runtime.request import OF_AN_IMAGE, Request
 from runtime.result import DrawnImage
 from runtime.terminal import Loading, say, show_progress
+from runtime.upscaler_folder import settle_upscalers
 
 MAX_CELLS = 256
 ANY_SEED = -1
@@ -180,6 +181,7 @@ def _cell(
     given = [(axis, value) for axis, value in zip(axes, cell, strict=True) if axis.name]
     own = [f"--{axis.name}={value}" for axis, value in given if axis.name != PROMPT]
     options = parser.parse_args([*arguments, *own])
+    settle_upscalers(options)
     for name in SEEDS:
         if getattr(options, name) in (None, ANY_SEED):
             setattr(options, name, getattr(base, name))

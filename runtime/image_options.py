@@ -92,5 +92,10 @@ IMAGE_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "help": f"of the pixels (lanczos, or an upscaler's file) or of the latents "
             f"({', '.join(MODES.values())}; default: {PIXELS})",
         },
+        "--upscaler-dir": {
+            "type": Path,
+            "metavar": "FOLDER",
+            "help": "of upscalers, which --hires-upscaler and --upscale may name without endings",
+        },
     }
 )

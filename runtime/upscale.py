@@ -23,6 +23,7 @@ from runtime.images.files import (
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UpscalerChoice, parse_upscaler
 from runtime.terminal import Loading, say, show_progress
+from runtime.upscaler_folder import find_choice
 
 ENHANCED = "algorithmicallyEnhanced"  # what a picture becomes that does not say what it is
 PROCESSOR = ("cpu", "openvino")  # what an upscaler runs on
@@ -45,6 +46,12 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         help="of ESRGAN, Real-ESRGAN or SwinIR, and how many times larger the sides become "
         "(default: as many as the upscaler makes them)",
     )
+    add(
+        "--upscaler-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="of upscalers, which --upscaler may name without endings",
+    )
     add("-o", "--out", type=Path, metavar="FILE", help="(default: PICTURE-upscaled.png here)")
     add("--backend", choices=PROCESSOR, default="cpu", help="(default: %(default)s, ONNX Runtime)")
     offered = dict.fromkeys(p for name in PROCESSOR for p in PRECISIONS[name] if p != "int8")
@@ -60,7 +67,10 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _upscale(options: argparse.Namespace) -> None:
-    choice = parse_upscaler(options.upscaler)
+    text = options.upscaler
+    if options.upscaler_dir:
+        text = find_choice(text, options.upscaler_dir)
+    choice = parse_upscaler(text)
     out = options.out or Path(f"{options.picture.stem}-upscaled.png")
     check_output(out)
     image = open_image(options.picture)
@@ -71,7 +81,7 @@ def _upscale(options: argparse.Namespace) -> None:
     for note in upscaler.file.notes:
         say(f"note: {note}", sys.stderr)
     larger = upscaler(image, choice.factor, on_tile=partial(show_progress, noun="tile"))
-    made_with = _made_with(options.picture, options.upscaler, choice)
+    made_with = _made_with(options.picture, text, choice)
     kept = options.out is not None
     say(str(write_image(larger, out, made_with, mark=options.mark, replaces=kept)), sys.stdout)
 

@@ -17,7 +17,8 @@ FAILED = 3  # exit status: a model cannot be loaded, which another try would not
 class EngineSettings:
     """What an engine's process draws with; all of it can be written as JSON.
 
-    models, loras, controls: paths, or names of models that ship, by the names that requests use
+    models, loras, controls, ip_adapters, upscalers: paths, or names of models that ship, by the
+        names that requests use; image_encoders: folders, by the names of the IP-Adapters
     card: number of an NVIDIA GPU, None for what the backend takes by itself
     files: what tells models' and adapters' files from others, by their paths
     rows: in a step, as `serving.row_limits.RowLimits` takes them
@@ -27,6 +28,9 @@ class EngineSettings:
     models: Mapping[str, str]
     loras: Mapping[str, str] = field(default_factory=dict)
     controls: Mapping[str, str] = field(default_factory=dict)
+    ip_adapters: Mapping[str, str] = field(default_factory=dict)
+    image_encoders: Mapping[str, str] = field(default_factory=dict)
+    upscalers: Mapping[str, str] = field(default_factory=dict)
     backend: str | None = None
     device: str | None = None
     card: int | None = None

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+from serving.enlarging_request import EnlargingRequest
 from serving.events import Event
 from serving.order import Order
 from serving.picture_request import PictureRequest
@@ -56,6 +57,7 @@ def of_order(order: Order) -> tuple[dict[str, Any], list[bytes]]:
         "caller": order.caller,
         "priority": order.priority,
         "indices": list(order.indices),
+        "draws": isinstance(order.picture_request, PictureRequest),
     }
     return head, [picture_request, *pictures]
 
@@ -64,4 +66,5 @@ def to_order(head: Mapping[str, Any], blobs: Sequence[bytes]) -> Order:
     """Return the order of a frame."""
     picture_request, *pictures = blobs
     fields = {name: head[name] for name in ("job", "caller", "priority", "indices")}
-    return Order(**fields, picture_request=PictureRequest.unpacked(picture_request, pictures))
+    kind = PictureRequest if head["draws"] else EnlargingRequest
+    return Order(**fields, picture_request=kind.unpacked(picture_request, pictures))

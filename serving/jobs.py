@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from serving.admission import Admission
 from serving.client import EngineClient
+from serving.enlarging_request import EnlargingRequest
 from serving.errors import (
     BadRequestError,
     ConflictError,
@@ -76,7 +77,7 @@ class Job:
     """
 
     id: str
-    picture_request: PictureRequest
+    picture_request: PictureRequest | EnlargingRequest
     caller: str
     api: str
     created: float
@@ -159,7 +160,7 @@ class Jobs:
 
     def submit(
         self,
-        picture_request: PictureRequest,
+        picture_request: PictureRequest | EnlargingRequest,
         *,
         caller: str,
         api: str,
@@ -195,7 +196,7 @@ class Jobs:
         self,
         key: str | None,
         body: bytes,
-        picture_request: PictureRequest,
+        picture_request: PictureRequest | EnlargingRequest,
         *,
         caller: str,
         **options: Any,

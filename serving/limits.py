@@ -16,6 +16,8 @@ class Limits:
     prompt_characters, chunks: of a request's texts; a chunk is 77 tokens of the text encoder, and
         every version of a prompt that changes has its own
     parts: that AND joins, and regions with theirs; loras, controls: of a request
+    image_prompts: pictures that a request attends to, all of its image prompts together
+    upscaled_pixels: of a picture that was enlarged
     work: of a request, in steps of one guided picture of 512 by 512 pixels: each bound alone would
         let their product through
     jobs, queue_seconds: of all that is unfinished; more is refused with Retry-After
@@ -37,6 +39,8 @@ class Limits:
     parts: int = 4
     loras: int = 8
     controls: int = 4
+    image_prompts: int = 8
+    upscaled_pixels: int = 16_777_216
     work: float = 10_000.0
     jobs: int = 64
     queue_seconds: float = 120.0

@@ -25,6 +25,14 @@ def control_misfit(model: str, nets: Sequence[str]) -> RequestError:
     )
 
 
+def ip_adapter_misfit(model: str, adapters: Sequence[str]) -> RequestError:
+    """Return the error for image prompts of a request whose IP-Adapters are of another family."""
+    return RequestError(
+        f"image_prompts: {' or '.join(adapters)} does not fit the model {model}; leave it out, or "
+        "take a model of the family that it was trained for"
+    )
+
+
 def unavailable(name: str, why: str) -> UnavailableError:
     """Return the error for a model, or an adapter's file, that the operator must look after."""
     return UnavailableError(

@@ -6,22 +6,30 @@ from engine.backends.memory_estimate import ITEM_BYTES, Sizes
 from engine.backends.settings import ON_GPU, graph_precision
 from engine.configs.base import Config
 from runtime.denoising.rows import Row
+from runtime.images.upscaler import Upscaler
 from runtime.pipeline import Pipeline
 from serving.memory import free_bytes
 from serving.row_limits import LADDER
 
-__all__ = ["fitting_rows", "weight_bytes"]
+__all__ = ["fitting_rows", "upscaler_bytes", "weight_bytes"]
 
 FREE_SHARE = 0.5  # of the free memory that the rows of a call may take
 LIBRARYS_OWN = 1.8  # times the estimate, as `engine.backends.memory_estimate` has it measured
 
 
 def weight_bytes(pipeline: Pipeline) -> int:
-    """Count what a pipeline's weights take when all of its parts are open, ControlNets included."""
+    """Count what a pipeline's weights take when all is open, what stands beside it included."""
     nets = pipeline.control_nets
     configs = [*pipeline.model.configs.values(), *map(nets.config, nets.names)]
+    configs += pipeline.ip_adapters.configs
     numbers = sum(math.prod(s) for config in configs for s in config.tensor_shapes().values())
     return _item_bytes(pipeline) * numbers
+
+
+def upscaler_bytes(upscaler: Upscaler) -> int:
+    """Count what an upscaler's weights take; it computes in float32."""
+    shapes = upscaler.file.config.tensor_shapes().values()
+    return ITEM_BYTES["float32"] * sum(map(math.prod, shapes))
 
 
 def fitting_rows(pipeline: Pipeline, row: Row) -> int:

@@ -1,8 +1,7 @@
 """The options of `latentrt serve`, and what is found by them before anything listens."""
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.backends.settings import ON_GPU
@@ -18,7 +17,8 @@ from serving.keys import Keys
 from serving.limits import Limits
 from serving.memory import total_bytes
 from serving.model_files import list_files
-from serving.names import NAME, check_names
+from serving.names import check_names
+from serving.operator_files import find_ip_adapters, find_upscalers, listed
 from serving.row_limits import ROWS, parse_rows
 
 HOST, PORT = "127.0.0.1", 7860
@@ -79,6 +79,32 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FOLDER",
         help="of ControlNets, files and folders, which requests may name without their endings",
+    )
+    group.add_argument(
+        "--ip-adapter-dir",
+        dest="ip_adapter_dirs",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="of IP-Adapters, which requests may name without their endings; may be given several "
+        "times",
+    )
+    group.add_argument(
+        "--image-encoder",
+        dest="image_encoders",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="an image encoder that IP-Adapters see pictures through, each the one that fits; may "
+        "be given several times (default: image_encoder/ in the folders of IP-Adapters)",
+    )
+    group.add_argument(
+        "--upscaler-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="of upscalers, which requests may name without their endings",
     )
     group.add_argument(
         "--wildcard-dir",
@@ -180,16 +206,26 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
     models = find_models(options.models or ["pictogram"])
     loras = {} if options.lora_dir is None else find_adapters(options.lora_dir)
     controls = find_controls(options.controls, options.control_dir)
-    if controls and options.backend in ON_GPU:
-        raise RequestError(
-            f"the backend {options.backend} runs no ControlNets yet; choose --backend cpu or "
-            "openvino, or leave --control and --control-dir out"
-        )
-    paths = [*models.values(), *loras.values(), *controls.values()]
+    ip_adapters, encoders = find_ip_adapters(options.ip_adapter_dirs, options.image_encoders)
+    upscalers = find_upscalers(options.upscaler_dir)
+    for what, found, given in (
+        ("ControlNets", controls, "--control and --control-dir"),
+        ("IP-Adapters", ip_adapters, "--ip-adapter-dir"),
+    ):
+        if found and options.backend in ON_GPU:
+            raise RequestError(
+                f"the backend {options.backend} runs no {what} yet; choose --backend cpu or "
+                f"openvino, or leave {given} out"
+            )
+    named = (models, loras, controls, ip_adapters, encoders, upscalers)
+    paths = [path for each in named for path in each.values()]
     return EngineSettings(
         models=models,
         loras=loras,
         controls=controls,
+        ip_adapters=ip_adapters,
+        image_encoders=encoders,
+        upscalers=upscalers,
         files={path: list_files(Path(path)) for path in paths if path not in shipped_models()},
         backend=options.backend,
         device=options.device,
@@ -264,7 +300,7 @@ def find_adapters(folder: Path) -> dict[str, str]:
     """
     return {
         path.stem: str(path.resolve())
-        for path in _listed("--lora-dir", folder)
+        for path in listed("--lora-dir", folder)
         if path.suffix.lower() == ADAPTERS
     }
 
@@ -287,25 +323,8 @@ def find_controls(given: Sequence[str], folder: Path | None) -> dict[str, str]:
         if not Path(path).exists():
             raise RequestError(f"--control {text}: {path} does not exist; give a file or a folder")
         controls[name] = str(Path(path).resolve())
-    for found in [] if folder is None else _listed("--control-dir", folder):
+    for found in [] if folder is None else listed("--control-dir", folder):
         if (found / "config.json").is_file() or found.suffix.lower() in CONTROL_NETS:
             name = found.stem if found.is_file() else found.name
             controls.setdefault(name, str(found.resolve()))
     return controls
-
-
-def _listed(option: str, folder: Path) -> Iterator[Path]:
-    """Yield what a folder holds that requests can name; says what is left out.
-
-    What a link leads to outside of the folder is left out. Raises RequestError.
-    """
-    if not folder.is_dir():
-        raise RequestError(f"{option} {folder} is no folder")
-    inside = folder.resolve()
-    for path in sorted(folder.iterdir()):
-        name = path.stem if path.is_file() else path.name
-        if NAME.fullmatch(name) and path.resolve().parent == inside:
-            yield path
-        elif path.suffix.lower() in CONTROL_NETS:
-            why = "it lies elsewhere" if NAME.fullmatch(name) else "requests cannot name it"
-            print(f"note: {path} is left out ({why})", file=sys.stderr)

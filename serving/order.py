@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from serving.enlarging_request import EnlargingRequest
 from serving.events import Event, Kind
 from serving.picture_request import PictureRequest
 
@@ -21,7 +22,7 @@ class Order:
     """
 
     job: str
-    picture_request: PictureRequest
+    picture_request: PictureRequest | EnlargingRequest
     caller: str = ""
     priority: int = 0
     indices: Sequence[int] = ()

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
 from PIL import Image
@@ -17,12 +18,21 @@ from runtime.request import Request
 from serving.errors import BadRequestError, TooLargeError
 from serving.limits import Limits
 from serving.masking import fill_masked, invert_mask
-from serving.steering import ControlRequest, RegionRequest, packed, pictures_of, unpacked
+from serving.steering import (
+    ControlRequest,
+    ImagePromptRequest,
+    RegionRequest,
+    Steering,
+    packed,
+    pictures_of,
+    unpacked,
+)
 from serving.uploads import decode, size_of, transparency_as_mask
 
 PIXELS = 512 * 512  # of the picture whose step is one unit of work
 GROUPS = 2
 CONTROL_SHARE = 0.4  # of a step that a ControlNet takes beside it, a UNet's way down and middle
+SEEING = 0.2  # steps that encoding an image prompt takes: ViT-H's operations by a guided step's
 # Control characters, which a picture's file could not keep as text, and halves of characters.
 NO_TEXT = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 DEFAULT_STEPS = 20  # for an estimate, where neither request nor model says
@@ -39,7 +49,9 @@ class PictureRequest:
     mask_inverted: whether the mask is black where the image is painted anew
     fill_masked: whether the run starts from blurred surroundings under the mask
     model: a name of the operator's; loras: names with weights
-    controls, regions: what steers it, and areas with texts of their own
+    controls, regions, image_prompts: what steers it, areas with texts of their own, and pictures
+        that are attended to
+    hires_upscaler: the operator's upscaler of hires fix, whose file only the engine knows
     exact: whether every step is computed alone
     preview_every: steps between previews, 0 for none
     format: "PNG", "JPEG" or "WEBP"; quality: 1 to 100, of the latter two
@@ -55,14 +67,17 @@ class PictureRequest:
     loras: Sequence[tuple[str, float]] = ()
     controls: Sequence[ControlRequest] = ()
     regions: Sequence[RegionRequest] = ()
+    image_prompts: Sequence[ImagePromptRequest] = ()
+    hires_upscaler: str | None = None
     exact: bool = False
     preview_every: int = 0
     format: str = "PNG"
     quality: int = 95
 
-    def request(self) -> Request:
+    def request(self, upscalers: Mapping[str, Path] | None = None) -> Request:
         """Make the request of the runtime; decodes the pictures.
 
+        upscalers: the operator's files, by the names that requests know them by
         Raises RequestError, and BadRequestError for a picture that is not whole.
         """
         image = None if self.image is None else decode("image", self.image)
@@ -74,7 +89,11 @@ class PictureRequest:
             mask = invert_mask(mask)
         if image is not None and mask is not None and self.fill_masked:
             image = fill_masked(image, mask)
-        return self._made(image, mask, decoded=True)
+        made = self._made(image, mask, decoded=True)
+        if made.hires is None or self.hires_upscaler is None or upscalers is None:
+            return made
+        file = str(upscalers[self.hires_upscaler])
+        return replace(made, hires=replace(made.hires, upscaler=file))
 
     def _made(
         self, image: Image.Image | None, mask: Image.Image | None, *, decoded: bool
@@ -83,6 +102,7 @@ class PictureRequest:
             **self.fields,
             "controls": [control.control(decoded=decoded) for control in self.controls],
             "regions": [region.region(decoded=decoded) for region in self.regions],
+            "image_prompts": [each.image_prompt(decoded=decoded) for each in self.image_prompts],
         }
         return _request(fields, image, mask)
 
@@ -99,7 +119,9 @@ class PictureRequest:
         }
         _most("controls", len(self.controls), limits.controls, "pictures that steer")
         _most("regions", len(self.regions), limits.parts, "regions")
-        for name, data in pictures_of(self.controls, self.regions):
+        seen = sum(len(prompt.pictures) for prompt in self.image_prompts)
+        _most("image_prompts", seen, limits.image_prompts, "pictures")
+        for name, data in pictures_of(self.steering):
             size_of(name, data, limits.upload_pixels)
         stand_in = Image.new("1", (8, 8)) if self.image is not None else None
         request = self._made(stand_in, stand_in if self.mask else None, decoded=False)
@@ -138,11 +160,17 @@ class PictureRequest:
         if hires := given.get("hires"):
             again = float(hires.get("num_inference_steps") or steps) * hires.get("strength", 0.6)
             work *= 1 + again / steps * float(hires.get("scale", 2.0)) ** 2
-        return work * self.count
+        seen = sum(len(prompt.pictures) for prompt in self.image_prompts)
+        return work * self.count + SEEING * seen
+
+    @property
+    def steering(self) -> Steering:
+        """All that steers it."""
+        return self.controls, self.regions, self.image_prompts
 
     def packed(self) -> tuple[bytes, list[bytes]]:
         """Return all but the pictures as JSON, and the pictures, empty for none."""
-        steering, pictures = packed(self.controls, self.regions)
+        steering, pictures = packed(self.steering)
         head = {each.name: getattr(self, each.name) for each in fields(self)}
         head |= {"image": None, "mask": None, **steering}
         return json.dumps(head).encode(), [self.image or b"", self.mask or b"", *pictures]
@@ -152,9 +180,10 @@ class PictureRequest:
         """Return the request that was packed."""
         given = json.loads(head)
         image, mask = (data or None for data in pictures[:2])
-        controls, regions = unpacked(given, pictures[2:])
+        controls, regions, image_prompts = unpacked(given, pictures[2:])
         loras = tuple((name, weight) for name, weight in given.pop("loras"))
         given |= {"loras": loras, "controls": controls, "regions": regions}
+        given["image_prompts"] = image_prompts
         return cls(**{**given, "image": image, "mask": mask})
 
 

@@ -162,6 +162,9 @@ class RowPicture:
             "precision": chosen.precision,
             "latentrt": program_version(),
         }
+        if self.picture_request.hires_upscaler is not None:
+            hires = {**settings["hires"], "upscaler": self.picture_request.hires_upscaler}
+            settings["hires"] = hires
         told = {**settings, "notes": list(plan.notes)} if plan.notes else settings
         data = encode_image(
             image, self.picture_request.format, settings, quality=self.picture_request.quality

@@ -42,10 +42,13 @@ RENAMED: Mapping[str, str] = MappingProxyType(
     }
 )
 FACE = "an IP-Adapter FaceID, which wants a face's features of insightface"
+INSTANT_ID = "InstantID's IP-Adapter, which wants a face's features of insightface"
+FACE_WIDTH = 512  # of those features; no image encoder of CLIP has tokens of this width
 # pattern found in a name: what the file is, of those that have an IP-Adapter's names and more
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         r"^image_proj\.perceiver_resampler\.|\.to_[kqv]_lora\.|\.to_out_lora\.": FACE,
+        rf"^{re.escape(DIFFUSERS)}0\.proj\.net\.": FACE,
         rf"^{re.escape(DIFFUSERS)}1\.": "a UNet with several IP-Adapters",
     }
 )
@@ -172,6 +175,8 @@ def _config(path: Path, stored: Stored, names: _Names) -> IPAdapterConfig:
         width = max(size("norm.weight"), 1)
         fields |= {"kind": LINEAR, "embed_dim": size("proj.weight", 1)}
         fields["tokens"] = size("proj.weight") // width
+    elif has("latents") and size("proj_in.weight", 1) == FACE_WIDTH:
+        raise ModelError(f"{path} is {INSTANT_ID}, which cannot be used as one; {ADVICE}")
     elif has("latents"):
         depth = stored.count(f"{names.projection}layers.{{}}")
         fields |= {"kind": RESAMPLER, "embed_dim": size("proj_in.weight", 1)}
@@ -180,6 +185,8 @@ def _config(path: Path, stored: Stored, names: _Names) -> IPAdapterConfig:
         if depth:
             fields["resampler_heads"] = size("layers.0.0.to_q.weight") // HEAD
             fields["resampler_ff"] = size("layers.0.1.1.weight")
+    elif names.renamed and has("proj.0.weight") and size("proj.2.weight") > size("proj.3.weight"):
+        raise ModelError(f"{path} is {FACE}, which cannot be used as one; {ADVICE}")
     elif has("proj.3.weight") and has("proj.0.weight"):
         fields |= {"kind": FULL, "embed_dim": size("proj.0.weight", 1)}
     else:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from engine.configs.base import Config, Shape, Sizes, Tensors, require_among, weight
+from engine.configs.image_encoder import ImageEncoderConfig
 
 __all__ = ["FULL", "LINEAR", "RESAMPLER", "IPAdapterConfig"]
 
@@ -41,6 +42,12 @@ class IPAdapterConfig(Config):
     def sees_tokens(self) -> bool:
         """Whether it is given the image encoder's tokens, and not the place in CLIP's space."""
         return self.kind != LINEAR
+
+    def reads(self, encoder: ImageEncoderConfig) -> bool:
+        """Tell whether what an image encoder gives has the width that it reads."""
+        return self.embed_dim == (
+            encoder.hidden_size if self.sees_tokens else encoder.projection_dim
+        )
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Return the shape of every tensor, by its name in the authors' files."""

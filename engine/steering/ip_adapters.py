@@ -13,6 +13,7 @@ from engine.backends.settings import ON_GPU, graph_precision
 from engine.checkpoints.component import Component
 from engine.checkpoints.image_encoder import IMAGE_ENCODER, open_image_encoder
 from engine.checkpoints.ip_adapter import check_unet, open_ip_adapter
+from engine.configs.base import Config
 from engine.configs.image_encoder import ImageEncoderConfig
 from engine.configs.ip_adapter import IPAdapterConfig
 from engine.engines import Engines
@@ -97,6 +98,12 @@ class IPAdapters:
             adapters[name] = self._opened(path, folder, opened)
         self._adapters = adapters
 
+    @property
+    def configs(self) -> list[Config]:
+        """The architectures of the IP-Adapters, and of their image encoders once each."""
+        encoders = {each.encoder.path: each.encoder.config for each in self._adapters.values()}
+        return [*(each.config for each in self._adapters.values()), *encoders.values()]
+
     def path(self, name: str) -> Path:
         """Return the file of an IP-Adapter."""
         return self._adapters[name].path
@@ -162,7 +169,7 @@ def _check_encoder(path: Path, config: IPAdapterConfig, encoder: _ImageEncoder) 
     """Raise ModelError when an encoder gives another width than an IP-Adapter reads."""
     own = encoder.config
     given = own.hidden_size if config.sees_tokens else own.projection_dim
-    if given != config.embed_dim:
+    if not config.reads(own):
         what = "tokens" if config.sees_tokens else "an embedding"
         raise ModelError(
             f"the IP-Adapter {path} reads {what} of the width {config.embed_dim}, and the image "

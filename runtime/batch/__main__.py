@@ -37,6 +37,7 @@ from runtime.options import FIELDS, HIRES, add_request_options, load_arguments
 from runtime.pipeline import Pipeline
 from runtime.request import MAX_IMAGES
 from runtime.terminal import Loading, say
+from runtime.upscaler_folder import settle_upscalers
 
 PASSED_OVER = 1  # the status where a line was no request or could not be drawn
 MOST_ACTORS = 10_000
@@ -160,6 +161,7 @@ def _check(options: argparse.Namespace) -> None:
         check_number("--actors", options.actors, Integral, 1, MOST_ACTORS)
         if not options.ray:
             raise RequestError("--actors are those of a Ray cluster; give --ray, or leave it out")
+    settle_upscalers(options)
     if options.seed == ANY_SEED:
         options.seed = None
     if options.seed is not None:

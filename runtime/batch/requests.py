@@ -15,9 +15,10 @@ from engine.errors import RequestError
 from runtime.batch.lines import Line
 from runtime.images.canvas import ALPHA
 from runtime.images.files import open_image
-from runtime.images.upscaling import Hires
+from runtime.images.upscaling import Hires, is_trained
 from runtime.options import FIELDS, HIRES, hires_fields, read_pictures
 from runtime.request import OF_AN_IMAGE, Request
+from runtime.upscaler_folder import find_upscaler
 
 __all__ = ["ANY_SEED", "Defaults", "digest"]
 
@@ -34,13 +35,14 @@ class Defaults:
 
     fields: of a request; hires: of its second run, by the names of `Hires`
     seed: from which, with its number, a line without one has its own
-    folder: in which lines may name pictures
+    folder: in which lines may name pictures; upscaler_dir: in which they may name upscalers
     """
 
     fields: Mapping[str, Any]
     hires: Mapping[str, Any]
     seed: int
     folder: Path
+    upscaler_dir: Path | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace, seed: int, folder: Path) -> "Defaults":
@@ -52,6 +54,7 @@ class Defaults:
             hires=hires_fields(options),
             seed=seed,
             folder=folder,
+            upscaler_dir=options.upscaler_dir,
         )
 
     def request(self, line: Line, *, with_pictures: bool = True) -> Request:
@@ -102,6 +105,9 @@ class Defaults:
             if own:
                 raise RequestError(f"{', '.join(own)} of hires came without hires_scale")
             return None
+        named = chosen.get("upscaler")
+        if self.upscaler_dir and isinstance(named, str) and is_trained(named):
+            chosen["upscaler"] = find_upscaler(named, self.upscaler_dir)
         return Hires(**chosen)
 
     def _picture(self, name: str, given: object) -> Path:

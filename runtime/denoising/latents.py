@@ -202,13 +202,17 @@ class LatentSpace:
         """
         first, *others = plan.runs()
         for path in (run.upscaler for run in others if is_trained(run.upscaler)):
-            if path not in self.upscalers:
-                from runtime.images.upscaler import Upscaler
-
-                settings = BackendSettings(threads=self.threads)
-                self.upscalers[path] = Upscaler.load(path, settings=settings)
             factor = max(others[-1].width / first.width, 1)
-            self.upscalers[path].check_size(first.width, first.height, factor)
+            self._upscaler(path).check_size(first.width, first.height, factor)
+
+    def _upscaler(self, path: str) -> "Upscaler":
+        found = self.upscalers.get(path)
+        if found is None:
+            from runtime.images.upscaler import Upscaler
+
+            found = Upscaler.load(path, settings=BackendSettings(threads=self.threads))
+            self.upscalers[path] = found
+        return found
 
     def decode(self, latents: HostOrDeviceArray) -> NDArray[np.uint8]:
         """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
@@ -254,7 +258,7 @@ class LatentSpace:
             return upscale_latents(latents, *sides, plan.upscaler)
         images = [Image.fromarray(pixels) for pixels in self.decode(latents)]
         if is_trained(plan.upscaler):
-            upscaler, factor = self.upscalers[plan.upscaler], plan.width / images[0].width
+            upscaler, factor = self._upscaler(plan.upscaler), plan.width / images[0].width
             images = [upscaler(image, max(factor, 1)) for image in images]
         size = {"height": plan.height, "width": plan.width}
         larger = [np.asarray(upscale_pixels(image, **size)) for image in images]

@@ -209,7 +209,12 @@ def read_source_type(path: str | Path) -> str | None:
 
     Raises OSError when the file cannot be read.
     """
-    packet = re.search(rb"<x:xmpmeta\b.*?</x:xmpmeta>", Path(path).read_bytes(), re.DOTALL)
+    return source_type_in(Path(path).read_bytes())
+
+
+def source_type_in(data: bytes) -> str | None:
+    """Return what a picture's file says that it is, as `read_source_type` does."""
+    packet = re.search(rb"<x:xmpmeta\b.*?</x:xmpmeta>", data, re.DOTALL)
     found = packet and re.search(rb"/newscodes/digitalsourcetype/(\w{1,80})", packet[0])
     return found[1].decode() if found else None
 
@@ -230,10 +235,19 @@ def read_settings(path: str | Path) -> dict[str, Any] | None:
 
     Raises RequestError when it is no picture.
     """
+    return _settings(path, path)
+
+
+def settings_in(data: bytes) -> dict[str, Any] | None:
+    """Return the settings in a picture's file, as `read_settings` does."""
+    return _settings(io.BytesIO(data), "it")
+
+
+def _settings(source: str | Path | io.BytesIO, shown: str | Path) -> dict[str, Any] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of broken EXIF
-            with Image.open(path) as file:
+            with Image.open(source) as file:
                 texts = texts_of(file)
         ours = texts.get(SETTINGS_KEY)
         if ours:
@@ -243,7 +257,7 @@ def read_settings(path: str | Path) -> dict[str, Any] | None:
 
             settings = parse_foreign(texts)
     except (OSError, ValueError, SyntaxError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read as a picture ({error})") from error
+        raise RequestError(f"{shown} cannot be read as a picture ({error})") from error
     return settings if isinstance(settings, dict) and settings else None
 
 

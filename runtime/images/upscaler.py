@@ -6,11 +6,11 @@ the other. Memory follows from the tile's size, which the architecture's widest 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,9 @@ OVERLAP, EDGE = 32, 8  # of tiles, and what of it is thrown away, in pixels that
 Array = NDArray[np.float32]
 OnTile = Callable[[int, int], object]
 """Called after every tile, with how many are done, and how many there are."""
+Made = TypeVar("Made")
+Tiles = Generator[tuple[int, int], None, Made]
+"""Yields after every tile as `OnTile` is called, of each pass anew; returns what is made of all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,6 +95,10 @@ class Upscaler:
             Lanczos' kernel brings what it makes to the size that is wanted
         Raises RequestError for what is no picture or would be too large, BackendError.
         """
+        return _run_through(self.tiles(image, factor), on_tile)
+
+    def tiles(self, image: Image.Image, factor: float | None = None) -> Tiles[Image.Image]:
+        """Do as a call does, tile by tile, for whoever does other work between two of them."""
         check_image("image", image)
         factor = float(self.scale) if factor is None else factor
         check_number("factor", factor, Real, 1, MAX_FACTOR)
@@ -102,7 +109,7 @@ class Upscaler:
             if i:  # no larger between two passes than the second needs
                 needed = [math.ceil(side / self.scale) for side in size]
                 pixels = np.asarray(Image.fromarray(pixels).resize(needed, LANCZOS))
-            pixels = self.enlarged(pixels, on_tile)
+            pixels = yield from self.enlarged(pixels)
         larger = Image.fromarray(pixels)
         if larger.size != size:
             larger = larger.resize(size, LANCZOS)
@@ -113,6 +120,17 @@ class Upscaler:
         kept = (SOURCE_KEY, *(("icc_profile",) if keeps_profile else ()))
         larger.info = {key: image.info[key] for key in kept if key in image.info}
         return larger
+
+    def count_tiles(self, width: int, height: int, factor: float | None = None) -> int:
+        """Return how many tiles a picture of this size takes, all passes together."""
+        factor = float(self.scale) if factor is None else factor
+        sides, count = [height, width], 0
+        for i in range(self._passes(factor)):
+            if i:
+                sides = [math.ceil(round(side * factor) / self.scale) for side in (height, width)]
+            padded, multiple = map(self._padded, sides), self.file.config.multiple
+            count += math.prod(len(_cuts(side, self.tile, multiple)) for side in padded)
+        return count
 
     def check_size(self, width: int, height: int, factor: float | None) -> None:
         """Raise RequestError where a picture of this size would become too large."""
@@ -130,16 +148,17 @@ class Upscaler:
             return 1
         return max(math.ceil(math.log(factor, self.scale) - 1e-9), 1)
 
-    def enlarged(
-        self, pixels: NDArray[np.uint8], on_tile: OnTile | None = None
-    ) -> NDArray[np.uint8]:
+    def _padded(self, side: int) -> int:
+        return side + -side % self.file.config.multiple
+
+    def enlarged(self, pixels: NDArray[np.uint8]) -> Tiles[NDArray[np.uint8]]:
         """Enlarge (H, W, 3) once, by the scale; returns (scale · H, scale · W, 3).
 
         Raises BackendError.
         """
         height, width = pixels.shape[:2]
         multiple, scale = self.file.config.multiple, self.scale
-        padding = [(0, -side % multiple) for side in (height, width)]
+        padding = [(0, self._padded(side) - side) for side in (height, width)]
         padded = np.pad(pixels, [*padding, (0, 0)], mode="reflect")
         result = np.empty((scale * height, scale * width, 3), np.uint8)
         rows, columns = (_cuts(side, self.tile, multiple) for side in padded.shape[:2])
@@ -153,8 +172,7 @@ class Upscaler:
                 place = slice(scale * column.start, scale * column.stop)
                 strip[:, place] += tile * np.multiply.outer(down, across)[:, :, None]
                 done += 1
-                if on_tile is not None:
-                    on_tile(done, total)
+                yield done, total
             ready = scale * (end - row.start)  # rows that no further tile reaches
             place = slice(scale * row.start, min(scale * end, len(result)))
             result[place] = _as_bytes(strip[: place.stop - place.start, : result.shape[1]])
@@ -167,6 +185,18 @@ class Upscaler:
         floats = np.moveaxis(pixels.astype(np.float32) / np.float32(WHITE), -1, 0)[None]
         found: NDArray[Any] = self.engine.run({"pixels": np.ascontiguousarray(floats)})["upscaled"]
         return np.moveaxis(found[0], 0, -1)
+
+
+def _run_through(tiles: Tiles[Made], on_tile: OnTile | None) -> Made:
+    """Do all that is left; returns what is made."""
+    while True:
+        try:
+            done = next(tiles)
+        except StopIteration as made:
+            result: Made = made.value
+            return result
+        if on_tile is not None:
+            on_tile(*done)
 
 
 def as_opaque(image: Image.Image) -> Image.Image:

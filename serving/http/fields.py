@@ -1,155 +1,18 @@
-"""The fields of a request, as every API takes them, and the request that they make."""
+"""What a server's requests may name, and the requests that bodies make."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
-
+from runtime.images.upscaling import UPSCALERS
 from serving.engine_settings import EngineSettings
+from serving.enlarging_request import LANCZOS, EnlargingRequest
 from serving.errors import BadRequestError, NotFoundError
+from serving.http.bodies import ImagePromptFields, OpenAIFields, Picture, Upscaling
 from serving.limits import Limits
 from serving.picture_request import PictureRequest
-from serving.steering import ControlRequest, RegionRequest
+from serving.steering import ControlRequest, ImagePromptRequest, RegionRequest
 from serving.uploads import read_base64
-
-Numbers = float | list[float]
-
-
-class HiresFields(BaseModel):
-    """A second, larger run."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    scale: float = 2.0
-    strength: float = 0.6
-    num_inference_steps: int | None = None
-    upscaler: str = "lanczos"
-
-
-class ControlFields(BaseModel):
-    """A picture that steers, base64 of a file, and the net of the operator's that sees it.
-
-    weight: a number, or several as a curve over the run; preprocessor: what makes of the picture
-    what the net sees, such as "canny" or "canny:low=50,high=120"
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    name: str
-    picture: str = Field(repr=False)
-    weight: Numbers = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    mode: str = "balanced"
-    preprocessor: str | None = None
-
-
-class RegionFields(BaseModel):
-    """An area with a text of its own; mask: base64 of a picture that is white there."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    prompt: str
-    mask: str = Field(repr=False)
-    weight: float = 1.0
-
-
-class DrawingFields(BaseModel):
-    """What `runtime.request.Request` calls by the same names, in JSON; null takes the default."""
-
-    negative_prompt: str | None = None
-    preset: str | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: Numbers | None = None
-    guidance_rescale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    negative_scale: float | None = None
-    pag_scale: float | None = None
-    apg: tuple[float, float, float] | None = None
-    sampler: str | None = None
-    schedule: str | None = None
-    height: int | None = None
-    width: int | None = None
-    seed: int | list[int] | None = None
-    variation_strength: float | None = None
-    variation_seed: int | list[int] | None = None
-    noise: str | None = None
-    inpaint_area: str | None = None
-    mask_padding: int | None = None
-    mask_blur: float | None = None
-    paste_back: bool | None = None
-    extend: tuple[int, int, int, int] | None = None
-    strength: float | None = None
-    image_noise: str | None = None
-    image_guidance_scale: float | None = None
-    hires: HiresFields | None = None
-    seamless: str | None = None
-    deep_shrink: float | None = None
-    cache_interval: int | None = None
-    eta: float | None = None
-    prompt_syntax: bool | None = None
-    clean_prompt: bool | None = None
-    clip_skip: int | None = None
-
-    def of_request(self) -> dict[str, Any]:
-        """Return those that were given, by the runtime's names."""
-        names = DrawingFields.model_fields
-        given = self.model_dump(include=set(names), exclude_none=True)
-        return dict(given)
-
-
-class Picture(DrawingFields):
-    """A request of the native API. What it leaves out is chosen as `latentrt draw` chooses it.
-
-    A picture is base64 of a PNG, JPEG or WebP file; a mask is white where the image is painted
-    anew. `exact` computes every step alone; `deadline_s` is how long it may take in all; a higher
-    `priority` goes before your own others.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: str
-    model: str | None = None
-    num_images_per_prompt: int | None = None
-    loras: dict[str, float] = Field(default_factory=dict)
-    controls: list[ControlFields] = Field(default_factory=list)
-    regions: list[RegionFields] = Field(default_factory=list)
-    image: str | None = None
-    mask: str | None = None
-    format: str = "png"
-    quality: int = 95
-    exact: bool = False
-    preview_every: int = 0
-    priority: int = 0
-    deadline_s: float | None = None
-
-
-class OpenAIFields(DrawingFields):
-    """What OpenAI's clients send, and our own names beside; what is neither is not looked at."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    prompt: str = ""
-    model: str | None = None
-    n: int | None = None
-    size: str | None = None
-    response_format: str | None = None
-    output_format: str | None = None
-    output_compression: int | None = None
-    background: str | None = None
-    stream: bool | None = None
-    partial_images: int | None = None
-    loras: dict[str, float] = Field(default_factory=dict)
-    controls: list[ControlFields] = Field(default_factory=list)
-    regions: list[RegionFields] = Field(default_factory=list)
-    exact: bool = False
-
-
-class Generation(OpenAIFields):
-    """The body of /v1/images/generations."""
-
-    prompt: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +22,8 @@ class Catalog:
     models: tuple[str, ...]
     loras: tuple[str, ...]
     controls: tuple[str, ...] = ()
+    ip_adapters: tuple[str, ...] = ()
+    upscalers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, settings: EngineSettings) -> Self:
@@ -167,6 +32,8 @@ class Catalog:
             models=tuple(settings.models),
             loras=tuple(settings.loras),
             controls=tuple(settings.controls),
+            ip_adapters=tuple(settings.ip_adapters),
+            upscalers=tuple(settings.upscalers),
         )
 
     def model(self, name: str | None) -> str:
@@ -205,7 +72,43 @@ class Catalog:
             )
         return name
 
-    def steering(self, body: "Picture | OpenAIFields") -> dict[str, Any]:
+    def ip_adapter(self, name: str, param: str = "image_prompts") -> str:
+        """Return an IP-Adapter's name. Raises NotFoundError for one that is not here."""
+        if name not in self.ip_adapters:
+            raise NotFoundError(
+                f"there is no IP-Adapter {name[:100]!r} on this server; /api/v1/capabilities lists "
+                "those that there are",
+                code="ip_adapter_not_found",
+                param=param,
+            )
+        return name
+
+    def upscaler(self, name: str, param: str = "upscaler") -> str:
+        """Return an upscaler's name. Raises NotFoundError for one that is not here."""
+        if name not in self.upscalers:
+            raise NotFoundError(
+                f"there is no upscaler {name[:100]!r} on this server; /api/v1/capabilities lists "
+                "those that there are",
+                code="upscaler_not_found",
+                param=param,
+            )
+        return name
+
+    def hires(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return a request's fields, and the operator's upscaler that its hires fix names apart.
+
+        Raises NotFoundError.
+        """
+        hires = fields.get("hires")
+        if hires is None or hires["upscaler"] in UPSCALERS:
+            return {"fields": fields}
+        named = self.upscaler(hires["upscaler"], "hires")
+        return {
+            "fields": {**fields, "hires": {**hires, "upscaler": LANCZOS}},
+            "hires_upscaler": named,
+        }
+
+    def steering(self, body: Picture | OpenAIFields) -> dict[str, Any]:
         """Return what steers a body's pictures. Raises NotFoundError, BadRequestError."""
         return {
             "controls": tuple(
@@ -222,7 +125,20 @@ class Catalog:
                 )
                 for each in body.regions
             ),
+            "image_prompts": tuple(self._image_prompt(each) for each in body.image_prompts),
         }
+
+    def _image_prompt(self, given: ImagePromptFields) -> ImagePromptRequest:
+        name = "image_prompts"
+        several = [given.picture] if isinstance(given.picture, str) else given.picture
+        return ImagePromptRequest(
+            adapter=self.ip_adapter(given.name),
+            pictures=tuple(read_base64(name, each) for each in several),
+            mask=None if given.mask is None else read_base64(name, given.mask),
+            scale=given.scale,
+            start=given.start,
+            end=given.end,
+        )
 
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "jpg": "JPEG", "webp": "WEBP"}
@@ -249,7 +165,7 @@ def native_request(body: Picture, catalog: Catalog, limits: Limits) -> PictureRe
         fields["num_images_per_prompt"] = body.num_images_per_prompt
     check_whole("priority", body.priority, -10, 10)
     picture_request = PictureRequest(
-        fields=fields,
+        **catalog.hires(fields),
         model=catalog.model(body.model),
         image=None if body.image is None else read_base64("image", body.image),
         mask=None if body.mask is None else read_base64("mask", body.mask),
@@ -261,3 +177,15 @@ def native_request(body: Picture, catalog: Catalog, limits: Limits) -> PictureRe
         quality=check_whole("quality", body.quality, 1, 100),
     )
     return picture_request.checked(limits)
+
+
+def upscaling_request(body: Upscaling, catalog: Catalog, limits: Limits) -> EnlargingRequest:
+    """Return what a body wants enlarged, checked. Raises RefusalError."""
+    check_whole("priority", body.priority, -10, 10)
+    return EnlargingRequest(
+        image=read_base64("image", body.image),
+        upscaler=body.upscaler if body.upscaler == LANCZOS else catalog.upscaler(body.upscaler),
+        factor=body.factor,
+        format=file_format(body.format, "format"),
+        quality=check_whole("quality", body.quality, 1, 100),
+    ).checked(limits)

@@ -6,8 +6,8 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from serving.errors import BadRequestError
+from serving.http.bodies import OpenAIFields
 from serving.http.documents import invalid
-from serving.http.fields import OpenAIFields
 from serving.limits import Limits
 
 FILES = ("image", "image[]", "mask")

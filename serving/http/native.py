@@ -8,17 +8,21 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response
 
+from engine.graphs.seamless import AXES
 from runtime.control import MODES
 from runtime.images.upscaling import UPSCALERS
 from runtime.preprocessors.named import PREPROCESSORS
 from runtime.presets import PRESETS
 from runtime.samplers import SAMPLERS, SCHEDULES
+from serving.enlarging_request import EnlargingRequest
 from serving.errors import BusyError, NotFoundError
+from serving.http.bodies import Picture, Upscaling
 from serving.http.documents import REFUSALS
-from serving.http.fields import Catalog, Picture, native_request
+from serving.http.fields import Catalog, native_request, upscaling_request
 from serving.http.sse import EventStream, event
 from serving.jobs import Job, Jobs
 from serving.limits import Limits
+from serving.picture_request import PictureRequest
 
 MEDIA = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 
@@ -28,6 +32,24 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
     router = APIRouter(prefix="/api/v1", tags=["pictures"], responses=REFUSALS)
     streams: Counter[str] = Counter()
 
+    def begun(
+        caller: str,
+        key: str | None,
+        body: Picture | Upscaling,
+        asked: PictureRequest | EnlargingRequest,
+    ) -> JSONResponse:
+        job = jobs.once(
+            key,
+            body.model_dump_json().encode(),
+            asked,
+            caller=caller,
+            api="native",
+            priority=body.priority,
+            deadline_seconds=body.deadline_s,
+        )
+        where = f"/api/v1/pictures/{job.id}"
+        return JSONResponse(describe(job), status_code=202, headers={"location": where})
+
     @router.post("/pictures", status_code=202)
     async def submit(
         request: Request,
@@ -35,18 +57,18 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
         idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
     ) -> JSONResponse:
         """Begin a job; the same Idempotency-Key with the same body begins none twice."""
-        picture_request = native_request(body, catalog, limits)
-        job = jobs.once(
-            idempotency_key,
-            body.model_dump_json().encode(),
-            picture_request,
-            caller=request.state.caller,
-            api="native",
-            priority=body.priority,
-            deadline_seconds=body.deadline_s,
-        )
-        where = f"/api/v1/pictures/{job.id}"
-        return JSONResponse(describe(job), status_code=202, headers={"location": where})
+        asked = native_request(body, catalog, limits)
+        return begun(request.state.caller, idempotency_key, body, asked)
+
+    @router.post("/upscales", status_code=202)
+    async def upscale(
+        request: Request,
+        body: Upscaling,
+        idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+    ) -> JSONResponse:
+        """Begin to enlarge a picture: a job as those that draw, of one picture."""
+        asked = upscaling_request(body, catalog, limits)
+        return begun(request.state.caller, idempotency_key, body, asked)
 
     @router.get("/pictures/{job_id}")
     async def status(request: Request, job_id: str) -> JSONResponse:
@@ -110,12 +132,16 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
             "samplers": list(SAMPLERS),
             "schedules": list(SCHEDULES),
             "presets": list(PRESETS),
-            "upscalers": list(UPSCALERS),
+            "upscalers": [*UPSCALERS, *catalog.upscalers],
+            "ip_adapters": list(catalog.ip_adapters),
+            "seamless": list(AXES),
             "formats": [name.lower() for name in MEDIA],
             "limits": {
                 "pictures": limits.pictures,
                 "steps": limits.steps,
                 "controls": limits.controls,
+                "image_prompts": limits.image_prompts,
+                "upscaled_pixels": limits.upscaled_pixels,
                 "side": limits.side,
                 "pixels": limits.pixels,
                 "prompt_characters": limits.prompt_characters,
@@ -129,17 +155,18 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
 
 def describe(job: Job) -> dict[str, Any]:
     """Return what the API says of a job."""
+    seeds = job.picture_request.fields.get("seed")  # none where a picture is enlarged
     described: dict[str, Any] = {
         "id": job.id,
         "state": job.state,
-        "model": job.picture_request.model,
+        "model": job.picture_request.model or None,
         **({"position": job.position, "eta_s": job.eta} if job.state == "queued" else {}),
         "pictures": [
             {
                 "index": index,
                 "step": picture.calls,
                 "total": picture.total,
-                "seed": job.picture_request.fields["seed"][index],
+                "seed": seeds[index] if seeds else None,
                 "batched": picture.batched,
                 "settings": picture.settings or None,
                 "notes": picture.settings.get("notes", []),

@@ -17,14 +17,9 @@ from fastapi.responses import JSONResponse, Response
 
 from serving.errors import BadRequestError, RefusalError
 from serving.http.answers import error_body
+from serving.http.bodies import Generation, OpenAIFields
 from serving.http.documents import FORM, REFUSALS
-from serving.http.fields import (
-    Catalog,
-    Generation,
-    OpenAIFields,
-    check_whole,
-    file_format,
-)
+from serving.http.fields import Catalog, check_whole, file_format
 from serving.http.forms import read_form
 from serving.http.sse import EventStream, event
 from serving.jobs import Job, Jobs
@@ -129,7 +124,7 @@ def openai_request(body: OpenAIFields, catalog: Catalog) -> PictureRequest:
     if body.stream and partials:
         every = max(1, (body.num_inference_steps or DEFAULT_STEPS) // (partials + 1))
     return PictureRequest(
-        fields=fields,
+        **catalog.hires(fields),
         model=catalog.model(body.model),
         loras=catalog.adapters(body.loras),
         **catalog.steering(body),

@@ -12,7 +12,7 @@ export class RequestForm {
   #adapters;
 
   constructor(capabilities) {
-    const { models, loras, samplers, schedules, presets, formats, upscalers, limits } = capabilities;
+    const { models, loras, samplers, schedules, presets, formats, upscalers, seamless, limits } = capabilities;
     const auto = (names) => [["", "auto"], ...names.map((name) => [name, name])];
     fillSelect(byId("model"), models.map((name) => [name, name]));
     byId("model-field").hidden = models.length < 2;
@@ -20,6 +20,7 @@ export class RequestForm {
     fillSelect(byId("schedule"), auto(schedules));
     fillSelect(byId("preset"), auto(presets));
     fillSelect(byId("hires.upscaler"), auto(upscalers));
+    fillSelect(byId("seamless"), [["", "no"], ...seamless.map((name) => [name, name])]);
     fillSelect(byId("format"), formats.map((name) => [name, name.toUpperCase()]));
     for (const name of ["width", "height"]) byId(name).max = limits.side;
     byId("num_inference_steps").max = limits.steps;

@@ -119,9 +119,14 @@ def renamed(state, part, changes):
 
 
 LINEAR = small_ip_adapter(SMALL["sd1"], "linear")
+PLUS = small_ip_adapter(SMALL["sd1"], "plus")
 FACE = {"proj.0.weight": torch.ones(8, 8), "proj.2.weight": torch.ones(256, 8)}
 BAD = {
     "face": ({**LINEAR, "image_proj": {**FACE, "norm.weight": torch.ones(64)}}, "FaceID, which"),
+    "instant": (
+        {**PLUS, "image_proj": {**PLUS["image_proj"], "proj_in.weight": torch.ones(48, 512)}},
+        "InstantID's IP-Adapter, which wants",
+    ),
     "lora": (renamed(LINEAR, "ip_adapter", {"0.to_q_lora.down.weight": torch.ones(2)}), "FaceID"),
     "left": (renamed(LINEAR, "image_proj", {"more.weight": torch.ones(2)}), "holds image_proj.mo"),
     "unlike": (renamed(LINEAR, "image_proj", {"norm.weight": torch.ones(63)}), "has shape"),
@@ -156,6 +161,22 @@ def test_other_files_are_named(name, what, tmp_path):
     save_file({name: torch.ones(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match=f"is {what}, which cannot be used as one"):
         open_ip_adapter(tmp_path / "other.safetensors")
+
+
+PROJECTION = "encoder_hid_proj.image_projection_layers.0."
+DIFFUSERS_FACES = {
+    "plain": {"ff.net.0.proj.weight": (8, 8), "ff.net.2.weight": (256, 8), "norm.weight": (64,)},
+    "plus": {"proj.net.0.proj.weight": (8, 8), "proj.net.2.weight": (256, 8), "norm.weight": (64,)},
+}
+
+
+@pytest.mark.parametrize("shapes", DIFFUSERS_FACES.values(), ids=DIFFUSERS_FACES)
+def test_faces_in_diffusers_naming_are_named(shapes, tmp_path):
+    tensors = {f"{PROJECTION}{name}": torch.ones(shape) for name, shape in shapes.items()}
+    key = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.0.weight"
+    save_file({**tensors, key: torch.ones(32, 64)}, tmp_path / "face.safetensors")
+    with pytest.raises(ModelError, match="is an IP-Adapter FaceID, which wants"):
+        open_ip_adapter(tmp_path / "face.safetensors")
 
 
 def test_another_family_is_refused_with_what_differs(tmp_path):

@@ -15,7 +15,7 @@ from engine.configs.diffusion import (
     UNetConfig,
 )
 from engine.graphs.graph import find_graph
-from engine.graphs.steering import CONTROLLED_LEVELS
+from engine.graphs.steering import CONTROLLED_LEVELS, IP_PARTS
 from engine.model import COMPONENTS, Model
 from engine.shipped import GRAPHS
 from export.published import precisions, published_parts
@@ -53,7 +53,8 @@ def test_the_architectures_are_those_of_the_published_configurations():
     assert sorted(keys("step")) == sorted(keys("step_shallow")) == sorted(expected)
     unet = UNetConfig.from_dict(published.UNET_SD15)
     assert keys("step_controlled") == keys("step_shallow_controlled") == [unet.key()]
-    assert keys("step_shrunk") == [unet.key()]
+    for part in ("step_shrunk", *IP_PARTS):
+        assert keys(part) == [unet.key()]
     assert keys("control") == keys("control_hint") == [control_net_of(unet).key()]
     expected = {TextEncoderConfig.from_dict(values).key() for values in TEXTS}
     assert sorted(keys("text_encoder")) == sorted(expected)
@@ -108,7 +109,7 @@ def test_the_graph_ships_and_wants_the_weights_of_its_architecture(part, config,
         other = find_graph(OTHERS[part], config, precision, [GRAPHS], "the published net")
         assert {**graph.weights, **other.weights} == expected
         assert not graph.weights.keys() & other.weights.keys()
-    elif part in ("step_shallow", "step_shallow_controlled"):
+    elif part.startswith("step_shallow"):
         shared = find_graph("step", config, precision, [GRAPHS], "the published model").weights
         assert graph.weights.items() < shared.items()
     elif part != "vae_encoder":
@@ -122,16 +123,30 @@ def test_the_graphs_take_a_few_megabytes():
 SUMS = {"Add", "Concat", "Mul", "Reshape", "Shape", "Split", "Squeeze"}
 
 
+ATTENTION = SUMS - {"Split"} | {"MatMul", "Softmax", "Transpose", "Slice", "Expand", "Unsqueeze"}
+OPERATIONS = {"step": 1417, "step_shallow": 207}
+
+
 @pytest.mark.parametrize(
-    ("plain", "controlled", "count"),
-    [("step", "step_controlled", 1417), ("step_shallow", "step_shallow_controlled", 207)],
+    ("plain", "steered", "kinds"),
+    [
+        ("step", "step_controlled", SUMS),
+        ("step_shallow", "step_shallow_controlled", SUMS),
+        ("step", "step_ip", ATTENTION),
+        ("step_shallow", "step_shallow_ip", ATTENTION),
+        ("step_controlled", "step_controlled_ip", ATTENTION),
+        ("step_shallow_controlled", "step_shallow_controlled_ip", ATTENTION),
+    ],
 )
-def test_a_plain_step_pays_nothing_for_controls(plain, controlled, count):
-    """Its operations are those of before ControlNets, and residuals add sums alone."""
-    found = [operations(part) for part in (plain, controlled)]
-    assert sum(found[0].values()) == count
+def test_a_step_pays_nothing_for_what_does_not_steer_it(plain, steered, kinds):
+    """Its operations are those of before, and residuals add sums, pictures attention, alone."""
+    found = [operations(part) for part in (plain, steered)]
+    assert sum(found[0].values()) == OPERATIONS.get(plain, sum(found[0].values()))
     assert not found[0] - found[1]
-    assert set(found[1] - found[0]) == SUMS
+    added = found[1] - found[0]
+    assert set(added) == kinds
+    layers = 1 if "shallow" in plain else len(SD1.cross_attentions())
+    assert added["Softmax"] == (layers if "Softmax" in kinds else 0)
 
 
 def operations(part):

@@ -1,5 +1,6 @@
 """`--upscale` of a drawn picture, and `latentrt upscale` of one that is there."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import Hires
 from runtime.pipeline import Pipeline
 from runtime.request import Request
+from runtime.upscaler_folder import find_choice, find_upscaler
 from serving.limits import Limits
 from serving.picture_request import PictureRequest
 from tests.support.pictures import drawing
@@ -277,6 +279,71 @@ def test_again_looks_for_hires_upscalers_by_name(here, capsys):
     Path("up.safetensors").unlink()
     assert draw.main(["--again", "a.png", "-o", "b.png", "--threads", "1"]) == 0
     assert "'up.safetensors' of a.png is not here; lanczos enlarges" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(here):
+    place = here / "upscalers"
+    (place / "deeper").mkdir(parents=True)
+    write_upscaler(place / "RealESRGAN_x4plus.safetensors")
+    write_upscaler(place / "deeper" / "Sharp.safetensors", ESRGAN, seed=1)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("sharp", "deeper/Sharp"),
+        ("Sharp.safetensors", "deeper/Sharp"),
+        ("realesrgan_x4plus", "RealESRGAN_x4plus"),
+        ("R-ESRGAN 4x+", "RealESRGAN_x4plus"),
+    ],
+)
+def test_a_folders_upscalers_are_named(folder, name, file):
+    assert find_upscaler(name, folder) == str(folder / f"{file}.safetensors")
+    assert find_upscaler("up.safetensors", folder) == "up.safetensors", "a file is one itself"
+    assert find_choice(f"{name}:1.5", folder) == str(folder / f"{file}.safetensors:1.5")
+
+
+def test_every_command_finds_them(here, folder, capsys):
+    named = ("--upscaler-dir", "upscalers")
+    drawn("-o", "a.png", *HIRES, "--hires-upscaler", "sharp", "--upscale", "sharp:1.5", *named)
+    file = "upscalers/deeper/Sharp.safetensors"
+    drawn("-o", "b.png", *HIRES, "--hires-upscaler", file, "--upscale", f"{file}:1.5")
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(Image.open("b.png")))
+    settings = read_settings("a.png")
+    assert settings["hashes"]["Sharp.safetensors"] == fingerprint(here / file)
+    shutil.move(file, "upscalers/Sharp.safetensors")
+    asked = ["--again", "a.png", "-o", "c.png", "--threads", "1", *named]
+    assert draw.main(asked) == 0
+    assert Path("c.png").read_bytes() == Path("a.png").read_bytes()
+    assert enlarged("a.png", "--upscaler", "sharp", "-o", "d.png", *named) == 0
+    assert read_settings("d.png")["left_out"]["upscale"] == "Sharp.safetensors"
+    twice = {"scale": 2, "upscaler": "sharp", "num_inference_steps": 2}
+    lines = [{"prompt": "a", "hires": twice}, {"prompt": "b"}]
+    lines.append({"prompt": "c", "hires": {"scale": 2, "upscaler": "none such"}})
+    Path("lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    small = ("--height", "32", "--width", "32", "--steps", "1", "--threads", "1")
+    assert main(["batch", "lines.jsonl", "--out", "drawn", *small, *named]) == 1
+    assert sorted(size(path) for path in Path("drawn").glob("*.png")) == [(32, 32), (64, 64)]
+    assert "line 3 is passed over: there is no upscaler 'none such' in" in capsys.readouterr().err
+    sheet = ["grid", "a", *small, *HIRES, *named, "--x", "hires-upscaler=sharp,lanczos"]
+    assert main([*sheet, "-o", "sheet.png"]) == 0
+    assert read_settings("sheet.png")["x"] == "hires-upscaler=sharp,lanczos"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--upscale", "shrap"), "no upscaler 'shrap' in upscalers; did you mean 'Sharp'?"),
+        ((*HIRES, "--hires-upscaler", "x\0y"), "there is no upscaler 'x\\x00y' in upscalers"),
+        (("--upscale", "sharp", "--upscaler-dir", "gone"), "--upscaler-dir gone is no folder"),
+    ],
+)
+def test_what_a_folder_has_not_is_one_sentence(folder, arguments, said, capsys):
+    assert draw.main(["a", *SMALL, "--upscaler-dir", "upscalers", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 def test_again_finds_automatic1111s_upscaler(here, capsys):

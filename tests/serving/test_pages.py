@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import re
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from PIL import Image
 
 from runtime.images.files import read_settings
 from serving.configuration import parse_options
+from serving.http.bodies import Picture
 from serving.http.docs_page import docs_page
-from serving.http.fields import Picture
 from serving.options import make_parser
+from tests.support.pictures import drawing
 from tests.support.servers import load, models, serving
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -54,11 +56,21 @@ def test_the_example_of_openais_api(url, tmp_path, monkeypatch):
 
 def test_the_example_of_the_native_api(url, capsys):
     names = {}
-    exec(example("httpx").replace(WHERE, url), names)
+    exec(example("idempotency-key").replace(WHERE, url), names)
     assert names["file"].startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "'jpeg'" in shown
     assert "'step'" in shown
+
+
+def test_the_example_of_enlarging(url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture, names = drawing(40, 28).convert("RGB"), {}
+    picture.save("apple-0.png")
+    exec(example("/api/v1/upscales").replace(WHERE, url), names)
+    with Image.open(io.BytesIO(names["large"])) as large:
+        expected = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(np.asarray(large), np.asarray(expected))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # an example opens a client and ends

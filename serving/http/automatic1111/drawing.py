@@ -6,7 +6,7 @@ from typing import Any
 from runtime.images.upscaling import Hires
 from runtime.request import MASKED, WHOLE
 from serving.errors import BadRequestError, NotFoundError
-from serving.http.automatic1111.controlnet import control_requests
+from serving.http.automatic1111.controlnet import steering_of
 from serving.http.automatic1111.fields import DrawingBody, ImageBody, TextBody
 from serving.http.automatic1111.names import method, upscaler
 from serving.http.automatic1111.settings import NOISES, Settings
@@ -52,9 +52,9 @@ def text_request(
     """Return what txt2img asks for. Raises RefusalError or RequestError."""
     fields = _fields(body, settings, limits)
     if body.enable_hr:
-        fields["hires"] = _hires(body, fields, limits)
-    controls = control_requests(body, catalog, limits, None, None)
-    return _request(fields, settings, controls=controls).checked(limits)
+        fields["hires"] = _hires(body, fields, limits, catalog)
+    steering = steering_of(body, catalog, limits, None, None)
+    return _request(fields, settings, catalog, **steering).checked(limits)
 
 
 def image_request(
@@ -71,13 +71,15 @@ def image_request(
         drawn["mask_inverted"] = bool(body.inpainting_mask_invert)
         drawn["fill_masked"] = _fills(body)
         fields |= _inpainting(body)
-    drawn["controls"] = control_requests(body, catalog, limits, image, drawn.get("mask"))
-    return _request(fields, settings, **drawn).checked(limits)
+    drawn |= steering_of(body, catalog, limits, image, drawn.get("mask"))
+    return _request(fields, settings, catalog, **drawn).checked(limits)
 
 
-def _request(fields: Mapping[str, Any], settings: Settings, **drawn: Any) -> PictureRequest:
+def _request(
+    fields: dict[str, Any], settings: Settings, catalog: Catalog, **drawn: Any
+) -> PictureRequest:
     return PictureRequest(
-        fields=fields,
+        **catalog.hires(fields),
         model=settings.sd_model_checkpoint,
         preview_every=settings.preview_every,
         format=file_format(settings.samples_format, "samples_format"),
@@ -142,7 +144,9 @@ def _refuse(body: DrawingBody, refused: Mapping[str, tuple[tuple[Any, ...], str]
             )
 
 
-def _hires(body: TextBody, fields: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+def _hires(
+    body: TextBody, fields: Mapping[str, Any], limits: Limits, catalog: Catalog
+) -> dict[str, Any]:
     """Return the fields of `Hires`."""
     _refuse(body, NOT_DONE_IN_HIRES)
     same = {
@@ -163,9 +167,9 @@ def _hires(body: TextBody, fields: Mapping[str, Any], limits: Limits) -> dict[st
         scale=_scale(body, fields, limits),
         strength=_given(body.denoising_strength, STRENGTH),
         num_inference_steps=body.hr_second_pass_steps or None,
-        upscaler=upscaler(body.hr_upscaler),
     )
-    return {name: getattr(hires, name) for name in Hires.__slots__}
+    given = {name: getattr(hires, name) for name in Hires.__slots__}
+    return {**given, "upscaler": upscaler(body.hr_upscaler, catalog)}
 
 
 def _scale(body: TextBody, fields: Mapping[str, Any], limits: Limits) -> float:

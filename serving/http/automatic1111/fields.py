@@ -80,6 +80,43 @@ class ImageBody(DrawingBody):
     include_init_images: bool | None = None
 
 
+class ExtrasBody(BaseModel):
+    """What extra-single-image and extra-batch-images have in common."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    resize_mode: int | None = None
+    upscaling_resize: float | None = None
+    upscaling_resize_w: int | None = None
+    upscaling_resize_h: int | None = None
+    upscaling_crop: bool | None = None
+    upscaler_1: str | None = None
+    upscaler_2: str | None = None
+    extras_upscaler_2_visibility: float | None = None
+    gfpgan_visibility: float | None = None
+    codeformer_visibility: float | None = None
+
+
+class ExtraBody(ExtrasBody):
+    """The body of extra-single-image."""
+
+    image: str = Field(default="", repr=False)
+
+
+class NamedPicture(BaseModel):
+    """A picture of extra-batch-images, whose name is not looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    data: str = Field(repr=False)
+
+
+class ExtraBatchBody(ExtrasBody):
+    """The body of extra-batch-images."""
+
+    image_list: list[NamedPicture] = Field(default_factory=list, repr=False, alias="imageList")
+
+
 class PngInfoBody(BaseModel):
     """The body of png-info."""
 

@@ -57,8 +57,8 @@ def add_lists(router: APIRouter, catalog: Catalog, engine: EngineClient) -> None
 
     @router.get("/upscalers")
     async def upscalers() -> list[dict[str, Any]]:
-        """List what hires fix enlarges pixels by."""
-        return list_upscalers()
+        """List what pixels are enlarged by."""
+        return list_upscalers(catalog)
 
     @router.get("/latent-upscale-modes")
     async def latent_modes() -> list[dict[str, str]]:
@@ -72,8 +72,8 @@ def add_lists(router: APIRouter, catalog: Catalog, engine: EngineClient) -> None
 
     @router.get("/scripts")
     async def scripts() -> dict[str, list[str]]:
-        """List ControlNet, where there is one."""
-        names = [SCRIPT] if catalog.controls else []
+        """List ControlNet, whose units are controls and image prompts, where there is one."""
+        names = [SCRIPT] if catalog.controls or catalog.ip_adapters else []
         return {"txt2img": names, "img2img": names}
 
     @router.get("/cmd-flags")

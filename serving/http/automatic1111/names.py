@@ -3,14 +3,15 @@
 Facts of its `modules/sd_samplers_kdiffusion.py` and `modules/sd_schedulers.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runtime.images.a1111 import AUTOMATIC, SAMPLER_LABELS
-from runtime.images.a1111_reader import a1111_method
+from runtime.images.a1111_reader import UPSCALER_FILES, a1111_method
 from runtime.images.upscaling import MODES, PIXELS
 from runtime.samplers import SAMPLERS
 from serving.errors import BadRequestError
+from serving.http.fields import Catalog
 
 DEFAULT_SAMPLER = "Euler"
 SCHEDULERS: Mapping[str, str] = {
@@ -41,16 +42,26 @@ def method(name: str | None, scheduler: str | None) -> tuple[str | None, str | N
     return a1111_method(name or DEFAULT_SAMPLER, label)
 
 
-def upscaler(name: str | None) -> str:
-    """Return our name of an upscaler of hires fix. Raises BadRequestError."""
+def upscaler(name: str | None, catalog: Catalog) -> str:
+    """Return our name of an upscaler of hires fix, or the operator's. Raises BadRequestError."""
     if name is None or name in LATENT_MODES:
         return LATENT_MODES[name or "Latent"]
     if name in UPSCALERS:
         return PIXELS
-    raise BadRequestError(
-        f"hr_upscaler is {name[:60]!r}; choose one of {', '.join((*UPSCALERS, *LATENT_MODES))}",
-        param="hr_upscaler",
-    )
+    return trained_upscaler(name, catalog, "hr_upscaler", (*UPSCALERS, *LATENT_MODES))
+
+
+def trained_upscaler(name: str, catalog: Catalog, param: str, others: Sequence[str]) -> str:
+    """Return the name of an operator's upscaler; that of Automatic1111 for its file is one, too.
+
+    others: that the field may name. Raises BadRequestError.
+    """
+    wanted = UPSCALER_FILES.get(name.lower(), name).lower()
+    for known in catalog.upscalers:
+        if known.lower() == wanted:
+            return known
+    choices = ", ".join((*others, *catalog.upscalers))
+    raise BadRequestError(f"{param} is {name[:60]!r}; choose one of {choices}", param=param)
 
 
 def list_samplers() -> list[dict[str, Any]]:
@@ -75,7 +86,7 @@ def list_schedulers() -> list[dict[str, Any]]:
     ]
 
 
-def list_upscalers() -> list[dict[str, Any]]:
+def list_upscalers(catalog: Catalog) -> list[dict[str, Any]]:
     """Return the answer of /upscalers."""
     empty = {"model_name": None, "model_path": None, "model_url": None, "scale": 4}
-    return [{"name": name, **empty} for name in UPSCALERS]
+    return [{"name": name, **empty} for name in (*UPSCALERS, *catalog.upscalers)]

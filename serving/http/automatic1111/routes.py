@@ -5,19 +5,29 @@ Here all of that is the caller's own: others' jobs and options are neither seen 
 """
 
 import asyncio
+import base64
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from serving.client import EngineClient
+from serving.enlarging_request import EnlargingRequest
 from serving.errors import RefusalError
 from serving.http.automatic1111.answers import drawn, png_info, progress
 from serving.http.automatic1111.drawing import image_request, text_request
-from serving.http.automatic1111.fields import DrawingBody, ImageBody, PngInfoBody, TextBody
+from serving.http.automatic1111.extras import extra_requests
+from serving.http.automatic1111.fields import (
+    DrawingBody,
+    ExtraBatchBody,
+    ExtraBody,
+    ImageBody,
+    PngInfoBody,
+    TextBody,
+)
 from serving.http.automatic1111.lists import add_lists
 from serving.http.automatic1111.settings import CallersSettings, Settings
 from serving.http.documents import REFUSALS
@@ -69,6 +79,20 @@ class Drawings:
         answer = json.dumps(drawn(body, job, pictures))  # in ASCII, for halves of characters
         return Response(answer, media_type="application/json")
 
+    async def enlarge(self, request: Request, asked: Sequence[EnlargingRequest]) -> list[str]:
+        """Enlarge pictures, and return their files in base64 when all are there."""
+        caller, jobs = request.state.caller, list[Job]()
+        try:
+            for each in asked:
+                jobs.append(self._jobs.submit(each, caller=caller, api=API))
+            for job in jobs:
+                await over_or_left(request, job)
+            return [base64.b64encode(job.pictures[0].data).decode() for job in jobs]
+        finally:
+            for job in jobs:
+                self._interrupted.pop(job.id, None)
+                self._jobs.forget(job)
+
 
 def automatic1111_routes(
     jobs: Jobs, engine: EngineClient, catalog: Catalog, limits: Limits
@@ -94,6 +118,22 @@ def automatic1111_routes(
     async def img2img(request: Request, body: ImageBody) -> Response:
         """Draw over a picture, where its mask is white or as a whole."""
         return await draw(request, body, image_request)
+
+    @router.post("/extra-single-image")
+    async def extra(request: Request, body: ExtraBody) -> JSONResponse:
+        """Enlarge a picture."""
+        of_caller = options.of(request.state.caller)
+        asked = extra_requests(body, [body.image], "image", of_caller, catalog, limits)
+        (image,) = await drawings.enlarge(request, asked)
+        return JSONResponse({"html_info": "", "image": image})
+
+    @router.post("/extra-batch-images")
+    async def extras(request: Request, body: ExtraBatchBody) -> JSONResponse:
+        """Enlarge several pictures alike."""
+        of_caller = options.of(request.state.caller)
+        images = [each.data for each in body.image_list]
+        asked = extra_requests(body, images, "imageList", of_caller, catalog, limits)
+        return JSONResponse({"html_info": "", "images": await drawings.enlarge(request, asked)})
 
     @router.get("/progress")
     async def how_far(request: Request, skip_current_image: bool = False) -> JSONResponse:
