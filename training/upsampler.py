@@ -133,12 +133,11 @@ def train_diffusion(
         low = _noised(_cells(batch.enlarged, config), low_alphas, levels)
         x0 = (_cells(batch.high, config) - low) * RESIDUAL_SCALE
         alpha = alphas[timesteps].sqrt()[:, None, None, None]
-        sigma = (1 - alpha**2).sqrt()
-        noise = torch.randn_like(x0)
-        sample = torch.cat([alpha * x0 + sigma * noise, low], dim=1)
+        noised = alpha * x0 + (1 - alpha**2).sqrt() * torch.randn_like(x0)
+        sample = torch.cat([noised, low], dim=1)
         with autocast(device):
-            v = unet(sample, timesteps, levels)
-        return {"loss": F.mse_loss(v.float(), alpha * noise - sigma * x0)}
+            found = unet(sample, timesteps, levels)
+        return {"loss": F.mse_loss(found.float(), x0)}
 
     def sample(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, UpsamplerUNet)
@@ -192,8 +191,8 @@ def upsampled(unet: UpsamplerUNet, low: np.ndarray, device: str, steps: int = ST
     for timestep, matrix in zip(ddim.timesteps, ddim.matrices, strict=True):
         told = torch.full((len(low),), float(timestep), device=device)
         with autocast(device):
-            v = unet(torch.cat([x, cells], dim=1), told, level).float()
-        x = float(matrix[0, 0]) * x + float(matrix[0, 1]) * v
+            out = unet(torch.cat([x, cells], dim=1), told, level).float()
+        x = float(matrix[0, 0]) * x + float(matrix[0, 1]) * out
     picture = F.pixel_shuffle(cells + x / RESIDUAL_SCALE, scale)
     return _as_pictures(picture)
 

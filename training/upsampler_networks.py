@@ -53,11 +53,11 @@ class UpsamplerUNet(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.weight)  # begins with Lanczos' picture
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, sample: Tensor, timesteps: Tensor, noise_levels: Tensor) -> Tensor:
-        """Return v (B, C, h, w) for sample (B, 2 C, h, w), timesteps and noise levels (B,)."""
+        """Return x0 (B, C, h, w) for sample (B, 2 C, h, w), timesteps and noise levels (B,)."""
         told = self._embed(self.time_embedding, timesteps, sample.dtype)
         told = told + self._embed(self.class_embedding, noise_levels, sample.dtype)
         x = self.conv_in(sample)

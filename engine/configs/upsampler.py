@@ -46,7 +46,7 @@ SCHEDULER: Mapping[str, object] = MappingProxyType(
     {
         **LOW_RES_SCHEDULER,
         "_class_name": "DDIMScheduler",
-        "prediction_type": "v_prediction",
+        "prediction_type": "sample",  # few channels need not carry the noise of all pixels
         "timestep_spacing": "trailing",
     }
 )
