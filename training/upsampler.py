@@ -78,7 +78,10 @@ def enlarge(low: np.ndarray, scale: int) -> np.ndarray:
 
 
 def pairs(images: np.ndarray, scale: int, count: int, rng: np.random.Generator) -> Pairs:
-    """Draw crops of pictures, mirrored half of the time; the low ones are of whole pictures."""
+    """Draw crops of pictures (n, H, W, 3) uint8, mirrored half of the time.
+
+    The low ones are cut out of whole pictures that were made low, and so are the enlarged.
+    """
     side = images.shape[1]
     crop = min(CROP, side)
     drawn = []
@@ -155,7 +158,10 @@ def train_one_pass(
     settings: LoopSettings,
     folder: Path,
 ) -> OnePass:
-    """Train the network that enlarges in one pass, as `train_diffusion` trains the UNet."""
+    """Train the network that enlarges in one pass, as `train_diffusion` trains the UNet.
+
+    images, watched: pictures (n, H, W, 3) uint8
+    """
     torch.manual_seed(settings.seed)
     network, device = OnePass(config), settings.device
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # stubs lack it

@@ -42,7 +42,7 @@ def run_upsampler(options: argparse.Namespace) -> None:
 
 
 def run_evaluate_upsampler(options: argparse.Namespace) -> None:
-    """Print what the files of a scale make of pictures of unseen subjects."""
+    """Print what the files of a scale make of pictures of unseen subjects; raises RequestError."""
     from tqdm import tqdm
 
     if options.threads:

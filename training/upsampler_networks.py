@@ -94,7 +94,10 @@ class OnePass(nn.Module):
         width = config.num_feat
         layers: list[nn.Module] = []
         for i in range(config.num_conv + 1):
-            layers += [nn.Conv2d(width if i else COLOURS, width, 3, padding=1), nn.PReLU(width)]
+            conv = nn.Conv2d(width if i else COLOURS, width, 3, padding=1)
+            nn.init.kaiming_normal_(conv.weight, a=0.25)  # the PReLUs' slope: nothing vanishes
+            nn.init.zeros_(conv.bias)
+            layers += [conv, nn.PReLU(width)]
         end = nn.Conv2d(width, COLOURS * config.upscale**2, 3, padding=1)
         nn.init.zeros_(end.weight)  # begins with the picture's pixels, repeated
         self.body = nn.Sequential(*layers, end)

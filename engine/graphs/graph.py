@@ -166,12 +166,9 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
             inputs={"pixels": _tensor("float32", 1, 3, "h", "w")},
             outputs={"upscaled": _tensor("float32", 1, 3, "H", "W")},
         ),
-        # What is denoised and the low picture behind it; the timestep and the low picture's noise.
+        # What is denoised and the low picture behind it; the timesteps of the noise in both.
         "upsampler": Signature(
-            inputs={
-                "sample": _tensor("float32", 1, "X", "h", "w"),
-                "levels": _tensor("float32", 2),
-            },
+            inputs={"sample": _tensor("float32", 1, "X", "h", "w"), "times": _tensor("float32", 2)},
             outputs={"out": _tensor("float32", 1, "C", "h", "w")},
         ),
         # A picture of S pixels a side becomes M tokens of the width E, and a place in CLIP's space.

@@ -1,6 +1,6 @@
 """The graph of a diffusion upsampler: one call of its UNet.
 
-levels (2,) float32, the timestep and the level of the low picture's noise; sample (1, X, h, w)
+times (2,) float32, the timestep and the level of the low picture's noise; sample (1, X, h, w)
 float32, what is denoised and the low picture behind it, by channels -> out (1, C, h, w) float32.
 h and w are multiples of the configuration's `multiple`.
 """
@@ -19,7 +19,7 @@ MAX_PERIOD = 10_000.0
 def upsampler_graph(config: UpsamplerConfig, precision: Precision) -> Graph:
     """Write the graph of a diffusion upsampler's UNet."""
     writer = GraphWriter("upsampler", config, precision)
-    told = _embedded(writer, config, writer.given("levels"))
+    told = _embedded(writer, config, writer.given("times"))
     x = writer.conv(writer.given("sample"), "conv_in")
     skips = [x]
     down, up = config.down_channels(), config.up_channels()
@@ -43,11 +43,11 @@ def upsampler_graph(config: UpsamplerConfig, precision: Precision) -> Graph:
     return writer.graph()
 
 
-def _embedded(writer: GraphWriter, config: UpsamplerConfig, levels: str) -> str:
+def _embedded(writer: GraphWriter, config: UpsamplerConfig, times: str) -> str:
     """Embed the timestep and the noise level each by itself, and add them: (1, time channels)."""
     half = config.block_out_channels[0] // 2
     frequencies = np.exp(-np.log(MAX_PERIOD) * np.arange(half) / half)
-    rows = writer.op("Reshape", levels, writer.whole(2, 1))
+    rows = writer.op("Reshape", times, writer.whole(2, 1))
     angles = writer.op("Mul", rows, writer.numbers(frequencies[None]))
     waves = writer.op("Concat", writer.op("Cos", angles), writer.op("Sin", angles), axis=1)
     embedded = []

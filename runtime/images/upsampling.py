@@ -89,9 +89,9 @@ def upsampled(
     steps = program("ddim", NoiseSchedule.from_config(SCHEDULER), sampling.num_inference_steps)
     unet = _TiledUNet.over(engine, x.shape, tile, config.multiple, len(steps.timesteps), on_tile)
     for timestep, matrix in zip(steps.timesteps, steps.matrices.astype(np.float32), strict=True):
-        levels = np.array([timestep, sampling.noise_level], np.float32)
+        times = np.array([timestep, sampling.noise_level], np.float32)
         kept, taken, _ = matrix[0]  # DDIM remembers nothing and draws no noise
-        x = kept * x + taken * unet(np.concatenate([x, low]), levels)
+        x = kept * x + taken * unet(np.concatenate([x, low]), times)
     picture = from_cells(low + x / np.float32(RESIDUAL_SCALE), scale)
     return picture[: scale * height, : scale * width]
 
@@ -116,7 +116,7 @@ def from_cells(cells: Array, scale: int) -> NDArray[np.uint8]:
 
 
 def noised(cells: Array, noise_level: int, rng: TorchNoise) -> Array:
-    """Add the noise of a level to a low picture's cells, as diffusers' `add_noise` does."""
+    """Add the noise of a level to a low picture's cells (C, h, w), as diffusers' `add_noise`."""
     signal = NoiseSchedule.from_config(LOW_RES_SCHEDULER).alphas_cumprod[noise_level]
     noise = rng.normal(cells.shape)
     return np.float32(signal**0.5) * cells + np.float32((1 - signal) ** 0.5) * noise
@@ -159,13 +159,13 @@ class _TiledUNet:
 
         return cls(engine=engine, rows=rows, columns=columns, on_tile=tell)
 
-    def __call__(self, sample: Array, levels: Array) -> Array:
-        """Return the output (C, h, w) for x and low, (2 C, h, w), and levels (2,)."""
+    def __call__(self, sample: Array, times: Array) -> Array:
+        """Return the output (C, h, w) for x and low, (2 C, h, w), and times (2,)."""
         out = np.zeros((len(sample) // 2, *sample.shape[1:]), np.float32)
         for row, down in self.rows:
             for column, across in self.columns:
                 given = np.ascontiguousarray(sample[None, :, row, column])
-                found: NDArray[Any] = self.engine.run({"sample": given, "levels": levels})["out"]
+                found: NDArray[Any] = self.engine.run({"sample": given, "times": times})["out"]
                 out[:, row, column] += found[0] * np.multiply.outer(down, across)
                 self.on_tile()
         return out

@@ -43,8 +43,8 @@ def test_it_gives_what_diffusers_gives(name, backend, tmp_path):
             expected = unet2d(path, config)(
                 torch.from_numpy(sample), timestep, class_labels=torch.tensor([level])
             ).sample.numpy()
-        levels = np.array([timestep, level], np.float32)
-        found = engine.run({"sample": sample, "levels": levels})["out"]
+        times = np.array([timestep, level], np.float32)
+        found = engine.run({"sample": sample, "times": times})["out"]
         assert abs(found - expected).max() < UPSAMPLER_RTOL * abs(expected).max()
 
 

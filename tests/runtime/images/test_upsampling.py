@@ -123,7 +123,7 @@ class Pointwise:
     def run(self, inputs):
         x, low = np.split(inputs["sample"], 2, axis=1)
         self.shapes.append(x.shape)
-        return {"out": np.tanh(x + 2 * low + inputs["levels"][0] / 1000)}
+        return {"out": np.tanh(x + 2 * low + inputs["times"][0] / 1000)}
 
 
 @pytest.mark.parametrize("size", [(150, 70), (64, 64), (65, 33), (40, 300)])
