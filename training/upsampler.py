@@ -96,8 +96,8 @@ def pairs(images: np.ndarray, scale: int, count: int, rng: np.random.Generator) 
                 _cut(low, top, left, crop // scale, mirrored),
             ]
         )
-    high, enlarged, low = (_as_tensor(np.stack(each)) for each in zip(*drawn, strict=True))
-    return Pairs(high=high, enlarged=enlarged, low=low)
+    stacked = (_as_tensor(np.stack(each)) for each in zip(*drawn, strict=True))
+    return Pairs(**dict(zip(("high", "enlarged", "low"), stacked, strict=True)))
 
 
 def _cut(picture: np.ndarray, top: int, left: int, side: int, mirrored: bool) -> np.ndarray:

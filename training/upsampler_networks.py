@@ -53,8 +53,8 @@ class UpsamplerUNet(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(NORM_GROUPS, widths[0], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # begins with Lanczos' picture
-        nn.init.zeros_(self.conv_out.bias)
+        for parameter in self.conv_out.parameters():
+            nn.init.zeros_(parameter)  # begins with Lanczos' picture
 
     def forward(self, sample: Tensor, timesteps: Tensor, noise_levels: Tensor) -> Tensor:
         """Return x0 (B, C, h, w) for sample (B, 2 C, h, w), timesteps and noise levels (B,)."""
@@ -63,6 +63,7 @@ class UpsamplerUNet(nn.Module):
         x = self.conv_in(sample)
         skips = [x]
         for level in self.down_blocks:
+            assert isinstance(level, Level)
             for resnet in level.resnets:
                 x = resnet(x, told)
                 skips.append(x)
@@ -72,6 +73,7 @@ class UpsamplerUNet(nn.Module):
         for resnet in self.mid_block.resnets:
             x = resnet(x, told)
         for level in self.up_blocks:
+            assert isinstance(level, Level)
             for resnet in level.resnets:
                 x = resnet(torch.cat([x, skips.pop()], dim=1), told)
             for upsampler in level.upsamplers:
@@ -96,6 +98,7 @@ class OnePass(nn.Module):
         for i in range(config.num_conv + 1):
             conv = nn.Conv2d(width if i else COLOURS, width, 3, padding=1)
             nn.init.kaiming_normal_(conv.weight, a=0.25)  # the PReLUs' slope: nothing vanishes
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
             layers += [conv, nn.PReLU(width)]
         end = nn.Conv2d(width, COLOURS * config.upscale**2, 3, padding=1)

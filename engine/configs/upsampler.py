@@ -127,7 +127,7 @@ class UpsamplerConfig(UpscalerConfig):
         """Count the multiplications of one call, for each pixel of the low picture."""
         last = len(self.block_out_channels) - 1
         convolutions = {n: shape for n, shape in self.tensor_shapes().items() if len(shape) == 4}
-        total = sum(math.prod(s) / 4 ** _halvings(n, last) for n, s in convolutions.items())
+        total = sum(math.prod(s) / 4.0 ** _halvings(n, last) for n, s in convolutions.items())
         return round(total)
 
 

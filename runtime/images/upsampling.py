@@ -102,7 +102,7 @@ def enlarged_cells(pixels: NDArray[np.uint8], scale: int) -> Array:
     size = (scale * width, scale * height)
     larger = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
     parted = larger.reshape(height, scale, width, scale, 3).transpose(4, 1, 3, 0, 2)
-    cells: Array = parted.reshape(-1, height, width) / HALF - 1
+    cells: Array = parted.reshape(-1, height, width).astype(np.float32) / HALF - np.float32(1)
     return cells
 
 
