@@ -19,7 +19,7 @@ from runtime.images.files import Sign, check_output, write_image
 from runtime.images.previews import check_animation, parse_steps
 from runtime.images.watermark import check_watermark, embed_watermark
 from runtime.options import AGAIN, backend_settings, load_arguments, make_parser, make_request
-from runtime.output_options import OWN
+from runtime.output_options import OWN, UPSAMPLING
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
 from runtime.request import Request
@@ -154,7 +154,7 @@ def _write(
 
 def _finisher(options: argparse.Namespace, backend: BackendSettings) -> "Finisher | None":
     """Return what is done to pictures before they are written, if anything is."""
-    asked = ("upscale", "watermark", "safety_checker", "safety_action")
+    asked = ("upscale", *UPSAMPLING, "watermark", "safety_checker", "safety_action")
     if not any(getattr(options, name) for name in asked):
         return None
     from runtime.finishing import Finisher

@@ -11,6 +11,7 @@ from runtime.found_settings import FILES, ONNX, parted, settings_of
 from runtime.images.files import program_version
 from runtime.images.upscaling import is_trained
 from runtime.options import MADE_WITH, PIECES
+from runtime.output_options import UPSAMPLING
 from runtime.samplers import takes, takes_eta
 from runtime.steering_options import STEERING_FIELDS
 from runtime.terminal import say
@@ -83,7 +84,7 @@ def made_with(options: argparse.Namespace, model: Path, *more: str) -> dict[str,
     model: the file or folder of the model that was loaded
     more: names of options that count where they are given, beside those of every command
     """
-    asked = ("upscale", "watermark", "regions", *PIECES, *more)
+    asked = ("upscale", *UPSAMPLING, "watermark", "regions", *PIECES, *more)
     names = [*MADE_WITH, *(name for name in asked if getattr(options, name, None))]
     names += ("image", "mask") if options.image else ()
     names += [name for name in STEERING_FIELDS if getattr(options, name)]

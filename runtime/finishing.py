@@ -15,6 +15,7 @@ from runtime.images.safety import SafetyChecker, blurred
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UpscalerChoice, parse_upscaler
 from runtime.images.watermark import embed_watermark
+from runtime.output_options import UPSAMPLING, sampling_of
 from runtime.plan import Plan
 from runtime.terminal import say, show_progress
 
@@ -66,9 +67,13 @@ class Finisher:
             raise RequestError("--safety-action came without --safety-checker; give its folder")
         if options.upscale:
             choice = parse_upscaler(options.upscale)
-            upscaler = Upscaler.load(choice.path, settings=backend)
+            sampling = sampling_of(options)
+            upscaler = Upscaler.load(choice.path, settings=backend, sampling=sampling)
             for note in upscaler.file.notes:
                 say(f"note: {note}", sys.stderr)
+        elif given := [name for name in UPSAMPLING if getattr(options, name) is not None]:
+            option = f"--{given[0].replace('_', '-')}"
+            raise RequestError(f"{option} came without --upsample; give its file")
         return cls(
             checker=checker,
             action=options.safety_action or FLAG,

@@ -39,6 +39,7 @@ from runtime.options import (
     make_request,
     read_pictures,
 )
+from runtime.output_options import UPSAMPLING
 from runtime.pipeline import Pipeline
 from runtime.request import OF_AN_IMAGE, Request
 from runtime.result import DrawnImage
@@ -51,6 +52,7 @@ SEEDS = ("seed", "variation_seed")
 NOT_HERE = (
     *("expand", "preview_steps", "preview_decoder", "animation"),
     *("upscale", "safety_checker", "safety_action", "watermark", "c2pa_cert", "c2pa_key"),
+    *UPSAMPLING,
 )
 # fields that the command line gives as files
 FILES = ("image", "mask", "controls", "image_prompts", "regions")

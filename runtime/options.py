@@ -21,7 +21,7 @@ from runtime.image_options import IMAGE_OPTIONS
 from runtime.images.canvas import ALPHA
 from runtime.images.files import open_image
 from runtime.images.upscaling import Hires
-from runtime.output_options import OUTPUT_OPTIONS
+from runtime.output_options import OUTPUT_OPTIONS, UPSAMPLING
 from runtime.presets import describe_presets
 from runtime.regions import parse_region
 from runtime.request import Request
@@ -46,7 +46,7 @@ MADE_WITH = (*_FILES, "prediction_type", "backend", "device", "precision")
 PIECES = ("unet", "text_encoder", "text_encoder_2")  # and these where they were given
 HIRES = {f"hires_{f.name}": f.name for f in fields(Hires)}
 FIELDS = tuple(f.name for f in fields(Request) if f.init)
-OF_RESULTS = ("upscale", "watermark", "batch_size")
+OF_RESULTS = ("upscale", *UPSAMPLING, "watermark", "batch_size")
 _BACKEND = tuple(field.name for field in fields(BackendSettings))  # the options that settle it
 _LOADED = ("vae", *PIECES, *_FILES[2:], "wildcard_dir", "strict", "prediction_type", "graphs")
 AGAIN = {*MADE_WITH, *PIECES, *STEERING_FIELDS, *OF_RESULTS, *HIRES, *FIELDS}  # and nothing else

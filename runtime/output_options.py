@@ -1,13 +1,23 @@
 """The options of `python -m runtime` that say what is written, as `argparse` takes them."""
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.images.watermark import MAX_CHARACTERS
 
-__all__ = ["OUTPUT_OPTIONS", "OWN"]
+if TYPE_CHECKING:
+    from runtime.images.upsampling import Sampling
 
+__all__ = ["OUTPUT_OPTIONS", "OWN", "UPSAMPLING", "sampling_of"]
+
+# How a diffusion upsampler draws: the options' names, and the fields of `Sampling`.
+UPSAMPLING: Mapping[str, str] = {
+    "upsample_steps": "num_inference_steps",
+    "upsample_noise": "noise_level",
+    "upsample_seed": "seed",
+}
 OWN = "own"  # as a preview decoder: the one that comes with the model
 OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
     (
@@ -57,12 +67,28 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
         },
     ),
     (
-        ("--upscale",),
+        ("--upscale", "--upsample"),
         {
             "metavar": "FILE[:FACTOR]",
-            "help": "enlarge the finished picture with an upscaler (ESRGAN, Real-ESRGAN, SwinIR), "
-            "as many times as it does or FACTOR says",
+            "help": "enlarge the finished picture with an upscaler (ESRGAN, Real-ESRGAN, SwinIR, "
+            "or a diffusion upsampler), as many times as it does or FACTOR says",
         },
+    ),
+    (
+        ("--upsample-steps",),
+        {"type": int, "metavar": "N", "help": "calls of a diffusion upsampler (default: 4)"},
+    ),
+    (
+        ("--upsample-noise",),
+        {
+            "type": int,
+            "metavar": "LEVEL",
+            "help": "0 to 100, noise that hides the picture's faults from it (default: 0)",
+        },
+    ),
+    (
+        ("--upsample-seed",),
+        {"type": int, "metavar": "N", "help": "of its noise (default: 0)"},
     ),
     (
         ("--safety-checker",),
@@ -96,3 +122,12 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
         {"type": Path, "metavar": "PEM", "help": "sign files with this private key"},
     ),
 )
+
+
+def sampling_of(options: argparse.Namespace) -> "Sampling | None":
+    """Return how a diffusion upsampler draws, None where no option says; raises RequestError."""
+    from runtime.images.upsampling import Sampling  # which a prompt alone does not need
+
+    given = {field: getattr(options, name) for name, field in UPSAMPLING.items()}
+    asked = {field: value for field, value in given.items() if value is not None}
+    return Sampling(**asked) if asked else None

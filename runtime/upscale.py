@@ -22,6 +22,7 @@ from runtime.images.files import (
 )
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UpscalerChoice, parse_upscaler
+from runtime.output_options import UPSAMPLING, sampling_of
 from runtime.terminal import Loading, say, show_progress
 from runtime.upscaler_folder import find_choice
 
@@ -43,8 +44,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         "--upscaler",
         required=True,
         metavar="FILE[:FACTOR]",
-        help="of ESRGAN, Real-ESRGAN or SwinIR, and how many times larger the sides become "
-        "(default: as many as the upscaler makes them)",
+        help="of ESRGAN, Real-ESRGAN, SwinIR or a diffusion upsampler, and how many times larger "
+        "the sides become (default: as many as the upscaler makes them)",
     )
     add(
         "--upscaler-dir",
@@ -57,6 +58,20 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     offered = dict.fromkeys(p for name in PROCESSOR for p in PRECISIONS[name] if p != "int8")
     add("--precision", choices=tuple(offered), help="what it computes in (default: float32)")
     add("--threads", type=int, metavar="N", help="processor threads (default: one for each core)")
+    diffusion = parser.add_argument_group("of a diffusion upsampler")
+    diffusion.add_argument(
+        "--steps", dest="upsample_steps", type=int, metavar="N", help="(default: 4)"
+    )
+    diffusion.add_argument(
+        "--noise-level",
+        dest="upsample_noise",
+        type=int,
+        metavar="N",
+        help="0 to 100, noise that hides the picture's faults from it (default: 0)",
+    )
+    diffusion.add_argument(
+        "--seed", dest="upsample_seed", type=int, metavar="N", help="(default: 0)"
+    )
     add(
         "--no-mark",
         dest="mark",
@@ -67,39 +82,43 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _upscale(options: argparse.Namespace) -> None:
-    text = options.upscaler
     if options.upscaler_dir:
-        text = find_choice(text, options.upscaler_dir)
-    choice = parse_upscaler(text)
+        options.upscaler = find_choice(options.upscaler, options.upscaler_dir)
+    choice = parse_upscaler(options.upscaler)
     out = options.out or Path(f"{options.picture.stem}-upscaled.png")
     check_output(out)
     image = open_image(options.picture)
     image.info[SOURCE_KEY] = read_source_type(options.picture) or ENHANCED
     with Loading(str(choice.path)):
         settings = BackendSettings(backend=options.backend, threads=options.threads)
-        upscaler = Upscaler.load(choice.path, precision=options.precision, settings=settings)
+        upscaler = Upscaler.load(
+            choice.path,
+            precision=options.precision,
+            settings=settings,
+            sampling=sampling_of(options),
+        )
     for note in upscaler.file.notes:
         say(f"note: {note}", sys.stderr)
     larger = upscaler(image, choice.factor, on_tile=partial(show_progress, noun="tile"))
-    made_with = _made_with(options.picture, text, choice)
+    made_with = _made_with(options, choice)
     kept = options.out is not None
     say(str(write_image(larger, out, made_with, mark=options.mark, replaces=kept)), sys.stdout)
 
 
-def _made_with(picture: Path, text: str, choice: UpscalerChoice) -> dict[str, Any]:
+def _made_with(options: argparse.Namespace, choice: UpscalerChoice) -> dict[str, Any]:
     """Return what the picture says that it was made with, and the upscaler, by name and hash.
 
     One drawing enlarges once, so of a picture that was enlarged before, `--again` has to say that
     it leaves out the second time.
     """
-    made_with, name = read_settings(picture) or {}, Path(text).name
+    made_with, name = read_settings(options.picture) or {}, Path(options.upscaler).name
     hashes, left_out = (
         value if isinstance(value := made_with.get(key), dict) else {}
         for key in ("hashes", "left_out")
     )
-    again = {"left_out": {**left_out, "upscale": name}} if "upscale" in made_with else {}
+    own = {"upscale": name, **{n: value for n in UPSAMPLING if (value := getattr(options, n))}}
+    again = {"left_out": {**left_out, "upscale": name}} if "upscale" in made_with else own
     return {
-        "upscale": name,
         **made_with,
         **again,
         "hashes": {**hashes, choice.path.name: fingerprint(choice.path)},

@@ -58,6 +58,7 @@ from training.search_command import run_search
 from training.shards import read_shards
 from training.text_commands import TEXT_ENCODER, prepare_text, run_synonyms
 from training.tuning_commands import run_fine_tune, run_lora
+from training.upsampler_commands import run_evaluate_upsampler, run_upsampler
 
 MOVED = 3  # copies of each picture that are moved a little, where encoding them takes seconds
 LATENTS = "latents.npy"  # in the working folder
@@ -336,6 +337,8 @@ COMMANDS = {
     "search": run_search,
     "lora": run_lora,
     "fine-tune": run_fine_tune,
+    "upsampler": run_upsampler,
+    "evaluate-upsampler": run_evaluate_upsampler,
 }
 
 # What torchrun may start several processes of.

@@ -112,6 +112,7 @@ def parser(runs: Mapping[str, Run], description: str | None) -> argparse.Argumen
     _add_classes(command)
     _add_tuning(command)
     _add_search(command)
+    _add_upsampler(command)
     everything = command("all", "data, autoencoder, diffusion and ship, what is not done yet")
     sources(everything)
     everything.add_argument(
@@ -224,6 +225,27 @@ def _add_search(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     added.add_argument("--trial-steps", type=int, help="end a trial sooner, after so many steps")
     added.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     added.add_argument("--threads", type=int, help="processor threads")
+
+
+def _add_upsampler(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add the second stage, which enlarges pictures, and its measure."""
+    train = command("upsampler", "train networks that enlarge pictograms, by diffusion and at once")
+    measure = command("evaluate-upsampler", "measure what upsampler wrote beside Lanczos' kernel")
+    for added in (train, measure):
+        added.add_argument("--scale", type=int, choices=(2, 4), default=2, help="128 or 64 to 256")
+        added.add_argument("--all", action="store_true", help="all subjects, not the everyday ones")
+        added.add_argument("--threads", type=int, help="processor threads")
+        added.add_argument("--out", type=Path, required=True, help="the folder for the two files")
+    train.add_argument("--steps", type=int, default=40_000, help="(default: %(default)s)")
+    train.add_argument("--minutes", type=float, help="end sooner, after this much of each network")
+    train.add_argument("--batch-size", type=int, default=16, help="(default: %(default)s)")
+    train.add_argument("--learning-rate", type=float, default=2e-3, help="(default: %(default)s)")
+    train.add_argument("--sample-steps", type=int, default=1000, help="between PSNRs printed")
+    train.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    train.add_argument("--seed", type=int, default=0)
+    measure.add_argument("--sampler-steps", type=int, default=4, help="(default: %(default)s)")
+    measure.add_argument("--noise-level", type=int, default=0, help="(default: %(default)s)")
+    measure.add_argument("--pictures", type=int, default=240, help="(default: %(default)s)")
 
 
 def _add_tuning(command: Callable[[str, str], argparse.ArgumentParser]) -> None:

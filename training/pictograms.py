@@ -61,7 +61,8 @@ EVERYDAY_GROUPS = {
 class Pictograms:
     """The subjects in every style.
 
-    images: (subjects, styles, 128, 128, 3) uint8 on white; held_out: (subjects, styles) bool
+    images: (subjects, styles, 128, 128, 3) uint8 on white, or larger
+    held_out: (subjects, styles) bool
     everyday: (subjects,) bool, those that a training is about; the others teach it the styles
     """
 
@@ -154,23 +155,28 @@ def all_captions(pictograms: Pictograms) -> list[str]:
     return [*pictograms.names, *(f"a an {style} style," for style in STYLES)]
 
 
-def render(svg: str) -> np.ndarray:
-    """Draw an SVG on white: (128, 128, 3) uint8."""
+def render(svg: str, size: int = SIZE) -> np.ndarray:
+    """Draw an SVG on white: (size, size, 3) uint8, with a margin in proportion."""
     import resvg_py
 
-    inner = SIZE - 2 * MARGIN
+    inner = size - 2 * (MARGIN * size // SIZE)
     png = resvg_py.svg_to_bytes(svg_string=svg, width=inner, height=inner)
     icon = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    canvas = Image.new("RGBA", (SIZE, SIZE), "white")
-    canvas.alpha_composite(icon, ((SIZE - icon.width) // 2, (SIZE - icon.height) // 2))
+    canvas = Image.new("RGBA", (size, size), "white")
+    canvas.alpha_composite(icon, ((size - icon.width) // 2, (size - icon.height) // 2))
     return np.asarray(canvas.convert("RGB"))
 
 
 def build(
-    folder: Path, *, everyday: bool, progress: Callable[[Iterable[str]], Iterable[str]] = iter
+    folder: Path,
+    *,
+    everyday: bool,
+    size: int = SIZE,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Pictograms:
     """Fetch the packages into `folder`, choose the subjects and render them in every style.
 
+    size: of the pictures in pixels
     `everyday` takes about 500 subjects (animals, food, plants, vehicles, things, faces); otherwise
     all that the four sets share. Raises ModelError when a package cannot be had.
     """
@@ -186,7 +192,7 @@ def build(
     }
     images = np.stack(
         [
-            np.stack([render(_svg(icons, _slug(chosen[character]))) for icons in icon_sets])
+            np.stack([render(_svg(icons, _slug(chosen[character])), size) for icons in icon_sets])
             for character in progress(chosen)
         ]
     )

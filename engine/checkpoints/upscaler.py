@@ -1,4 +1,5 @@
-"""Upscalers: files of ESRGAN, Real-ESRGAN and SwinIR, in whichever names their programs gave.
+"""Upscalers: files of ESRGAN, Real-ESRGAN and SwinIR, in whichever names their programs gave, and
+of the diffusion upsamplers that are trained here.
 
 ESRGAN's files come with three sets of names: BasicSR's (`body.0.rdb1.conv1`), those of the authors'
 later code (`RRDB_trunk.0.RDB1.conv1`) and of their first (`model.1.sub.0.RDB1.conv1.0`). Training
@@ -14,6 +15,7 @@ from pathlib import Path
 from engine.checkpoints.component import Component, Source, assemble, refuse_left_over, shown
 from engine.checkpoints.formats.files import open_weights
 from engine.configs.base import Shape
+from engine.configs.upsampler import NORM_GROUPS, UpsamplerConfig
 from engine.configs.upscalers import (
     COLOURS,
     CompactConfig,
@@ -28,7 +30,12 @@ __all__ = ["UpscalerFile", "is_upscaler", "open_upscaler"]
 MAX_SCALE, MAX_WINDOW = 16, 16
 JPEG_WINDOW = 7  # of the SwinIR that takes out what JPEG left, beside blocks of 8
 MAX_TENSORS = 20_000
-ADVICE = "give a file of ESRGAN, Real-ESRGAN (also the compact ones) or SwinIR"
+ADVICE = (
+    "give a file of ESRGAN, Real-ESRGAN (also the compact ones) or SwinIR, or one that "
+    "`python -m training upsampler` wrote"
+)
+CONV_IN = "conv_in.weight"
+UPSAMPLER = "upsampler."  # stands before the names, which other UNets have too
 AVERAGED = "ema"  # in what stands before the names of averaged weights, which are the better ones
 # SwinIR's files hold numbers that follow from the window's size.
 UNUSED = r".+\.(relative_position_index|attn_mask)|(.+\.)?(mean|step|num_batches_tracked)"
@@ -294,10 +301,28 @@ def _enlarging(shapes: Shapes) -> tuple[str, int, int]:
     return "pixelshuffle", 2**steps, features
 
 
+def _read_upsampler(shapes: Shapes) -> UpsamplerConfig:
+    down, first = "down_blocks.{}.resnets.0.conv1.weight", _shape(shapes, UPSAMPLER + CONV_IN)
+    levels = _count(shapes, UPSAMPLER + down)
+    widths = tuple(_shape(shapes, UPSAMPLER + down.format(i))[0] for i in range(levels))
+    layers = _count(shapes, UPSAMPLER + "down_blocks.0.resnets.{}.conv1.weight")
+    upscale = math.isqrt(first[1] // (2 * COLOURS))
+    if not upscale or first[1] != 2 * COLOURS * upscale**2:
+        raise _UnknownShapeError(f"it takes {first[1]} channels, no pixels of two pictures")
+    if not widths or any(width % NORM_GROUPS for width in widths):
+        raise _UnknownShapeError(f"its levels have the widths {widths}, not multiples of 8")
+    return UpsamplerConfig(block_out_channels=widths, layers_per_block=layers, upscale=upscale)
+
+
+def _upsampler_name(name: str, config: UpscalerConfig) -> str:
+    return UPSAMPLER + name
+
+
 _LAYOUTS = (
     _Layout("SwinIR", "layers.0.residual_group.blocks.0.norm1.weight", _read_swinir, _basicsr_name),
     _Layout("ESRGAN", "body.0.rdb1.conv1.weight", _read_basicsr, _basicsr_name),
     _Layout("ESRGAN", "RRDB_trunk.0.RDB1.conv1.weight", _read_trunk, _trunk_name),
     _Layout("ESRGAN", "model.1.sub.0.RDB1.conv1.0.weight", _read_numbered, _numbered_name),
     _Layout("compact ESRGAN (SRVGG)", "body.1.weight", _read_compact, _basicsr_name),
+    _Layout("diffusion", UPSAMPLER + CONV_IN, _read_upsampler, _upsampler_name),
 )

@@ -51,6 +51,7 @@ Part = Literal[
     "preview_decoder",
     "language_model",
     "upscaler",
+    "upsampler",
     "safety_checker",
 ]
 TextPart = Literal["text_encoder", "text_encoder_2"]
@@ -109,6 +110,10 @@ _NEXT = {"next_registers": _tensor("float32", "B", "r", "C", "h", "w")}
 _DEEP = _tensor("float32", "g", "B", "F", "h", "w")
 _STEP = Signature(inputs=_STEP_INPUTS, outputs={**_NEXT, "deep": _DEEP})
 _SHALLOW = Signature(inputs={**_STEP_INPUTS, "deep": _DEEP}, outputs=_NEXT)
+_DECODER = Signature(
+    inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
+    outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
+)
 # What a ControlNet sees of a step.
 _CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
@@ -119,11 +124,8 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
         "step_shallow": _SHALLOW,
         "step_shrunk": _STEP,  # whose lower levels see half the width and height (deep shrink)
         # What these and `control` take beside, by level, `signature` adds.
-        "step_controlled": _STEP,
-        "step_shallow_controlled": _SHALLOW,
-        "step_ip": _STEP,
-        "step_shallow_ip": _SHALLOW,
-        "step_controlled_ip": _STEP,
+        **dict.fromkeys(("step_controlled", "step_ip", "step_controlled_ip"), _STEP),
+        **dict.fromkeys(("step_shallow_controlled", "step_shallow_ip"), _SHALLOW),
         "step_shallow_controlled_ip": _SHALLOW,
         "control_hint": Signature(
             inputs={"picture": _tensor("float32", "B", 3, "H", "W")},
@@ -138,20 +140,14 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
             },
             outputs={},  # the next residuals
         ),
-        "vae_decoder": Signature(
-            inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
-            outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
-        ),
+        "vae_decoder": _DECODER,
+        "preview_decoder": _DECODER,
         "vae_encoder": Signature(
             inputs={
                 "pixels": _tensor("uint8", "B", "H", "W", 3),
                 "noise": _tensor("float32", "B", "C", "h", "w"),
             },
             outputs={"latents": _tensor("float32", "B", "C", "h", "w")},
-        ),
-        "preview_decoder": Signature(
-            inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
-            outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
         ),
         # Keys and values of the p tokens so far go in, those of all p + n come out; logits follow
         # the last token. l layers, a heads of width d, V tokens in the vocabulary.
@@ -169,6 +165,11 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
         "upscaler": Signature(
             inputs={"pixels": _tensor("float32", 1, 3, "h", "w")},
             outputs={"upscaled": _tensor("float32", 1, 3, "H", "W")},
+        ),
+        # What is denoised and the low picture behind it; the timesteps of the noise in both.
+        "upsampler": Signature(
+            inputs={"sample": _tensor("float32", 1, "X", "h", "w"), "times": _tensor("float32", 2)},
+            outputs={"out": _tensor("float32", 1, "C", "h", "w")},
         ),
         # A picture of S pixels a side becomes M tokens of the width E, and a place in CLIP's space.
         "image_encoder": Signature(
@@ -314,8 +315,7 @@ MAKES: Mapping[str, str] = MappingProxyType(
         "language_model": "export language-model {}",
         "step_controlled": "export control-net CONTROLNET --model {}",
         "step_shallow_controlled": "export control-net CONTROLNET --model {}",
-        "control_hint": "export control-net {} --model MODEL",
-        "control": "export control-net {} --model MODEL",
+        **dict.fromkeys(("control_hint", "control"), "export control-net {} --model MODEL"),
     }
 )
 

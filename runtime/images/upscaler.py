@@ -1,13 +1,11 @@
 """Pictures enlarged by a trained upscaler, in tiles that overlap.
 
-A network sees some pixels around each that it makes, so what lies near a tile's cut edge is not
-what it would be within. Those pixels are thrown away, and where two tiles are left, one fades into
-the other. Memory follows from the tile's size, which the architecture's widest layers decide.
+Memory follows from the tile's size, which the architecture's widest layers decide.
 """
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -25,12 +23,16 @@ from engine.backends.settings import (
 )
 from engine.checkpoints.upscaler import UpscalerFile, open_upscaler
 from engine.configs.base import Sizes
+from engine.configs.upsampler import UpsamplerConfig
 from engine.configs.upscalers import UpscalerConfig
 from engine.engines import open_engine
 from engine.errors import RequestError
+from engine.graphs.upsampler import upsampler_graph
 from engine.graphs.upscalers import upscaler_graph
 from runtime.checks import check_image, check_number
 from runtime.images.files import SOURCE_KEY, WHITE, as_rgb
+from runtime.images.overlaps import cuts_of, windows_of
+from runtime.images.upsampling import Sampling, upsampled
 from runtime.images.upscaling import MAX_FACTOR
 
 __all__ = ["Upscaler"]
@@ -39,7 +41,6 @@ MAX_PIXELS = 2**26  # of a result: more would not be read again
 NUMBERS = 2**27  # that are alive at once in a tile, by the architecture's own estimate
 LARGEST_TILE, SMALLEST_TILE = 512, 64
 LANCZOS = Image.Resampling.LANCZOS
-OVERLAP, EDGE = 32, 8  # of tiles, and what of it is thrown away, in pixels that go in
 
 Array = NDArray[np.float32]
 OnTile = Callable[[int, int], object]
@@ -54,11 +55,13 @@ class Upscaler:
     """An upscaler with its engine; `load` makes one, a call enlarges a picture.
 
     tile: the side of the tiles that are computed at once, in pixels that go in
+    sampling: how a diffusion upsampler draws; of other upscalers it says nothing
     """
 
     file: UpscalerFile
     engine: Engine
     tile: int
+    sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
     def load(
@@ -67,19 +70,31 @@ class Upscaler:
         *,
         precision: ComputePrecision | None = None,
         settings: BackendSettings | None = None,
+        sampling: Sampling | None = None,
     ) -> Self:
-        """Open a file of ESRGAN, Real-ESRGAN or SwinIR.
+        """Open a file of ESRGAN, Real-ESRGAN or SwinIR, or of a diffusion upsampler.
 
         precision: what to compute in, which the backend must offer; None is float32
         settings: how it runs, on the processor whatever the backend, as `on_processor` says
-        Raises ModelError or BackendError.
+        sampling: how a diffusion upsampler draws, if it is one
+        Raises ModelError, BackendError, or RequestError for sampling of another upscaler.
         """
         chosen = on_processor(settings)
         computed: ComputePrecision = precision or "float32"
         file = open_upscaler(Path(path))
-        graph = upscaler_graph(file.config, graph_precision(chosen, computed))
+        written = graph_precision(chosen, computed)
+        if isinstance(file.config, UpsamplerConfig):
+            graph = upsampler_graph(file.config, written)
+        elif sampling is None:
+            graph = upscaler_graph(file.config, written)
+        else:
+            raise RequestError(
+                f"{path} enlarges in one pass ({file.kind}) and takes no steps, noise level or "
+                "seed; give a file of a diffusion upsampler, or leave them out"
+            )
         engine = open_engine(graph, file.weights, chosen, computed)
-        return cls(file=file, engine=engine, tile=tile_side(file.config))
+        tile = tile_side(file.config)
+        return cls(file=file, engine=engine, tile=tile, sampling=sampling or Sampling())
 
     @property
     def scale(self) -> int:
@@ -156,13 +171,18 @@ class Upscaler:
 
         Raises BackendError.
         """
+        config = self.file.config
+        if isinstance(config, UpsamplerConfig):
+            return upsampled(
+                self.engine, config, pixels, self.sampling, tile=self.tile, on_tile=on_tile
+            )
         height, width = pixels.shape[:2]
-        multiple, scale = self.file.config.multiple, self.scale
+        multiple, scale = config.multiple, self.scale
         padding = [(0, self._padded(side) - side) for side in (height, width)]
         padded = np.pad(pixels, [*padding, (0, 0)], mode="reflect")
         result = np.empty((scale * height, scale * width, 3), np.uint8)
-        rows, columns = (_cuts(side, self.tile, multiple) for side in padded.shape[:2])
-        windows = [_windows(cuts, scale) for cuts in (rows, columns)]
+        rows, columns = (cuts_of(side, self.tile, multiple) for side in padded.shape[:2])
+        windows = [windows_of(cuts, scale) for cuts in (rows, columns)]
         strip = np.zeros((scale * rows[0].stop, scale * padded.shape[1], 3), np.float32)
         total, done = len(rows) * len(columns), 0
         ends = [*(cut.start for cut in rows[1:]), rows[-1].stop]
@@ -209,47 +229,6 @@ def tile_side(config: UpscalerConfig) -> int:
     numbers = config.activations("upscaler", Sizes(height=256, width=256)) / 256**2
     side = min(max(math.isqrt(int(NUMBERS / numbers)), SMALLEST_TILE), LARGEST_TILE)
     return side - side % config.multiple
-
-
-def _cuts(size: int, side: int, multiple: int) -> list[slice]:
-    """Cut an axis into evenly spread tiles of one size that overlap."""
-    side = min(side, size)
-    overlap = OVERLAP + multiple  # starts are rounded to the multiple
-    count = math.ceil((size - overlap) / (side - overlap)) if size > side else 1
-    step = (size - side) / max(count - 1, 1) / multiple
-    starts = [math.floor(i * step + 1e-9) * multiple for i in range(count)]
-    return [slice(start, start + side) for start in starts]
-
-
-def _windows(cuts: Sequence[slice], scale: int) -> list[Array]:
-    """Weigh the tiles along an axis, (scale · side,) each; weights sum to 1 everywhere.
-
-    Towards an edge that was cut they fall over the overlap, to nothing before its last pixels.
-    """
-    length = scale * (cuts[0].stop - cuts[0].start)
-    total = np.zeros(scale * cuts[-1].stop)
-    windows = []
-    for i, cut in enumerate(cuts):
-        window = np.ones(length)
-        ramp = _ramp(length, scale)
-        if i:
-            window *= ramp
-        if i < len(cuts) - 1:
-            window *= ramp[::-1]
-        windows.append(window)
-        total[scale * cut.start : scale * cut.stop] += window
-    return [
-        (window / total[scale * cut.start : scale * cut.stop]).astype(np.float32)
-        for window, cut in zip(windows, cuts, strict=True)
-    ]
-
-
-def _ramp(length: int, scale: int) -> NDArray[np.float64]:
-    """Rise from 0 to 1 over what of the overlap is kept, as the square of a sine does."""
-    places = (np.arange(length) + 0.5) / scale
-    kept = (places - EDGE) / (OVERLAP - 2 * EDGE)
-    ramp: NDArray[np.float64] = np.sin(np.pi / 2 * kept.clip(0, 1)) ** 2
-    return ramp
 
 
 def _as_bytes(image: Array) -> NDArray[np.uint8]:

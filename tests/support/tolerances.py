@@ -110,6 +110,10 @@ GROUPED_MEMORY = 1.5
 # engine/graphs/upscalers.py: against the published architectures in torch, of the largest number
 UPSCALER_RTOL = 1e-5
 UPSCALER_SEAM = 2  # of 255: a gradient in tiles of 64, against the same in one
+# engine/graphs/upsampler.py: against diffusers' UNet2DModel, of the largest number
+UPSAMPLER_RTOL = 2e-5
+# runtime/images/upsampling.py: what is drawn against diffusers' pipeline, of -1 to 1
+UPSAMPLED_LATENTS = 1e-4
 # engine/graphs/safety_checker.py: against diffusers' checker, of the largest number of an embedding
 SAFETY_EMBEDDING = 1e-4  # its processor's normalisation is in float64
 # engine/graphs/writer.py: small networks in other precisions, of the largest number

@@ -11,7 +11,7 @@ from PIL import Image
 from engine.backends.settings import BackendSettings
 from engine.configs.upscalers import CompactConfig, ESRGANConfig, SwinIRConfig
 from engine.errors import BackendError, RequestError
-from runtime.images import upscaler as upscaler_module
+from runtime.images import overlaps
 from runtime.images.files import SOURCE_KEY
 from runtime.images.upscaler import LARGEST_TILE, MAX_PIXELS, Upscaler, tile_side
 from runtime.images.upscaling import parse_upscaler
@@ -80,8 +80,8 @@ def test_tiles_of_a_gradient_have_no_seams(deep, compact, plain, size):
 
 def test_a_cut_without_blending_would_be_seen(deep, monkeypatch):
     """The bound above is one that seams do not keep."""
-    monkeypatch.setattr(upscaler_module, "EDGE", 0)
-    monkeypatch.setattr(upscaler_module, "OVERLAP", 1)
+    monkeypatch.setattr(overlaps, "EDGE", 0)
+    monkeypatch.setattr(overlaps, "OVERLAP", 1)
     picture = gradient(200, 150)
     assert difference(deep(picture), replace(deep, tile=TILE)(picture)) > UPSCALER_SEAM
 
