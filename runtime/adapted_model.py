@@ -108,12 +108,14 @@ class AdaptedModel:
     def set_controls(
         self, controls: Mapping[str, str | Path] | OneOrMore[str | Path] | None
     ) -> None:
-        """Make these ControlNets known to requests in place of others; none is drawn with by this.
+        """Make these ControlNets and T2I-Adapters known to requests in place of others.
+
+        None is drawn with by this.
 
         controls: files or folders by the names that a `Control` gives, or files alone, whose names
         without their endings these are. One that stays keeps its engines, and a request that turns
-        it on or off or weighs it otherwise opens none. Raises ModelError for what is no ControlNet
-        or one of another family, BackendError where the model runs on a GPU.
+        it on or off or weighs it otherwise opens none. Raises ModelError for what is neither or
+        is one of another family, BackendError where the model runs on a GPU.
         """
         self.control_nets.set(_by_name("ControlNets", controls))
 
@@ -188,7 +190,7 @@ class AdaptedModel:
         if isinstance(engine, DeviceEngine) and engine.device.has_addresses:
             self._device_rows.step(rows, engine, filled_to=filled_to)
         else:
-            residuals = self._controlled.residuals
+            residuals = self._controlled.added
             step_rows(rows, self.engine, filled_to=filled_to, residuals=residuals)
 
     def close(self) -> None:
