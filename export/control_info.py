@@ -1,4 +1,4 @@
-"""What a ControlNet's file is: its kind, the family of its UNets, and what of it is used."""
+"""What a ControlNet's or T2I-Adapter's file is: its kind, its UNets' family, what is used."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,12 +9,13 @@ from engine.checkpoints.control_lora import ControlLora
 from engine.checkpoints.control_net import open_control_net
 from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.formats.files import Weights
+from engine.checkpoints.t2i_adapter import open_t2i_adapter
 from engine.configs.base import Shape
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 from engine.model import Model, find_model, shipped_models
 
-__all__ = ["describe_control_net"]
+__all__ = ["describe_control_net", "describe_t2i_adapter"]
 
 
 def describe_control_net(
@@ -45,9 +46,40 @@ def describe_control_net(
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         notes = [f"not used: {unused[0]}{more}"] if unused else []
         return facts, net.shapes, notes
+    raise _refusal(path, reasons)
+
+
+def describe_t2i_adapter(path: Path) -> tuple[dict[str, Any], Mapping[str, Shape]]:
+    """Return the facts of a T2I-Adapter and its tensors' shapes, of which all are used.
+
+    Raises ModelError where it is for the UNet of no family that is known here.
+    """
+    reasons = list[str]()
+    for title, unet in _unets():
+        try:
+            config, adapter = open_t2i_adapter(path, unet)
+        except ModelError as error:
+            reasons.append(str(error))
+            continue
+        facts = {
+            "kind": "T2I-Adapter",
+            "file": str(path),
+            "family": title,
+            "use": "give it as --control, with a --control-image",
+            "light": config.light,
+            "sees": "gray" if config.in_channels == 1 else "colours",
+            "features": list(config.channels),
+            "used_tensors": len(adapter.used()),
+        }
+        return facts, adapter.shapes
+    raise _refusal(path, reasons)
+
+
+def _refusal(path: Path, reasons: list[str]) -> ModelError:
+    """Choose, of why each family's UNet takes it not, what says most."""
     own = [reason for reason in reasons if reason.startswith(str(path))]
     of_what = [reason for reason in own if "of another family" not in reason]
-    raise ModelError((of_what or own)[0])
+    return ModelError((of_what or own)[0])
 
 
 def _unets() -> Iterator[tuple[str, UNetConfig]]:

@@ -21,10 +21,11 @@ from engine.checkpoints.ip_adapter import is_ip_adapter, open_ip_adapter
 from engine.checkpoints.parts import VAE
 from engine.checkpoints.pieces import is_piece, open_piece
 from engine.checkpoints.single_file import open_vae
+from engine.checkpoints.t2i_adapter import is_t2i_adapter
 from engine.checkpoints.tiny_autoencoder import find_halves, has_tiny_decoder
 from engine.checkpoints.upscaler import is_upscaler, open_upscaler
 from engine.model import Model, find_model
-from export.control_info import describe_control_net
+from export.control_info import describe_control_net, describe_t2i_adapter
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
 # Formats of numbers by their names in files; GGML's (Q8_0 and so on) keep theirs.
@@ -69,6 +70,8 @@ def _kind(weights: Weights) -> str:
         return "IP-Adapter"
     if is_control_net(weights):  # beside which there may be the model of its training
         return "ControlNet"
+    if is_t2i_adapter(weights):
+        return "T2I-Adapter"
     if any(name.startswith("model.diffusion_model.") for name in names):
         return "checkpoint"
     if any(f"{prefix}encoder.conv_in.weight" in weights for prefix in (*VAE, "")):
@@ -237,6 +240,11 @@ def _control_net(path: Path, weights: Weights) -> dict[str, Any]:
     return facts | _numbers(weights, {"control": shapes}) | {"notes": notes}
 
 
+def _t2i_adapter(path: Path, weights: Weights) -> dict[str, Any]:
+    facts, shapes = describe_t2i_adapter(path)
+    return facts | _numbers(weights, {"t2i_adapter": shapes}) | {"notes": []}
+
+
 def _adapter(path: Path, weights: Weights) -> dict[str, Any]:
     facts = {"kind": "adapter", "file": str(path), **read_adapter(path).describe()}
     variant = find_variant_of_adapter(path, SD1_FAMILY.variants)
@@ -266,6 +274,7 @@ _KINDS = {
     "autoencoder": _autoencoder,
     "tiny autoencoder": _tiny_autoencoder,
     "ControlNet": _control_net,
+    "T2I-Adapter": _t2i_adapter,
     "adapter": _adapter,
     "embedding": _embedding,
     "piece": _piece,

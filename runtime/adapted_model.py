@@ -112,12 +112,14 @@ class AdaptedModel:
     def set_controls(
         self, controls: Mapping[str, str | Path] | OneOrMore[str | Path] | None
     ) -> None:
-        """Make these ControlNets known to requests in place of others; none is drawn with by this.
+        """Make these ControlNets and T2I-Adapters known to requests in place of others.
+
+        None is drawn with by this.
 
         controls: files or folders by the names that a `Control` gives, or files alone, whose names
         without their endings these are. One that stays keeps its engines, and a request that turns
-        it on or off or weighs it otherwise opens none. Raises ModelError for what is no ControlNet
-        or one of another family, BackendError where the model runs on a GPU.
+        it on or off or weighs it otherwise opens none. Raises ModelError for what is neither or
+        is one of another family, BackendError where the model runs on a GPU.
         """
         self.control_nets.set(_by_name("ControlNets", controls))
 
@@ -217,7 +219,7 @@ class AdaptedModel:
                 rows,
                 self.engine,
                 filled_to=filled_to,
-                residuals=lambda laid, controls: self._controlled.residuals(laid, controls),
+                residuals=lambda *of_calls: self._controlled.added(*of_calls),
             )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Controls: pictures that steer the drawing, each by a ControlNet, and how much at each call.
+"""Controls: pictures that steer the drawing, each by a ControlNet or a T2I-Adapter.
 
 Three modes, as in Automatic1111's sd-webui-controlnet: "balanced"; "prompt", where the residuals
 count less the farther they are from the middle; "control", which does the same and leaves what
@@ -6,10 +6,10 @@ guidance moves away from without control, so that guidance strengthens it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ __all__ = [
     "StepControl",
     "check_course",
     "checked_controls",
-    "control_calls",
+    "control_fields",
     "course",
     "parse_control",
     "parse_weighed",
@@ -42,6 +42,8 @@ BALANCED, PROMPT, CONTROL = MODES = ("balanced", "prompt", "control")
 MAX_WEIGHT = 10
 MAX_CONTROLS = 16
 DECAY = 0.825  # from each residual to the one before it, the middle's counting whole
+# Of a T2I-Adapter's features in the same modes; more have the last.
+FEATURE_COUNTS = (0.25, 0.62, 0.825, 1.0)
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
 _TEXT = re.compile(
     rf"(?P<name>.+?)(?::(?P<weight>{_NUMBER}(?:,{_NUMBER})*)"
@@ -52,12 +54,12 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Control:
-    """A picture, and the ControlNet that sees it. Raises RequestError when it is made wrongly.
+    """A picture, and the net that sees it. Raises RequestError when it is made wrongly.
 
-    net: the ControlNet's name in the pipeline
+    net: the ControlNet's or T2I-Adapter's name in the pipeline
     image: what the net was trained to see: edges, depth, a pose; it is brought to the size of what
         is drawn. Where it is transparent the net sees -1, which an inpainting ControlNet fills.
-    weight: how much its residuals count, 1 as trained; several numbers are a curve over the run
+    weight: how much what it adds counts, 1 as trained; several numbers are a curve over the run
     start, end: the part of the run in which it steers, at the calls that lie whole in it, as
         diffusers' `control_guidance_start` and `control_guidance_end`
     mode: "balanced", "prompt" or "control": what is more important
@@ -128,14 +130,15 @@ class Control:
         """Return its weight at each call of a run: (calls,) float64."""
         return course(self.weights, self.start, self.end, calls)
 
-    def by_residual(self, residuals: int, groups: int, prompts: int) -> NDArray[np.float64]:
-        """Return how much each residual counts in each group of guidance: (residuals, groups).
+    def by_map(self, counts: NDArray[np.float64], groups: int, prompts: int) -> NDArray[np.float64]:
+        """Return how much each map counts in each group of guidance: (maps, groups).
 
+        counts: (maps,), of the maps where the prompt or the control is more important
         prompts: groups that guidance moves to, which are the last
         """
-        counts = np.ones((residuals, groups))
-        if self.mode != BALANCED:
-            counts *= DECAY ** np.arange(residuals - 1, -1, -1.0)[:, None]
+        if self.mode == BALANCED:
+            counts = np.ones_like(counts)
+        counts = np.repeat(counts[:, None], groups, axis=1)
         if self.mode == CONTROL:
             counts[:, : groups - prompts] = 0
         return counts
@@ -145,8 +148,8 @@ class Control:
 class StepControl:
     """How one of a run's controls steers a call.
 
-    net: the ControlNet's name; place: of the control in the run
-    weights: (N, g, 1) float32, how much each residual counts in each group of guidance
+    net: the net's name; place: of the control in the run
+    weights: (N, g, 1) float32, how much each residual or feature counts in each group of guidance
     """
 
     net: str
@@ -154,30 +157,41 @@ class StepControl:
     weights: NDArray[np.float32]
 
 
-def control_calls(
-    controls: Sequence[Control], groups: Sequence[int], prompts: int, residuals: int
-) -> list[list[StepControl]]:
-    """Return what steers each call of a run; a control that does not count is not there.
+def control_fields(
+    controls: Sequence[Control],
+    adapters: Mapping[str, int],
+    residuals: int,
+    conditioning: Sequence[Mapping[str, NDArray[np.float32]]],
+    prompts: int,
+) -> dict[str, Any]:
+    """Return the fields of a run's plan that say what steers it; one that never counts is left out.
 
-    groups: of guidance at each call, of which `prompts` are those that it moves to, the last
-    residuals: that a ControlNet gives
+    adapters: how many features each T2I-Adapter makes, by name; residuals: of a ControlNet
+    conditioning: of each call, with groups of `prompts` texts last, and before them perturbed ones
     """
-    scales = [control.over(len(groups)) for control in controls]
+    over = [(control, control.over(len(conditioning))) for control in controls]
+    over = [(control, scale) for control, scale in over if scale.any()]
+    decay = DECAY ** np.arange(residuals - 1, -1, -1.0)
     calls = []
-    for call, count in enumerate(groups):
-        steering = []
-        for place, (control, scale) in enumerate(zip(controls, scales, strict=True)):
-            if scale[call]:
-                weights = scale[call] * control.by_residual(residuals, count, min(prompts, count))
-                steering.append(
-                    StepControl(
-                        net=control.net,
-                        place=place,
-                        weights=weights[..., None].astype(np.float32),
-                    )
-                )
+    for number, call in enumerate(conditioning):
+        groups, steering = len(call["guidance"]), []
+        seen = prompts + int(call["perturbed"][:, 0].sum() if "perturbed" in call else 0)
+        for place, (control, scale) in enumerate(over):
+            if not scale[number]:
+                continue
+            counts = decay
+            if control.net in adapters:
+                more = max(adapters[control.net] - len(FEATURE_COUNTS), 0)
+                counts = np.array((*FEATURE_COUNTS, *[1.0] * more)[: adapters[control.net]])
+            weights = scale[number] * control.by_map(counts, groups, min(seen, groups))
+            weights = weights[..., None].astype(np.float32)
+            steering.append(StepControl(net=control.net, place=place, weights=weights))
         calls.append(steering)
-    return calls
+    return {
+        "controls": [control for control, _ in over],
+        "control_calls": calls if over else (),
+        "is_controlled": any(control.net not in adapters for control, _ in over),
+    }
 
 
 def points_of(weight: float | Sequence[float]) -> tuple[float, ...]:

@@ -20,8 +20,8 @@ CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "action": "append",
             "default": [],
             "metavar": "FILE[:WEIGHT[@START:END]]",
-            "help": "a ControlNet's file or folder, which sees --control-image; may be given "
-            "several times, each with a picture; see docs/control.md",
+            "help": "a ControlNet's or T2I-Adapter's file or folder, which sees --control-image; "
+            "may be given several times, each with a picture; see docs/control.md",
         },
         "--control-image": {
             "dest": "control_images",

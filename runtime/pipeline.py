@@ -221,6 +221,7 @@ class Pipeline(AdaptedModel):
         if self._named or chosen.names_files:
             notes += self._heed_names(chosen)
         plan = make_plan(chosen, self._distilled, self.schedule, self.encoder)
+        plan = self._controlled.steered(plan) if request.controls else plan
         plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})
@@ -266,11 +267,11 @@ class Pipeline(AdaptedModel):
         Each state draws fresh noise once, so step it once. Raises BackendError.
         """
         given = state.inputs(inputs)
-        if inputs.is_controlled and inputs.is_full:
+        if inputs.is_steered:
             from runtime.denoising.controls import call_controls  # for those who steer alone
 
-            steering = call_controls(inputs, state.hints)
-            given |= self._controlled.residuals(given, [steering] * len(given["noise"]))
+            steering = [call_controls(inputs, state.hints)] * len(given["noise"])
+            given |= self._controlled.added(inputs, given, steering)
         outputs = self.engine(inputs.part, inputs.variant).run(given)
         return state.after(outputs, given)
 

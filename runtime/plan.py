@@ -19,7 +19,7 @@ from engine.model import Model
 from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
-from runtime.control import Control, StepControl, control_calls
+from runtime.control import Control, StepControl
 from runtime.editing import check_editing, edited_calls
 from runtime.framing import frame_of
 from runtime.image_prompt import ImagePrompt, attention_maps, with_image_prompts
@@ -68,6 +68,7 @@ class Plan:
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
     controls: what steers the run; control_calls: how much, at each of its calls
+    is_controlled: whether by a ControlNet; prompts: groups that guidance moves to, the last
     image_prompts: pictures that are attended to; is_guided: whether calls move away from something
     seamless: the axes along which opposite edges join
     shrunk_calls: how many calls, the first, have lower levels of half the sides
@@ -101,6 +102,8 @@ class Plan:
     upscaler: str = ""
     controls: Sequence[Control] = ()
     control_calls: Sequence[Sequence[StepControl]] = ()
+    is_controlled: bool = False
+    prompts: int = 1
     image_prompts: Sequence[ImagePrompt] = ()
     is_guided: bool = False
     seamless: str | None = None
@@ -111,7 +114,7 @@ class Plan:
     @property
     def step_parts(self) -> list[StepPart]:
         """The parts that make the run's calls of the UNet: the whole, and around deep features."""
-        whole, shallow = STEP_PARTS[bool(self.controls), bool(self.image_prompts)]
+        whole, shallow = STEP_PARTS[self.is_controlled, bool(self.image_prompts)]
         parts = [whole] if all(self.full_calls) else [whole, shallow]
         return ["step_shrunk", *parts] if self.shrunk_calls else parts
 
@@ -166,7 +169,7 @@ class Plan:
                 signal_scale=signal,
                 noise_scale=noise,
                 controls=steering,
-                is_controlled=bool(self.controls),
+                is_controlled=self.is_controlled,
                 has_images=bool(self.image_prompts),
                 is_shrunk=at < self.shrunk_calls,
                 variants=self.variants,
@@ -322,7 +325,6 @@ def _run(
         places = attention_maps(pictures, encoder.model, frame, size)
         conditioning = with_image_prompts(conditioning, pictures, len(prompts), places)
     is_guided = any(len(call["context"]) > len(prompts) for call in conditioning)
-    controls = [control for control in request.controls if control.over(len(conditioning)).any()]
     if encoder.model.is_editing:
         conditioning = edited_calls(conditioning, request.image_guidance_scale, len(prompts))
     fields: dict[str, Any] = {"program": matrices, "conditioning": conditioning}
@@ -330,12 +332,9 @@ def _run(
     if any(asked) or matrices.unconditional is not None:
         model, count = encoder.model, len(prompts)
         fields |= fields_of_plan(request, model, schedule, guidance, matrices, conditioning, count)
-    groups = [len(call["guidance"]) for call in fields["conditioning"]]
-    seen = len(prompts) * (1 + bool(request.pag_scale))  # perturbed or not
-    residuals = sum(map(len, encoder.model.unet.residual_widths()))
     return Plan(
-        controls=controls,
-        control_calls=control_calls(controls, groups, seen, residuals) if controls else (),
+        controls=request.controls,
+        prompts=len(prompts),
         image_prompts=pictures,
         is_guided=is_guided,
         guidance_rescale=request.guidance_rescale,

@@ -46,8 +46,8 @@ class StepInputs:
     per_step: matrices (B, r, r + 2), outside (B, r + 2), timestep (B,), input_scale (B,), float32
     is_full: whether the UNet runs whole, or around the deep features of a call before
     signal_scale, noise_scale: alpha and sigma of the latents that go in
-    controls: what steers this call; is_controlled: whether any call of the run is steered, so that
-        all have one graph; has_images: whether the run has image prompts, likewise
+    controls: what steers this call; is_controlled: whether a ControlNet steers any call of the run,
+        so that all have one graph; has_images: whether the run has image prompts, likewise
     is_shrunk: whether the UNet's lower levels see half the sides, where it runs whole
     variants: what parts compute beside what they always do
     """
@@ -70,6 +70,16 @@ class StepInputs:
         if self.is_shrunk:
             whole = "step_shrunk"
         return whole if self.is_full else shallow
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the call takes features of T2I-Adapters."""
+        return self.variant is not None and self.variant.adapted
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether residuals or features are to be computed: a shallow call has those before."""
+        return self.is_full and (self.is_controlled or self.is_adapted)
 
     @property
     def variant(self) -> Variant | None:

@@ -30,7 +30,7 @@ from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
 from runtime.step_inputs import STEP_PARTS
 
-__all__ = ["check_gpu", "fields_of_plan", "with_kept_image"]
+__all__ = ["check_gpu", "fields_of_plan", "with_features", "with_kept_image"]
 
 Array = NDArray[np.float32]
 Conditioning = Mapping[str, Array]
@@ -96,6 +96,12 @@ def with_kept_image(tables: Mapping[str, NDArray[np.float64]]) -> dict[str, NDAr
     return {
         name: np.pad(table, more[name]) if name in more else table for name, table in tables.items()
     }
+
+
+def with_features(variants: Mapping[Part, Variant]) -> dict[Part, Variant]:
+    """Return variants whose whole steps take the features of T2I-Adapters too."""
+    more = {part: replace(variants.get(part, Variant()), adapted=True) for part in WHOLE}
+    return {**variants, **more}
 
 
 def check_gpu(request: Request, model: Model, backend: str) -> None:

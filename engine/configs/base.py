@@ -72,6 +72,10 @@ class Config:
         """Return the channels of every map that a ControlNet adds to one, level by level."""
         return []
 
+    def features(self) -> list[tuple[int, int]]:
+        """Return the width of every feature that a T2I-Adapter makes, and the level it is for."""
+        return []
+
     def cross_attentions(self) -> tuple[CrossAttention, ...]:
         """Return the layers that an IP-Adapter gives keys and values, in its order."""
         return ()

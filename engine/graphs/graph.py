@@ -2,8 +2,8 @@
 
 A graph's file name says the part, the architecture's key and the precision, so one graph serves
 every checkpoint of its architecture. Graphs of known architectures ship with the package,
-compressed; `python -m export` traces the others. Those of upscalers, CLIP's image encoders and
-IP-Adapters are written when one is opened (`engine/graphs/writer.py`).
+compressed; `python -m export` traces the others. Those of upscalers, CLIP's image encoders, IP- and
+T2I-Adapters are written when one is opened (`engine/graphs/writer.py`).
 
 The inputs and outputs of every graph, their names, dtypes and symbolic shapes, are written once,
 here. Symbols: B images, g groups of conditioning (order [uncond, cond]), r registers of a sampler,
@@ -26,7 +26,7 @@ from typing import Literal, Self, get_args
 from engine.configs.base import Config
 from engine.errors import GraphError, OutputError
 from engine.graphs.onnx_bytes import input_shapes, metadata, outputs
-from engine.graphs.steering import CONTROLLED_LEVELS, IP_PARTS, steering_inputs
+from engine.graphs.steering import CONTROLLED_LEVELS, IP_PARTS, steering_inputs, steering_outputs
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
 
@@ -44,6 +44,7 @@ Part = Literal[
     "step_shallow_controlled_ip",
     "control_hint",
     "control",
+    "t2i_adapter",
     "image_encoder",
     "ip_adapter",
     "vae_decoder",
@@ -91,7 +92,6 @@ _TEXT_ENCODER = Signature(
         "pooled": _tensor("float32", "B", "P"),
     },
 )
-
 _STEP_INPUTS = {
     "registers": _tensor("float32", "B", "r", "C", "h", "w"),
     "matrices": _tensor("float32", "B", "r", "r + 2"),
@@ -131,7 +131,7 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
             inputs={"picture": _tensor("float32", "B", 3, "H", "W")},
             outputs={"hint": _tensor("float32", "B", "F", "h", "w")},
         ),
-        # One of several: the residuals that it is given, and its own, weighed.
+        # Gives the residuals that it is given, and its own, weighed.
         "control": Signature(
             inputs={
                 **{name: _STEP_INPUTS[name] for name in _CONTROL_INPUTS},
@@ -184,6 +184,9 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
             inputs={"features": _tensor("float32", 1, "n", "E")},
             outputs={name: _tensor("float32", 1, "t", "W") for name in ("keys", "values")},
         ),
+        "t2i_adapter": Signature(
+            inputs={"squares": _tensor("float32", 1, "X", "h", "w")}, outputs={}
+        ),
         "safety_checker": Signature(
             inputs={"pixel_values": _tensor("float32", 1, 3, "S", "S")},
             outputs={"image_embeds": _tensor("float32", 1, "P")},
@@ -214,10 +217,9 @@ def signature(part: Part, config: Config) -> Signature:
     extra = {name: EXTRA_INPUTS[name] for name in told}
     shapes = steering_inputs(part, config) if part in CONTROLLED_LEVELS else {}
     steering = {name: _tensor("float32", *shape) for name, shape in shapes.items()}
-    outputs = dict(described.outputs)
-    if part == "control":
-        outputs = {f"next_{name}": tensor for name, tensor in steering.items()}
-    return Signature(inputs={**described.inputs, **extra, **steering}, outputs=outputs)
+    given = {n: _tensor("float32", *s) for n, s in steering_outputs(part, config).items()}
+    inputs = {**described.inputs, **extra, **steering}
+    return Signature(inputs=inputs, outputs={**described.outputs, **given})
 
 
 Precision = Literal["float32", "float16"]

@@ -13,16 +13,21 @@ __all__ = [
     "CONTROLLED_LEVELS",
     "IP_BY_GROUPS",
     "IP_PARTS",
+    "MAX_FEATURES",
     "MAX_LEVELS",
+    "feature_names",
     "ip_weights",
     "residual_inputs",
     "residual_names",
+    "sides_of",
     "steering_inputs",
+    "steering_outputs",
 ]
 
 Shapes = dict[str, tuple[str | int, ...]]
 
 MAX_LEVELS = 4  # of a UNet that have residuals or masks among a part's inputs
+MAX_FEATURES = MAX_LEVELS + 1  # of T2I-Adapters: one a level, and the middle's
 # Of the parts that pictures steer: how many levels have residuals.
 CONTROLLED_LEVELS: Mapping[str, int] = MappingProxyType(
     {
@@ -40,6 +45,22 @@ def steering_inputs(part: str, config: Config) -> Shapes:
     return {**residual_inputs(part, config), **(_ip_inputs(config) if part in IP_PARTS else {})}
 
 
+def steering_outputs(part: str, config: Config) -> Shapes:
+    """Return what a ControlNet or a T2I-Adapter gives, shapes by name; other parts have theirs."""
+    if part == "control":
+        return {f"next_{name}": shape for name, shape in residual_inputs(part, config).items()}
+    features = config.features()
+    return {
+        name: (1, width, *sides_of(level))
+        for name, (width, level) in zip(feature_names(len(features)), features, strict=True)
+    }
+
+
+def feature_names(count: int) -> list[str]:
+    """Return what features of T2I-Adapters are called, a step's inputs and their outputs."""
+    return [f"features_{place}" for place in range(count)]
+
+
 def residual_names(config: Config) -> list[str]:
     """Return what the residuals of every level are called, as inputs of a controlled step."""
     return [f"residuals_{level}" for level in range(len(config.residual_widths()))]
@@ -52,7 +73,7 @@ def residual_inputs(part: str, config: Config) -> Shapes:
     """
     levels = config.residual_widths()[: CONTROLLED_LEVELS.get(part, 0)]
     return {
-        f"residuals_{level}": ("g", "B", sum(widths), *_sides(level))
+        f"residuals_{level}": ("g", "B", sum(widths), *sides_of(level))
         for level, widths in enumerate(levels)
     }
 
@@ -75,9 +96,10 @@ def _ip_inputs(config: Config) -> Shapes:
     shapes: Shapes = dict.fromkeys(("ip_keys", "ip_values"), ("B", "k", "t", width))
     shapes["ip_bias"] = ("B", "k", "t")
     for level, name in ip_weights(config).items():
-        shapes[name] = ("g", "B", "k", *_sides(level))
+        shapes[name] = ("g", "B", "k", *sides_of(level))
     return shapes
 
 
-def _sides(level: int) -> tuple[str, str]:
+def sides_of(level: int) -> tuple[str, str]:
+    """Return the symbols of a level's sides."""
     return (f"h{level}", f"w{level}") if level else ("h", "w")

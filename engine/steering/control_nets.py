@@ -1,4 +1,4 @@
-"""The ControlNets beside a model: read for its UNet, opened when they are first asked for."""
+"""ControlNets and T2I-Adapters beside a model: read for its UNet, opened when first asked for."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,29 +10,33 @@ from engine.backends.settings import ON_GPU, graph_precision
 from engine.checkpoints.component import Component
 from engine.checkpoints.control_lora import ControlLora
 from engine.checkpoints.control_net import open_control_net
+from engine.checkpoints.formats.files import open_weights
+from engine.checkpoints.t2i_adapter import is_t2i_adapter, open_t2i_adapter
 from engine.configs.control_net import ControlNetConfig
+from engine.configs.t2i_adapter import T2IAdapterConfig
 from engine.engines import Engines
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import find_graph
+from engine.graphs.t2i_adapter import t2i_adapter_graph
 
 __all__ = ["ControlNets", "ControlPart"]
 
-ControlPart = Literal["control_hint", "control"]
+ControlPart = Literal["control_hint", "control", "t2i_adapter"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _ControlNet:
-    """A ControlNet and the engines of its parts that are open."""
+    """A ControlNet or a T2I-Adapter, and the engines of its parts that are open."""
 
     path: Path
-    config: ControlNetConfig
+    config: ControlNetConfig | T2IAdapterConfig
     weights: Component | ControlLora
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
 class ControlNets:
-    """The ControlNets of a model's engines, by the names that requests call them.
+    """The ControlNets and T2I-Adapters of a model's engines, by the names that requests call them.
 
     They run where the model runs; beside one that computes in int8, in bfloat16 or float32.
     """
@@ -45,8 +49,14 @@ class ControlNets:
         """What requests may name."""
         return tuple(self._nets)
 
+    @property
+    def adapters(self) -> Mapping[str, T2IAdapterConfig]:
+        """The architectures of those that are T2I-Adapters, by their names."""
+        nets = ((name, net.config) for name, net in self._nets.items())
+        return {name: config for name, config in nets if isinstance(config, T2IAdapterConfig)}
+
     def set(self, files: Mapping[str, Path]) -> None:
-        """Read these ControlNets in place of those that are there; the engines of some stay.
+        """Read these nets in place of those that are there; the engines of some stay.
 
         files: by name, files or folders; a name whose file is what it was keeps its engines
         Raises ModelError when one is none or is of another family, BackendError where the model
@@ -57,7 +67,7 @@ class ControlNets:
                 f"the backend {self._engines.settings.backend!r} runs no ControlNets yet; choose "
                 "cpu or openvino, or draw without them"
             )
-        model, nets = self._engines.model, dict[str, _ControlNet]()
+        nets = dict[str, _ControlNet]()
         for name, path in files.items():
             known = self._nets.get(name)
             if known is not None and known.path == path:
@@ -65,32 +75,35 @@ class ControlNets:
                 continue
             if not path.exists():
                 raise ModelError(f"the ControlNet {path} does not exist; give a file or a folder")
-            config, weights = open_control_net(path, model.unet, model.weights("step"))
-            nets[name] = _ControlNet(path=path, config=config, weights=weights)
+            nets[name] = self._read(path)
         self._nets = nets
 
     def path(self, name: str) -> Path:
         """Return the file or folder of a ControlNet."""
         return self._nets[name].path
 
-    def config(self, name: str) -> ControlNetConfig:
-        """Return the architecture of a ControlNet."""
+    def config(self, name: str) -> ControlNetConfig | T2IAdapterConfig:
+        """Return the architecture of a net."""
         return self._nets[name].config
 
     def engine(self, name: str, part: ControlPart) -> Engine:
         """Return a part's engine, opening it at the first call; raises GraphError, BackendError."""
         net = self._nets[name]
         if part not in net.opened:
-            settings, precision = self._engines.settings, self._engines.precision_beside
-            graph = find_graph(
-                part,
-                net.config,
-                graph_precision(settings, precision),
-                self._engines.folders,
-                net.path,
-            )
+            precision = graph_precision(self._engines.settings, self._engines.precision_beside)
+            if isinstance(net.config, T2IAdapterConfig):
+                graph = t2i_adapter_graph(net.config, precision)
+            else:
+                graph = find_graph(part, net.config, precision, self._engines.folders, net.path)
             net.opened[part] = self._engines.open_beside(graph, net.weights)
         return net.opened[part]
+
+    def _read(self, path: Path) -> _ControlNet:
+        """Read a file or a folder as what it is; raises ModelError."""
+        model = self._engines.model
+        if is_t2i_adapter(open_weights(path)):
+            return _ControlNet(path, *open_t2i_adapter(path, model.unet))
+        return _ControlNet(path, *open_control_net(path, model.unet, model.weights("step")))
 
     def close(self) -> None:
         """Let go of all engines."""

@@ -1,12 +1,14 @@
-"""What ControlNets add to the calls of the UNet: residuals, one net after the other.
+"""What ControlNets and T2I-Adapters add to the calls of the UNet.
 
-Each net takes the residuals of those before it and adds its own, weighed by call, picture,
-residual and group of guidance. Rows of one call may have other nets, or none: a net runs for the
-rows that it steers alone, in each row's own order, so a row is what it is without the others.
+A T2I-Adapter sees a picture once a run: its features are weighed and summed for every call. A
+ControlNet gives residuals at every call: each net takes those of the nets before it and adds its
+own, weighed by call, picture, residual and group of guidance. Rows of one call may have other
+nets, or none: a net runs for the rows that it steers alone, in each row's own order, so a row is
+what it is without the others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends.base import Engine
+from engine.configs.t2i_adapter import adapted_places
 from engine.configs.unet import UNetConfig
 from engine.errors import RequestError
-from engine.graphs.steering import residual_names
+from engine.graphs.steering import feature_names, residual_names
 from engine.steering.control_nets import ControlNets, ControlPart
-from runtime.control import Control
+from runtime.control import Control, control_fields
 from runtime.plan import Plan
 from runtime.step_inputs import StepInputs
+from runtime.variants import with_features
 
 __all__ = ["CallControl", "ControlledSteps", "Residuals", "call_controls", "hint_pixels"]
 
@@ -41,16 +45,17 @@ SEEN: Mapping[str, bool] = {
 class CallControl:
     """What steers one picture at one call.
 
-    net: the ControlNet's name; hint: (1, F, h, w); weights: (N, g, 1), by residual and group
+    net: its name; hint: what it made of its picture: a ControlNet one array (1, F, h, w), a
+        T2I-Adapter its features (1, C, h, w); weights: (N, g, 1), by residual or feature and group
     """
 
     net: str
-    hint: Array
+    hint: Sequence[Array]
     weights: Array
 
 
-def call_controls(step: StepInputs, hints: Sequence[Array]) -> list[CallControl]:
-    """Return what steers each picture at a call; hints: (1, F, h, w) of each control."""
+def call_controls(step: StepInputs, hints: Sequence[Sequence[Array]]) -> list[CallControl]:
+    """Return what steers each picture at a call; hints: what each control's net made."""
     return [
         CallControl(net=control.net, hint=hints[control.place], weights=control.weights)
         for control in step.controls
@@ -59,7 +64,7 @@ def call_controls(step: StepInputs, hints: Sequence[Array]) -> list[CallControl]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ControlledSteps:
-    """The ControlNets of a pipeline beside its UNet: hints of runs, residuals of calls."""
+    """The ControlNets and T2I-Adapters beside a pipeline's UNet: hints of runs, sums of calls."""
 
     unet: UNetConfig
     nets: ControlNets
@@ -74,35 +79,90 @@ class ControlledSteps:
                     "set_controls"
                 )
 
-    def hints(self, plan: Plan) -> tuple[Array, ...]:
-        """Return what the nets make of a run's pictures, (1, F, h, w) each.
+    def steered(self, plan: Plan) -> Plan:
+        """Return a plan that says how its controls steer every call, with the run that follows."""
+        if plan.hires is not None:
+            plan = replace(plan, hires=self.steered(plan.hires))
+        adapters = {name: len(each.channels) for name, each in self.nets.adapters.items()}
+        residuals = sum(map(len, self.unet.residual_widths()))
+        fields = control_fields(plan.controls, adapters, residuals, plan.conditioning, plan.prompts)
+        if any(control.net in adapters for control in fields["controls"]):
+            fields["variants"] = with_features(plan.variants)
+        return replace(plan, **fields)
+
+    def hints(self, plan: Plan) -> tuple[Sequence[Array], ...]:
+        """Return what the nets make of a run's pictures, for `CallControl` each.
 
         A picture that the run gives the same net twice is encoded once.
         Raises GraphError or BackendError.
         """
-        made: dict[tuple[str, int, str], Array] = {}
-        hints = list[Array]()
+        made: dict[tuple[str, int, str], Sequence[Array]] = {}
+        hints = list[Sequence[Array]]()
         for control in plan.controls:
             key = control.net, id(control.image), control.preprocessor_text
             if key not in made:
-                pixels = hint_pixels(control.shown(_over(plan, control.image)))
-                made[key] = self._run(control.net, "control_hint", {"picture": pixels})["hint"]
+                made[key] = self._hint(control.net, control.shown(_over(plan, control.image)))
             hints.append(made[key])
         return tuple(hints)
 
     def open(self, plan: Plan) -> None:
         """Open every engine that a run's controls need; raises GraphError or BackendError."""
         for control in plan.controls:
+            if control.net in self.nets.adapters:
+                self.nets.engine(control.net, "t2i_adapter")
+                continue
             for part in ("control_hint", "control"):
                 self.nets.engine(control.net, part)
 
-    def residuals(
+    def added(
+        self,
+        step: StepInputs,
+        given: Mapping[str, Any],
+        controls: Sequence[Sequence[CallControl]],
+    ) -> dict[str, Array]:
+        """Return what is added to the UNet's maps at a call: (g, B, C, h, w), by name.
+
+        step, given: the call and its inputs; controls: of each of its rows. Raises BackendError.
+        """
+        kinds = self.nets.adapters
+        added = dict[str, Array]()
+        if step.is_controlled:
+            nets = [[each for each in row if each.net not in kinds] for row in controls]
+            added |= self._residuals(given, nets)
+        if step.is_adapted:
+            adapters = [[each for each in row if each.net in kinds] for row in controls]
+            added |= self._features(given, adapters)
+        return added
+
+    def _features(
         self, given: Mapping[str, Any], controls: Sequence[Sequence[CallControl]]
     ) -> dict[str, Array]:
-        """Return what is added to the UNet's maps at a call: (g, B, C, h, w) a level, by name.
+        """Sum the features of every row's T2I-Adapters, weighed: (g, B, C, h, w) a place."""
+        places = adapted_places(self.unet.tensor_shapes())
+        (groups, batch), sides = given["context"].shape[:2], self._sides(given)
+        features = {
+            name: np.zeros((groups, batch, place.width, *sides[place.level]), np.float32)
+            for name, place in zip(feature_names(len(places)), places, strict=True)
+        }
+        for row, steering in enumerate(controls):
+            for control in steering:
+                made = zip(features.values(), control.hint, control.weights, strict=False)
+                for array, feature, weights in made:
+                    array[:, row] += weights[..., None, None] * feature
+        return features
 
-        given: the call's inputs; controls: of each of its rows. Raises BackendError.
-        """
+    def _hint(self, net: str, image: Image.Image) -> Sequence[Array]:
+        config = self.nets.adapters.get(net)
+        if config is None:
+            return (self._run(net, "control_hint", {"picture": hint_pixels(image)})["hint"],)
+        squares = picture_squares(image, config.in_channels, config.downscale_factor)
+        made = self._run(net, "t2i_adapter", {"squares": squares})
+        return [made[name] for name in feature_names(len(config.channels))]
+
+    def _residuals(
+        self, given: Mapping[str, Any], controls: Sequence[Sequence[CallControl]]
+    ) -> dict[str, Array]:
+        """Let every ControlNet add its own for the rows that it steers, in each row's order."""
         residuals = self._none(given)
         for place in range(max(map(len, controls), default=0)):
             placed = {i: row[place] for i, row in enumerate(controls) if place < len(row)}
@@ -115,7 +175,7 @@ class ControlledSteps:
                         for name, by_groups in SEEN.items()
                         if name in given
                     },
-                    "hint": np.concatenate([control.hint for control in chosen]),
+                    "hint": np.concatenate([control.hint[0] for control in chosen]),
                     "weights": np.concatenate([control.weights for control in chosen], axis=2),
                     **{name: _taken(array, rows, axis=1) for name, array in residuals.items()},
                 }
@@ -126,22 +186,28 @@ class ControlledSteps:
 
     def _none(self, given: Mapping[str, Any]) -> dict[str, Array]:
         """Return residuals that add nothing, for a call with these inputs."""
-        (groups, batch), (height, width) = given["context"].shape[:2], given["registers"].shape[3:]
-        residuals = {}
-        widths = zip(residual_names(self.unet), self.unet.residual_widths(), strict=True)
-        for name, channels in widths:
-            shape = groups, batch, sum(channels), height, width
-            residuals[name] = np.zeros(shape, np.float32)
-            height, width = (height + 1) // 2, (width + 1) // 2
-        return residuals
+        groups, batch = given["context"].shape[:2]
+        levels = zip(self.unet.residual_widths(), self._sides(given), strict=True)
+        return {
+            name: np.zeros((groups, batch, sum(channels), *sides), np.float32)
+            for name, (channels, sides) in zip(residual_names(self.unet), levels, strict=True)
+        }
+
+    def _sides(self, given: Mapping[str, Any]) -> list[tuple[int, int]]:
+        """Return the sides of the UNet's levels at a call."""
+        height, width = given["registers"].shape[3:]
+        levels = range(len(self.unet.block_out_channels))
+        return [(-(-height // 2**level), -(-width // 2**level)) for level in levels]
 
     def _run(self, net: str, part: ControlPart, inputs: Mapping[str, Any]) -> dict[str, Any]:
         engine: Engine = self.nets.engine(net, part)
         return engine.run(inputs)
 
 
-Residuals = Callable[[Mapping[str, Any], Sequence[Sequence[CallControl]]], dict[str, Array]]
-"""As `ControlledSteps.residuals`."""
+Residuals = Callable[
+    [StepInputs, Mapping[str, Any], Sequence[Sequence[CallControl]]], dict[str, Array]
+]
+"""As `ControlledSteps.added`."""
 
 
 def _over(plan: Plan, image: Image.Image) -> Image.Image:
@@ -159,6 +225,21 @@ def hint_pixels(image: Image.Image) -> Array:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         rgb = np.where(alpha[..., None] < OPAQUE, np.float32(-1), rgb)
     return np.ascontiguousarray(rgb.transpose(2, 0, 1)[None])
+
+
+def picture_squares(image: Image.Image, channels: int, side: int) -> Array:
+    """Return a picture as a T2I-Adapter sees it, from 0 to 1, its squares of pixels as channels.
+
+    channels: 3, or 1 for gray; side: of the squares; what is no whole one repeats the last pixels
+    Returns (1, channels * side**2, H / side, W / side).
+    """
+    pixels = np.asarray(image.convert("RGB" if channels > 1 else "L"), np.float32) / 255
+    pixels = pixels.reshape(*pixels.shape[:2], channels)
+    more = [(0, -size % side) for size in pixels.shape[:2]]
+    pixels = np.pad(pixels, (*more, (0, 0)), mode="edge")
+    rows, columns = (size // side for size in pixels.shape[:2])
+    squares = pixels.reshape(rows, side, columns, side, channels).transpose(4, 1, 3, 0, 2)
+    return np.ascontiguousarray(squares.reshape(1, -1, rows, columns))
 
 
 def _taken(array: NDArray[Any], rows: Sequence[int], *, axis: int) -> NDArray[Any]:

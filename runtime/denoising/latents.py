@@ -44,7 +44,7 @@ class State:
     keeps_deep: whether a later call takes the deep features of a call before
     deep: those of the last call that ran the whole UNet, if they are kept
     residuals: what was added to that call's maps of the first level, if the run is controlled
-    hints: what the run's ControlNets see of their pictures, (1, F, h, w) each
+    hints: what the run's nets made of their pictures, one array or several each
     given: all inputs of the call that made this state, None at the start
     """
 
@@ -54,7 +54,7 @@ class State:
     keeps_deep: bool
     deep: HostOrDeviceArray | None = None
     residuals: Array | None = None
-    hints: Sequence[Array] = ()
+    hints: Sequence[Sequence[Array]] = ()
     given: Mapping[str, Any] | None = None
 
     def inputs(self, step: StepInputs) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from engine.backends.base import FindEngine
 from engine.devices.device import HostOrDeviceArray
 from engine.graphs.graph import Part
-from engine.graphs.steering import IP_BY_GROUPS, MAX_LEVELS
+from engine.graphs.steering import IP_BY_GROUPS, MAX_FEATURES, MAX_LEVELS, feature_names
 from engine.graphs.variants import Variant
 from runtime.denoising.latents import State, predicted_x0
 from runtime.plan import Array, Plan, StepInputs
@@ -38,6 +38,7 @@ __all__ = ["Row", "padded", "part_of", "rows_of", "step_rows"]
 BY_GROUPS = frozenset(
     (
         *(f"residuals_{level}" for level in range(MAX_LEVELS)),
+        *feature_names(MAX_FEATURES),
         *IP_BY_GROUPS,
         "context",
         "guidance",
@@ -147,10 +148,9 @@ class Row:
         return call_controls(self._steps[self._at], self._state.hints)
 
     @property
-    def takes_residuals(self) -> bool:
-        """Whether the next call's residuals are to be computed: those of a shallow one are kept."""
-        step = self._steps[self._at]
-        return step.is_controlled and step.is_full
+    def next_step(self) -> StepInputs:
+        """What the next call is given beside the latents."""
+        return self._steps[self._at]
 
     def inputs(self) -> dict[str, Any]:
         """Return all inputs of the next call, each for one picture; its noise is drawn once."""
@@ -194,14 +194,14 @@ def step_rows(
     """Make the next call of rows of one bucket together.
 
     engine: returns a part's engine; filled_to: rows that the call has at least, by repeats
-    residuals: computes those of rows that are controlled
+    residuals: computes what is added to the UNet of rows that are steered
     Raises BackendError, and then every row is where it was.
     """
     inputs = [row.inputs() for row in rows]
     filled = [*range(len(rows)), *[len(rows) - 1] * (filled_to - len(rows))]
     laid, added = _laid_out([inputs[index] for index in filled]), dict[str, Array]()
-    if residuals is not None and rows[0].takes_residuals:
-        added = residuals(laid, [rows[index].controls for index in filled])
+    if residuals is not None and rows[0].next_step.is_steered:
+        added = residuals(rows[0].next_step, laid, [rows[index].controls for index in filled])
         laid |= added
     outputs = engine(rows[0].part, rows[0].variant).run(laid)
     for index, row in enumerate(rows):

@@ -18,6 +18,7 @@ from engine.checkpoints.ldm_names import control_net_sources
 from engine.configs.control_net import control_net_of
 from engine.configs.diffusion import TinyAutoencoderConfig
 from engine.configs.image_encoder import ImageEncoderConfig
+from engine.configs.t2i_adapter import T2IAdapterConfig
 from engine.errors import ModelError
 from engine.model import find_model
 from export.__main__ import main
@@ -180,6 +181,22 @@ def test_a_control_net(unet, family, tmp_path, unhashed):
     more = {"model.diffusion_model.out.2.bias": (4,), "betas": (1000,)}
     facts = describe(control_net(tmp_path, unet, more))
     assert facts["notes"] == ["not used: betas and 1 more"]
+
+
+@pytest.mark.parametrize(
+    ("side", "family"), [(8, "Stable Diffusion 1.x"), (16, "Stable Diffusion XL")]
+)
+def test_a_t2i_adapter(side, family, tmp_path, unhashed):
+    channels = (320, 640, 1280, 1280)
+    config = T2IAdapterConfig(channels=channels, in_channels=1, downscale_factor=side)
+    facts = describe(write_sparse(tmp_path / "adapter.safetensors", config.tensor_shapes()))
+    assert (facts["kind"], facts["family"]) == ("T2I-Adapter", family)
+    assert (facts["sees"], facts["light"], facts["features"]) == ("gray", False, list(channels))
+    assert facts["used_tensors"] == sum(facts["tensors"].values()) == len(config.tensor_shapes())
+    other = T2IAdapterConfig(channels=(24, 48))
+    path = write_sparse(tmp_path / "other.safetensors", other.tensor_shapes())
+    with pytest.raises(ModelError, match="is a T2I-Adapter of another family: it makes features"):
+        describe(path)
 
 
 def test_a_control_lora_and_what_no_model_here_takes(tmp_path, unhashed):

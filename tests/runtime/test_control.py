@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from engine.errors import RequestError
-from runtime.control import Control, checked_controls, control_calls, parse_control
+from runtime.control import DECAY, Control, checked_controls, control_fields, parse_control
 from runtime.control_options import controls_of
 from runtime.denoising.controls import hint_pixels
 from runtime.images.frame import Frame
@@ -38,19 +38,55 @@ def test_weights_over_a_run(fields, expected):
 
 def test_what_is_more_important():
     """The deepest residual counts whole, each before it 0.825 of the next (Automatic1111's)."""
-    soft = 0.825 ** np.arange(12, -1, -1)
-    assert np.array_equal(control().by_residual(13, 2, 1), np.ones((13, 2)))
-    assert np.allclose(control(mode="prompt").by_residual(13, 2, 1), np.stack([soft, soft], 1))
+    soft = DECAY ** np.arange(12, -1, -1)
+    assert np.array_equal(control().by_map(soft, 2, 1), np.ones((13, 2)))
+    assert np.allclose(control(mode="prompt").by_map(soft, 2, 1), np.stack([soft, soft], 1))
     wanted = np.stack([0 * soft, 0 * soft, soft, soft], 1)
-    assert np.allclose(control(mode="control").by_residual(13, 4, 2), wanted)
-    assert np.allclose(control(mode="control").by_residual(13, 1, 1), soft[:, None])
+    assert np.allclose(control(mode="control").by_map(soft, 4, 2), wanted)
+    assert np.allclose(control(mode="control").by_map(soft, 1, 1), soft[:, None])
+
+
+def conditioning(*perturbed):
+    """Return calls of one negative text and one prompt, with groups of perturbed attention."""
+    return [
+        {
+            "guidance": np.ones((2 + count, 1), np.float32),
+            "perturbed": np.repeat([[0], [1], [0]], [1, count, 1], axis=0),
+        }
+        for count in perturbed
+    ]
 
 
 def test_a_control_that_does_not_count_is_not_computed():
-    calls = control_calls([control(end=0.5), control(net="depth")], [2, 2, 1, 1], 1, 5)
-    assert [[c.net for c in call] for call in calls] == [["canny", "depth"]] * 2 + [["depth"]] * 2
-    assert [call[-1].weights.shape for call in calls] == [(5, 2, 1)] * 2 + [(5, 1, 1)] * 2
-    assert [call[-1].place for call in calls] == [1] * 4
+    calls = [{"guidance": np.ones((groups, 1), np.float32)} for groups in (2, 2, 1, 1)]
+    never = control(net="never", weight=0)
+    controls = [control(end=0.5), never, control(net="depth")]
+    fields = control_fields(controls, {}, 5, calls, 1)
+    made = fields["control_calls"]
+    assert [each.net for each in fields["controls"]] == ["canny", "depth"]
+    assert [[c.net for c in call] for call in made] == [["canny", "depth"]] * 2 + [["depth"]] * 2
+    assert [call[-1].weights.shape for call in made] == [(5, 2, 1)] * 2 + [(5, 1, 1)] * 2
+    assert [call[-1].place for call in made] == [1] * 4
+    assert fields["is_controlled"]
+    assert not control_fields([never], {}, 5, calls, 1)["control_calls"]
+
+
+def test_the_negative_text_is_left_alone_at_calls_without_perturbed_groups_too():
+    """With CFG++ it is there outside the part that is guided, where nothing is perturbed."""
+    fields = control_fields([control(mode="control")], {}, 5, conditioning(0, 1, 0), 1)
+    steered = [(call[0].weights[..., 0] > 0).all(0).tolist() for call in fields["control_calls"]]
+    assert steered == [[False, True], [False, True, True], [False, True]]
+
+
+def test_a_t2i_adapter_counts_by_feature():
+    calls = [{"guidance": np.ones((2, 1), np.float32)}] * 2
+    controls = [control(mode="control"), control(net="depth")]
+    fields = control_fields(controls, {"canny": 4}, 13, calls, 1)
+    adapter, net = fields["control_calls"][0]
+    assert np.allclose(adapter.weights[..., 0], [[0, x] for x in (0.25, 0.62, 0.825, 1)])
+    assert net.weights.shape == (13, 2, 1)
+    assert fields["is_controlled"]
+    assert not control_fields(controls[:1], {"canny": 4}, 13, calls, 1)["is_controlled"]
 
 
 @pytest.mark.parametrize(

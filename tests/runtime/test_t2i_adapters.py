@@ -1,0 +1,222 @@
+"""T2I-Adapters against diffusers, beside ControlNets, and what turning them on and off costs."""
+
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import engine.engines
+from engine.backends.settings import BackendSettings
+from engine.errors import ModelError
+from engine.model import Model
+from runtime import Control, Hires, Pipeline, Request
+from runtime.__main__ import main
+from runtime.images.files import read_settings
+from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
+from tests.support.pictures import drawing, psnr
+from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.t2i_adapters import small_t2i_adapter, write_t2i_adapter
+from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+PIXELS, SEED, PROMPT = 8 * SIDE, 3, "a lighthouse at dusk"
+SETTINGS = BackendSettings(threads=1, backend="cpu")
+FIELDS = {
+    "negative_prompt": "blurry",
+    "num_inference_steps": 4,
+    "guidance_scale": 5.0,
+    "height": PIXELS,
+    "width": PIXELS,
+}
+HINT = drawing(PIXELS, PIXELS)
+TURNED = HINT.transpose(0)
+GRAY = HINT.convert("L")
+# By the small model: what diffusers calls each adapter, whether it sees gray, and its file's names.
+ADAPTERS = {
+    "sd1": {
+        "full": ("full_adapter", False, "folder"),
+        "light": ("light_adapter", False, "original"),
+        "sketch": ("full_adapter", True, "original"),
+        "file": ("light_adapter", True, "diffusers"),
+    },
+    "xl": {
+        "full": ("full_adapter_xl", False, "original"),
+        "sketch": ("full_adapter_xl", True, "folder"),
+    },
+}
+WIDTHS = (64, 128)
+
+
+@pytest.fixture(scope="module")
+def place():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def loaded(place):
+    """Open a small model with its adapters, and for "sd1" a ControlNet "net"."""
+    graphs = place / "graphs"
+    graphs.mkdir()
+
+    @cache
+    def load(name):
+        folder = place / name
+        folder.mkdir()
+        small = SMALL[name]
+        adapters, paths = {}, {}
+        for seed, (adapter, (kind, gray, naming)) in enumerate(ADAPTERS[name].items()):
+            adapters[adapter] = small_t2i_adapter(WIDTHS, kind=kind, gray=gray, seed=seed)
+            path = folder / (adapter if naming == "folder" else f"{adapter}.safetensors")
+            paths[adapter] = write_t2i_adapter(adapters[adapter], path, naming)
+        file = small.write_file(folder)
+        trace_graphs(Model.open(file), graphs)
+        nets = {}
+        if name == "sd1":
+            nets["net"] = small_control_net(small)
+            only = {"net": write_control_net(nets["net"], folder / "net")}
+            pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=only)
+            trace_control_graphs(pipeline, graphs)
+            paths |= only
+        pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=paths)
+        return small, pipeline, adapters | nets, file, graphs
+
+    return load
+
+
+def draw(pipeline, *controls, **fields):
+    fields = {"sampler": "ddim", "seed": SEED, **FIELDS, **fields}
+    return pipeline(PROMPT, controls=controls, **fields).images[0]
+
+
+def reference(small, adapter, images, **fields):
+    own = small.reference
+    kind = getattr(diffusers, f"{small.kind}AdapterPipeline")
+    extra = {"add_watermarker": False} if small.is_xl else {"requires_safety_checker": False}
+    parts = {n: part for n, part in own.components.items() if n != "image_encoder" or small.is_xl}
+    pipeline = kind(**parts, adapter=adapter, **extra)
+    pipeline.scheduler = own.scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(SEED)
+    return pipeline(PROMPT, generator=generator, image=images, **{**FIELDS, **fields}).images[0]
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(("name", "adapter"), [(n, a) for n, of in ADAPTERS.items() for a in of])
+def test_pictures_are_diffusers_own(loaded, name, adapter):
+    small, pipeline, nets, *_ = loaded(name)
+    gray = ADAPTERS[name][adapter][1]
+    theirs = reference(small, nets[adapter], GRAY if gray else HINT)
+    assert psnr(draw(pipeline, Control(net=adapter, image=HINT)), theirs) >= SMALL_PICTURE_PSNR_DB
+    assert psnr(draw(pipeline), theirs) < SMALL_PICTURE_PSNR_DB / 2
+    turned = draw(pipeline, Control(net=adapter, image=TURNED))
+    assert psnr(turned, theirs) < SMALL_PICTURE_PSNR_DB
+
+
+def test_several_and_a_part_of_the_run_are_diffusers_own(loaded):
+    small, pipeline, nets, *_ = loaded("sd1")
+    both = diffusers.MultiAdapter([nets["full"], nets["light"]])
+    scale = {"adapter_conditioning_scale": [0.7, 0.4]}
+    theirs = reference(small, both, [HINT, TURNED], **scale)
+    controls = [
+        Control(net="full", image=HINT, weight=0.7),
+        Control(net="light", image=TURNED, weight=0.4),
+    ]
+    assert psnr(draw(pipeline, *controls), theirs) >= SMALL_PICTURE_PSNR_DB
+    small, pipeline, nets, *_ = loaded("xl")
+    half = {"adapter_conditioning_scale": 0.8, "adapter_conditioning_factor": 0.5}
+    theirs = reference(small, nets["full"], HINT, **half)
+    ended = Control(net="full", image=HINT, weight=0.8, end=0.5)
+    assert psnr(draw(pipeline, ended), theirs) >= SMALL_PICTURE_PSNR_DB
+    whole = draw(pipeline, Control(net="full", image=HINT, weight=0.8))
+    assert psnr(whole, theirs) < SMALL_PICTURE_PSNR_DB
+
+
+def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
+    _, pipeline, *_ = loaded("sd1")
+    one = partial(Control, net="full", image=HINT)
+    plain, steered = draw(pipeline), draw(pipeline, one())
+    opened, rebound = [], []
+    monkeypatch.setattr(engine.engines, "_open", lambda spec: opened.append(spec))
+    for part in (*pipeline.engines.opened.values(), *pipeline.engines.opened_variants.values()):
+        monkeypatch.setattr(part, "rebind", lambda *_: rebound.append(1), raising=False)
+    calls, adapter = [], pipeline.control_nets.engine("full", "t2i_adapter")
+    run = adapter.run
+    monkeypatch.setattr(adapter, "run", lambda g: calls.append(1) or run(g), raising=False)
+    assert same(draw(pipeline), plain)
+    assert not same(draw(pipeline, one(weight=0.5)), steered)
+    assert not same(draw(pipeline, one(weight=(1.0, 0.0))), steered)
+    assert not same(draw(pipeline, one(end=0.5)), steered)
+    assert not same(draw(pipeline, one(mode="control")), draw(pipeline, one(mode="prompt")))
+    assert same(draw(pipeline, one(weight=0)), plain), "which is no control at all"
+    calls.clear()
+    assert same(draw(pipeline, one()), steered)
+    assert calls == [1], "once a picture"
+    assert not opened
+    assert not rebound
+
+
+def test_rows_of_one_call_are_what_they_are_alone(loaded):
+    _, pipeline, *_ = loaded("sd1")
+    full, light = Control(net="full", image=HINT), Control(net="light", image=TURNED, weight=0.5)
+    net, late = Control(net="net", image=HINT), Control(net="full", image=TURNED, start=0.5)
+    lists = [(), (full,), (full, light), (light, full), (late,), (net, full), (light, net), (net,)]
+    requests = [
+        Request(prompt=PROMPT, seed=seed, controls=controls, **{**FIELDS, "sampler": "ddim"})
+        for seed, controls in enumerate(lists)
+    ]
+    together = {drawn.request: drawn.image for drawn in pipeline.draw(requests, batch_size=8)}
+    alone = [draw(pipeline, *controls, seed=seed) for seed, controls in enumerate(lists)]
+    assert all(same(together[index], image) for index, image in enumerate(alone))
+    for index, (without, seed) in {5: ((net,), 5), 6: ((light,), 6)}.items():
+        assert not same(alone[index], draw(pipeline, *without, seed=seed)), "both steer"
+
+
+def test_beside_other_variants_of_the_step(loaded):
+    _, pipeline, *_ = loaded("sd1")
+    control = Control(net="full", image=HINT)
+    ways = (
+        {"pag_scale": 2.0},
+        {"apg": (0.0, 10.0, -0.5)},
+        {"sampler": "euler_cfg_pp", "guidance_scale": 0.8},
+        {"hires": Hires(scale=1.5, strength=0.5)},
+        {"height": PIXELS - 8, "width": PIXELS + 8},
+    )
+    for fields in ways:
+        assert not same(draw(pipeline, control, **fields), draw(pipeline, **fields)), fields
+
+
+def test_one_of_another_family_is_one_sentence(loaded, place):
+    _, pipeline, *_ = loaded("sd1")
+    loaded("xl")
+    before = pipeline.control_nets.names
+    with pytest.raises(ModelError, match=r"is a T2I-Adapter of another family: it makes features"):
+        pipeline.set_controls({"full": place / "xl" / "full.safetensors"})
+    assert pipeline.control_nets.names == before
+
+
+def test_the_command_line_and_the_same_picture_again(loaded, tmp_path, monkeypatch):
+    *_, file, graphs = loaded("sd1")
+    HINT.save(tmp_path / "edges.png")
+    monkeypatch.chdir(file.parent)
+    shared = ["--graphs", str(graphs), "--backend", "cpu", "--threads", "1"]
+    asked = [PROMPT, "--model", str(file), "--steps", "2", "--height", "64", "--width", "64"]
+    steered = ["--control", "light.safetensors:0.8@0:0.5"]
+    steered += ["--control-image", str(tmp_path / "edges.png")]
+    out = [str(tmp_path / name) for name in ("one.png", "again.png")]
+    assert main([*asked, *steered, *shared, "--seed", "1", "--out", out[0]]) == 0
+    settings = read_settings(Path(out[0]))
+    assert settings["controls"] == ["light.safetensors:0.8@0:0.5"]
+    assert {"light.safetensors", "edges.png"} <= settings["hashes"].keys()
+    assert main(["--again", out[0], *shared, "--out", out[1]]) == 0
+    assert Path(out[0]).read_bytes() == Path(out[1]).read_bytes()
