@@ -36,11 +36,10 @@ if TYPE_CHECKING:
     from engine.adapters.textual_inversion import Embedding
     from engine.steering.control_nets import ControlNets
     from engine.steering.ip_adapters import IPAdapters
-    from runtime.denoising.controls import ControlledSteps
     from runtime.denoising.device_loop import DeviceLoop
     from runtime.denoising.device_rows import DeviceRows
-    from runtime.denoising.image_prompts import AttendedImages
     from runtime.images.upscaler import Upscaler
+    from runtime.steering import Steering
 
 
 class AdaptedModel:
@@ -136,32 +135,22 @@ class AdaptedModel:
         Raises ModelError for what is no IP-Adapter, or is one of another family or encoder,
         BackendError where the model runs on a GPU.
         """
-        files = _by_name("IP-Adapters", ip_adapters)
-        if isinstance(image_encoder, Mapping):
-            given = {name: path_of(folder) for name, folder in image_encoder.items()}
-            if unknown := given.keys() - files.keys():
-                raise ModelError(
-                    f"an image encoder is for {', '.join(map(repr, unknown))}, which is no "
-                    f"IP-Adapter of {', '.join(map(repr, files)) or 'none'}; name one of them"
-                )
-        else:
-            given = dict.fromkeys(files, path_of(image_encoder))
-        self.ip_adapters.set(files, given)
-        self._attended_images.forget()
+        encoders = (
+            path_of(image_encoder)
+            if not isinstance(image_encoder, Mapping)
+            else {name: path_of(folder) for name, folder in image_encoder.items()}
+        )
+        self._steering.set_ip_adapters(_by_name("IP-Adapters", ip_adapters), encoders)
 
-    @cached_property
+    @property
     def control_nets(self) -> "ControlNets":
-        """The ControlNets that requests may name."""
-        from engine.steering.control_nets import ControlNets
+        """The ControlNets and T2I-Adapters that requests may name."""
+        return self._steering.control_nets
 
-        return ControlNets(self.engines)
-
-    @cached_property
+    @property
     def ip_adapters(self) -> "IPAdapters":
         """The IP-Adapters that requests may name."""
-        from engine.steering.ip_adapters import IPAdapters
-
-        return IPAdapters(self.engines)
+        return self._steering.ip_adapters
 
     def share_upscalers(self, upscalers: "dict[str, Upscaler]") -> None:
         """Take hires fix's trained upscalers from a dictionary by paths, and put new ones there."""
@@ -219,18 +208,15 @@ class AdaptedModel:
                 rows,
                 self.engine,
                 filled_to=filled_to,
-                residuals=lambda *of_calls: self._controlled.added(*of_calls),
+                residuals=lambda *of_calls: self._steering.controlled.added(*of_calls),
             )
 
     def close(self) -> None:
         """Let go of the engines and of the memory on a device; then nothing can be drawn."""
         self._forget_forms()
         self.engines.close()
-        for made in ("control_nets", "ip_adapters"):
-            if made in vars(self):
-                getattr(self, made).close()
-        if "_attended_images" in vars(self):
-            self._attended_images.forget()
+        if "_steering" in vars(self):
+            self._steering.close()
         self.encoder = self.encoder.without_cache()
 
     def __reduce__(self) -> NoReturn:
@@ -249,16 +235,10 @@ class AdaptedModel:
         self.close()
 
     @cached_property
-    def _controlled(self) -> "ControlledSteps":
-        from runtime.denoising.controls import ControlledSteps
+    def _steering(self) -> "Steering":
+        from runtime.steering import Steering
 
-        return ControlledSteps(unet=self.model.unet, nets=self.control_nets)
-
-    @cached_property
-    def _attended_images(self) -> "AttendedImages":
-        from runtime.denoising.image_prompts import AttendedImages
-
-        return AttendedImages(adapters=self.ip_adapters)
+        return Steering(self.engines)
 
     @cached_property
     def _device_loop(self) -> "DeviceLoop":
@@ -282,30 +262,9 @@ class AdaptedModel:
         part = plan.step_parts[0]
         return hasattr(self.engine(part, plan.variants.get(part)), "device")
 
-    def _check_steering(self, request: Request) -> None:
-        """Raise RequestError for ControlNets or IP-Adapters that there are not."""
-        if request.controls:
-            self._controlled.check(request.controls)
-        if request.image_prompts:
-            self._attended_images.check(request.image_prompts)
-
-    def _open_steering(self, plan: Plan) -> None:
-        """Open the engines of a plan's pictures; raises GraphError or BackendError."""
-        if plan.controls:
-            self._controlled.open(plan)
-        if plan.image_prompts:
-            self._attended_images.open(plan)
-
-    def _steered(self, state: State, plan: Plan) -> State:
-        """Return a run's first state with what is made of its pictures."""
-        if plan.controls:
-            state = replace(state, hints=self._controlled.hints(plan))
-        if plan.image_prompts:
-            images = self._attended_images.constants(plan)
-            state = replace(state, constant={**state.constant, **images})
-        return state
-
     def _put_on(self, adapters: "Sequence[tuple[Adapter, AdapterChoice]]") -> None:
+        from engine.adapters.few_steps import with_few_steps
+
         bundled = [embedding for adapter, _ in adapters for embedding in adapter.embeddings]
         encoder = self.encoder.without_cache()
         if bundled or self._bundled:
@@ -313,8 +272,6 @@ class AdaptedModel:
         self._forget_forms()
         self.engines.set_loras(adapters)
         self.encoder, self._bundled = encoder, bundled
-        from engine.adapters.few_steps import with_few_steps
-
         choices = [choice for _, choice in adapters]
         self._distilled, self._few_steps = with_few_steps(self.model, choices)
         self.schedule = NoiseSchedule.from_config(self._distilled.scheduler)

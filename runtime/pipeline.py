@@ -215,13 +215,14 @@ class Pipeline(AdaptedModel):
         if (backend := self.engines.settings.backend) in ON_GPU:
             check_gpu(request, self.model, backend)
         chosen, notes = request, list[str]()
-        self._check_steering(request)
+        if request.controls or request.image_prompts:
+            self._steering.check(request)
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)
         if self._named or chosen.names_files:
             notes += self._heed_names(chosen)
         plan = make_plan(chosen, self._distilled, self.schedule, self.encoder)
-        plan = self._controlled.steered(plan) if request.controls else plan
+        plan = self._steering.controlled.steered(plan) if request.controls else plan
         plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})
@@ -252,14 +253,17 @@ class Pipeline(AdaptedModel):
         Raises GraphError, ModelError or BackendError.
         """
         self.open_engines(plan)
-        return self._steered(self._latents.start(plan, latents), plan)
+        state = self._latents.start(plan, latents)
+        is_steered = plan.controls or plan.image_prompts
+        return self._steering.begun(state, plan) if is_steered else state
 
     def open_engines(self, plan: Plan) -> None:
         """Open every engine that a plan needs; raises GraphError, ModelError or BackendError."""
         self._latents.open_upscalers(plan)
         for part in parts_of(plan, self.model):
             self.engine(part, plan.variants.get(part))
-        self._open_steering(plan)
+        if plan.controls or plan.image_prompts:
+            self._steering.open(plan)
 
     def step(self, state: State, inputs: StepInputs) -> State:
         """Call the UNet once; returns the state after it, and leaves the one before as it was.
@@ -268,10 +272,7 @@ class Pipeline(AdaptedModel):
         """
         given = state.inputs(inputs)
         if inputs.is_steered:
-            from runtime.denoising.controls import call_controls  # for those who steer alone
-
-            steering = [call_controls(inputs, state.hints)] * len(given["noise"])
-            given |= self._controlled.added(inputs, given, steering)
+            given |= self._steering.added(inputs, state, given)
         outputs = self.engine(inputs.part, inputs.variant).run(given)
         return state.after(outputs, given)
 

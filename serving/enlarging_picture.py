@@ -15,7 +15,8 @@ from runtime.images.files import (
     settings_in,
     source_type_in,
 )
-from runtime.images.upscaler import Tiles, Upscaler
+from runtime.images.overlaps import Tiles
+from runtime.images.upscaler import Upscaler
 from serving.enlarging_request import UNCHANGED, EnlargingRequest
 from serving.unfinished_picture import FinishedPicture
 from serving.uploads import decode

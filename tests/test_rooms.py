@@ -43,7 +43,7 @@ ROOMS = {
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images"),
         *("preprocessors", "control", "image_prompt", "regions", "request", "picture_settings"),
         *("request_options", "framing", "editing", "step_inputs", "variants", "plan", "templates"),
-        *("denoising", "adapted_model", "diffusers_arguments", "result", "pipeline"),
+        *("denoising", "steering", "adapted_model", "diffusers_arguments", "result", "pipeline"),
         *("calibration", "expansion", "axes", "control_options", "image_prompt_options"),
         *("steering_options", "output_options", "text_options", "drawing_options"),
         *("image_options", "options", "terminal", "backend_note", "found_settings"),

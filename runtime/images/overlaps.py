@@ -6,16 +6,20 @@ the other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["cuts_of", "windows_of"]
+__all__ = ["Tiles", "cuts_of", "windows_of"]
 
 OVERLAP, EDGE = 32, 8  # of tiles, and what of it is thrown away, in pixels that go in
 
 Array = NDArray[np.float32]
+Made = TypeVar("Made")
+Tiles = Generator[tuple[int, int], None, Made]
+"""Yields after every tile how many are done and how many there are; returns what is made of all."""
 
 
 def cuts_of(size: int, side: int, multiple: int) -> list[slice]:

@@ -11,8 +11,9 @@ does. Every call of the UNet is made in tiles that overlap, whose outputs fade i
 before a step is made of them (Bar-Tal et al. 2023, arXiv:2302.08113, equation 5).
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from numbers import Integral
 from typing import Any
 
@@ -30,7 +31,7 @@ from engine.configs.upsampler import (
     UpsamplerConfig,
 )
 from runtime.checks import check_number
-from runtime.images.overlaps import cuts_of, windows_of
+from runtime.images.overlaps import Tiles, cuts_of, windows_of
 from runtime.noise import MAX_SEED, TorchNoise
 from runtime.samplers import program
 from runtime.samplers.noise_schedule import NoiseSchedule
@@ -41,7 +42,6 @@ MAX_STEPS = 1000  # the timesteps of its training
 HALF = np.float32(127.5)  # bytes for a number of -1 to 1
 
 Array = NDArray[np.float32]
-OnTile = Callable[[int, int], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +73,8 @@ def upsampled(
     sampling: Sampling,
     *,
     tile: int,
-    on_tile: OnTile | None = None,
-) -> NDArray[np.uint8]:
-    """Enlarge a picture (H, W, 3) once: (scale · H, scale · W, 3).
+) -> Tiles[NDArray[np.uint8]]:
+    """Enlarge a picture (H, W, 3) once: (scale · H, scale · W, 3), tile by tile.
 
     engine: of the upsampler's graph; tile: side of the tiles of a call, in pixels that go in
     Raises BackendError.
@@ -87,11 +86,16 @@ def upsampled(
     low = noised(enlarged_cells(padded, scale), sampling.noise_level, rng)
     x = rng.normal(low.shape)
     steps = program("ddim", NoiseSchedule.from_config(SCHEDULER), sampling.num_inference_steps)
-    unet = _TiledUNet.over(engine, x.shape, tile, config.multiple, len(steps.timesteps), on_tile)
-    for timestep, matrix in zip(steps.timesteps, steps.matrices.astype(np.float32), strict=True):
+    unet = _TiledUNet.over(engine, x.shape, tile, config.multiple)
+    total = len(steps.timesteps) * unet.count
+    calls = zip(steps.timesteps, steps.matrices.astype(np.float32), strict=True)
+    for call, (timestep, matrix) in enumerate(calls):
         times = np.array([timestep, sampling.noise_level], np.float32)
         kept, taken, _ = matrix[0]  # DDIM remembers nothing and draws no noise
-        x = kept * x + taken * unet(np.concatenate([x, low]), times)
+        out = np.zeros_like(x)
+        for done in unet.add(out, np.concatenate([x, low]), times):
+            yield call * unet.count + done, total
+        x = kept * x + taken * out
     picture = from_cells(low + x / np.float32(RESIDUAL_SCALE), scale)
     return picture[: scale * height, : scale * width]
 
@@ -124,7 +128,7 @@ def noised(cells: Array, noise_level: int, rng: TorchNoise) -> Array:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _TiledUNet:
-    """A UNet over the whole of a picture, tile by tile; a call gives (C, h, w).
+    """A UNet over the whole of a picture, tile by tile.
 
     rows, columns: the tiles' places, each with its weights along that axis
     """
@@ -132,40 +136,29 @@ class _TiledUNet:
     engine: Engine
     rows: list[tuple[slice, Array]]
     columns: list[tuple[slice, Array]]
-    on_tile: Callable[[], object]
 
     @classmethod
-    def over(
-        cls,
-        engine: Engine,
-        shape: tuple[int, ...],
-        side: int,
-        multiple: int,
-        calls: int,
-        on_tile: OnTile | None,
-    ) -> "_TiledUNet":
-        """Lay tiles over cells of this shape (C, h, w); on_tile: told of all tiles of all calls."""
+    def over(cls, engine: Engine, shape: tuple[int, ...], side: int, multiple: int) -> "_TiledUNet":
+        """Lay tiles over cells of this shape (C, h, w)."""
         rows, columns = (
             list(zip(cuts := cuts_of(size, side, multiple), windows_of(cuts, 1), strict=True))
             for size in shape[1:]
         )
-        total, done = calls * len(rows) * len(columns), 0
+        return cls(engine=engine, rows=rows, columns=columns)
 
-        def tell() -> None:
-            nonlocal done
-            done += 1
-            if on_tile is not None:
-                on_tile(done, total)
+    @property
+    def count(self) -> int:
+        """How many tiles there are."""
+        return len(self.rows) * len(self.columns)
 
-        return cls(engine=engine, rows=rows, columns=columns, on_tile=tell)
+    def add(self, out: Array, sample: Array, times: Array) -> Iterator[int]:
+        """Add the output to out, (C, h, w); yields after every tile how many are done.
 
-    def __call__(self, sample: Array, times: Array) -> Array:
-        """Return the output (C, h, w) for x and low, (2 C, h, w), and times (2,)."""
-        out = np.zeros((len(sample) // 2, *sample.shape[1:]), np.float32)
-        for row, down in self.rows:
-            for column, across in self.columns:
-                given = np.ascontiguousarray(sample[None, :, row, column])
-                found: NDArray[Any] = self.engine.run({"sample": given, "times": times})["out"]
-                out[:, row, column] += found[0] * np.multiply.outer(down, across)
-                self.on_tile()
-        return out
+        sample: x and low, (2 C, h, w); times: (2,)
+        """
+        tiles = product(self.rows, self.columns)
+        for done, ((row, down), (column, across)) in enumerate(tiles, 1):
+            given = np.ascontiguousarray(sample[None, :, row, column])
+            found: NDArray[Any] = self.engine.run({"sample": given, "times": times})["out"]
+            out[:, row, column] += found[0] * np.multiply.outer(down, across)
+            yield done

@@ -4,7 +4,7 @@ Memory follows from the tile's size, which the architecture's widest layers deci
 """
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -31,7 +31,7 @@ from engine.graphs.upsampler import upsampler_graph
 from engine.graphs.upscalers import upscaler_graph
 from runtime.checks import check_image, check_number
 from runtime.images.files import SOURCE_KEY, WHITE, as_rgb
-from runtime.images.overlaps import cuts_of, windows_of
+from runtime.images.overlaps import Tiles, cuts_of, windows_of
 from runtime.images.upsampling import Sampling, upsampled
 from runtime.images.upscaling import MAX_FACTOR
 
@@ -46,8 +46,6 @@ Array = NDArray[np.float32]
 OnTile = Callable[[int, int], object]
 """Called after every tile, with how many are done, and how many there are."""
 Made = TypeVar("Made")
-Tiles = Generator[tuple[int, int], None, Made]
-"""Yields after every tile as `OnTile` is called, of each pass anew; returns what is made of all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,7 +111,10 @@ class Upscaler:
         return _run_through(self.tiles(image, factor), on_tile)
 
     def tiles(self, image: Image.Image, factor: float | None = None) -> Tiles[Image.Image]:
-        """Do as a call does, tile by tile, for whoever does other work between two of them."""
+        """Do as a call does, tile by tile, for whoever does other work between two of them.
+
+        Tiles are counted anew in each pass.
+        """
         check_image("image", image)
         factor = float(self.scale) if factor is None else factor
         check_number("factor", factor, Real, 1, MAX_FACTOR)
@@ -144,8 +145,9 @@ class Upscaler:
             if i:
                 sides = [math.ceil(round(side * factor) / self.scale) for side in (height, width)]
             padded, multiple = map(self._padded, sides), self.file.config.multiple
-            count += math.prod(len(_cuts(side, self.tile, multiple)) for side in padded)
-        return count
+            count += math.prod(len(cuts_of(side, self.tile, multiple)) for side in padded)
+        is_drawn = isinstance(self.file.config, UpsamplerConfig)
+        return count * self.sampling.num_inference_steps if is_drawn else count
 
     def check_size(self, width: int, height: int, factor: float | None) -> None:
         """Raise RequestError where a picture of this size would become too large."""
@@ -173,9 +175,8 @@ class Upscaler:
         """
         config = self.file.config
         if isinstance(config, UpsamplerConfig):
-            return upsampled(
-                self.engine, config, pixels, self.sampling, tile=self.tile, on_tile=on_tile
-            )
+            drawn = upsampled(self.engine, config, pixels, self.sampling, tile=self.tile)
+            return (yield from drawn)
         height, width = pixels.shape[:2]
         multiple, scale = config.multiple, self.scale
         padding = [(0, self._padded(side) - side) for side in (height, width)]

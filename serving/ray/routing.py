@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from runtime.conditioning.names import MARKS, take_names
+from serving.enlarging_request import EnlargingRequest
 from serving.picture_request import PictureRequest
 
 WARM = "warm"  # of what a replica tells: names of `model_set`
@@ -27,7 +28,7 @@ class Replica(Protocol):
 R = TypeVar("R", bound=Replica)
 
 
-def model_set(picture_request: PictureRequest) -> str:
+def model_set(picture_request: PictureRequest | EnlargingRequest) -> str:
     """Return a name for the model and adapters of a request, those too that its prompt names."""
     prompt = str(picture_request.fields.get("prompt", ""))
     named = take_names(prompt, {}).adapters if MARKS.search(prompt) else ()

@@ -1,0 +1,86 @@
+"""What steers a model beside its texts: ControlNets, T2I-Adapters and IP-Adapters."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engine.engines import Engines
+from engine.errors import ModelError
+from engine.steering.control_nets import ControlNets
+from engine.steering.ip_adapters import IPAdapters
+from runtime.denoising.controls import ControlledSteps, call_controls
+from runtime.denoising.image_prompts import AttendedImages
+from runtime.denoising.latents import State
+from runtime.plan import Array, Plan, StepInputs
+from runtime.request import Request
+
+__all__ = ["Steering"]
+
+
+class Steering:
+    """What the engines of a model are steered by, and the pictures that it was shown.
+
+    control_nets, ip_adapters: those that requests may name
+    controlled: the calls that ControlNets and T2I-Adapters add to
+    """
+
+    def __init__(self, engines: Engines) -> None:
+        self.control_nets = ControlNets(engines)
+        self.ip_adapters = IPAdapters(engines)
+        self.controlled = ControlledSteps(unet=engines.model.unet, nets=self.control_nets)
+        self._attended_images = AttendedImages(adapters=self.ip_adapters)
+
+    def set_ip_adapters(
+        self,
+        files: Mapping[str, Path],
+        image_encoders: Mapping[str, Path | None] | Path | None,
+    ) -> None:
+        """Take IP-Adapters by their names, and the encoders of all or each, in place of others.
+
+        Raises ModelError for what is none, is of another family or encoder, and for an encoder of
+        no adapter; BackendError where the model runs on a GPU.
+        """
+        if isinstance(image_encoders, Mapping):
+            if unknown := image_encoders.keys() - files.keys():
+                raise ModelError(
+                    f"an image encoder is for {', '.join(map(repr, unknown))}, which is no "
+                    f"IP-Adapter of {', '.join(map(repr, files)) or 'none'}; name one of them"
+                )
+        else:
+            image_encoders = dict.fromkeys(files, image_encoders)
+        self.ip_adapters.set(files, image_encoders)
+        self._attended_images.forget()
+
+    def check(self, request: Request) -> None:
+        """Raise RequestError for ControlNets or IP-Adapters that there are not."""
+        self.controlled.check(request.controls)
+        self._attended_images.check(request.image_prompts)
+
+    def open(self, plan: Plan) -> None:
+        """Open the engines of a plan's pictures; raises GraphError or BackendError."""
+        self.controlled.open(plan)
+        self._attended_images.open(plan)
+
+    def begun(self, state: State, plan: Plan) -> State:
+        """Return a run's first state with what is made of its pictures."""
+        if plan.controls:
+            state = replace(state, hints=self.controlled.hints(plan))
+        if plan.image_prompts:
+            images = self._attended_images.constants(plan)
+            state = replace(state, constant={**state.constant, **images})
+        return state
+
+    def added(self, step: StepInputs, state: State, given: Mapping[str, Any]) -> dict[str, Array]:
+        """Return what is added to the UNet's maps at a call: (g, B, C, h, w), by name.
+
+        state: before the call; given: the call's inputs. Raises BackendError.
+        """
+        rows = [call_controls(step, state.hints)] * len(given["noise"])
+        return self.controlled.added(step, given, rows)
+
+    def close(self) -> None:
+        """Let go of the engines, and of what they made of pictures."""
+        self.control_nets.close()
+        self.ip_adapters.close()
+        self._attended_images.forget()
