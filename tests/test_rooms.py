@@ -37,7 +37,7 @@ ROOMS = {
         *("formats", "component", "ldm_names", "architecture", "tiny_autoencoder", "parts"),
         *("families", "few_steps", "likeness", "pipeline_index", "unsupported", "prediction"),
         *("gpt2", "single_file", "diffusers_unet", "pieces", "control_lora", "control_net"),
-        *("upscaler", "image_encoder", "safety_checker", "ip_adapter"),
+        *("upscaler", "image_encoder", "safety_checker", "ip_adapter", "t2i_adapter"),
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images"),

@@ -278,7 +278,7 @@ def _sampler(way: str, seed: int, number: int) -> Any:
     """Return what draws one trial's parameters, the same whether a search was stopped or not."""
     import optuna
 
-    drawn = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    drawn = int(np.random.SeedSequence([SEARCHES.index(way), seed, number]).generate_state(1)[0])
     if way == "random":
         return optuna.samplers.RandomSampler(seed=drawn)
     return optuna.samplers.TPESampler(seed=drawn, n_startup_trials=STARTUP)

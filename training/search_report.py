@@ -17,6 +17,7 @@ NAMES = {
     "tpe": "TPE, ending those that fall behind",
 }
 PALE = "#888888"
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # that the plot names
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -106,6 +107,9 @@ def _draw_rates(axes: Any, report: Mapping[str, Any]) -> None:
     axes.plot([], [], "o", color=PALE, markersize=4, label="Muon")
     axes.plot([], [], "x", color=PALE, markersize=4, label="AdamW")
     axes.set_xscale("log")
+    axes.set_xlim(RATES[0] / 1.2, RATES[-1] * 1.2)
+    axes.set_xticks(RATES, [f"{rate:g}" for rate in RATES])
+    axes.minorticks_off()
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss")
     axes.legend(frameon=False, fontsize=8)

@@ -114,6 +114,7 @@ _DECODER = Signature(
     inputs={"latents": _tensor("float32", "B", "C", "h", "w")},
     outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
 )
+_SQUARES = _tensor("float32", 1, "X", "h", "w")  # of a picture, their pixels as channels
 # What a ControlNet sees of a step.
 _CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
@@ -184,9 +185,7 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
             inputs={"features": _tensor("float32", 1, "n", "E")},
             outputs={name: _tensor("float32", 1, "t", "W") for name in ("keys", "values")},
         ),
-        "t2i_adapter": Signature(
-            inputs={"squares": _tensor("float32", 1, "X", "h", "w")}, outputs={}
-        ),
+        "t2i_adapter": Signature(inputs={"squares": _SQUARES}, outputs={}),
         "safety_checker": Signature(
             inputs={"pixel_values": _tensor("float32", 1, 3, "S", "S")},
             outputs={"image_embeds": _tensor("float32", 1, "P")},
@@ -217,9 +216,10 @@ def signature(part: Part, config: Config) -> Signature:
     extra = {name: EXTRA_INPUTS[name] for name in told}
     shapes = steering_inputs(part, config) if part in CONTROLLED_LEVELS else {}
     steering = {name: _tensor("float32", *shape) for name, shape in shapes.items()}
-    given = {n: _tensor("float32", *s) for n, s in steering_outputs(part, config).items()}
-    inputs = {**described.inputs, **extra, **steering}
-    return Signature(inputs=inputs, outputs={**described.outputs, **given})
+    outputs = described.outputs
+    if not outputs:
+        outputs = {n: _tensor("float32", *s) for n, s in steering_outputs(part, config).items()}
+    return Signature(inputs={**described.inputs, **extra, **steering}, outputs=outputs)
 
 
 Precision = Literal["float32", "float16"]

@@ -11,8 +11,6 @@ from benchmarks.__main__ import main
 from runtime import Pipeline
 from training.pictograms import STYLES, Pictograms
 
-pytest.importorskip("torch")  # the schedule that ships is the training's
-
 RNG = np.random.default_rng(0)
 
 
