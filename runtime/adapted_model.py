@@ -21,7 +21,7 @@ from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer
-from runtime.denoising.latents import LatentSpace, State
+from runtime.denoising.latents import LatentSpace
 from runtime.denoising.rows import Row, step_rows
 from runtime.images import tiles
 from runtime.images.previews import finite

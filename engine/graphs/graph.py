@@ -115,8 +115,7 @@ _DECODER = Signature(
     outputs={"pixels": _tensor("uint8", "B", "H", "W", 3)},
 )
 _SQUARES = _tensor("float32", 1, "X", "h", "w")  # of a picture, their pixels as channels
-# What a ControlNet sees of a step.
-_CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")
+_CONTROL_INPUTS = ("registers", "timestep", "input_scale", "context")  # that a ControlNet sees
 SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
         "text_encoder": _TEXT_ENCODER,
@@ -141,8 +140,7 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
             },
             outputs={},  # the next residuals
         ),
-        "vae_decoder": _DECODER,
-        "preview_decoder": _DECODER,
+        **dict.fromkeys(("vae_decoder", "preview_decoder"), _DECODER),
         "vae_encoder": Signature(
             inputs={
                 "pixels": _tensor("uint8", "B", "H", "W", 3),

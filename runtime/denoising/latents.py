@@ -172,9 +172,8 @@ class LatentSpace:
             assert latents is not None
             x = np.float32(program.signal_scales[0]) * latents
             x += np.float32(program.noise_scales[0]) * noise
-        mask = np.ones((batch, 1, *shape[1:]), np.float32)
-        rescale = np.full(batch, plan.guidance_rescale, np.float32)
-        constant: dict[str, Array] = {"guidance_rescale": rescale, "mask": mask}
+        constant: dict[str, Array] = {"mask": np.ones((batch, 1, *shape[1:]), np.float32)}
+        constant["guidance_rescale"] = np.full(batch, plan.guidance_rescale, np.float32)
         if self.model.is_editing:
             constant["image_latents"] = edited_latents(self.model, self.engine, plan.image, batch)
         if self.model.is_inpainting:
@@ -206,13 +205,12 @@ class LatentSpace:
             self._upscaler(path).check_size(first.width, first.height, factor)
 
     def _upscaler(self, path: str) -> "Upscaler":
-        found = self.upscalers.get(path)
-        if found is None:
+        if path not in self.upscalers:
             from runtime.images.upscaler import Upscaler
 
-            found = Upscaler.load(path, settings=BackendSettings(threads=self.threads))
-            self.upscalers[path] = found
-        return found
+            own = BackendSettings(threads=self.threads)
+            self.upscalers[path] = Upscaler.load(path, settings=own)
+        return self.upscalers[path]
 
     def decode(self, latents: HostOrDeviceArray) -> NDArray[np.uint8]:
         """Decode latents (B, C, h, w) into pixels (B, 8 h, 8 w, 3); large ones in tiles."""
