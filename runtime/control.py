@@ -167,7 +167,8 @@ def control_fields(
     """Return the fields of a run's plan that say what steers it; one that never counts is left out.
 
     adapters: how many features each T2I-Adapter makes, by name; residuals: of a ControlNet
-    conditioning: of each call, with groups of `prompts` texts last, and before them perturbed ones
+    conditioning: of each call, guidance (g, B, ...) and perturbed (g, B): the last `prompts` groups
+        are texts that guidance moves to, and before them are perturbed ones
     """
     over = [(control, control.over(len(conditioning))) for control in controls]
     over = [(control, scale) for control, scale in over if scale.any()]

@@ -55,7 +55,7 @@ class CallControl:
 
 
 def call_controls(step: StepInputs, hints: Sequence[Sequence[Array]]) -> list[CallControl]:
-    """Return what steers each picture at a call; hints: what each control's net made."""
+    """Return what steers each picture at a call; hints: (1, C, h, w) arrays of each control."""
     return [
         CallControl(net=control.net, hint=hints[control.place], weights=control.weights)
         for control in step.controls
@@ -91,7 +91,7 @@ class ControlledSteps:
         return replace(plan, **fields)
 
     def hints(self, plan: Plan) -> tuple[Sequence[Array], ...]:
-        """Return what the nets make of a run's pictures, for `CallControl` each.
+        """Return what the nets make of a run's pictures, (1, C, h, w) arrays for each control.
 
         A picture that the run gives the same net twice is encoded once.
         Raises GraphError or BackendError.
