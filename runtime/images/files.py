@@ -239,7 +239,8 @@ def read_settings(path: str | Path) -> dict[str, Any] | None:
         ours = texts.get(SETTINGS_KEY)
         settings = json.loads(ours) if ours else parse_foreign(texts)
     except (OSError, ValueError, SyntaxError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read as a picture ({error})") from error
+        why = getattr(error, "strerror", None) or error
+        raise RequestError(f"{path} cannot be read as a picture ({why})") from error
     return settings if isinstance(settings, dict) and settings else None
 
 
