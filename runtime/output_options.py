@@ -2,14 +2,46 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from runtime.images.watermark import MAX_CHARACTERS
 
-__all__ = ["OUTPUT_OPTIONS", "OWN"]
+__all__ = ["MARKING_OPTIONS", "OUTPUT_OPTIONS", "OWN", "SIGNING_OPTIONS"]
+
+Options: TypeAlias = tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...]
 
 OWN = "own"  # as a preview decoder: the one that comes with the model
-OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
+# Of all that writes pictures.
+SIGNING_OPTIONS: Options = (
+    (
+        ("--watermark",),
+        {
+            "metavar": "TEXT",
+            "help": f"up to {MAX_CHARACTERS} characters, hidden in the picture's brightness",
+        },
+    ),
+    (
+        ("--c2pa-cert",),
+        {"type": Path, "metavar": "PEM", "help": "sign files with this certificate with its chain"},
+    ),
+    (
+        ("--c2pa-key",),
+        {"type": Path, "metavar": "PEM", "help": "sign files with this private key"},
+    ),
+)
+# Of every command that writes pictures.
+MARKING_OPTIONS: Options = (
+    (
+        ("--no-mark",),
+        {
+            "dest": "mark",
+            "action": "store_false",
+            "help": "leave out that a trained model made the picture, which files say by XMP",
+        },
+    ),
+    *SIGNING_OPTIONS,
+)
+OUTPUT_OPTIONS: Options = (
     (
         ("-o", "--out"),
         {
@@ -49,14 +81,6 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
         {"type": Path, "metavar": "FILE.webp", "help": "write the denoising as an animation"},
     ),
     (
-        ("--no-mark",),
-        {
-            "dest": "mark",
-            "action": "store_false",
-            "help": "leave out that a trained model made the picture, which files say by XMP",
-        },
-    ),
-    (
         ("--upscale",),
         {
             "metavar": "FILE[:FACTOR]",
@@ -80,19 +104,5 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
             "also blurred, or not written (default: flag)",
         },
     ),
-    (
-        ("--watermark",),
-        {
-            "metavar": "TEXT",
-            "help": f"up to {MAX_CHARACTERS} characters, hidden in the picture's brightness",
-        },
-    ),
-    (
-        ("--c2pa-cert",),
-        {"type": Path, "metavar": "PEM", "help": "sign files with this certificate with its chain"},
-    ),
-    (
-        ("--c2pa-key",),
-        {"type": Path, "metavar": "PEM", "help": "sign files with this private key"},
-    ),
+    *MARKING_OPTIONS,
 )

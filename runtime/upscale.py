@@ -22,6 +22,9 @@ from runtime.images.files import (
 )
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UpscalerChoice, parse_upscaler
+from runtime.images.watermark import check_watermark_size, embed_watermark
+from runtime.options import marking
+from runtime.output_options import MARKING_OPTIONS
 from runtime.terminal import Loading, say, show_progress
 
 ENHANCED = "algorithmicallyEnhanced"  # what a picture becomes that does not say what it is
@@ -50,12 +53,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     offered = dict.fromkeys(p for name in PROCESSOR for p in PRECISIONS[name] if p != "int8")
     add("--precision", choices=tuple(offered), help="what it computes in (default: float32)")
     add("--threads", type=int, metavar="N", help="processor threads (default: one for each core)")
-    add(
-        "--no-mark",
-        dest="mark",
-        action="store_false",
-        help="leave out of the file that a trained model made or changed the picture",
-    )
+    for flags, settings in MARKING_OPTIONS:
+        add(*flags, **settings)
     return parser
 
 
@@ -63,6 +62,7 @@ def _upscale(options: argparse.Namespace) -> None:
     choice = parse_upscaler(options.upscaler)
     out = options.out or Path(f"{options.picture.stem}-upscaled.png")
     check_output(out)
+    sign = marking(options)
     image = open_image(options.picture)
     image.info[SOURCE_KEY] = read_source_type(options.picture) or ENHANCED
     with Loading(str(choice.path)):
@@ -70,10 +70,17 @@ def _upscale(options: argparse.Namespace) -> None:
         upscaler = Upscaler.load(choice.path, precision=options.precision, settings=settings)
     for note in upscaler.file.notes:
         say(f"note: {note}", sys.stderr)
+    if options.watermark:
+        factor = choice.factor or upscaler.scale
+        check_watermark_size(round(image.width * factor), round(image.height * factor))
     larger = upscaler(image, choice.factor, on_tile=partial(show_progress, noun="tile"))
     made_with = _made_with(options.picture, options.upscaler, choice)
-    kept = options.out is not None
-    say(str(write_image(larger, out, made_with, mark=options.mark, replaces=kept)), sys.stdout)
+    if options.watermark:
+        larger = embed_watermark(larger, options.watermark)
+        made_with["watermark"] = options.watermark
+    replaces = options.out is not None
+    written = write_image(larger, out, made_with, mark=options.mark, sign=sign, replaces=replaces)
+    say(str(written), sys.stdout)
 
 
 def _made_with(picture: Path, text: str, choice: UpscalerChoice) -> dict[str, Any]:

@@ -30,7 +30,9 @@ from runtime.denoising.groups import batch_limit
 from runtime.denoising.latents import parts_of, sizes_of
 from runtime.denoising.row_loop import finished_rows
 from runtime.denoising.rows import Row, rows_of
-from runtime.images.files import FORMATS, encode_image
+from runtime.finishing import check_watermark_fits
+from runtime.images.files import FORMATS, Sign, encode_image, source_type_of
+from runtime.images.watermark import embed_watermark
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
 from runtime.templates import expand_request
@@ -62,7 +64,8 @@ class Batch:
     """A folder's pictures on their way.
 
     made_with: what every file says beside its request
-    ending: of the files, such as ".png"; mark: as `write_image` takes it
+    ending: of the files, such as ".png"
+    mark, sign: as `write_image` takes them; watermark: what every picture holds, or None
     batch_size: rows of a call, as `Pipeline.groups` takes it
     progress: is told of every picture
     """
@@ -74,6 +77,8 @@ class Batch:
     made_with: Mapping[str, Any]
     ending: str
     mark: bool
+    sign: Sign | None
+    watermark: str | None
     batch_size: int | None
     progress: Progress
     _places: dict[Row, _Place] = field(default_factory=dict)
@@ -129,6 +134,8 @@ class Batch:
                 parts, sizes = parts_of(plan, self.pipeline.model), sizes_of(plan)
                 limit = batch_limit(self.pipeline.engines, parts, sizes, self.batch_size)
                 rows = rows_of(plan)
+                if self.watermark:
+                    check_watermark_fits(plan)
             except LatentrtError as error:
                 self._lose(each, error)
                 continue
@@ -160,7 +167,12 @@ class Batch:
         made = {**settings, **self.made_with}
         if place.limit > 1 and not self.pipeline.engines.is_exact:
             made["batch_size"] = place.limit  # which changes its bits
-        data = encode_image(image, FORMATS[self.ending], made, mark=self.mark)
+        if self.watermark:
+            image = embed_watermark(image, self.watermark)
+        kind = FORMATS[self.ending]
+        data = encode_image(image, kind, made, mark=self.mark)
+        if self.sign:
+            data = self.sign(data, kind, source_type_of(image))
         write_atomically(self.folder / name, lambda file: file.write(data))
         record = {
             "line": line.number,
