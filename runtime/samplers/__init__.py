@@ -142,8 +142,8 @@ def resolve(name: str, schedule: str | None = None) -> tuple[str, str | None]:
         RequestError: a name is unknown, or a schedule is given twice and differs.
     """
     methods = {_key(known): known for known in SAMPLERS} | dict(SAMPLER_NAMES)
-    named = (*SCHEDULES, *(f"{curve}{DISCARD}" for curve in CURVES))
-    curves: dict[str, str | None] = {_key(known): known for known in named}
+    all_curves = (*SCHEDULES, *(f"{curve}{DISCARD}" for curve in CURVES))
+    curves: dict[str, str | None] = {_key(known): known for known in all_curves}
     curves |= SCHEDULE_NAMES
     if schedule is not None and _key(schedule) not in curves:
         raise RequestError(_unknown("schedule", schedule, SCHEDULES, curves))
