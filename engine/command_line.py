@@ -4,13 +4,24 @@ import argparse
 import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from engine.errors import USER_ERROR
 
 __all__ = ["CommandParser"]
 
 REST = "unrecognized arguments: "  # how argparse begins
+# What other programs call values of options.
+FOREIGN_VALUES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+        **dict.fromkeys(("fp32", "f32", "full"), "float32"),
+        **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
+        **dict.fromkeys(("onnxruntime", "onnx", "ort"), "cpu"),
+        **{"ov": "openvino", "trt": "tensorrt", "rtx": "tensorrt_rtx", "gpu": "cuda"},
+        "jpeg": "jpg",
+    }
+)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -31,6 +42,28 @@ class CommandParser(argparse.ArgumentParser):
         if not unknown and message.startswith(REST):
             hint = "; a text of several words stands in quotes"
         self.exit(USER_ERROR, f"error: {message}{hint} (`{self.prog} --help` lists the options)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse's, and say which value was meant, of this option or of another."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += self._meant_value(action, str(value))
+            raise
+
+    def _meant_value(self, action: argparse.Action, value: str) -> str:
+        """Return a hint at the option and the value that a wrong one stands for, or ""."""
+        word = value.lower().partition(":")[0]  # torch's cuda:0
+        others = [each for each in self._actions if each is not action and each.option_strings]
+        for each in (action, *others):
+            known = {str(choice).lower(): str(choice) for choice in each.choices or ()}
+            meant = known.get(word) or known.get(FOREIGN_VALUES.get(word, ""))
+            if not meant and each is action:
+                close = difflib.get_close_matches(word, known, n=1)
+                meant = known[close[0]] if close else None
+            if meant:
+                return f"; did you mean {' '.join([*each.option_strings[-1:], meant])}?"
+        return ""
 
     def _meant(self, word: str) -> str:
         """Return the options that a word stands for, which is none; "" where none is near."""

@@ -17,8 +17,15 @@ from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
 from runtime.again import made_with, parse_again
 from runtime.images.files import Sign, check_output, write_image
 from runtime.images.previews import check_animation, parse_steps
-from runtime.images.watermark import check_watermark, embed_watermark
-from runtime.options import AGAIN, backend_settings, load_arguments, make_parser, make_request
+from runtime.images.watermark import embed_watermark
+from runtime.options import (
+    AGAIN,
+    backend_settings,
+    load_arguments,
+    make_parser,
+    make_request,
+    marking,
+)
 from runtime.output_options import OWN, UPSAMPLING
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
@@ -84,7 +91,7 @@ def _draw(options: argparse.Namespace) -> None:
     for path, check in ((options.out, check_output), (options.animation, check_animation)):
         if path:
             check(path)
-    sign = _sign(options)
+    sign = marking(options)
     backend = backend_settings(options)
     if options.expand:
         options.prompt = _expanded(options, backend)
@@ -213,21 +220,6 @@ def _load(options: argparse.Namespace, request: Request, loading: Loading) -> tu
         pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
     pipeline.open_engines(plan)
     return pipeline, plan
-
-
-def _sign(options: argparse.Namespace) -> Sign | None:
-    """Return what signs files, if they are to be signed; checks what is written before all work."""
-    if options.watermark is not None:
-        check_watermark(options.watermark)
-    if not options.c2pa_cert and not options.c2pa_key:
-        return None
-    if not options.c2pa_cert or not options.c2pa_key:
-        raise RequestError(
-            "--c2pa-cert and --c2pa-key belong together; give the certificate and its private key"
-        )
-    from runtime.images.credentials import Credentials
-
-    return Credentials.read(options.c2pa_cert, options.c2pa_key).sign
 
 
 def _expanded(options: argparse.Namespace, backend: BackendSettings) -> str:

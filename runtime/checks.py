@@ -151,6 +151,13 @@ def check_names(names: Iterable[str], known: Sequence[str]) -> None:
             )
 
 
+def unheard_notes(negative_prompts: Iterable[str], *, is_guided: bool) -> list[str]:
+    """Return a note on a negative prompt in a run that moves away from nothing."""
+    if is_guided or not any(text.strip() for text in negative_prompts):
+        return []
+    return ["the negative prompt changes nothing: at this guidance scale only the prompt is seen"]
+
+
 def path_of(given: str | Path | None) -> Path | None:
     """Return a path that may have come as a text."""
     return None if given is None else Path(given)

@@ -14,12 +14,12 @@ from engine.errors import LatentrtError, RequestError
 from runtime.images.safety import SafetyChecker, blurred
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UpscalerChoice, parse_upscaler
-from runtime.images.watermark import embed_watermark
+from runtime.images.watermark import check_watermark_size, embed_watermark
 from runtime.output_options import UPSAMPLING, sampling_of
 from runtime.plan import Plan
 from runtime.terminal import say, show_progress
 
-__all__ = ["FinishedPicture", "Finisher"]
+__all__ = ["FinishedPicture", "Finisher", "check_watermark_fits"]
 
 FLAG, BLUR, REFUSE = "flag", "blur", "refuse"
 SAFETY_KEY = "safety"  # in a file's settings
@@ -32,6 +32,13 @@ class FinishedPicture(NamedTuple):
     image: Image.Image | None
     settings: Mapping[str, Any]
     note: str = ""
+
+
+def check_watermark_fits(plan: Plan, factor: float = 1.0) -> None:
+    """Raise RequestError where the pictures of a plan, enlarged, are too small for a watermark."""
+    *_, last = plan.runs()
+    width, height = plan.frame.image.size if plan.frame else (last.width, last.height)
+    check_watermark_size(round(width * factor), round(height * factor))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -83,10 +90,14 @@ class Finisher:
         )
 
     def check_size(self, plan: Plan) -> None:
-        """Raise RequestError where the pictures of a plan would become too large."""
+        """Raise RequestError where pictures of a plan become too large, or hold no watermark."""
+        factor = 1.0
         if self.upscaler and self.choice:
             *_, last = plan.runs()
             self.upscaler.check_size(last.width, last.height, self.choice.factor)
+            factor = self.choice.factor or self.upscaler.scale
+        if self.watermark:
+            check_watermark_fits(plan, factor)
 
     def finished(self, images: Sequence[Image.Image]) -> Iterator[FinishedPicture]:
         """Yield what is to be written of each picture; raises BackendError where none is checked.

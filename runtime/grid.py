@@ -26,10 +26,12 @@ from runtime.images.files import (
     FIRST_CELL,
     SOURCE_KEY,
     SPACING_KEY,
+    Sign,
     check_output,
     write_image,
 )
 from runtime.images.previews import side_by_side
+from runtime.images.watermark import embed_watermark
 from runtime.options import (
     AGAIN,
     FIELDS,
@@ -37,6 +39,7 @@ from runtime.options import (
     load_arguments,
     make_parser,
     make_request,
+    marking,
     read_pictures,
 )
 from runtime.output_options import UPSAMPLING
@@ -51,7 +54,7 @@ ANY_SEED = -1
 SEEDS = ("seed", "variation_seed")
 NOT_HERE = (
     *("expand", "preview_steps", "preview_decoder", "animation"),
-    *("upscale", "safety_checker", "safety_action", "watermark", "c2pa_cert", "c2pa_key"),
+    *("upscale", "safety_checker", "safety_action"),
     *UPSAMPLING,
 )
 # fields that the command line gives as files
@@ -86,6 +89,7 @@ def _draw(arguments: list[str], prog: str) -> None:
         if getattr(options, name):
             raise RequestError(f"--{name.replace('_', '-')} is for `latentrt draw`; leave it out")
     axes = _axes(parser, options)
+    sign = marking(options)
     paths = _paths(options.out or Path("grid.png"), len(axes[2].values))
     _settle_seeds(options)
     cells = list(product(*(axis.values for axis in axes)))
@@ -108,9 +112,21 @@ def _draw(arguments: list[str], prog: str) -> None:
         asked = {cell: request for cell, request in requests.items() if cell[2] == z}
         sheet, first = _sheet(pipeline, asked, axes, told, batch_size=options.batch_size)
         kept = {**settings, FIRST_CELL: {**first, "model": settings["model"]}}
-        replaces = options.out is not None
-        written = write_image(sheet, path, kept, mark=options.mark, replaces=replaces)
-        say(str(written), sys.stdout)
+        say(str(_write(sheet, path, kept, options, sign)), sys.stdout)
+
+
+def _write(
+    sheet: Image.Image,
+    path: Path,
+    settings: Mapping[str, Any],
+    options: argparse.Namespace,
+    sign: Sign | None,
+) -> Path:
+    """Write a sheet, marked as the options say; returns where it is."""
+    if options.watermark:
+        sheet = embed_watermark(sheet, options.watermark)
+    replaces = options.out is not None
+    return write_image(sheet, path, settings, mark=options.mark, sign=sign, replaces=replaces)
 
 
 def _axes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Axis]:

@@ -19,8 +19,9 @@ from runtime.checks import FOREIGN_NAMES
 from runtime.drawing_options import DRAWING_OPTIONS
 from runtime.image_options import IMAGE_OPTIONS
 from runtime.images.canvas import ALPHA
-from runtime.images.files import open_image
+from runtime.images.files import Sign, open_image
 from runtime.images.upscaling import Hires
+from runtime.images.watermark import check_watermark
 from runtime.output_options import OUTPUT_OPTIONS, UPSAMPLING
 from runtime.presets import describe_presets
 from runtime.regions import parse_region
@@ -37,7 +38,7 @@ from runtime.text_options import TEXT_OPTIONS
 __all__ = [
     *("AGAIN", "FIELDS", "HIRES", "MADE_WITH"),
     *("add_engine_options", "add_request_options", "backend_settings", "hires_fields"),
-    *("load_arguments", "make_parser", "make_request", "read_pictures"),
+    *("load_arguments", "make_parser", "make_request", "marking", "read_pictures"),
 ]
 
 # What makes a picture again beside the request, by the options' names.
@@ -69,8 +70,6 @@ FOREIGN_OPTIONS: Mapping[str, str] = MappingProxyType(
 
 class _Parser(CommandParser):
     """A parser that describes the presets when it is asked for help, and not before."""
-
-    foreign = FOREIGN_OPTIONS
 
     def format_help(self) -> str:
         """Return the help with the presets and an example below it."""
@@ -105,8 +104,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_request_options(parser: argparse.ArgumentParser) -> None:
+def add_request_options(parser: CommandParser) -> None:
     """Add what says with what and how pictures are drawn, all but the prompt."""
+    parser.foreign = FOREIGN_OPTIONS
     _add_model(parser.add_argument_group("the model"))
     drawing = parser.add_argument_group("how it is drawn")
     for flags, option in DRAWING_OPTIONS:
@@ -208,6 +208,27 @@ def add_engine_options(group: Any) -> None:
 def backend_settings(options: argparse.Namespace) -> BackendSettings:
     """Return the settings of the backend that the options of the engines give."""
     return BackendSettings(**{name: getattr(options, name) for name in _BACKEND})
+
+
+def marking(options: argparse.Namespace) -> Sign | None:
+    """Return what signs files, if they are to be signed; checks a watermark's text too.
+
+    Raises RequestError for what no file could be signed or watermarked with, and as
+    `Credentials.check` does.
+    """
+    if options.watermark is not None:
+        check_watermark(options.watermark)
+    if not options.c2pa_cert and not options.c2pa_key:
+        return None
+    if not options.c2pa_cert or not options.c2pa_key:
+        raise RequestError(
+            "--c2pa-cert and --c2pa-key belong together; give the certificate and its private key"
+        )
+    from runtime.images.credentials import Credentials
+
+    credentials = Credentials.read(options.c2pa_cert, options.c2pa_key)
+    credentials.check()
+    return credentials.sign
 
 
 def load_arguments(options: argparse.Namespace) -> dict[str, Any]:

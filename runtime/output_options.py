@@ -3,14 +3,24 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from runtime.images.watermark import MAX_CHARACTERS
 
 if TYPE_CHECKING:
     from runtime.images.upsampling import Sampling
 
-__all__ = ["OUTPUT_OPTIONS", "OWN", "UPSAMPLING", "sampling_of"]
+
+__all__ = [
+    "MARKING_OPTIONS",
+    "OUTPUT_OPTIONS",
+    "OWN",
+    "SIGNING_OPTIONS",
+    "UPSAMPLING",
+    "sampling_of",
+]
+
+Options: TypeAlias = tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...]
 
 # How a diffusion upsampler draws: the options' names, and the fields of `Sampling`.
 UPSAMPLING: Mapping[str, str] = {
@@ -19,7 +29,37 @@ UPSAMPLING: Mapping[str, str] = {
     "upsample_seed": "seed",
 }
 OWN = "own"  # as a preview decoder: the one that comes with the model
-OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
+# Of all that writes pictures.
+SIGNING_OPTIONS: Options = (
+    (
+        ("--watermark",),
+        {
+            "metavar": "TEXT",
+            "help": f"up to {MAX_CHARACTERS} characters, hidden in the picture's brightness",
+        },
+    ),
+    (
+        ("--c2pa-cert",),
+        {"type": Path, "metavar": "PEM", "help": "sign files with this certificate with its chain"},
+    ),
+    (
+        ("--c2pa-key",),
+        {"type": Path, "metavar": "PEM", "help": "sign files with this private key"},
+    ),
+)
+# Of every command that writes pictures.
+MARKING_OPTIONS: Options = (
+    (
+        ("--no-mark",),
+        {
+            "dest": "mark",
+            "action": "store_false",
+            "help": "leave out that a trained model made the picture, which files say by XMP",
+        },
+    ),
+    *SIGNING_OPTIONS,
+)
+OUTPUT_OPTIONS: Options = (
     (
         ("-o", "--out"),
         {
@@ -57,14 +97,6 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
     (
         ("--animation",),
         {"type": Path, "metavar": "FILE.webp", "help": "write the denoising as an animation"},
-    ),
-    (
-        ("--no-mark",),
-        {
-            "dest": "mark",
-            "action": "store_false",
-            "help": "leave out that a trained model made the picture, which files say by XMP",
-        },
     ),
     (
         ("--upscale", "--upsample"),
@@ -106,21 +138,7 @@ OUTPUT_OPTIONS: tuple[tuple[tuple[str, ...], Mapping[str, Any]], ...] = (
             "also blurred, or not written (default: flag)",
         },
     ),
-    (
-        ("--watermark",),
-        {
-            "metavar": "TEXT",
-            "help": f"up to {MAX_CHARACTERS} characters, hidden in the picture's brightness",
-        },
-    ),
-    (
-        ("--c2pa-cert",),
-        {"type": Path, "metavar": "PEM", "help": "sign files with this certificate with its chain"},
-    ),
-    (
-        ("--c2pa-key",),
-        {"type": Path, "metavar": "PEM", "help": "sign files with this private key"},
-    ),
+    *MARKING_OPTIONS,
 )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from engine.graphs.graph import Part
 from engine.graphs.variants import Variant
 from engine.model import Model
-from runtime.checks import check_number
+from runtime.checks import check_number, unheard_notes
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.control import Control, StepControl
@@ -64,7 +64,7 @@ class Plan:
     settings: of each picture, what makes it again
     latents: (B, C, h, w) float32, noise to start from in place of what the seeds give
     surplus: pictures at the end that only fill the batch
-    notes: what the prompts name in vain, and what files hold that they do not use, a sentence each
+    notes: what is asked for in vain, and what files hold that they do not use, a sentence each
     hires: the run over the enlarged latents
     upscaler: of such a run, how the latents before it are enlarged
     controls: what steers the run; control_calls: how much, at each of its calls
@@ -229,10 +229,10 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
             from_noise=model.is_editing or (mask is not None and strength == 1),
             paste_back=wanted.paste_back,
         )
-    areas = (region.prompt for region in wanted.regions)
-    unused = encoder.unused_words([*wanted.prompts, *wanted.negative_prompts, *areas])
+    texts = [*wanted.prompts, *wanted.negative_prompts, *(r.prompt for r in wanted.regions)]
     settings = picture_settings(wanted, first.seeds, first.variation_seeds, (height, width))
-    first = replace(first, settings=settings, notes=unused)
+    unheard = unheard_notes(wanted.negative_prompts, is_guided=first.is_guided)
+    first = replace(first, settings=settings, notes=[*encoder.unused_words(texts), *unheard])
     if wanted.hires is None:
         return first
     hires = wanted.hires

@@ -11,27 +11,22 @@ __all__ = ["expand_request", "with_templates"]
 
 
 def expand_request(request: Request, wildcards: Lines | None) -> tuple[Request, list[str]]:
-    """Choose every picture's texts by its seed; also return notes on wildcards that are not there.
+    """Choose every picture's texts by its seed; also return notes on wildcards that say nothing.
 
     Raises RequestError as `expand` does.
     """
     seeds, variation_seeds = request.draw_seeds(), request.draw_variation_seeds()
     repeats = request.num_images_per_prompt
-    prompts, negatives, missing = list[str](), list[str](), dict[str, None]()
+    prompts, negatives, notes = list[str](), list[str](), dict[str, None]()
     for index, seed in enumerate(seeds):
         random = Random(seed)
         for texts, written in (
             (prompts, request.prompts[index // repeats]),
             (negatives, request.negative_prompts[index // repeats]),
         ):
-            text, unknown = expand(written, random, wildcards)
+            text, said = expand(written, random, wildcards)
             texts.append(text)
-            missing |= dict.fromkeys(unknown)
-    notes = [
-        f"{name} is left out of the text: there is no such wildcard; --wildcard-dir names the "
-        "folder of their files"
-        for name in missing
-    ]
+            notes |= dict.fromkeys(said)
     chosen = replace(
         request,
         prompt=prompts,
@@ -40,7 +35,7 @@ def expand_request(request: Request, wildcards: Lines | None) -> tuple[Request, 
         seed=seeds,
         variation_seed=variation_seeds or None,
     )
-    return chosen, notes
+    return chosen, list(notes)
 
 
 def with_templates(plan: Plan, request: Request) -> Plan:

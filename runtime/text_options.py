@@ -21,7 +21,8 @@ def read_numbers(kind: Callable[[str], Any], separator: str, count: int | None, 
     except ValueError:
         values = ()
     if not values or (count and len(values) != count):
-        wanted = f"{count} numbers" if count else "numbers"
+        noun = "whole number" if kind is int else "number"
+        wanted = f"{count} {noun}s" if count else f"a {noun}, or several"
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} with {separator!r} between")
     return values if count or len(values) > 1 else values[0]
 

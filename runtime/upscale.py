@@ -22,7 +22,9 @@ from runtime.images.files import (
 )
 from runtime.images.upscaler import Upscaler
 from runtime.images.upscaling import UpscalerChoice, parse_upscaler
-from runtime.output_options import UPSAMPLING, sampling_of
+from runtime.images.watermark import check_watermark_size, embed_watermark
+from runtime.options import marking
+from runtime.output_options import MARKING_OPTIONS, UPSAMPLING, sampling_of
 from runtime.terminal import Loading, say, show_progress
 from runtime.upscaler_folder import find_choice
 
@@ -72,12 +74,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     diffusion.add_argument(
         "--seed", dest="upsample_seed", type=int, metavar="N", help="(default: 0)"
     )
-    add(
-        "--no-mark",
-        dest="mark",
-        action="store_false",
-        help="leave out of the file that a trained model made or changed the picture",
-    )
+    for flags, settings in MARKING_OPTIONS:
+        add(*flags, **settings)
     return parser
 
 
@@ -87,6 +85,7 @@ def _upscale(options: argparse.Namespace) -> None:
     choice = parse_upscaler(options.upscaler)
     out = options.out or Path(f"{options.picture.stem}-upscaled.png")
     check_output(out)
+    sign = marking(options)
     image = open_image(options.picture)
     image.info[SOURCE_KEY] = read_source_type(options.picture) or ENHANCED
     with Loading(str(choice.path)):
@@ -99,10 +98,17 @@ def _upscale(options: argparse.Namespace) -> None:
         )
     for note in upscaler.file.notes:
         say(f"note: {note}", sys.stderr)
+    if options.watermark:
+        factor = choice.factor or upscaler.scale
+        check_watermark_size(round(image.width * factor), round(image.height * factor))
     larger = upscaler(image, choice.factor, on_tile=partial(show_progress, noun="tile"))
     made_with = _made_with(options, choice)
-    kept = options.out is not None
-    say(str(write_image(larger, out, made_with, mark=options.mark, replaces=kept)), sys.stdout)
+    if options.watermark:
+        larger = embed_watermark(larger, options.watermark)
+        made_with["watermark"] = options.watermark
+    replaces = options.out is not None
+    written = write_image(larger, out, made_with, mark=options.mark, sign=sign, replaces=replaces)
+    say(str(written), sys.stdout)
 
 
 def _made_with(options: argparse.Namespace, choice: UpscalerChoice) -> dict[str, Any]:

@@ -10,6 +10,7 @@ equation 16), which stand before the texts' own. Projected guidance (arXiv:2410.
 cond's weights and those of cond - uncond apart; `engine.graphs.guidance` has its equations.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,6 +57,7 @@ def fields_of_plan(
     Raises RequestError for what cannot be drawn together, or not with this model.
     """
     _check(request, model, program)
+    _check_acts(request, guidance)
     tables: dict[str, NDArray[np.float64]] = {}
     is_guided = bool(request.apg) or program.unconditional is not None
     if request.apg:
@@ -150,6 +152,21 @@ def _check(request: Request, model: Model, program: Program) -> None:
         raise RequestError(
             f"{model.path} is told its guidance and draws without an unconditional output, which "
             f"{others} needs; leave it out"
+        )
+
+
+def _check_acts(request: Request, guidance: Guidance) -> None:
+    """Refuse what would change nothing in a run. Raises RequestError."""
+    calls = len(guidance.scales)
+    if request.apg and not any(map(guidance.negatives, range(calls))):
+        raise RequestError(
+            "apg projects what guides, and at this guidance scale nothing does; give "
+            "guidance_scale above 1, or leave apg out"
+        )
+    if request.deep_shrink and int(request.deep_shrink * calls) < 1:
+        raise RequestError(
+            f"deep_shrink {request.deep_shrink} of {calls} calls shrinks none; "
+            f"{math.ceil(1000 / calls) / 1000} is the least that shrinks one"
         )
 
 

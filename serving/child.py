@@ -69,6 +69,11 @@ def runner(settings: EngineSettings) -> Models:
         )
 
     folder = settings.wildcard_dir
+    sign = None
+    if settings.c2pa_cert and settings.c2pa_key:
+        from runtime.images.credentials import Credentials
+
+        sign = Credentials.read(settings.c2pa_cert, settings.c2pa_key).sign
     return Models(
         models=settings.models,
         loras={name: Path(path) for name, path in settings.loras.items()},
@@ -82,6 +87,8 @@ def runner(settings: EngineSettings) -> Models:
         limits=settings.limits,
         files=settings.files,
         budget=settings.model_bytes,
+        sign=sign,
+        watermark=settings.watermark,
     )
 
 

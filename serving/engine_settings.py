@@ -23,6 +23,7 @@ class EngineSettings:
     files: what tells models' and adapters' files from others, by their paths
     rows: in a step, as `serving.row_limits.RowLimits` takes them
     model_bytes: of weights that stay loaded, None for any number
+    c2pa_cert, c2pa_key: files that sign pictures, or None; watermark: that all pictures hold
     """
 
     models: Mapping[str, str]
@@ -42,6 +43,9 @@ class EngineSettings:
     wildcard_dir: str | None = None
     rows: int | Aim = ROWS
     model_bytes: int | None = None
+    c2pa_cert: str | None = None
+    c2pa_key: str | None = None
+    watermark: str | None = None
     limits: Limits = field(default_factory=Limits)
 
     def as_json(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from engine.backends.settings import BackendSettings
 from engine.errors import GraphError, ModelError
 from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.rows import rows_of
+from runtime.images.files import Sign
 from runtime.images.previews import Preview, probe
 from runtime.images.upscaler import Upscaler
 from runtime.pipeline import Pipeline
@@ -78,6 +79,7 @@ class Models:
     files: of models and adapters as the server began, by their paths
     budget: bytes of weights that stay loaded, None for any number; the model last asked for stays
         whatever it takes, and pictures on their way keep theirs
+    sign: signs files, as `write_image` takes it; watermark: that all pictures hold, or None
     """
 
     models: Mapping[str, str | Path]
@@ -92,6 +94,8 @@ class Models:
     wildcards: Wildcards | None = None
     files: Mapping[str, Files] = field(default_factory=dict)
     budget: int | None = None
+    sign: Sign | None = None
+    watermark: str | None = None
     _open: "OrderedDict[Hashable, tuple[Pipeline, PreviewMap]]" = field(default_factory=OrderedDict)
     _open_upscalers: "OrderedDict[str, Upscaler]" = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
@@ -131,9 +135,16 @@ class Models:
         plan = self._plan(pipeline, picture_request.model, loras, request)
         plan = plan if template is request else with_templates(plan, template)
         plan = replace(plan, notes=[*notes, *plan.notes])
+        if self.watermark:
+            from runtime.finishing import check_watermark_fits  # which most servers do not need
+
+            check_watermark_fits(plan)
         exact = pipeline.engines.is_exact
         return [
-            RowPicture(row, pipeline, preview_map, picture_request, exact) for row in rows_of(plan)
+            RowPicture(
+                row, pipeline, preview_map, picture_request, exact, self.sign, self.watermark
+            )
+            for row in rows_of(plan)
         ]
 
     def step(self, unfinished_pictures: Sequence[RowPicture | EnlargingPicture]) -> None:

@@ -9,7 +9,8 @@ from engine.command_line import CommandParser
 from engine.errors import RequestError
 from engine.model import find_model, shipped_models
 from engine.store.eviction import parse_size
-from runtime.options import add_engine_options
+from runtime.options import add_engine_options, marking
+from runtime.output_options import SIGNING_OPTIONS
 from serving.addresses import is_loopback
 from serving.configuration import CONFIG, PREFIX
 from serving.engine_settings import EngineSettings
@@ -45,6 +46,9 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     _add_models(parser.add_argument_group("what is drawn with"))
     _add_doors(parser.add_argument_group("who may come in"))
     _add_work(parser.add_argument_group("how much is taken on"))
+    written = parser.add_argument_group("what pictures hold")
+    for flags, settings in SIGNING_OPTIONS:
+        written.add_argument(*flags, **settings)
     return parser
 
 
@@ -196,7 +200,8 @@ def read_keys(options: argparse.Namespace) -> Keys | None:
 
 
 def engine_settings(options: argparse.Namespace) -> EngineSettings:
-    """Return what the engine draws with. Raises RequestError or ModelError."""
+    """Return what the engine draws with. Raises RequestError or ModelError, and as `marking`."""
+    marking(options)
     for name, minimum in (("max_queue", 1), ("port", 0)):
         if getattr(options, name) < minimum:
             option = name.replace("_", "-")
@@ -233,11 +238,18 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         threads=options.threads,
         build_missing=options.build_missing,
         wildcard_dir=find_folder("--wildcard-dir", options.wildcard_dir),
-        graphs=None if options.graphs is None else str(options.graphs.resolve()),
+        graphs=_resolved(options.graphs),
         rows=parse_rows(options.rows),
         model_bytes=read_model_memory(options.model_memory),
+        c2pa_cert=_resolved(options.c2pa_cert),
+        c2pa_key=_resolved(options.c2pa_key),
+        watermark=options.watermark,
         limits=Limits(jobs=options.max_queue, queue_seconds=options.max_queue_seconds),
     )
+
+
+def _resolved(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
 
 
 def read_cards(options: argparse.Namespace) -> list[int]:
@@ -263,7 +275,7 @@ def find_folder(option: str, folder: Path | None) -> str | None:
     """Return a folder's whole path, None for none. Raises RequestError where it is no folder."""
     if folder is not None and not folder.is_dir():
         raise RequestError(f"{option} {folder} is no folder")
-    return None if folder is None else str(folder.resolve())
+    return _resolved(folder)
 
 
 def read_model_memory(text: str | None) -> int | None:

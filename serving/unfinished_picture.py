@@ -9,8 +9,9 @@ import numpy as np
 
 from engine.backends.settings import DEFAULT
 from runtime.denoising.rows import Row
-from runtime.images.files import encode_image, program_version
+from runtime.images.files import Sign, encode_image, program_version, source_type_of
 from runtime.images.previews import Preview
+from runtime.images.watermark import embed_watermark
 from runtime.pipeline import Pipeline
 from serving.model_errors import not_finite
 from serving.model_memory import fitting_rows
@@ -90,6 +91,8 @@ class RowPicture:
     preview_map: PreviewMap
     picture_request: PictureRequest
     exact: bool
+    sign: Sign | None = None
+    watermark: str | None = None
 
     @property
     def bucket(self) -> Hashable:
@@ -165,8 +168,12 @@ class RowPicture:
         if self.picture_request.hires_upscaler is not None:
             hires = {**settings["hires"], "upscaler": self.picture_request.hires_upscaler}
             settings["hires"] = hires
+        if self.watermark:
+            image = embed_watermark(image, self.watermark)
+            settings["watermark"] = self.watermark
         told = {**settings, "notes": list(plan.notes)} if plan.notes else settings
-        data = encode_image(
-            image, self.picture_request.format, settings, quality=self.picture_request.quality
-        )
+        kind, quality = self.picture_request.format, self.picture_request.quality
+        data = encode_image(image, kind, settings, quality=quality)
+        if self.sign:
+            data = self.sign(data, kind, source_type_of(image))
         return FinishedPicture(data=data, settings=told)

@@ -52,10 +52,16 @@ class BackendSettings:
             raise BackendError(
                 f"the backend {self.backend!r} is not known; choose {', '.join(PRECISIONS)}"
             )
+        if (name := str(self.device).lower().partition(":")[0]) in PRECISIONS and name != DEFAULT:
+            raise BackendError(
+                f"the device is {self.device!r}, which is a backend; give it as the backend "
+                f"{name!r}, and leave the device out"
+            )
         if self.device is not None and self.backend != "openvino":
             raise BackendError(
                 f"the device {self.device!r} came without the backend 'openvino', of which it is a "
                 "setting; give both, or leave the device out"
+                + ("; an NVIDIA GPU is the backend 'cuda'" if self.device == "GPU" else "")
             )
         if self.device not in (None, *DEVICES):
             raise BackendError(

@@ -33,7 +33,8 @@ from runtime.batch.work import Work, works
 from runtime.checks import check_choice, check_number
 from runtime.images.files import FORMATS as PICTURES
 from runtime.noise import MAX_SEED
-from runtime.options import FIELDS, HIRES, add_request_options, load_arguments
+from runtime.options import FIELDS, HIRES, add_request_options, load_arguments, marking
+from runtime.output_options import MARKING_OPTIONS
 from runtime.pipeline import Pipeline
 from runtime.request import MAX_IMAGES
 from runtime.terminal import Loading, say
@@ -72,12 +73,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     written.add_argument(
         "--format", default="png", metavar="NAME", help="png, jpg or webp (default: %(default)s)"
     )
-    written.add_argument(
-        "--no-mark",
-        dest="mark",
-        action="store_false",
-        help="leave out that a trained model made the pictures, which files say by XMP",
-    )
+    for flags, settings in MARKING_OPTIONS:
+        written.add_argument(*flags, **settings)
     written.add_argument(
         "--image-dir",
         type=Path,
@@ -106,6 +103,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     _check(options)
+    sign = marking(options)
     with ExitStack() as stack:
         stack.enter_context(opened_folder(options.out))
         found = read_facts(options.out)
@@ -137,6 +135,8 @@ def _run(options: argparse.Namespace) -> int:
                 made_with=made,
                 ending=f".{options.format}",
                 mark=options.mark,
+                sign=sign,
+                watermark=options.watermark,
                 batch_size=options.batch_size,
             ).draw(good)
         else:
@@ -226,6 +226,7 @@ def _facts(
     if not pipeline.engines.is_exact:
         own.add("batch_size")
     facts = {name: getattr(options, name) for name in own}
+    facts["c2pa_cert"] = options.c2pa_cert and options.c2pa_cert.name
     facts |= {name: value for name, value in made.items() if name != "latentrt"}
     return dict(json.loads(json.dumps(facts, sort_keys=True)))
 

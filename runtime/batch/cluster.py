@@ -20,7 +20,7 @@ from runtime.batch.lines import Line
 from runtime.batch.requests import Defaults
 from runtime.batch.store import Store
 from runtime.batch.work import Work
-from runtime.options import load_arguments
+from runtime.options import load_arguments, marking
 from runtime.pipeline import Pipeline
 
 __all__ = ["draw_on_cluster"]
@@ -52,6 +52,7 @@ class _Actor:
     ) -> None:
         self._pipeline = Pipeline.load(options.model, **load_arguments(options))
         self._options, self._defaults, self._made = options, defaults, made
+        self._sign = marking(options)
 
     def __call__(self, piece: Any) -> Any:
         """Draw a table of `_packed` work; returns one with a row for each picture."""
@@ -65,6 +66,8 @@ class _Actor:
             made_with=self._made,
             ending=f".{self._options.format}",
             mark=self._options.mark,
+            sign=self._sign,
+            watermark=self._options.watermark,
             batch_size=self._options.batch_size,
         ).draw(_unpacked(text) for text in piece.column("work").to_pylist())
         names, files, records = zip(*collected.rows, strict=True)

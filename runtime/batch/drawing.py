@@ -27,7 +27,9 @@ from runtime.denoising.groups import batch_limit
 from runtime.denoising.latents import parts_of, sizes_of
 from runtime.denoising.row_loop import finished_rows
 from runtime.denoising.rows import Row, rows_of
-from runtime.images.files import FORMATS, encode_image
+from runtime.finishing import check_watermark_fits
+from runtime.images.files import FORMATS, Sign, encode_image, source_type_of
+from runtime.images.watermark import embed_watermark
 from runtime.pipeline import Pipeline
 from runtime.plan import Plan
 from runtime.templates import expand_request
@@ -60,7 +62,8 @@ class Batch:
 
     store: takes them, and what is passed over
     made_with: what every file says beside its request
-    ending: of the files, such as ".png"; mark: as `write_image` takes it
+    ending: of the files, such as ".png"
+    mark, sign: as `write_image` takes them; watermark: what every picture holds, or None
     batch_size: rows of a call, as `Pipeline.groups` takes it
     """
 
@@ -70,6 +73,8 @@ class Batch:
     made_with: Mapping[str, Any]
     ending: str
     mark: bool
+    sign: Sign | None
+    watermark: str | None
     batch_size: int | None
     _places: dict[Row, _Place] = field(default_factory=dict)
     _unwritten: deque[Future[None]] = field(default_factory=deque)
@@ -124,6 +129,8 @@ class Batch:
                 parts, sizes = parts_of(plan, self.pipeline.model), sizes_of(plan)
                 limit = batch_limit(self.pipeline.engines, parts, sizes, self.batch_size)
                 rows = rows_of(plan)
+                if self.watermark:
+                    check_watermark_fits(plan)
             except LatentrtError as error:
                 self._lose(each, error)
                 continue
@@ -155,7 +162,12 @@ class Batch:
         made = {**settings, **self.made_with}
         if place.limit > 1 and not self.pipeline.engines.is_exact:
             made["batch_size"] = place.limit  # which changes its bits
-        data = encode_image(image, FORMATS[self.ending], made, mark=self.mark)
+        if self.watermark:
+            image = embed_watermark(image, self.watermark)
+        kind = FORMATS[self.ending]
+        data = encode_image(image, kind, made, mark=self.mark)
+        if self.sign:
+            data = self.sign(data, kind, source_type_of(image))
         record = {
             "line": line.number,
             "picture": place.index,

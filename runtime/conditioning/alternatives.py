@@ -28,13 +28,18 @@ JOINER = ", "
 MAX_CHARACTERS = 100_000  # of an expanded text
 MAX_CHOICES = 10_000  # which bounds lines that name each other
 MAX_DEPTH = 64
+NO_FOLDER = "no folder of wildcards is given; --wildcard-dir names the one that holds their files"
 
 
 class Lines(Protocol):
     """Where wildcards come from."""
 
     def lines(self, name: str) -> list[str]:
-        """Return the lines that a name stands for, none where there is no such file."""
+        """Return the lines that a name stands for, none where there are none to choose from."""
+        ...
+
+    def why_none(self, name: str) -> str:
+        """Say why there are none: that no such file is there, or that it holds none."""
         ...
 
 
@@ -67,12 +72,12 @@ class _Brace:
 
 
 def expand(text: str, random: Random, wildcards: Lines | None = None) -> tuple[str, list[str]]:
-    """Choose a text of a template; also return the names of wildcards that there are none of.
+    """Choose a text of a template; also return a note on each wildcard that says nothing.
 
     random: what chooses, in the order of the text
     Raises RequestError for one that grows too long, or whose lines name each other without end.
     """
-    missing: dict[str, None] = {}
+    notes: dict[str, None] = {}
     left = MAX_CHOICES
 
     def shown(nodes: list[_Node], depth: int) -> Iterator[str]:
@@ -94,7 +99,8 @@ def expand(text: str, random: Random, wildcards: Lines | None = None) -> tuple[s
             elif lines := wildcards.lines(node.name) if wildcards else []:
                 yield from shown(_parse(lines[int(random.random() * len(lines))]), depth + 1)
             else:
-                missing.setdefault(node.written)
+                why = wildcards.why_none(node.name) if wildcards else NO_FOLDER
+                notes.setdefault(f"{node.written} is left out of the text: {why}")
 
     parts, length = [], 0
     for part in shown(_parse(text), 0):
@@ -102,7 +108,7 @@ def expand(text: str, random: Random, wildcards: Lines | None = None) -> tuple[s
         if length > MAX_CHARACTERS:
             raise RequestError(f"the prompt grows beyond {MAX_CHARACTERS} characters; shorten it")
         parts.append(part)
-    return "".join(parts), list(missing)
+    return "".join(parts), list(notes)
 
 
 def _parse(text: str) -> list[_Node]:

@@ -1,5 +1,7 @@
 """A folder of wildcards: text files, of which every line is something to choose."""
 
+import codecs
+import difflib
 import fnmatch
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -9,12 +11,15 @@ from engine.errors import RequestError
 __all__ = ["Wildcards"]
 
 MAX_BYTES = 2**24  # of a file
+MOST_NAMED = 3  # files in a sentence
+WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Wildcards:
     """The .txt files of a folder and of those in it, by their paths within it without the ending.
 
-    Blank lines and those that begin with "#" are left out. Names match whatever their case.
+    Files are UTF-8, or UTF-16 with its mark, as Windows' editor writes it. Blank lines and those
+    that begin with "#" are left out. Names match whatever their case.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,11 +41,22 @@ class Wildcards:
 
         Raises RequestError where a file cannot be read.
         """
+        return [line for key in self._named(name) for line in self._read(self._files[key])]
+
+    def why_none(self, name: str) -> str:
+        """Say why there are no lines of this name."""
+        if named := self._named(name):
+            files = ", ".join(f"{key}.txt" for key in named[:MOST_NAMED])
+            return f"there is no line to choose in {files}; write one choice a line, without #"
+        close = difflib.get_close_matches(name.lower(), self._files, 1)
+        hint = f"; did you mean __{close[0]}__?" if close else ", which --wildcard-dir names"
+        return f"there is no {name}.txt in the folder {self._folder.name}{hint}"
+
+    def _named(self, name: str) -> list[str]:
+        """Return the keys of the files that a name or a pattern stands for."""
         pattern = name.lower()
-        named = [pattern] if "*" not in pattern else fnmatch.filter(self._files, pattern)
-        return [
-            line for key in named if key in self._files for line in self._read(self._files[key])
-        ]
+        named = fnmatch.filter(self._files, pattern) if "*" in pattern else [pattern]
+        return [key for key in named if key in self._files]
 
 
 def _read(path: Path) -> tuple[str, ...]:
@@ -51,5 +67,6 @@ def _read(path: Path) -> tuple[str, ...]:
         raise RequestError(f"the wildcards {path.name} cannot be read ({error.strerror})") from None
     if len(data) > MAX_BYTES:
         raise RequestError(f"the wildcards {path.name} have more than {MAX_BYTES >> 20} MiB")
-    lines = (line.strip() for line in data.decode("utf-8-sig", "replace").splitlines())
+    coding = "utf-16" if data.startswith(WIDE) else "utf-8-sig"
+    lines = (line.strip() for line in data.decode(coding, "replace").splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))

@@ -20,14 +20,17 @@ from runtime.conditioning.syntax import escape
 from runtime.images.upscaling import MODES, is_trained
 from runtime.samplers import resolve
 from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS
+from runtime.samplers.sigma_schedules import DISCARD
 
 __all__ = [
-    *("AUTOMATIC", "OWN_SCHEDULES", "PARAMETERS_KEY", "SAMPLER_LABELS", "SCHEDULE_LABELS"),
+    *("AUTOMATIC", "DISCARDS", "OWN_SCHEDULES", "PARAMETERS_KEY"),
+    *("SAMPLER_LABELS", "SCHEDULE_LABELS"),
     *("format_parameters", "schedule_label", "split_prompts"),
 ]
 
 PARAMETERS_KEY = "parameters"
 AUTOMATIC = "Automatic"
+DISCARDS = "Discard penultimate sigma"  # of any sampler, by an option; it is written where on
 
 # Automatic1111's names; what it lacks keeps ours.
 SAMPLER_LABELS: Mapping[str, str] = {
@@ -47,6 +50,7 @@ _LIKE = {
     "kl_optimal": "KL Optimal",
     **dict.fromkeys(("align_your_steps", "align_your_steps_xl"), "Align Your Steps"),
     "a1111_align_your_steps_xl": "Align Your Steps",
+    "comfyui_beta": "Beta",
 }
 NOISE_LABELS: Mapping[str, str] = {"cpu": "CPU", "cuda": "NV"}  # NV is CUDA's on every machine
 
@@ -103,10 +107,12 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, str | float]:
     steps, spacing = settings.get("num_inference_steps"), settings.get("timestep_spacing")
     label = schedule_label(sampler, schedule, spacing, steps)
     means = SCHEDULE_LABELS.get(schedule) == label
+    discards = str(schedule).endswith(DISCARD) and sampler not in LEAVES_ONE_OUT
     fields = {
         "Steps": steps,
         "Sampler": SAMPLER_LABELS.get(sampler, sampler),
         "Schedule type": label,
+        DISCARDS: discards or None,
         "CFG scale": scale if isinstance(scale, int | float) else None,  # it knows no curves
         "Seed": settings.get("seed"),
         "Variation seed": settings.get("variation_seed"),
@@ -133,6 +139,7 @@ def schedule_label(
         models that say nothing all the samplers below take "linspace"
     """
     if schedule is not None and schedule not in TIMESTEP_SPACINGS:
+        schedule = schedule.removesuffix(DISCARD)
         return SCHEDULE_LABELS.get(schedule) or _LIKE.get(schedule, schedule)
     even, label = schedule or spacing or "linspace", AUTOMATIC
     if sampler in _OF_WHOLE_TIMESTEPS:

@@ -9,6 +9,7 @@ from typing import Any
 from engine.errors import RequestError
 from runtime.images.a1111 import (
     AUTOMATIC,
+    DISCARDS,
     HIRES_FIELDS,
     LEAVES_ONE_OUT,
     NEGATIVE,
@@ -17,7 +18,8 @@ from runtime.images.a1111 import (
     split_prompts,
 )
 from runtime.images.upscaling import MODES, PIXELS
-from runtime.samplers import SAMPLERS, TRAINED_TIMESTEPS, resolve
+from runtime.samplers import SAMPLERS, TRAINED_TIMESTEPS, discarding, resolve
+from runtime.samplers.sigma_schedules import DISCARD
 
 __all__ = ["a1111_method", "parameter_fields", "parse_parameters"]
 
@@ -154,6 +156,8 @@ def _left_out(fields: Mapping[str, str], settings: Mapping[str, Any]) -> dict[st
     left = {name: value for name, value in fields.items() if name and name not in known}
     if _number(left.get("Eta")) == 0:
         del left["Eta"]
+    if str(settings.get("schedule")).endswith(DISCARD) or settings.get("schedule") == "sgm_uniform":
+        left.pop(DISCARDS, None)
     adapters = _ADAPTER.findall(settings["prompt"] + settings["negative_prompt"])
     if adapters or "Lora hashes" in fields:
         left["LoRA"] = ", ".join(adapters) or fields["Lora hashes"]
@@ -185,7 +189,7 @@ def _method(fields: Mapping[str, str]) -> tuple[str, str | None]:
     if fields.get("Version", "").startswith(_STABLE_DIFFUSION_CPP):
         sampler = sampler.removesuffix(" discrete")  # its name for the model's own schedule
     if not fields.get("Version", "").startswith(OURS):
-        return a1111_method(sampler, label)
+        return a1111_method(sampler, label, discards=fields.get(DISCARDS) == "True")
     schedule = _schedule_of(fields.get("Schedule", label))
     try:
         return resolve(sampler, schedule)
@@ -198,10 +202,13 @@ def _schedule_of(label: str) -> str | None:
     return None if given in ("", AUTOMATIC) else given
 
 
-def a1111_method(sampler: str, label: str = "") -> tuple[str, str | None]:
+def a1111_method(
+    sampler: str, label: str = "", *, discards: bool = False
+) -> tuple[str, str | None]:
     """Return our names of Automatic1111's sampler and schedule type, of its files and its API.
 
     label: such as "Karras" or "Align Your Steps"; "" and "Automatic" are the sampler's own
+    discards: whether the last level but one is left out, as with some samplers it always is
     Names that are unknown here come back as they are.
     """
     schedule = _schedule_of(label)
@@ -215,9 +222,8 @@ def a1111_method(sampler: str, label: str = "") -> tuple[str, str | None]:
         # Without a label a text is of before version 1.9, whose samplers had none of their own.
         own = OWN_SCHEDULES.get(sampler) if label == AUTOMATIC else None
         schedule = own or "normal"  # its "Uniform", whatever the model says
-    if schedule == "normal" and sampler in LEAVES_ONE_OUT:
-        return sampler, "sgm_uniform"  # which one level more is without its last
-    return sampler, schedule
+    discards = discards or sampler in LEAVES_ONE_OUT
+    return sampler, discarding(schedule) if discards else schedule
 
 
 def _unquoted(text: str) -> str:

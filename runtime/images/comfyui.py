@@ -10,13 +10,17 @@ from contextlib import suppress
 from typing import Any
 
 from engine.errors import RequestError
-from runtime.samplers import resolve
+from runtime.samplers import discarding, resolve
 
 __all__ = ["parse_prompt_graph"]
 
 Node = Mapping[str, Any]
 
 SAMPLERS = ("KSampler", "KSamplerAdvanced")
+# For which it makes one level more and leaves out the last but one (comfy/samplers.py).
+LEAVES_ONE_OUT = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")
+# What we call what others have under the same names.
+OURS = {name: f"comfyui_{name}" for name in ("uni_pc", "uni_pc_bh2", "beta")}
 _NUMBERS = {
     "seed": "seed",
     "noise_seed": "seed",
@@ -72,10 +76,14 @@ def parse_prompt_graph(text: str) -> dict[str, Any]:
 
 def _add_sampler(settings: dict[str, Any], inputs: Mapping[str, Any]) -> None:
     if isinstance(sampler := inputs.get("sampler_name"), str):
-        schedule = str(inputs.get("scheduler") or "normal")
-        sampler = sampler.removesuffix("_gpu")
+        scheduler = str(inputs.get("scheduler") or "normal")
+        schedule: str | None = OURS.get(scheduler, scheduler)
+        named = sampler.removesuffix("_gpu")
+        sampler = OURS.get(named, named)
         with suppress(RequestError):
-            sampler, schedule = resolve(sampler, schedule)  # type: ignore[assignment]
+            sampler, schedule = resolve(sampler, schedule)
+        if named in LEAVES_ONE_OUT:
+            schedule = discarding(schedule)
         settings["sampler"], settings["schedule"] = sampler, schedule
 
 

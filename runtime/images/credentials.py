@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from PIL import Image
+
 from engine.errors import BackendError, OutputError, RequestError, first_line, install
-from runtime.images.files import SourceType, program_version, source_type_url
+from runtime.images.files import SourceType, encode_image, program_version, source_type_url
 
 __all__ = ["Credentials", "describe_credentials"]
 
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 ALGORITHMS = ("es256", "ps256", "ed25519", "es384", "es512", "ps384", "ps512")
 MAX_PEM = 2**20  # bytes
+SAMPLE: SourceType = "trainedAlgorithmicMedia"
 UNTRUSTED = "signingCredential.untrusted"  # the issuer is in no list of trust, as none is given
 
 
@@ -37,6 +40,13 @@ class Credentials:
             certificate=_pem("--c2pa-cert", Path(certificate), b"CERTIFICATE"),
             key=_pem("--c2pa-key", Path(key), b"PRIVATE KEY"),
         )
+
+    def check(self) -> None:
+        """Sign a picture of no use, so that what fails does so before others are drawn.
+
+        Raises as `sign` does.
+        """
+        self.sign(encode_image(Image.new("RGB", (8, 8)), "PNG", {}), "PNG", SAMPLE)
 
     def sign(self, data: bytes, kind: str, source_type: SourceType) -> bytes:
         """Return a picture's file with the signed statement in it.

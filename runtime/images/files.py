@@ -257,7 +257,8 @@ def _settings(source: str | Path | io.BytesIO, shown: str | Path) -> dict[str, A
 
             settings = parse_foreign(texts)
     except (OSError, ValueError, SyntaxError, RecursionError) as error:
-        raise RequestError(f"{shown} cannot be read as a picture ({error})") from error
+        why = getattr(error, "strerror", None) or error
+        raise RequestError(f"{shown} cannot be read as a picture ({why})") from error
     return settings if isinstance(settings, dict) and settings else None
 
 

@@ -22,6 +22,7 @@ from engine.errors import RequestError
 __all__ = [
     "MAX_CHARACTERS",
     "check_watermark",
+    "check_watermark_size",
     "embed_watermark",
     "read_bits",
     "read_watermark",
@@ -44,17 +45,15 @@ Array = NDArray[np.float64]
 def embed_watermark(image: Image.Image, text: str) -> Image.Image:
     """Return an RGB picture that holds a text; what is beyond whole blocks stays as it is.
 
+    Transparency stays too.
+
     text: 1 to 4 characters of ASCII
     Raises RequestError for another text, and for a picture with fewer blocks than bits.
     """
     bits = watermark_bits(text)
     pixels = np.asarray(image.convert("RGB")).astype(np.float64)
+    check_watermark_size(image.width, image.height)
     rows, columns = pixels.shape[0] // BLOCK, pixels.shape[1] // BLOCK
-    if rows * columns < BITS:
-        raise RequestError(
-            f"a watermark needs {BITS} blocks of {BLOCK} x {BLOCK} pixels, and a picture of "
-            f"{image.width} x {image.height} has {rows * columns}; draw a larger one"
-        )
     inside = pixels[: rows * BLOCK, : columns * BLOCK]
     wanted = bits[_order(rows, columns)]
     coefficients = _cosines(_low_band(inside @ LUMA))
@@ -73,6 +72,8 @@ def embed_watermark(image: Image.Image, text: str) -> Image.Image:
         np.rint(inside + added[:, :, None]).clip(0, 255).astype(np.uint8)
     )
     result = Image.fromarray(marked)
+    if image.has_transparency_data:
+        result.putalpha(image.convert("RGBA").getchannel("A"))
     result.info.update(image.info)
     return result
 
@@ -111,6 +112,16 @@ def check_watermark(text: str) -> None:
     if not 1 <= len(text) <= MAX_CHARACTERS or not text.isascii() or not text.isprintable():
         raise RequestError(
             f"the watermark is {text!r}; give 1 to {MAX_CHARACTERS} printable ASCII characters"
+        )
+
+
+def check_watermark_size(width: int, height: int) -> None:
+    """Raise RequestError for sides, in pixels, of a picture with fewer blocks than bits."""
+    blocks = (height // BLOCK) * (width // BLOCK)
+    if blocks < BITS:
+        raise RequestError(
+            f"a watermark needs {BITS} blocks of {BLOCK} x {BLOCK} pixels, and a picture of "
+            f"{width} x {height} has {blocks}; draw a larger one"
         )
 
 

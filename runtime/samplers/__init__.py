@@ -28,7 +28,7 @@ from engine.errors import RequestError
 from runtime.samplers import cfg_pp, discrete, k_diffusion, multistep
 from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS, NoiseSchedule, TimestepSpacing
 from runtime.samplers.program import Call, Program, Run, assemble
-from runtime.samplers.sigma_schedules import SCHEDULES
+from runtime.samplers.sigma_schedules import CURVES, DISCARD, SCHEDULES, discarding
 
 __all__ = [
     "CFG_PP_SCALE",
@@ -36,6 +36,7 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULES",
     "Program",
+    "discarding",
     "is_cfg_pp",
     "program",
     "resolve",
@@ -94,7 +95,8 @@ def program(
         name: one of `SAMPLERS`, or another program's name for it, with or without a schedule:
             "DPM++ 2M Karras"
         num_inference_steps: 1 to T
-        schedule: one of `SCHEDULES`, by whatever name; None for the model's own
+        schedule: one of `SCHEDULES`, by whatever name, with "_discard" behind a curve's to leave
+            out the last level but one of one more; None for the model's own
         strength: None for text-to-image; for image-to-image, above 0 and at most 1:
             int(num_inference_steps * strength) steps are run, as in diffusers
         eta: 0 to 1; for "ddim" and "tcd" only
@@ -140,7 +142,8 @@ def resolve(name: str, schedule: str | None = None) -> tuple[str, str | None]:
         RequestError: a name is unknown, or a schedule is given twice and differs.
     """
     methods = {_key(known): known for known in SAMPLERS} | dict(SAMPLER_NAMES)
-    curves: dict[str, str | None] = {_key(known): known for known in SCHEDULES}
+    all_curves = (*SCHEDULES, *(f"{curve}{DISCARD}" for curve in CURVES))
+    curves: dict[str, str | None] = {_key(known): known for known in all_curves}
     curves |= SCHEDULE_NAMES
     if schedule is not None and _key(schedule) not in curves:
         raise RequestError(_unknown("schedule", schedule, SCHEDULES, curves))

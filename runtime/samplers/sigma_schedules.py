@@ -6,10 +6,12 @@ Legend
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
+from engine.errors import RequestError
 from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS, NoiseSchedule
 from runtime.samplers.program import Array, Run
 
@@ -51,6 +53,20 @@ def beta(_: NoiseSchedule, n: int, high: float, low: float) -> Array:
     return low + _beta_quantiles(1 - np.linspace(0, 1, n)) * (high - low)
 
 
+def comfyui_beta(noise: NoiseSchedule, n: int, _high: float, _low: float) -> Array:
+    """Sigmas (n,) of Beta(0.6, 0.6)'s quantiles over the timesteps (ComfyUI's `beta`).
+
+    Raises RequestError for so many steps that two are of one timestep, which ComfyUI leaves out.
+    """
+    last = noise.num_train_timesteps - 1
+    timesteps = np.rint(_beta_quantiles(1 - np.arange(n) / n) * last)
+    if len(set(timesteps)) < n:
+        raise RequestError(
+            f"{n} steps along comfyui_beta are of {len(set(timesteps))} timesteps; take fewer"
+        )
+    return noise.sigmas(timesteps)
+
+
 def kl_optimal(_: NoiseSchedule, n: int, high: float, low: float) -> Array:
     """Even in arctan sigma (Sabour et al. 2024, arXiv:2404.14507, equation 9; as ComfyUI)."""
     return np.tan(np.linspace(np.arctan(high), np.arctan(low), n))
@@ -90,10 +106,20 @@ def align_your_steps(name: str, _: NoiseSchedule, n: int, _high: float, _low: fl
 
 CURVES: Mapping[str, Curve] = {
     **{f.__name__: f for f in (karras, exponential, beta, normal, simple, sgm_uniform)},
-    **{f.__name__: f for f in (kl_optimal, a1111_kl_optimal)},
+    **{f.__name__: f for f in (kl_optimal, a1111_kl_optimal, comfyui_beta)},
     **{name: partial(align_your_steps, name) for name in ALIGN_YOUR_STEPS},
 }
 SCHEDULES = (*TIMESTEP_SPACINGS, *CURVES)
+# Behind a curve's name: of one level more, the last but one is left out, which Automatic1111 calls
+# "discard next-to-last sigma" and ComfyUI "discard penultimate sigma"
+DISCARD = "_discard"
+
+
+def discarding(schedule: str | None) -> str | None:
+    """Return the schedule whose last level but one is left out, where it is a curve."""
+    if schedule == "normal":
+        return "sgm_uniform"  # which that is
+    return f"{schedule}{DISCARD}" if schedule in CURVES else schedule
 
 
 def levels(run: Run, *, whole: bool = False, round_karras: bool = False) -> tuple[Array, Array]:
@@ -104,8 +130,18 @@ def levels(run: Run, *, whole: bool = False, round_karras: bool = False) -> tupl
     The schedules that diffusers has reach from the first to the last sigma of the model's spacing
     or, where timesteps are whole, of the model's table: all of this is as in diffusers, which also
     drops the fractions of the timesteps that belong to `exponential` and `beta`. The others reach
-    over the table, as in the programs that they come from.
+    over the table, as in the programs that they come from; so does a curve of which one is left
+    out, whose timesteps are fractions there too.
     """
+    if run.schedule is not None and run.schedule.endswith(DISCARD):
+        longer = replace(
+            run,
+            num_inference_steps=run.num_inference_steps + 1,
+            schedule=run.schedule.removesuffix(DISCARD),
+            noise_schedule=replace(run.noise_schedule, timestep_spacing="linspace"),
+        )
+        timesteps, sigmas = levels(longer, whole=whole)
+        return timesteps[:-1], np.append(sigmas[:-2], sigmas[-1])
     noise, n, spaced = run.noise_schedule, run.num_inference_steps, whole and run.schedule is None
     timesteps = noise.timesteps(n, "linspace", fractional=not spaced, omit_end=spaced)
     table_ends = np.array([noise.num_train_timesteps - 1, 0.0])

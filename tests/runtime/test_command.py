@@ -426,8 +426,8 @@ def test_an_architecture_without_a_graph(copied, capsys):
         (("a", "--steps", "x"), "--steps: invalid int value"),
         (("a", "--stepz", "1"), "unrecognized arguments"),
         (("a", "--precision", "int4"), "invalid choice"),
-        (("a", "--seed", "one"), "'one' is not numbers with ',' between"),
-        (("a", "--extend", "1,2"), "'1,2' is not 4 numbers with ',' between"),
+        (("a", "--seed", "one"), "'one' is not a whole number, or several with ',' between"),
+        (("a", "--extend", "1,2"), "'1,2' is not 4 whole numbers with ',' between"),
         (("a", "--noise", "mps"), "invalid choice"),
     ],
 )

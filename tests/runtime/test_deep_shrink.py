@@ -102,7 +102,9 @@ def test_the_first_calls_are_shrunk(pipeline):
     kept = pipeline.plan(Request(prompt=PROMPT, deep_shrink=0.5, cache_interval=2, **FIELDS))
     parts = ["step_shrunk", "step_shallow", "step", "step_shallow"]
     assert [step.part for step in kept.steps()] == parts
-    assert same(draw(pipeline, deep_shrink=0.1), draw(pipeline)), "which is no call at all"
+    assert same(draw(pipeline, deep_shrink=0.0), draw(pipeline))
+    with pytest.raises(RequestError, match=r"0\.1 of 4 calls shrinks none; 0\.25 is the least"):
+        draw(pipeline, deep_shrink=0.1)
     assert not same(draw(pipeline, deep_shrink=0.5), draw(pipeline))
     assert not same(draw(pipeline, deep_shrink=0.5), draw(pipeline, deep_shrink=1.0))
 

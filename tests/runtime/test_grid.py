@@ -242,8 +242,8 @@ def test_labels_stand_beside_the_pictures():
 
 
 def test_an_option_that_a_sheet_cannot_heed_is_refused(capsys):
-    assert grid.main(["a cat", "--x", "steps=1,2", "--watermark", "abc"]) == 2
-    assert "--watermark is for `latentrt draw`" in capsys.readouterr().err
+    assert grid.main(["a cat", "--x", "steps=1,2", "--upscale", "up.pth"]) == 2
+    assert "--upscale is for `latentrt draw`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,9 @@ def test_what_cannot_be_is_one_sentence(pictogram):
     for value in ((0, 15), "0:15:0", 3.0, (0, 15, 2.0), (0, -1, 0)):
         with pytest.raises(RequestError, match="apg"):
             Request(prompt=PROMPT, apg=value)
+    for fields in ({"guidance_scale": 1.0}, {"guidance_interval": (0.0, 0.0)}):
+        with pytest.raises(RequestError, match="at this guidance scale nothing does"):
+            pictogram.plan(Request(**{"prompt": PROMPT, **FIELDS, "apg": (0, 15, 0), **fields}))
     with pytest.raises(RequestError, match="pag_scale is -1; give a number from 0 to 1000"):
         Request(prompt=PROMPT, pag_scale=-1)
     for backend in ("cuda", "webgpu", "tensorrt"):

@@ -55,6 +55,17 @@ def test_what_is_not_there_changes_nothing_and_is_said(pipeline):
     assert len(notes) == 2
 
 
+def test_a_negative_prompt_that_nothing_moves_away_from_is_said(pipeline):
+    base, notes = draw(pipeline, "a cat", guidance_scale=1.0)
+    assert notes == []
+    drawn, (note,) = draw(pipeline, "a cat", guidance_scale=1.0, negative_prompt="blurry")
+    assert drawn == base
+    assert note.startswith("the negative prompt changes nothing")
+    for fields in ({"guidance_scale": 1.5}, {"sampler": "euler_cfg_pp"}):
+        assert draw(pipeline, "a cat", negative_prompt="blurry", **fields)[1] == []
+    assert draw(pipeline, "a cat", guidance_scale=1.0, negative_prompt=" ")[1] == []
+
+
 def test_a_stray_field_is_refused(pipeline):
     for field in ({"strength": 0.5}, {"mask_blur": 2.0}, {"paste_back": False}):
         with pytest.raises(RequestError, match=f"{next(iter(field))} came without image"):

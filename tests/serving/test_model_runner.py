@@ -1,6 +1,7 @@
 """The models that a server draws with, without HTTP."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,15 @@ from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline
 from runtime.conditioning.wildcards import Wildcards
+from runtime.images.credentials import Credentials, describe_credentials
+from runtime.images.files import read_settings
+from runtime.images.watermark import read_watermark
 from serving.errors import BadRequestError
 from serving.limits import Limits
 from serving.model_memory import weight_bytes
 from serving.model_runner import Models
 from serving.picture_request import PictureRequest
+from tests.support.certificates import write_certificates
 from tests.support.named_requests import write_lora
 
 
@@ -39,6 +44,25 @@ def models(tmp_path):
 def asked(*loras, prompt="a red apple"):
     fields = {"prompt": prompt, "num_inference_steps": 1, "seed": 1}
     return PictureRequest(fields=fields, model="pictogram", loras=loras)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_a_file_is_signed_and_watermarked_when_the_operator_says(models, tmp_path, form):
+    pytest.importorskip("c2pa")
+    models.sign = Credentials.read(*write_certificates(tmp_path)).sign
+    models.watermark = "SDV2"
+    (unfinished,) = models.unfinished_pictures(replace(asked(), format=form))
+    unfinished.enter()
+    models.step([unfinished])
+    finished, path = unfinished.finish(), tmp_path / "picture"
+    path.write_bytes(finished.data)
+    assert describe_credentials(path)["verified"] == "yes, nothing has changed since"
+    with Image.open(path) as image:
+        assert (image.format, read_watermark(image)) == (form, "SDV2")
+    assert finished.settings["watermark"] == read_settings(path)["watermark"] == "SDV2"
+    small = replace(asked(), fields={**asked().fields, "height": 32, "width": 32})
+    with pytest.raises(RequestError, match="draw a larger one"):
+        models.unfinished_pictures(small)
 
 
 def test_an_adapter_of_another_model_is_refused_by_its_name_alone(models, tmp_path):

@@ -10,7 +10,8 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "samplers.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->"
 # CFG++'s methods are given two outputs: tests/runtime/test_guidance_variants.py has them.
 MEASURED = [name for name in SAMPLERS if not name.endswith("cfg_pp")]
-CURVES = [name for name in SCHEDULES[3:] if not name.startswith("a1111")]  # those differ in levels
+# Others' variants differ from these in their levels alone.
+CURVES = [name for name in SCHEDULES[3:] if not name.startswith(("a1111", "comfyui"))]
 # steps, strength and prediction. At even numbers of steps sgm_uniform has timesteps between two
 # whole ones
 CASES = [(21, None, "epsilon"), (7, 0.6, "v_prediction"), (15, None, "sample")]

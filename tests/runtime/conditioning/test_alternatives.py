@@ -18,6 +18,7 @@ from runtime.templates import expand_request
 @pytest.fixture
 def wildcards(tmp_path):
     (tmp_path / "animals").mkdir()
+    (tmp_path / "void").mkdir()
     files = {
         "colour.txt": "\ufeffred\n# a note\n\n  green  \n",
         "animals/cat.txt": "tabby\n",
@@ -26,6 +27,9 @@ def wildcards(tmp_path):
         "loop.txt": "__loop__\n",
         "wide.txt": "__wide__ __wide__\n",
         "empty.txt": "# nothing\n",
+        "blank.txt": "",
+        "void/a.txt": "\n \n",
+        "void/b.txt": "#\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -73,9 +77,32 @@ def test_wildcards_are_lines_of_files(wildcards):
     assert set(texts_of("__animals/*__", wildcards)) == {"tabby", "poodle"}
     nested = {f"a {c} {s} thing" for c in ("red", "green") for s in ("big", "small")}
     assert set(texts_of("__nested__", wildcards)) == nested
-    for name in ("none", "empty", "../secret", "/etc/passwd", "animals"):
-        text, missing = expand(f"a __{name}__ b", Random(1), wildcards)
-        assert (text, missing) == ("a  b", [f"__{name}__"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("none", "there is no none.txt in the folder {folder}, which --wildcard-dir names"),
+        ("colours", "there is no colours.txt in the folder {folder}; did you mean __colour__?"),
+        ("../secret", "there is no ../secret.txt in the folder {folder}, which"),
+        ("/etc/passwd", "there is no /etc/passwd.txt in the folder"),
+        ("animals", "there is no animals.txt in the folder"),
+        ("x*", "there is no x*.txt in the folder"),
+        ("empty", "there is no line to choose in empty.txt; write one choice a line, without #"),
+        ("Blank", "there is no line to choose in blank.txt;"),
+        ("void/*", "there is no line to choose in void/a.txt, void/b.txt;"),
+    ],
+)
+def test_a_wildcard_without_lines_is_left_out_and_the_note_says_why(wildcards, name, said):
+    text, (note,) = expand(f"a __{name}__ b __{name}__", Random(1), wildcards)
+    assert text == "a  b "
+    folder = wildcards._folder.name
+    assert note.startswith(f"__{name}__ is left out of the text: {said.format(folder=folder)}")
+
+
+def test_files_of_windows_editor_are_read(tmp_path):
+    (tmp_path / "farbe.txt").write_bytes("grün\r\nweiß\r\n".encode("utf-16"))
+    assert set(texts_of("__farbe__", Wildcards(tmp_path))) == {"grün", "weiß"}
 
 
 @pytest.mark.parametrize("name", ["loop", "wide"])
@@ -120,4 +147,7 @@ def test_every_picture_has_its_own(wildcards):
     alone, _ = expand_request(Request(prompt=request.prompts[0], seed=7), wildcards)
     assert alone.prompts == expanded.prompts[2:3], "by its seed, whatever is drawn beside it"
     _, notes = expand_request(Request(prompt="__none__", seed=5), None)
-    assert "__none__ is left out" in notes[0]
+    assert notes == [
+        "__none__ is left out of the text: no folder of wildcards is given; --wildcard-dir names "
+        "the one that holds their files"
+    ]

@@ -356,7 +356,18 @@ def test_a_text_of_forge_with_a_hires_fix():
         ("Sampler: Euler, Schedule type: SGM Uniform", "euler", "sgm_uniform"),
         ("Sampler: Heun, Schedule type: DDIM", "heun", "leading"),
         ("Sampler: DPM2, Schedule type: Uniform", "dpm2", "sgm_uniform"),
-        ("Sampler: DPM2 a, Schedule type: Automatic", "dpm2_a", "karras"),
+        ("Sampler: DPM2 a, Schedule type: Automatic", "dpm2_a", "karras_discard"),
+        ("Sampler: DPM2 Karras", "dpm2", "karras_discard"),
+        ("Sampler: DPM2, Schedule type: Beta", "dpm2", "beta_discard"),
+        ("Sampler: DPM2, Schedule type: KL Optimal", "dpm2", "a1111_kl_optimal_discard"),
+        ("Sampler: DPM++ 3M SDE, Schedule type: Automatic", "dpmpp_3m_sde", "exponential_discard"),
+        ("Sampler: DPM2, Schedule type: DDIM", "dpm2", "leading"),
+        (
+            "Sampler: Euler, Schedule type: Karras, Discard penultimate sigma: True",
+            "euler",
+            "karras_discard",
+        ),
+        ("Sampler: DPM++ 2M, Discard penultimate sigma: True", "dpmpp_2m", "sgm_uniform"),
         ("Sampler: DPM++ 3M SDE, Schedule type: Normal", "dpmpp_3m_sde", "sgm_uniform"),
         ("Sampler: Euler, Schedule type: Turbo", "euler", "trailing"),
         ("Sampler: DPM++ 2M SDE Exponential", "dpmpp_2m_sde", "exponential"),
@@ -373,6 +384,31 @@ def test_a_text_of_forge_with_a_hires_fix():
 def test_samplers_of_automatic1111(written, sampler, schedule):
     read = parse_parameters(f"a cat\nSteps: 20, {written}, Seed: 5, Version: v1.10.1")
     assert (read["sampler"], read["schedule"]) == (sampler, schedule)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule", "labels"),
+    [
+        ("dpm2", "karras_discard", "Sampler: DPM2, Schedule type: Karras, CFG"),
+        (
+            "euler",
+            "karras_discard",
+            "Sampler: Euler, Schedule type: Karras, Discard penultimate sigma: True, CFG",
+        ),
+        ("dpm2_a", "karras", "Sampler: DPM2 a, Schedule type: Karras, CFG"),
+    ],
+)
+def test_a_level_that_is_left_out_is_written_as_automatic1111_does(sampler, schedule, labels):
+    text = format_parameters({**PLAIN, "sampler": sampler, "schedule": schedule, "latentrt": "1"})
+    assert labels in text
+    read = parse_parameters(text)
+    assert (read["sampler"], read["schedule"]) == (sampler, schedule)
+    assert "left_out" not in read
+    theirs = parse_parameters(
+        text.replace(", Schedule: karras_discard", "").replace("latentrt 1", "v1.10.1")
+    )
+    assert theirs["schedule"] == "karras_discard", "which Automatic1111 draws, DPM2 a's too"
+    assert "left_out" not in theirs
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,26 @@ def test_comfyui(tmp_path):
     assert read_settings(path) == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("dpm_2", "karras"), ("dpm2", "karras_discard")),
+        (("dpm_2_ancestral", "normal"), ("dpm2_a", "sgm_uniform")),
+        (("uni_pc", "exponential"), ("comfyui_uni_pc", "exponential_discard")),
+        (("uni_pc_bh2", "simple"), ("comfyui_uni_pc_bh2", "simple_discard")),
+        (("euler", "beta"), ("euler", "comfyui_beta")),
+        (("dpm_2", "beta"), ("dpm2", "comfyui_beta_discard")),
+        (("euler", "ddim_uniform"), ("euler", "leading")),
+    ],
+)
+def test_names_that_mean_something_of_its_own_in_comfyui(tmp_path, names, expected):
+    graph = json.loads(json.dumps(COMFYUI))
+    (sampler,) = (n for n in graph.values() if n["class_type"] == "KSampler")
+    sampler["inputs"] |= dict(zip(("sampler_name", "scheduler"), names, strict=True))
+    settings = read_settings(with_texts(tmp_path / "a.png", prompt=json.dumps(graph)))
+    assert (settings["sampler"], settings["schedule"]) == expected
+
+
 def test_comfyui_from_a_picture(tmp_path):
     graph = {
         **COMFYUI,

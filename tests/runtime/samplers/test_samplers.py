@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelError, RequestError
 from runtime.samplers import IN_SIGMA as METHODS_IN_SIGMA
-from runtime.samplers import Program, program
+from runtime.samplers import Program, discarding, program
 from runtime.samplers.noise_schedule import NoiseSchedule
 from tests.support.sampler_table import (
     BEGIN,
@@ -100,6 +100,53 @@ def test_one_step_starts_at_the_highest_level(name):
 def test_levels_of_automatic1111(name, steps):
     run = program("euler", SCHEDULE, steps, schedule=name)
     np.testing.assert_allclose(run.noise_scales[:-1], published_curve(name, steps), rtol=1e-9)
+
+
+OF_ONE_MORE = {
+    "karras": lambda high, low, n: np.append(
+        np.linspace(high ** (1 / 7), low ** (1 / 7), n) ** 7, 0
+    ),
+    "exponential": lambda high, low, n: np.append(np.geomspace(high, low, n), 0),
+    "simple": lambda high, low, n: np.append(published_curve("simple", n), 0),
+    "a1111_kl_optimal": lambda high, low, n: published_curve("a1111_kl_optimal", n),
+}
+
+
+@pytest.mark.parametrize("spacing", [None, "leading", "trailing"])
+@pytest.mark.parametrize("schedule", OF_ONE_MORE)
+@pytest.mark.parametrize(("steps", "strength"), [(1, None), (2, None), (10, None), (10, 0.5)])
+def test_the_last_level_but_one_is_left_out(schedule, spacing, steps, strength):
+    """As Automatic1111's `get_sigmas` with discard_next_to_last_sigma."""
+    table = SCHEDULE.sigmas(np.arange(1000.0))
+    more = OF_ONE_MORE[schedule](table[-1], table[0], steps + 1)
+    expected = np.delete(more, -2)[0 if strength is None else steps // 2 :]
+    noise = replace(SCHEDULE, timestep_spacing=spacing)
+    run = program("euler", noise, steps, schedule=f"{schedule}_discard", strength=strength)
+    scales = [*expected[:-1], 0.0]  # where x stands at the end is written as the end
+    np.testing.assert_allclose(run.noise_scales, scales, rtol=1e-9)
+    told = np.interp(np.log(expected[:-1]), np.log(table), np.arange(1000.0))
+    np.testing.assert_allclose(run.timesteps, told, atol=1e-6)
+    twice = program("dpm2", noise, steps, schedule=f"{schedule} discard", strength=strength)
+    np.testing.assert_allclose(twice.timesteps[::2], told, atol=1e-6)
+
+
+def test_an_even_schedule_without_its_last_level_is_sgm_uniform():
+    assert discarding("normal") == "sgm_uniform"
+    names = ("normal_discard", "sgm_uniform")
+    runs = [program("dpm2", SCHEDULE, 9, schedule=name) for name in names]
+    np.testing.assert_allclose(runs[0].noise_scales, runs[1].noise_scales, rtol=1e-12)
+    assert discarding("karras") == "karras_discard"
+    assert (discarding(None), discarding("leading")) == (None, "leading")
+
+
+def test_comfyuis_beta():
+    """Rounded levels that ComfyUI's scheduler gave for 10 steps of this table."""
+    run = program("euler", SCHEDULE, 10, schedule="comfyui_beta")
+    theirs = [14.6, 11.5, 7.4, 4.4, 2.6, 1.6, 1.0, 0.66, 0.40, 0.20]
+    np.testing.assert_allclose(run.noise_scales[:-1], theirs, rtol=0.03)
+    np.testing.assert_array_equal(run.timesteps, np.rint(run.timesteps))
+    with pytest.raises(RequestError, match="400 steps along comfyui_beta are of 3"):
+        program("euler", SCHEDULE, 400, schedule="comfyui_beta")
 
 
 def automatic1111_ends(x, k, sigmas, x0, before):

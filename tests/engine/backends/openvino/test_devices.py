@@ -91,6 +91,12 @@ def test_a_device_without_openvino(given):
         BackendSettings(backend=given, device="GPU")
 
 
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "cuda"), ("CUDA:0", "cuda")])
+def test_a_device_that_is_a_backend(device, backend):
+    with pytest.raises(BackendError, match=f"is a backend; give it as the backend '{backend}'"):
+        BackendSettings(device=device)
+
+
 def test_a_device_that_is_none():
     with pytest.raises(BackendError, match="'gpu' is not known; choose CPU, GPU or NPU"):
         BackendSettings(backend="openvino", device="gpu")
