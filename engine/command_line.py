@@ -2,15 +2,20 @@
 
 import argparse
 import difflib
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from engine.errors import USER_ERROR
 
 __all__ = ["CommandParser"]
 
-REST = "unrecognized arguments: "  # how argparse begins
+# As argparse writes.
+REST = "unrecognized arguments: "
+INVALID = re.compile(
+    r"^argument (\S+/)?(?P<option>[^/\s]+): invalid choice: (?P<value>.+) \(choose"
+)
 # What other programs call values of options.
 FOREIGN_VALUES: Mapping[str, str] = MappingProxyType(
     {
@@ -41,18 +46,16 @@ class CommandParser(argparse.ArgumentParser):
         hint = f"; did you mean {meant}?" if meant else ""
         if not unknown and message.startswith(REST):
             hint = "; a text of several words stands in quotes"
+        hint = hint or self._meant_value(message)
         self.exit(USER_ERROR, f"error: {message}{hint} (`{self.prog} --help` lists the options)\n")
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As argparse's, and say which value was meant, of this option or of another."""
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            error.message += self._meant_value(action, str(value))
-            raise
-
-    def _meant_value(self, action: argparse.Action, value: str) -> str:
+    def _meant_value(self, message: str) -> str:
         """Return a hint at the option and the value that a wrong one stands for, or ""."""
+        found = INVALID.search(message)
+        action = found and self._option_string_actions.get(found["option"])
+        if not found or not action:
+            return ""
+        value = found["value"].strip("'\"")
         word = value.lower().partition(":")[0]  # torch's cuda:0
         others = [each for each in self._actions if each is not action and each.option_strings]
         for each in (action, *others):

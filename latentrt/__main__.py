@@ -11,6 +11,7 @@ from importlib import import_module
 from types import MappingProxyType
 
 from engine.errors import USER_ERROR, exit_status
+from latentrt import stranger
 
 DRAW = "draw"
 # What other programs call subcommands.
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_status(lambda: print(f"latentrt {_version()}"))
     if given[0] in SUBCOMMANDS:
         name, given = given[0], given[1:]
+        if said := stranger(SUBCOMMANDS[name].module.partition(".")[0]):
+            print(f"error: {said}", file=sys.stderr)
+            return USER_ERROR
         return _run(name)(given, f"latentrt {name}")
     if meant := _meant(*given):
         said = f"error: {given[0]} is no subcommand; did you mean `latentrt {meant}`?"

@@ -151,6 +151,27 @@ def test_a_module_beside_a_strangers_engine_is_one_sentence(foreign, module):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_command_beside_a_strangers_module_is_one_sentence(foreign):
+    (foreign / "engine" / "__init__.py").unlink()
+    done = run(foreign, "-m", "latentrt", "export", "cache")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {foreign / 'export.py'} is found in place of ")
+    assert done.stderr.count("\n") == 1
+    (foreign / "runtime.py").write_text("raise SystemExit('a stranger ran')")
+    done = run(foreign, "-m", "latentrt", "a hat", *DRAW)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        f"error: {foreign / 'runtime.py'} is found in place of Latentrt's"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_app_with_a_module_of_an_unused_name_is_not_told(foreign):
+    (foreign / "engine" / "__init__.py").unlink()
+    done = run(foreign, "-c", "from latentrt import Request")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_app_beside_a_strangers_engine_is_told_by_an_error_of_imports(foreign):
     done = run(foreign, "-c", "import runtime")
     assert done.returncode == 1
