@@ -1,6 +1,6 @@
 """`python -m runtime.calibration MODEL`: look how large numbers become, as int8 must know.
 
-Some prompts are drawn, in bfloat16 where the processor has it; the least and the greatest input of
+Some prompts are drawn, in bfloat16 where the processor has it; the smallest and largest input of
 every layer of the UNet and of the decoder go into small files in the cache, under names that tell
 the checkpoint. The same latents are then decoded in int8: a decoder whose pictures change visibly
 stays in floating point.

@@ -46,7 +46,7 @@ GUIDED_INPUTS: Mapping[str, Tensor] = {
 }
 MIDDLE = re.compile(rb"mid_block\.attentions\.\d+\.transformer_blocks\.\d+\.attn1\.to_v\.weight")
 BOOLEAN = 9  # of TensorProto.DataType
-TINY = np.float32(1e-12)  # as torch's `normalize`: the least length that is divided by
+TINY = np.float32(1e-12)  # as torch's `normalize`: the minimum of what is divided by
 
 
 def has_attention_to_perturb(weights: Sequence[str] | Mapping[str, object]) -> bool:

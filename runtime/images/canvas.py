@@ -39,7 +39,7 @@ MAX_BLUR = 1000  # pixels
 BLUR = 4.0  # pixels: the feather reaches over the latents' cells of 8 that the mask's edge cuts
 OVERLAP = 8  # pixels of the old picture beside a seam that are painted anew: a cell of the latents
 
-_WHITE = 128  # of 255: the least that is painted anew
+_WHITE = 128  # of 255: the minimum that is painted anew
 
 
 def latent_mask(

@@ -52,8 +52,8 @@ def test_requests_come_by_chance_at_a_rate():
 @pytest.mark.parametrize("mix", MIXES)
 def test_mixes(mix):
     fields = [order.picture_request.fields for order in orders(mix, 200)]
-    wishes = [{k: v for k, v in f.items() if k not in ("prompt", "seed")} for f in fields]
-    different = len({json.dumps(wish, sort_keys=True) for wish in wishes})
+    chosen = [{k: v for k, v in f.items() if k not in ("prompt", "seed")} for f in fields]
+    different = len({json.dumps(choice, sort_keys=True) for choice in chosen})
     assert len({f["prompt"] for f in fields}) == 200
     assert {"mixed": different > 150, "mostly equal": 30 < different < 90, "equal": different == 1}[
         mix

@@ -50,13 +50,13 @@ def test_every_layer_that_computes_in_int8_has_its_range(folder, part):
     graph = find_graph(part, MODEL.config(part), "float32", graph_folders(), MODEL.path)
     layers = {n for n, shape in graph.weights.items() if len(shape) > 1 and is_quantized(n)}
     assert ranges.keys() == layers
-    assert all(least < 0 < greatest for least, greatest in ranges.values())
+    assert all(low < 0 < high for low, high in ranges.values())
 
 
 def test_what_follows_a_silu_is_never_below_its_minimum(folder):
-    for name, (least, _) in ranges_in(folder).items():
+    for name, (low, _) in ranges_in(folder).items():
         if ".resnets." in name and ".conv1." in name:
-            assert -0.2785 < least <= -0.27
+            assert -0.2785 < low <= -0.27
 
 
 def test_pictures_are_near_those_of_float32(folder):

@@ -102,12 +102,12 @@ def test_a_call_needs_a_prompt(pipeline):
 
 
 def test_output_types(pipeline):
-    wishes = {"seed": 3, "num_images_per_prompt": 2, **SMALL}
-    drawn = pipeline("a cat", **wishes)
-    floats = pipeline("a cat", output_type="np", **wishes)
+    chosen = {"seed": 3, "num_images_per_prompt": 2, **SMALL}
+    drawn = pipeline("a cat", **chosen)
+    floats = pipeline("a cat", output_type="np", **chosen)
     assert (floats.images.shape, floats.images.dtype) == ((2, 32, 32, 3), np.float32)
     assert ((floats.images * 255).round().astype(np.uint8).tobytes()) == b"".join(pixels(drawn))
-    latents = pipeline("a cat", output_type="latent", **wishes)
+    latents = pipeline("a cat", output_type="latent", **chosen)
     assert (latents.images.shape, latents.images.dtype) == ((2, 8, 4, 4), np.float32)
     assert [np.asarray(i).tobytes() for i in pipeline.decode(latents.images)] == pixels(drawn)
     assert drawn.seeds == floats.seeds == latents.seeds == [3, 4]
@@ -122,16 +122,16 @@ def test_a_callback_sees_and_changes_the_latents(pipeline):
         seen.append((step, float(timestep), inputs["latents"].shape))
         return {}
 
-    wishes = {"seed": 3, "num_images_per_prompt": 6, **SMALL}
-    plain = pipeline("a cat", **wishes)
-    assert pixels(pipeline("a cat", callback_on_step_end=watch, **wishes)) == pixels(plain)
+    chosen = {"seed": 3, "num_images_per_prompt": 6, **SMALL}
+    plain = pipeline("a cat", **chosen)
+    assert pixels(pipeline("a cat", callback_on_step_end=watch, **chosen)) == pixels(plain)
     timesteps = pipeline.plan(Request(prompt="a", **SMALL)).program.timesteps
     assert seen == [(i, t, (6, 8, 4, 4)) for i, t in enumerate(timesteps)], "all in one batch"
 
     def clear(pipe, step, timestep, inputs):
         return {"latents": inputs["latents"] * (step < 2)}
 
-    changed = pipeline("a cat", callback_on_step_end=clear, output_type="latent", **wishes)
+    changed = pipeline("a cat", callback_on_step_end=clear, output_type="latent", **chosen)
     assert not changed.images.any()
 
     def stop(pipe, step, timestep, inputs):
@@ -140,54 +140,54 @@ def test_a_callback_sees_and_changes_the_latents(pipeline):
         return None
 
     seen.clear()
-    first = pipeline("a cat", callback_on_step_end=stop, output_type="latent", **wishes)
+    first = pipeline("a cat", callback_on_step_end=stop, output_type="latent", **chosen)
     assert seen == [0]
     assert first.images.any()
-    assert pixels(pipeline("a cat", **wishes)) == pixels(plain), "the next call goes on"
+    assert pixels(pipeline("a cat", **chosen)) == pixels(plain), "the next call goes on"
 
     def wrong(pipe, step, timestep, inputs):
         return {"prompt_embeds": 0}
 
     with pytest.raises(RequestError, match="returned prompt_embeds; only the latents"):
-        pipeline("a cat", callback_on_step_end=wrong, **wishes)
+        pipeline("a cat", callback_on_step_end=wrong, **chosen)
 
 
 def test_latents_are_the_noise_to_start_from(pipeline):
     from runtime.noise import TorchNoise
 
     noise = np.stack([TorchNoise(seed).normal((8, 4, 4)) for seed in (5, 6)])
-    wishes = {"num_images_per_prompt": 2, **SMALL}
-    expected = pixels(pipeline("a cat", seed=5, **wishes))
-    assert pixels(pipeline("a cat", latents=noise, **wishes)) == expected
+    chosen = {"num_images_per_prompt": 2, **SMALL}
+    expected = pixels(pipeline("a cat", seed=5, **chosen))
+    assert pixels(pipeline("a cat", latents=noise, **chosen)) == expected
     torch_like = SimpleNamespace(detach=lambda: chain)
     chain = SimpleNamespace(cpu=lambda: chain, float=lambda: chain, numpy=lambda: noise)
-    assert pixels(pipeline("a cat", latents=torch_like, **wishes)) == expected
+    assert pixels(pipeline("a cat", latents=torch_like, **chosen)) == expected
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_embeddings_stand_for_texts(pipeline, scale):
     texts = {"prompt": ["a cat", "a red hat"], "negative_prompt": "blue"}
-    wishes = {"seed": 5, "guidance_scale": scale, "num_images_per_prompt": 2, **SMALL}
+    chosen = {"seed": 5, "guidance_scale": scale, "num_images_per_prompt": 2, **SMALL}
     plan = pipeline.plan(Request(**texts, guidance_scale=4.0, **SMALL))
     negative, positive = plan.conditioning[0]["context"]
-    expected = pixels(pipeline(**texts, **wishes))
+    expected = pixels(pipeline(**texts, **chosen))
     embeds = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
-    assert pixels(pipeline(**embeds, **wishes)) == expected
+    assert pixels(pipeline(**embeds, **chosen)) == expected
     by_text = {"prompt_embeds": positive, "negative_prompt": "blue"}
-    assert pixels(pipeline(**by_text, **wishes)) == expected
+    assert pixels(pipeline(**by_text, **chosen)) == expected
     longer = {"prompt_embeds": np.concatenate([positive] * 2, axis=1)}
     if scale > 1:
         with pytest.raises(RequestError, match=r"negative_prompt_embeds are .* are needed"):
-            pipeline(**longer, **wishes)
+            pipeline(**longer, **chosen)
     else:
-        assert pixels(pipeline(**longer, **wishes)) != expected
+        assert pixels(pipeline(**longer, **chosen)) != expected
 
 
 def test_texts_in_place_of_paths_and_lists(tmp_path):
     vae = str(find_model("pictogram") / "vae")
     by_text = Pipeline.load("pictogram", vae=vae, preview_decoder="own", graphs=None)
     assert by_text.model.given["vae"] == Path(vae)
-    for wish, said in (
+    for choice, said in (
         ({"loras": "nosuch.safetensors:0.8"}, "nosuch.safetensors does not exist"),
         ({"embeddings": "nosuch.pt"}, "nosuch.pt does not exist"),
         ({"loras": Path("nosuch.bin")}, "nosuch.bin does not exist"),
@@ -195,7 +195,7 @@ def test_texts_in_place_of_paths_and_lists(tmp_path):
         ({"vae": "nosuch"}, "nosuch"),
     ):
         with pytest.raises(ModelError, match=said):
-            Pipeline.load("pictogram", **wish)
+            Pipeline.load("pictogram", **choice)
     with pytest.raises(GraphError, match=re.escape(str(tmp_path))):
         Engines.choose(Model.open(find_model("pictogram")), graphs=str(tmp_path)).graph("step")
 

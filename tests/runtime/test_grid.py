@@ -31,7 +31,7 @@ def pipeline():
 
 def test_cells_share_calls_across_samplers_and_are_what_they_are_alone(pipeline, monkeypatch):
     fields = {"prompt": "a cat", "seed": 1}
-    wishes = [
+    chosen = [
         {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": scale}
         for sampler in ("ddim", "euler_a")
         for steps, scale in ((2, 3.0), (3, 5.0))
@@ -43,12 +43,12 @@ def test_cells_share_calls_across_samplers_and_are_what_they_are_alone(pipeline,
         step_rows(rows, engine, **options)
 
     monkeypatch.setattr(adapted_model, "step_rows", count)
-    requests = [Request(**fields, **wish) for wish in wishes]
+    requests = [Request(**fields, **choice) for choice in chosen]
     drawn = sorted(pipeline.draw(requests), key=lambda image: image.request)
     images = [each.image for each in drawn]
     assert sizes == [4, 4, 2, 1, 1]
-    for image, wish in zip(images, wishes, strict=True):
-        (alone,) = pipeline(**fields, **wish).images
+    for image, choice in zip(images, chosen, strict=True):
+        (alone,) = pipeline(**fields, **choice).images
         np.testing.assert_array_equal(image, alone)
 
 

@@ -40,13 +40,13 @@ def pipeline():
     return Pipeline.load(settings=BackendSettings(backend="cpu", threads=2), precision="float32")
 
 
-def request(**wishes):
+def request(**chosen):
     given = {"prompt": "a house", "seed": 3, "num_inference_steps": 2, "height": SIDE}
-    return Request(**{**given, "width": SIDE, "sampler": "ddim", **wishes})
+    return Request(**{**given, "width": SIDE, "sampler": "ddim", **chosen})
 
 
-def drawn(pipeline, **wishes):
-    (image,) = pipeline(**fields_of(request(**wishes))).images
+def drawn(pipeline, **chosen):
+    (image,) = pipeline(**fields_of(request(**chosen))).images
     return image
 
 
@@ -215,8 +215,8 @@ def test_every_mode_takes_regions(pipeline, mode):
 
 
 def test_rows_with_and_without_regions_are_what_they_are_alone(pipeline):
-    wishes = [{}, {"regions": [CAR]}, {"regions": [TREE]}, {"regions": [CAR, TREE]}, {}]
-    asked = [request(sampler="euler_a", seed=i, **each) for i, each in enumerate(wishes)]
+    chosen = [{}, {"regions": [CAR]}, {"regions": [TREE]}, {"regions": [CAR, TREE]}, {}]
+    asked = [request(sampler="euler_a", seed=i, **each) for i, each in enumerate(chosen)]
     together = {found.request: found.image for found in pipeline.draw(asked, batch_size=4)}
     for index, each in enumerate(asked):
         (alone,) = pipeline(**fields_of(each)).images

@@ -27,7 +27,7 @@ from tests.support.fake_cuda import ALIGNMENT, FakeDevice, input_dtype, output_s
 from tests.support.real_signatures import check_call, strict, unwrapped
 
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
-"""The least, the best and the greatest shape of every input."""
+"""The smallest, the best and the largest shape of every input."""
 
 
 class FakeTensorRT:
@@ -201,10 +201,10 @@ class _Context:
         profile = self._engine.profiles[self.active_optimization_profile]
         if name not in profile:
             return False
-        least, _, most = profile[name]
+        smallest, _, largest = profile[name]
         self._shapes[name] = shape
-        return len(shape) == len(least) and all(
-            a <= b <= c for a, b, c in zip(least, shape, most, strict=True)
+        return len(shape) == len(smallest) and all(
+            a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True)
         )
 
     def infer_shapes(self) -> list[str]:

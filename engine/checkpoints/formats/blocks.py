@@ -109,16 +109,16 @@ def _grouped(scale: Floats, numbers: NDArray[Any]) -> Floats:
     return product
 
 
-def _affine(scale: Floats, numbers: NDArray[Any], least: Floats) -> Floats:
+def _affine(scale: Floats, numbers: NDArray[Any], minimum: Floats) -> Floats:
     """Multiply each group, and take its own smallest value away."""
-    return (_grouped(scale, numbers) - least[..., None]).reshape(len(scale), -1)
+    return (_grouped(scale, numbers) - minimum[..., None]).reshape(len(scale), -1)
 
 
 def _q2_k(blocks: Bytes) -> Floats:
     scales = blocks[:, :16]
     scale = _half(blocks, 80) * (scales & 15).astype(np.float32)
-    least = _half(blocks, 82) * (scales >> 4).astype(np.float32)
-    return _affine(scale, _pairs(blocks[:, 16:80]), least)
+    minimum = _half(blocks, 82) * (scales >> 4).astype(np.float32)
+    return _affine(scale, _pairs(blocks[:, 16:80]), minimum)
 
 
 def _q3_k(blocks: Bytes) -> Floats:
@@ -136,8 +136,8 @@ def _scales_of_six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
     """Split 12 bytes into 8 scales and 8 smallest values; the last four have their bits apart."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scale = np.concatenate([first & 63, third & 15 | first >> 2 & 48], axis=1)
-    least = np.concatenate([second & 63, third >> 4 | second >> 2 & 48], axis=1)
-    return scale, least
+    minimum = np.concatenate([second & 63, third >> 4 | second >> 2 & 48], axis=1)
+    return scale, minimum
 
 
 def _low_then_high(packed: Bytes) -> Bytes:
@@ -146,21 +146,21 @@ def _low_then_high(packed: Bytes) -> Bytes:
 
 
 def _q4_k(blocks: Bytes) -> Floats:
-    scale, least = _scales_of_six_bits(blocks[:, 4:16])
+    scale, minimum = _scales_of_six_bits(blocks[:, 4:16])
     return _affine(
         _half(blocks, 0) * scale.astype(np.float32),
         _low_then_high(blocks[:, 16:]),
-        _half(blocks, 2) * least.astype(np.float32),
+        _half(blocks, 2) * minimum.astype(np.float32),
     )
 
 
 def _q5_k(blocks: Bytes) -> Floats:
-    scale, least = _scales_of_six_bits(blocks[:, 4:16])
+    scale, minimum = _scales_of_six_bits(blocks[:, 4:16])
     high = _bits(blocks[:, 16:48]).reshape(-1, 32, 8).swapaxes(1, 2).reshape(-1, 256)
     return _affine(
         _half(blocks, 0) * scale.astype(np.float32),
         _low_then_high(blocks[:, 48:]) | high << 4,
-        _half(blocks, 2) * least.astype(np.float32),
+        _half(blocks, 2) * minimum.astype(np.float32),
     )
 
 

@@ -89,8 +89,8 @@ def read_gguf(path: Path, file: mmap) -> tuple[dict[str, StoredTensor], dict[str
             f"{' and '.join(map(str, VERSIONS))}: convert the model again"
         )
     tensors, facts = header.number("Q"), header.number("Q")
-    for count, least, what in ((tensors, 24, "tensors"), (facts, 13, "facts")):
-        if count * least > min(len(file), MAX_HEADER):
+    for count, minimum, what in ((tensors, 24, "tensors"), (facts, 13, "facts")):
+        if count * minimum > min(len(file), MAX_HEADER):
             raise damaged(path, f"its header states {count} {what}, more than it has bytes for")
     metadata: dict[str, str] = {}
     shapes: dict[str, Any] = {}

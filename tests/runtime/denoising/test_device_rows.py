@@ -66,12 +66,13 @@ def finished(pipeline, row):
 def test_unlike_rows_are_those_of_the_processor(host, pipeline, device):
     """Other samplers, steps, masks, sizes, shallow calls and second runs, in shared calls."""
     requests = [
-        Request(prompt="a hat", seed=n, **{**SMALL, **wish}) for n, wish in enumerate(UNLIKE * 2)
+        Request(prompt="a hat", seed=n, **{**SMALL, **choice})
+        for n, choice in enumerate(UNLIKE * 2)
     ]
     drawn = {each.request: each.image for each in pipeline.draw(requests, batch_size=4)}
-    for number, wish in enumerate(UNLIKE * 2):
-        (image,) = host("a hat", seed=number, **{**SMALL, **wish}).images
-        np.testing.assert_array_equal(drawn[number], np.asarray(image), err_msg=f"{wish}")
+    for number, choice in enumerate(UNLIKE * 2):
+        (image,) = host("a hat", seed=number, **{**SMALL, **choice}).images
+        np.testing.assert_array_equal(drawn[number], np.asarray(image), err_msg=f"{choice}")
     assert device.counts["record"] > 0
     assert device.counts["replay"] > 0
 

@@ -29,13 +29,13 @@ def pipeline():
     return Pipeline.load(settings=BackendSettings(backend="cpu", threads=2), precision="float32")
 
 
-def fields(**wishes):
+def fields(**chosen):
     given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": 2}
-    return {**given, "height": SIDE, "width": SIDE, **wishes}
+    return {**given, "height": SIDE, "width": SIDE, **chosen}
 
 
-def asked(**wishes):
-    return Request(**fields(**wishes))
+def asked(**chosen):
+    return Request(**fields(**chosen))
 
 
 def drawn(pipeline, plan, size):
@@ -69,7 +69,7 @@ def test_a_call_draws_in_groups(pipeline):
 
 
 def test_unlike_requests_share_calls_and_keep_their_bits(pipeline):
-    wishes = [
+    chosen = [
         {"sampler": "euler", "num_inference_steps": 3},
         {"sampler": "lms", "num_inference_steps": 4, "guidance_scale": 2.0},
         {"num_images_per_prompt": 2, "sampler": "ddpm"},
@@ -77,7 +77,7 @@ def test_unlike_requests_share_calls_and_keep_their_bits(pipeline):
         {"hires": Hires(scale=1.25), "prompt": "a house"},
         {"height": 2 * SIDE},
     ]
-    requests = [asked(**each) for each in wishes]
+    requests = [asked(**each) for each in chosen]
     sizes, engines = [], pipeline.engines
 
     class Counting:
@@ -130,8 +130,8 @@ def test_a_part_beyond_the_end_repeats_the_last(pipeline):
 
 
 def test_groups_are_small_by_default(pipeline):
-    def sizes(**wishes):
-        return [len(g.seeds) for g in pipeline.groups(pipeline.plan(asked(**wishes)))]
+    def sizes(**chosen):
+        return [len(g.seeds) for g in pipeline.groups(pipeline.plan(asked(**chosen)))]
 
     assert sizes(num_images_per_prompt=64) == [4] * 16
     assert sizes(num_images_per_prompt=6) == [3, 3], "about equal"

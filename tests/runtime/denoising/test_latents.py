@@ -1,4 +1,4 @@
-"""What the model believed in at a call, found again from what the call made of it."""
+"""The x0 that the model predicted at a call, found again from what the call made of it."""
 
 import numpy as np
 import pytest

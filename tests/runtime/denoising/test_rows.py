@@ -19,7 +19,7 @@ from tests.support.named_requests import IMAGE, LORA, MASK, REQUESTS, write_lora
 
 STEPS, TOGETHER = 4, 8
 # Stepped over here: 1088 pixels decode in 25 tiles, which no row has to do with.
-MIXED = {name: wishes for name, wishes in REQUESTS.items() if name not in ("tiles", LORA)}
+MIXED = {name: chosen for name, chosen in REQUESTS.items() if name not in ("tiles", LORA)}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ class Watched:
         return self.engine.run(inputs)
 
 
-def request(**wishes):
-    return Request(**{"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **wishes})
+def request(**chosen):
+    return Request(**{"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **chosen})
 
 
 def finished(pipeline, row):
@@ -87,10 +87,10 @@ def assert_equal(images, expected, name):
 
 def test_every_mode_is_what_it_is_alone(pipeline):
     """21 samplers and all modes, arriving one after the other, up to eight in a call."""
-    requests = {name: request(**wishes) for name, wishes in MIXED.items()}
+    requests = {name: request(**chosen) for name, chosen in MIXED.items()}
     drawn, sizes = draw_together(pipeline, requests, apart=1)
-    for name, wishes in MIXED.items():
-        given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **wishes}
+    for name, chosen in MIXED.items():
+        given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **chosen}
         assert_equal(drawn[name], pipeline(**given).images, name)
     assert sum(sizes) > 2 * len(sizes), "many calls were shared"
     assert max(sizes) > 5
@@ -98,7 +98,7 @@ def test_every_mode_is_what_it_is_alone(pipeline):
 
 def test_every_sampler_beside_every_other(pipeline):
     """Other samplers, steps, scales and rescales, one arriving each turn."""
-    wishes = {
+    chosen = {
         sampler: {
             "sampler": sampler,
             "num_inference_steps": 4 + index % 5,
@@ -109,17 +109,17 @@ def test_every_sampler_beside_every_other(pipeline):
         for index, sampler in enumerate(SAMPLERS)
     }
     drawn, sizes = draw_together(
-        pipeline, {name: request(**each) for name, each in wishes.items()}, apart=1
+        pipeline, {name: request(**each) for name, each in chosen.items()}, apart=1
     )
-    for name, each in wishes.items():
+    for name, each in chosen.items():
         assert_equal(drawn[name], pipeline("a red apple", **each).images, name)
     assert np.mean(sizes) > 4
-    assert sum(sizes) == sum(pipeline.plan(request(**each)).calls for each in wishes.values())
+    assert sum(sizes) == sum(pipeline.plan(request(**each)).calls for each in chosen.values())
 
 
 def test_masks_and_images_beside_noise(pipeline):
     """Registers that hold an image, padded ones, and rows that change bucket in between."""
-    wishes = {
+    chosen = {
         "painted": {"image": IMAGE, "mask": MASK, "sampler": "lms"},
         "noise": {"sampler": "euler_a"},
         "image": {"image": IMAGE, "strength": 0.8, "sampler": "dpmpp_3m_sde"},
@@ -129,9 +129,9 @@ def test_masks_and_images_beside_noise(pipeline):
         "enlarged": {"hires": Hires(scale=1.25), "sampler": "unipc"},
     }
     drawn, sizes = draw_together(
-        pipeline, {name: request(**each) for name, each in wishes.items()}, apart=1
+        pipeline, {name: request(**each) for name, each in chosen.items()}, apart=1
     )
-    for name, each in wishes.items():
+    for name, each in chosen.items():
         given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **each}
         assert_equal(drawn[name], pipeline(**given).images, name)
     assert max(sizes) > 2
@@ -141,11 +141,11 @@ def test_an_adapter_changes_all_rows_alike(pipeline):
     with tempfile.TemporaryDirectory() as folder:
         pipeline.set_loras([write_lora(Path(folder))])
         try:
-            wishes = {sampler: {"sampler": sampler} for sampler in ("euler", "heun", "ddpm")}
+            chosen = {sampler: {"sampler": sampler} for sampler in ("euler", "heun", "ddpm")}
             drawn, _ = draw_together(
-                pipeline, {name: request(**each) for name, each in wishes.items()}, apart=1
+                pipeline, {name: request(**each) for name, each in chosen.items()}, apart=1
             )
-            for name, each in wishes.items():
+            for name, each in chosen.items():
                 given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS}
                 assert_equal(drawn[name], pipeline(**given, **each).images, name)
         finally:
@@ -223,12 +223,12 @@ def test_neighbours_are_seen_a_little_on_openvino(precision):
     pytest.importorskip("openvino")
     settings = BackendSettings(backend="openvino", threads=2)
     with Pipeline.load("pictogram", settings=settings, precision=precision) as other:
-        wishes = {name: {"sampler": name} for name in ("ddim", "euler_a", "dpmpp_2m", "unipc")}
+        chosen = {name: {"sampler": name} for name in ("ddim", "euler_a", "dpmpp_2m", "unipc")}
         drawn, sizes = draw_together(
-            other, {name: request(**each) for name, each in wishes.items()}, apart=1
+            other, {name: request(**each) for name, each in chosen.items()}, apart=1
         )
         assert max(sizes) > 1
-        for name, each in wishes.items():
+        for name, each in chosen.items():
             given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **each}
             (wanted,) = other(**given).images
             least = {"float32": 60, "bfloat16": 30}[precision]
@@ -246,9 +246,9 @@ def test_axes_are_those_of_the_signatures():
 
 def test_an_image_is_read_once_for_each_row(pipeline):
     """What is outside the mask is the image's own, whoever is beside it."""
-    wishes = {"a": {"image": IMAGE, "mask": MASK, "mask_blur": 0.0}, "b": {"sampler": "lcm"}}
+    chosen = {"a": {"image": IMAGE, "mask": MASK, "mask_blur": 0.0}, "b": {"sampler": "lcm"}}
     drawn, _ = draw_together(
-        pipeline, {name: request(**each) for name, each in wishes.items()}, apart=1
+        pipeline, {name: request(**each) for name, each in chosen.items()}, apart=1
     )
     kept = np.asarray(MASK) == 0
     assert (np.asarray(drawn["a"][0])[kept] == np.asarray(IMAGE)[kept]).all()

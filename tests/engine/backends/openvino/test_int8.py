@@ -43,13 +43,13 @@ def test_a_channel_of_zeros_stays_one():
 
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize(
-    ("least", "greatest"), [(-0.28, 9.0), (-3.0, 2.5), (-4.0, 0.5), (0.5, 2.0), (0.0, 0.0)]
+    ("low_seen", "high_seen"), [(-0.28, 9.0), (-3.0, 2.5), (-4.0, 0.5), (0.5, 2.0), (0.0, 0.0)]
 )
-def test_a_range_holds_what_was_seen_and_0_exactly(least, greatest, shifted):
-    low, high = input_range(least, greatest, shifted=shifted)
+def test_a_range_holds_what_was_seen_and_0_exactly(low_seen, high_seen, shifted):
+    low, high = input_range(low_seen, high_seen, shifted=shifted)
     step = (high - low) / 255
-    assert low <= least + step / 2
-    assert high >= greatest - step / 2
+    assert low <= low_seen + step / 2
+    assert high >= high_seen - step / 2
     assert (-low / step) == pytest.approx(round(-low / step), abs=1e-9), "0 is one of the levels"
 
 
