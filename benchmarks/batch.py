@@ -97,6 +97,8 @@ def _as_a_batch(pipeline: Pipeline, fields: list[dict[str, Any]], folder: Path) 
             made_with={},
             ending=".png",
             mark=True,
+            sign=None,
+            watermark=None,
             batch_size=None,
         ).draw(works(path, defaults, {}))
     assert progress.drawn == len(fields)

@@ -50,7 +50,6 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "bfloat16-sd15",
         "bfloat16",
     ),
-    README.parent / "docs" / "training.md": ("tuning",),
     README.parent / "docs" / "serving.md": (
         "serving-steps",
         "serving",
@@ -58,7 +57,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "serving-costs",
     ),
     README.parent / "docs" / "theory.md": ("theory",),
-    README.parent / "docs" / "training.md": ("search",),
+    README.parent / "docs" / "training.md": ("search", "tuning"),
 }
 SOURCES = {  # tables that are made of another's figures
     "speed": "latency-sd15",

@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks.serving.contenders import ALONE, CONTENDERS, ROWS
 from benchmarks.serving.driving import Seen, by_hand, make_loop
 from benchmarks.serving.traffic import MIXES, at_once, orders, poisson
+from serving.enlarging_request import EnlargingRequest
 from serving.picture_request import PictureRequest
 from serving.unfinished_picture import FinishedPicture
 
@@ -128,7 +129,9 @@ class SimulatedRunner:
     def warm(self, model: str) -> None:
         """Load nothing."""
 
-    def unfinished_pictures(self, picture_request: PictureRequest) -> list[SimulatedPicture]:
+    def unfinished_pictures(
+        self, picture_request: PictureRequest | EnlargingRequest
+    ) -> list[SimulatedPicture]:
         """As `ModelRunner` says."""
         fields = picture_request.fields
         steps = fields.get("num_inference_steps") or 20

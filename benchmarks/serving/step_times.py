@@ -46,6 +46,7 @@ def measure(drawing: Drawing, repeats: int = REPEATS) -> dict[str, Any]:
 def _begun(runner: Models, seed: int, steps: int) -> RowPicture:
     fields = {"prompt": "a red apple", "seed": [seed], "num_inference_steps": steps}
     (picture,) = runner.unfinished_pictures(PictureRequest(fields=fields, model=MODEL))
+    assert isinstance(picture, RowPicture)
     picture.enter()
     return picture
 
