@@ -65,7 +65,8 @@ def recorded():
     model, engines = Model.open(find_model("pictogram")), {}
 
     class FakeEngines(Engines):
-        def open(self, part, weights):
+        def open(self, part, weights, variant=None):
+            assert variant is None
             assert part not in engines, "an engine is opened once"
             width = model.text_encoders["text_encoder"].hidden_size
             return engines.setdefault(part, FakeEngine(part, width, weights))
@@ -91,7 +92,7 @@ def test_a_picture_has_the_models_size(pipeline):
     assert [settings["seed"] for settings in result.settings] == [3]
 
 
-def test_the_same_wish_gives_the_same_picture(pipeline):
+def test_the_same_request_gives_the_same_picture(pipeline):
     first, second = (pipeline("house", seed=0, num_inference_steps=STEPS) for _ in range(2))
     assert first.seeds == second.seeds == [0]
     assert pixels(first.images[0]) == pixels(second.images[0])
@@ -174,7 +175,7 @@ def test_strength_leaves_steps_out(recorded, strength, steps):
 
 
 @pytest.mark.parametrize(
-    ("recommended", "wished", "steps", "scale"),
+    ("recommended", "given", "steps", "scale"),
     [
         ({}, {}, 20, 5.0),
         ({"steps": 4, "guidance_scale": 8.0}, {}, 4, 8.0),
@@ -183,12 +184,12 @@ def test_strength_leaves_steps_out(recorded, strength, steps):
         ({"steps": 4, "guidance_scale": 8.0}, {"guidance_scale": 0}, 4, 0),
     ],
 )
-def test_a_wish_the_models_recommendation_or_the_default(
-    recorded, recommended, wished, steps, scale
+def test_what_is_given_the_models_recommendation_or_the_default(
+    recorded, recommended, given, steps, scale
 ):
     model = replace(recorded.draw.model, **recommended)
     draw = recorded.load(model)
-    plan = draw.plan(Request(prompt="a", **wished))
+    plan = draw.plan(Request(prompt="a", **given))
     (settings,) = plan.settings
     assert (settings["num_inference_steps"], settings["guidance_scale"]) == (steps, scale)
     assert len(plan.program.timesteps) == len(plan.conditioning) == steps
@@ -546,7 +547,7 @@ def test_new_weights_encode_texts_again(recorded, lora):
     assert len(recorded.engines["text_encoder"].calls) == 2
 
 
-def test_wishes_of_the_wrong_kind(recorded):
+def test_options_of_the_wrong_kind(recorded):
     for options, said in (
         ({"sampler": "dpmpp-4m"}, "did you mean 'dpmpp_2m'"),
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
