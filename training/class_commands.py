@@ -68,7 +68,10 @@ def run_gan(options: argparse.Namespace) -> None:
 
 
 def run_judge(options: argparse.Namespace) -> None:
-    """Train the judge on real pictures and print what it says of a model's."""
+    """Train the judge on real pictures and print what it says of a model's.
+
+    Raises RequestError where the model draws pictures of another size than the data's.
+    """
     classes = _classes(options)
     learned = LabelledPictures.read(options.idx, "train", len(classes))
     tested = LabelledPictures.read(options.idx, "test", len(classes))
