@@ -26,6 +26,7 @@ DEVICES: Mapping[str, Mapping[ComputePrecision, Precision]] = {
     "NPU": {"float16": "float32"},
 }
 DEFAULT = "cpu"
+MAX_THREADS = 1024  # more than any machine has cores; libraries make as many as they are told
 ON_GPU = ("cuda", "webgpu", "tensorrt", "tensorrt_rtx")
 
 
@@ -67,9 +68,12 @@ class BackendSettings:
             raise BackendError(
                 f"the device {self.device!r} is not known; choose {_listed([*DEVICES])}"
             )
-        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+        if self.threads is not None and (
+            type(self.threads) is not int or not 1 <= self.threads <= MAX_THREADS
+        ):
             raise BackendError(
-                f"threads is {self.threads!r}; give a whole number from 1, or leave it out"
+                f"threads is {self.threads!r}; give a whole number from 1 to {MAX_THREADS}, or "
+                "leave it out"
             )
 
 

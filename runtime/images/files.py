@@ -111,6 +111,8 @@ def check_output(path: Path) -> None:
 
     Raises OutputError.
     """
+    if not path.name:
+        raise OutputError(f"the file to write has no name; give one in {', '.join(FORMATS)}")
     if path.suffix.lower() not in FORMATS:
         raise OutputError(f"{path} ends in {path.suffix!r}; give a name in {', '.join(FORMATS)}")
     try:

@@ -148,9 +148,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def check_animation(path: Path) -> None:
     """Refuse a path that no animation could be written to; raises OutputError."""
-    check_output(path)
     if path.suffix.lower() != ".webp":
         raise OutputError(f"the animation {path} ends in {path.suffix!r}; give a name in .webp")
+    check_output(path)
 
 
 def write_animation(
