@@ -32,6 +32,7 @@ from serving.options import engine_settings, make_parser
 from serving.order import Order
 from serving.picture_request import PictureRequest
 from serving.steering import ImagePromptRequest
+from tests.support.clients import FreshScripts, refusal
 from tests.support.ip_adapters import (
     small_encoder,
     small_ip_adapter,
@@ -258,26 +259,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_is_one_sentence(client, name):
     fields, sentence = REFUSED[name]
-    answer = client.post("/api/v1/pictures", json={"prompt": "a fox", **FIELDS, **fields})
-    said = answer.json()
-    if answer.status_code == 202:
-        while (now := client.get(f"/api/v1/pictures/{said['id']}").json())["state"] == "queued":
-            time.sleep(0.01)
-        said = {"error": now["error"]}
-    else:
-        assert answer.status_code in (400, 404)
-    assert sentence in said["error"]["message"]
-    assert "Traceback" not in answer.text
-
-
-class FreshScripts(webuiapi.WebUIApi):
-    """A client that keeps no unit: the library puts them into a dictionary of all its calls."""
-
-    def txt2img(self, *given, **options):
-        return super().txt2img(*given, alwayson_scripts={}, **options)
-
-    def img2img(self, *given, **options):
-        return super().img2img(*given, alwayson_scripts={}, **options)
+    assert sentence in refusal(client, {"prompt": "a fox", **FIELDS, **fields})
 
 
 @pytest.fixture
