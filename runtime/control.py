@@ -63,6 +63,9 @@ class Control:
     start, end: the part of the run in which it steers, at the calls that lie whole in it, as
         diffusers' `control_guidance_start` and `control_guidance_end`
     mode: "balanced", "prompt" or "control": what is more important
+    type: what the picture is, for a union of ControlNets, which sees several types: "openpose",
+        "depth" and so on (`engine.configs.control_net_union`), or a number as text; None where the
+        preprocessor tells, and for other nets
     preprocessor: makes what the net sees of the picture, at the size of what is drawn: a name as
         "canny" or "canny:low=50", an ONNX file, or what `runtime.preprocessors.named` makes; "none"
         and None take the picture as it is
@@ -74,6 +77,7 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     mode: str = BALANCED
+    type: str | None = None
     preprocessor: "str | Preprocessor | None" = None
     _made: "Preprocessor | None" = field(init=False, repr=False)
 
@@ -85,6 +89,8 @@ class Control:
         object.__setattr__(self, "image", upright(self.image))
         check_course("a control", "weight", self.weights, self.start, self.end)
         check_choice("a control's mode", self.mode, MODES)
+        if self.type is not None:
+            self._check_type(self.type)
         if isinstance(self.preprocessor, str):
             self._find_preprocessor(self.preprocessor)
         elif self.preprocessor is not None and not callable(self.preprocessor):
@@ -99,6 +105,13 @@ class Control:
         from runtime.preprocessors.choice import find_preprocessor  # no plain prompt needs them
 
         object.__setattr__(self, "_made", None if text == NONE else find_preprocessor(text))
+
+    @staticmethod
+    def _check_type(name: str) -> None:
+        from engine.configs.control_net_union import listed_types, type_place  # nor these
+
+        if not isinstance(name, str) or type_place(name) is None:
+            raise RequestError(f"a control's type is {name!r:.60}; choose one of {listed_types()}")
 
     def shown(self, image: Image.Image) -> Image.Image:
         """Return what the net sees of its picture, which lies over what is drawn.

@@ -1,7 +1,8 @@
 """A ControlNet's file or folder, beside the UNet that it is to steer.
 
 Files have the names of the original training code, after `control_model.` or alone, or diffusers',
-and so have those of a control-LoRA (`control_lora.py`).
+and so have those of a control-LoRA (`control_lora.py`) and of a union of ControlNets, whose own
+tensors have one name in both.
 What no shape tells (heads, groups of norms) is as in the UNet.
 """
 
@@ -19,6 +20,7 @@ from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.ldm_names import control_net_sources
 from engine.configs.base import read_json
 from engine.configs.control_net import ControlNetConfig, control_net_of, mirrored
+from engine.configs.control_net_union import ControlNetUnionConfig
 from engine.configs.transformer_depths import ATTENDING_MIDDLE
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
@@ -63,12 +65,11 @@ LAYOUTS = (
 )
 # What a file of training holds beside the ControlNet: the model that it was trained for.
 MODEL = r"(model\.diffusion_model|cond_stage_model|first_stage_model|model_ema)\..+"
+# What a union has and no other ControlNet.
+TASKS, TYPES = "task_embedding", "control_add_embedding.linear_1.weight"
 # pattern found in a name: what the file is, of those that have a ControlNet's names and more
 KINDS: Mapping[str, str] = MappingProxyType(
-    {
-        r"(^|\.)(task_embedding$|control_add_embedding\.)": "a union of ControlNets",
-        r"(^|\.)difference$": "the difference of a ControlNet from a model",
-    }
+    {r"(^|\.)difference$": "the difference of a ControlNet from a model"}
 )
 # and of others that are given in a ControlNet's place
 OTHERS: Mapping[str, str] = MappingProxyType(
@@ -115,7 +116,11 @@ def open_control_net(
         _check_family(path, config, unet)
         sources = _sources(config, layout, prefix)
         return config, make_control_lora(path, weights, config, sources, base)
-    config = _stated(path) or _config(stored, layout, unet)
+    union = any(prefix + name in weights for name in (TASKS, TYPES))
+    kind = ControlNetUnionConfig if union else ControlNetConfig
+    config = _stated(path, kind) or _config(stored, layout, unet, kind)
+    if union:  # whose folders do not all say how many
+        config = replace(config, **_types(stored))
     _check_family(path, config, unet)
     component = assemble(path, weights, config, _sources(config, layout, prefix))
     refuse_left_over(path, weights, component.used(), MODEL)
@@ -134,15 +139,25 @@ def _sources(config: ControlNetConfig, layout: _Layout, prefix: str) -> dict[str
     return {name: replace(s, name=prefix + s.name) for name, s in sources.items()}
 
 
-def _stated(path: Path) -> ControlNetConfig | None:
+def _stated(path: Path, kind: type[ControlNetConfig]) -> ControlNetConfig | None:
     """Read the configuration in a folder; None for a file, whose shapes tell."""
     file = path / "config.json"
     if not path.is_dir() or not file.is_file():
         return None
-    return ControlNetConfig.from_dict(read_json(file))
+    return kind.from_dict(read_json(file))
 
 
-def _config(stored: Stored, layout: _Layout, unet: UNetConfig) -> ControlNetConfig:
+def _types(stored: Stored) -> dict[str, Any]:
+    """Return what tensors of a union say of its types; raises MissingTensorError."""
+    return {
+        "num_control_type": stored.size(TASKS),
+        "num_trans_layer": max(stored.count("transformer_layes.{}"), 1),
+    }
+
+
+def _config(
+    stored: Stored, layout: _Layout, unet: UNetConfig, kind: type[ControlNetConfig]
+) -> ControlNetConfig:
     """Read off an architecture; raises ModelError naming a tensor that is missing."""
     widths, depths = (_original_levels if layout.original else _levels)(stored)
     middle = stored.count(layout.middle + ".transformer_blocks.{}")
@@ -154,7 +169,7 @@ def _config(stored: Stored, layout: _Layout, unet: UNetConfig) -> ControlNetConf
     inputs = stored.size(label, 1) if told else 0
     downs = tuple("CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in depths)
     layers = tuple(map(len, depths))
-    own = control_net_of(unet)
+    own = control_net_of(unet, kind)
     found = replace(
         own,
         in_channels=stored.size(first, 1),

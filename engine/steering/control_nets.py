@@ -55,10 +55,17 @@ class ControlNets:
         nets = ((name, net.config) for name, net in self._nets.items())
         return {name: config for name, config in nets if isinstance(config, T2IAdapterConfig)}
 
+    @property
+    def control_types(self) -> Mapping[str, int]:
+        """How many types of pictures those that are unions of ControlNets know, by their names."""
+        counts = {name: net.config.control_types for name, net in self._nets.items()}
+        return {name: count for name, count in counts.items() if count}
+
     def set(self, files: Mapping[str, Path]) -> None:
         """Read these nets in place of those that are there; the engines of some stay.
 
-        files: by name, files or folders; a name whose file is what it was keeps its engines
+        files: by name, files or folders; a file that is here keeps its engines, whatever its names
+            are, and is there once for all of them
         Raises ModelError when one is none or is of another family, BackendError where the model
         runs on a GPU; then all stay as they were.
         """
@@ -68,19 +75,25 @@ class ControlNets:
                 "cpu or openvino, or draw without them"
             )
         nets = dict[str, _ControlNet]()
+        known = {net.path: net for net in self._nets.values()}
         for name, path in files.items():
-            known = self._nets.get(name)
-            if known is not None and known.path == path:
-                nets[name] = known
-                continue
-            if not path.exists():
-                raise ModelError(f"the ControlNet {path} does not exist; give a file or a folder")
-            nets[name] = self._read(path)
+            if path not in known:
+                if not path.exists():
+                    raise ModelError(
+                        f"the ControlNet {path} does not exist; give a file or a folder"
+                    )
+                known[path] = self._read(path)
+            nets[name] = known[path]
         self._nets = nets
 
     def path(self, name: str) -> Path:
         """Return the file or folder of a ControlNet."""
         return self._nets[name].path
+
+    @property
+    def configs(self) -> list[ControlNetConfig | T2IAdapterConfig]:
+        """The architectures, once for a net that has several names."""
+        return [net.config for net in dict.fromkeys(self._nets.values())]
 
     def config(self, name: str) -> ControlNetConfig | T2IAdapterConfig:
         """Return the architecture of a net."""

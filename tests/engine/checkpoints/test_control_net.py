@@ -131,7 +131,6 @@ def test_numbers_come_from_where_they_are(whole, tmp_path):
     ("more", "message"),
     [
         ({"lora_controlnet": ()}, "is a control-LoRA, which is read with its model's UNet"),
-        ({"task_embedding": (6, 8)}, "is a union of ControlNets"),
         ({"difference": ()}, "is the difference of a ControlNet"),
         ({"another.weight": (1,)}, r"holds another\.weight, for which this architecture has no"),
     ],
