@@ -6,7 +6,7 @@ from typing import Any
 
 from engine.checkpoints.component import Component
 from engine.checkpoints.control_lora import ControlLora
-from engine.checkpoints.control_net import open_control_net
+from engine.checkpoints.control_net import is_pooled, open_control_net
 from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.formats.files import Weights
 from engine.checkpoints.t2i_adapter import open_t2i_adapter
@@ -44,6 +44,8 @@ def describe_control_net(
             "residuals": [sum(widths) for widths in config.residual_widths()],
             "used_tensors": len(net.used()),
         }
+        if is_pooled(path):
+            facts["pooled"] = "its residuals count in the mean over all places"
         if config.control_types:
             facts["types"] = listed_types(config.control_types)
         unused = sorted(set(weights) - net.used())

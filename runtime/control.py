@@ -6,7 +6,7 @@ guidance moves away from without control, so that guidance strengthens it.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -143,16 +143,19 @@ class Control:
         """Return its weight at each call of a run: (calls,) float64."""
         return course(self.weights, self.start, self.end, calls)
 
-    def by_map(self, counts: NDArray[np.float64], groups: int, prompts: int) -> NDArray[np.float64]:
+    def by_map(
+        self, counts: NDArray[np.float64], groups: int, prompts: int, *, pooled: bool = False
+    ) -> NDArray[np.float64]:
         """Return how much each map counts in each group of guidance: (maps, groups).
 
         counts: (maps,), of the maps where the prompt or the control is more important
         prompts: groups that guidance moves to, which are the last
+        pooled: whether the net's residuals count in the mean, which steers those groups alone
         """
         if self.mode == BALANCED:
             counts = np.ones_like(counts)
         counts = np.repeat(counts[:, None], groups, axis=1)
-        if self.mode == CONTROL:
+        if self.mode == CONTROL or pooled:
             counts[:, : groups - prompts] = 0
         return counts
 
@@ -176,12 +179,14 @@ def control_fields(
     residuals: int,
     conditioning: Sequence[Mapping[str, NDArray[np.float32]]],
     prompts: int,
+    pooled: Container[str] = (),
 ) -> dict[str, Any]:
     """Return the fields of a run's plan that say what steers it; one that never counts is left out.
 
     adapters: how many features each T2I-Adapter makes, by name; residuals: of a ControlNet
     conditioning: of each call, guidance (g, B, ...) and perturbed (g, B): the last `prompts` groups
         are texts that guidance moves to, and before them are perturbed ones
+    pooled: names of ControlNets whose residuals count in the mean
     """
     over = [(control, control.over(len(conditioning))) for control in controls]
     over = [(control, scale) for control, scale in over if scale.any()]
@@ -197,8 +202,9 @@ def control_fields(
             if control.net in adapters:
                 more = max(adapters[control.net] - len(FEATURE_COUNTS), 0)
                 counts = np.array((*FEATURE_COUNTS, *[1.0] * more)[: adapters[control.net]])
-            weights = scale[number] * control.by_map(counts, groups, min(seen, groups))
-            weights = weights[..., None].astype(np.float32)
+            moved = min(seen, groups)
+            counts = control.by_map(counts, groups, moved, pooled=control.net in pooled)
+            weights = (scale[number] * counts)[..., None].astype(np.float32)
             steering.append(StepControl(net=control.net, place=place, weights=weights))
         calls.append(steering)
     return {

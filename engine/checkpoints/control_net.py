@@ -25,10 +25,11 @@ from engine.configs.transformer_depths import ATTENDING_MIDDLE
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 
-__all__ = ["is_control_net", "open_control_net"]
+__all__ = ["is_control_net", "is_pooled", "open_control_net"]
 
 POOLED = 1280  # width of XL's pooled text
 ADVICE = "give the file or folder of a ControlNet"
+POOLED_NAME = r"(^|[-_. ])shuffle($|[-_. ])"  # in the name of a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +126,18 @@ def open_control_net(
     component = assemble(path, weights, config, _sources(config, layout, prefix))
     refuse_left_over(path, weights, component.used(), MODEL)
     return config, component
+
+
+def is_pooled(path: Path) -> bool:
+    """Tell whether a ControlNet's residuals count in the mean over all places of a map.
+
+    A folder's configuration says so. Of files no tensor tells, and lllyasviel's "shuffle", which is
+    the one that was published, goes by its name, as in other programs.
+    """
+    if path.is_dir():
+        file = path / "config.json"
+        return file.is_file() and read_json(file).get("global_pool_conditions") is True
+    return re.search(POOLED_NAME, path.stem, re.IGNORECASE) is not None
 
 
 def _layout(names: Container[str]) -> tuple[_Layout, str] | None:

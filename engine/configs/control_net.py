@@ -20,10 +20,7 @@ from engine.configs.unet import UNetConfig, middle_tensors, time_tensors, way_do
 __all__ = ["ControlNetConfig", "control_net_of", "control_net_tensors", "mirrored"]
 
 # Fields of diffusers' ControlNet configuration with the only values that are implemented.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "controlnet_conditioning_channel_order": ("rgb",),
-    "global_pool_conditions": (False,),
-}
+_FIXED: dict[str, tuple[Any, ...]] = {"controlnet_conditioning_channel_order": ("rgb",)}
 # What a ControlNet takes over from its UNet.
 _SHARED = tuple(
     field.name

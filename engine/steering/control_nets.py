@@ -9,7 +9,7 @@ from engine.backends.base import Engine
 from engine.backends.settings import ON_GPU, graph_precision
 from engine.checkpoints.component import Component
 from engine.checkpoints.control_lora import ControlLora
-from engine.checkpoints.control_net import open_control_net
+from engine.checkpoints.control_net import is_pooled, open_control_net
 from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.t2i_adapter import is_t2i_adapter, open_t2i_adapter
 from engine.configs.control_net import ControlNetConfig
@@ -26,11 +26,15 @@ ControlPart = Literal["control_hint", "control", "t2i_adapter"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ControlNet:
-    """A ControlNet or a T2I-Adapter, and the engines of its parts that are open."""
+    """A ControlNet or a T2I-Adapter, and the engines of its parts that are open.
+
+    pooled: whether its residuals count in the mean over all places of a map
+    """
 
     path: Path
     config: ControlNetConfig | T2IAdapterConfig
     weights: Component | ControlLora
+    pooled: bool = False
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
 
 
@@ -60,6 +64,11 @@ class ControlNets:
         """How many types of pictures those that are unions of ControlNets know, by their names."""
         counts = {name: net.config.control_types for name, net in self._nets.items()}
         return {name: count for name, count in counts.items() if count}
+
+    @property
+    def pooled(self) -> frozenset[str]:
+        """Names of those whose residuals count in the mean over all places of a map."""
+        return frozenset(name for name, net in self._nets.items() if net.pooled)
 
     def set(self, files: Mapping[str, Path]) -> None:
         """Read these nets in place of those that are there; the engines of some stay.
@@ -116,7 +125,8 @@ class ControlNets:
         model = self._engines.model
         if is_t2i_adapter(open_weights(path)):
             return _ControlNet(path, *open_t2i_adapter(path, model.unet))
-        return _ControlNet(path, *open_control_net(path, model.unet, model.weights("step")))
+        opened = open_control_net(path, model.unet, model.weights("step"))
+        return _ControlNet(path, *opened, pooled=is_pooled(path))
 
     def close(self) -> None:
         """Let go of all engines."""

@@ -90,7 +90,8 @@ class ControlledSteps:
             plan = replace(plan, hires=self.steered(plan.hires))
         adapters = {name: len(each.channels) for name, each in self.nets.adapters.items()}
         residuals = sum(map(len, self.unet.residual_widths()))
-        fields = control_fields(plan.controls, adapters, residuals, plan.conditioning, plan.prompts)
+        run = plan.conditioning, plan.prompts
+        fields = control_fields(plan.controls, adapters, residuals, *run, pooled=self.nets.pooled)
         if any(control.net in adapters for control in fields["controls"]):
             fields["variants"] = with_features(plan.variants)
         return replace(plan, **fields)
@@ -190,12 +191,24 @@ class ControlledSteps:
                     },
                     **_of_pictures(chosen),
                     "weights": np.concatenate([control.weights for control in chosen], axis=2),
-                    **{name: _taken(array, rows, axis=1) for name, array in residuals.items()},
                 }
-                outputs = self._run(net, "control", inputs)
-                for name, array in residuals.items():
-                    array[:, rows] = outputs[f"next_{name}"]
+                before = {n: _taken(array, rows, axis=1) for n, array in residuals.items()}
+                for name, array in self._with_own(net, inputs, before).items():
+                    residuals[name][:, rows] = array
         return residuals
+
+    def _with_own(
+        self, net: str, inputs: Mapping[str, Any], before: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Return the residuals before a ControlNet with its own added; inputs: all but those."""
+        pooled = net in self.nets.pooled
+        given = {n: np.zeros_like(array) for n, array in before.items()} if pooled else before
+        outputs = self._run(net, "control", {**inputs, **given})
+        made = {name: outputs[f"next_{name}"] for name in before}
+        if pooled:
+            means = {name: array.mean(axis=(3, 4), keepdims=True) for name, array in made.items()}
+            made = {name: before[name] + means[name] for name in before}
+        return made
 
     def _none(self, given: Mapping[str, Any]) -> dict[str, Array]:
         """Return residuals that add nothing, for a call with these inputs."""
