@@ -1,16 +1,16 @@
-"""`python -m export control-net` and `info` of a union of ControlNets."""
+"""The graphs of a union of ControlNets, and what `info` says of it."""
 
 import pytest
 
+from engine.checkpoints.control_net import open_control_net
 from engine.checkpoints.families.xl import XL
 from engine.checkpoints.formats.files import Weights
 from engine.configs.control_net import control_net_of
 from engine.configs.control_net_union import ControlNetUnionConfig
 from engine.graphs.graph import graph_name
+from engine.model import Model
 from export import writing
-from export.__main__ import main
 from export.info import describe
-from runtime import Pipeline
 from tests.support.control_unions import PROMAX, small_union, write_union
 from tests.support.original_layout import write_sparse
 from tests.support.small_models import SMALL
@@ -22,19 +22,17 @@ pytestmark = [
 ]
 
 
-def test_a_union_is_traced_and_checked(tmp_path, monkeypatch, capsys):
+def test_a_union_is_traced_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "trace", trace_once)
-    file, out = SMALL["xl"].write_file(tmp_path), tmp_path / "graphs"
+    model = Model.open(SMALL["xl"].write_file(tmp_path))
     net = write_union(small_union(), tmp_path / "union.safetensors")
-    asked = ["control-net", str(net), "--model", str(file), "--out", str(out)]
-    assert main(asked) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
+    lines = [*writing.export_control_net(model, net, "float32", tmp_path)]
+    assert len(lines) == 2
     assert all("relative error" in line for line in lines)
-    config = Pipeline.load(file, controls={"a": net}).control_nets.config("a")
+    config, _ = open_control_net(net, model.unet)
     assert config.control_types == PROMAX
     for part in ("control_hint", "control"):
-        assert (out / graph_name(part, config, "float32")).is_file()
+        assert (tmp_path / graph_name(part, config, "float32")).is_file()
 
 
 def test_info_lists_its_types(tmp_path, monkeypatch):

@@ -4,13 +4,15 @@ import pytest
 import torch
 from diffusers import ControlNetUnionModel, UNet2DConditionModel
 
+from engine.checkpoints.control_net import open_control_net
 from engine.configs.control_net_union import ControlNetUnionConfig
 from engine.graphs.graph import Graph
 from export.control import ControlUnionHint
 from export.modules.control_net_union import ControlNetUnion
-from tests.support.control_unions import PROMAX, small_union, union_of
+from tests.support.control_unions import PROMAX, small_union, union_of, write_union
 from tests.support.parity import relative_error
 from tests.support.published_configs import UNET_XL
+from tests.support.small_models import SMALL
 from tests.support.tolerances import PARITY_RTOL
 from tests.support.traced import trace_once
 
@@ -89,7 +91,8 @@ def test_a_picture_s_hint_is_what_it_is_alone():
 
 
 def test_two_graphs_hold_every_tensor(tmp_path):
-    config = ControlNetUnionConfig.from_dict(dict(small_union().config))
+    file = write_union(small_union(), tmp_path / "union.safetensors")
+    config, _ = open_control_net(file, SMALL["xl"].configs["unet"])
     held = {}
     for part in ("control_hint", "control"):
         path = tmp_path / f"{part}.onnx"
