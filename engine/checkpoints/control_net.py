@@ -157,7 +157,19 @@ def _stated(path: Path, kind: type[ControlNetConfig]) -> ControlNetConfig | None
     file = path / "config.json"
     if not path.is_dir() or not file.is_file():
         return None
-    return kind.from_dict(read_json(file))
+    return kind.from_dict(_with_depths(read_json(file)))
+
+
+def _with_depths(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put 1 for the depth of levels without transformers, as of a file; some folders say 0."""
+    downs, depths = values.get("down_block_types"), values.get("transformer_layers_per_block")
+    if not isinstance(downs, list) or not isinstance(depths, list) or len(downs) != len(depths):
+        return values
+    middle = values.get("mid_block_type", ATTENDING_MIDDLE) == ATTENDING_MIDDLE
+    attends = ["CrossAttn" in str(block) for block in downs[:-1]]
+    attends += ["CrossAttn" in str(block) or middle for block in downs[-1:]]
+    told = [depth if here else 1 for depth, here in zip(depths, attends, strict=True)]
+    return {**values, "transformer_layers_per_block": told}
 
 
 def _types(stored: Stored) -> dict[str, Any]:
