@@ -6,11 +6,13 @@ from typing import Any
 
 from engine.checkpoints.component import Component
 from engine.checkpoints.control_lora import ControlLora
-from engine.checkpoints.control_net import open_control_net
+from engine.checkpoints.control_net import is_pooled, open_control_net
 from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.formats.files import Weights
 from engine.checkpoints.t2i_adapter import open_t2i_adapter
 from engine.configs.base import Shape
+from engine.configs.control_net import ControlNetConfig
+from engine.configs.control_net_union import listed_types
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 from engine.model import Model, find_model, shipped_models
@@ -33,20 +35,31 @@ def describe_control_net(
         except ModelError as error:
             reasons.append(str(error))
             continue
-        is_lora = isinstance(net, ControlLora)
+        kind, use = _kind_and_use(config, net)
         facts = {
-            "kind": "control-LoRA" if is_lora else "ControlNet",
+            "kind": kind,
             "file": str(path),
             "family": title,
-            "use": "give it as --control, with a --control-image",
+            "use": f"give it as --control, with a --control-image{use}",
             "residuals": [sum(widths) for widths in config.residual_widths()],
             "used_tensors": len(net.used()),
         }
+        if is_pooled(path):
+            facts["pooled"] = "its residuals count in the mean over all places"
+        if config.control_types:
+            facts["types"] = listed_types(config.control_types)
         unused = sorted(set(weights) - net.used())
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         notes = [f"not used: {unused[0]}{more}"] if unused else []
         return facts, net.shapes, notes
     raise _refusal(path, reasons)
+
+
+def _kind_and_use(config: ControlNetConfig, net: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a ControlNet is called, and what is given beside its picture."""
+    if config.control_types:
+        return "union of ControlNets", " and a --control-type"
+    return ("control-LoRA" if isinstance(net, ControlLora) else "ControlNet"), ""
 
 
 def describe_t2i_adapter(path: Path) -> tuple[dict[str, Any], Mapping[str, Shape]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.configs.control_net import ControlNetConfig
+from engine.configs.control_net_union import ControlNetUnionConfig
 from engine.configs.diffusion import (
     LARGEST_ID,
     AutoencoderConfig,
@@ -30,11 +31,12 @@ from engine.configs.diffusion import (
 from engine.configs.gpt2 import GPT2Config
 from engine.configs.text_encoders import BertConfig, GPT2TextConfig, T5Config
 from engine.graphs.graph import METADATA_KEY, Part, Precision, Symbol, signature
-from export.control import Control, ControlHint
+from export.control import Control, ControlHint, ControlUnionHint
 from export.islands import computed_in, keep_float32
 from export.modules.autoencoder import Autoencoder
 from export.modules.clip import TextEncoder
 from export.modules.control_net import ControlNet
+from export.modules.control_net_union import ControlNetUnion
 from export.modules.gpt2 import GPT2, LanguageModelPart
 from export.modules.identity_autoencoder import (
     IdentityAutoencoder,
@@ -71,6 +73,9 @@ MODULES: Mapping[type[Config], Callable[[Part, Any], nn.Module]] = {
     ControlNetConfig: lambda part, config: (ControlHint if part == "control_hint" else Control)(
         ControlNet(config)
     ),
+    ControlNetUnionConfig: lambda part, config: (
+        ControlUnionHint if part == "control_hint" else Control
+    )(ControlNetUnion(config)),
     AutoencoderConfig: lambda part, config: (VaeDecode if part == "vae_decoder" else VaeEncode)(
         Autoencoder(config)
     ),

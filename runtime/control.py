@@ -6,7 +6,7 @@ guidance moves away from without control, so that guidance strengthens it.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,9 @@ class Control:
     start, end: the part of the run in which it steers, at the calls that lie whole in it, as
         diffusers' `control_guidance_start` and `control_guidance_end`
     mode: "balanced", "prompt" or "control": what is more important
+    type: what the picture is, for a union of ControlNets, which sees several types: "openpose",
+        "depth" and so on (`engine.configs.control_net_union`), or a number as text; None where the
+        preprocessor tells, and for other nets
     preprocessor: makes what the net sees of the picture, at the size of what is drawn: a name as
         "canny" or "canny:low=50", an ONNX file, or what `runtime.preprocessors.named` makes; "none"
         and None take the picture as it is
@@ -74,6 +77,7 @@ class Control:
     start: float = 0.0
     end: float = 1.0
     mode: str = BALANCED
+    type: str | None = None
     preprocessor: "str | Preprocessor | None" = None
     _made: "Preprocessor | None" = field(init=False, repr=False)
 
@@ -85,6 +89,8 @@ class Control:
         object.__setattr__(self, "image", upright(self.image))
         check_course("a control", "weight", self.weights, self.start, self.end)
         check_choice("a control's mode", self.mode, MODES)
+        if self.type is not None:
+            self._check_type(self.type)
         if isinstance(self.preprocessor, str):
             self._find_preprocessor(self.preprocessor)
         elif self.preprocessor is not None and not callable(self.preprocessor):
@@ -99,6 +105,13 @@ class Control:
         from runtime.preprocessors.choice import find_preprocessor  # no plain prompt needs them
 
         object.__setattr__(self, "_made", None if text == NONE else find_preprocessor(text))
+
+    @staticmethod
+    def _check_type(name: str) -> None:
+        from engine.configs.control_net_union import listed_types, type_place  # nor these
+
+        if not isinstance(name, str) or type_place(name) is None:
+            raise RequestError(f"a control's type is {name!r:.60}; choose one of {listed_types()}")
 
     def shown(self, image: Image.Image) -> Image.Image:
         """Return what the net sees of its picture, which lies over what is drawn.
@@ -130,16 +143,19 @@ class Control:
         """Return its weight at each call of a run: (calls,) float64."""
         return course(self.weights, self.start, self.end, calls)
 
-    def by_map(self, counts: NDArray[np.float64], groups: int, prompts: int) -> NDArray[np.float64]:
+    def by_map(
+        self, counts: NDArray[np.float64], groups: int, prompts: int, *, pooled: bool = False
+    ) -> NDArray[np.float64]:
         """Return how much each map counts in each group of guidance: (maps, groups).
 
         counts: (maps,), of the maps where the prompt or the control is more important
         prompts: groups that guidance moves to, which are the last
+        pooled: whether the net's residuals count in the mean, which steers those groups alone
         """
         if self.mode == BALANCED:
             counts = np.ones_like(counts)
         counts = np.repeat(counts[:, None], groups, axis=1)
-        if self.mode == CONTROL:
+        if self.mode == CONTROL or pooled:
             counts[:, : groups - prompts] = 0
         return counts
 
@@ -163,12 +179,14 @@ def control_fields(
     residuals: int,
     conditioning: Sequence[Mapping[str, NDArray[np.float32]]],
     prompts: int,
+    pooled: Container[str] = (),
 ) -> dict[str, Any]:
     """Return the fields of a run's plan that say what steers it; one that never counts is left out.
 
     adapters: how many features each T2I-Adapter makes, by name; residuals: of a ControlNet
     conditioning: of each call, guidance (g, B, ...) and perturbed (g, B): the last `prompts` groups
         are texts that guidance moves to, and before them are perturbed ones
+    pooled: names of ControlNets whose residuals count in the mean
     """
     over = [(control, control.over(len(conditioning))) for control in controls]
     over = [(control, scale) for control, scale in over if scale.any()]
@@ -184,8 +202,9 @@ def control_fields(
             if control.net in adapters:
                 more = max(adapters[control.net] - len(FEATURE_COUNTS), 0)
                 counts = np.array((*FEATURE_COUNTS, *[1.0] * more)[: adapters[control.net]])
-            weights = scale[number] * control.by_map(counts, groups, min(seen, groups))
-            weights = weights[..., None].astype(np.float32)
+            moved = min(seen, groups)
+            counts = control.by_map(counts, groups, moved, pooled=control.net in pooled)
+            weights = (scale[number] * counts)[..., None].astype(np.float32)
             steering.append(StepControl(net=control.net, place=place, weights=weights))
         calls.append(steering)
     return {

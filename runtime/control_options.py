@@ -39,6 +39,15 @@ CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "help": f"{', '.join(MODES)}: what is more important, for all or for each --control "
             f"(default: {BALANCED})",
         },
+        "--control-type": {
+            "dest": "control_types",
+            "action": "append",
+            "default": [],
+            "metavar": "TYPE",
+            "help": "what the --control-image is, for all or for each --control: openpose, depth, "
+            "scribble, canny, normal, segment, tile, repaint; unions of ControlNets alone ask for "
+            "it: none for other nets",
+        },
         "--preprocessor": {
             "dest": "control_preprocessors",
             "action": "append",
@@ -49,7 +58,10 @@ CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
-CONTROL_FIELDS = ("controls", "control_images", "control_modes", "control_preprocessors")
+CONTROL_FIELDS = (
+    *("controls", "control_images", "control_modes", "control_types"),
+    "control_preprocessors",
+)
 
 
 def control_files(options: argparse.Namespace) -> dict[str, Path]:
@@ -67,8 +79,10 @@ def controls_of(options: argparse.Namespace) -> list[Control]:
         )
     modes = _for_each("--control-mode", options.control_modes, len(given), BALANCED)
     made = _for_each("--preprocessor", options.control_preprocessors, len(given), NONE)
+    types = _for_each("--control-type", options.control_types, len(given), NONE)
     controls, opened = [], {}
-    for text, path, mode, how in zip(given, map(Path, pictures), modes, made, strict=True):
+    said = zip(given, map(Path, pictures), modes, types, made, strict=True)
+    for text, path, mode, kind, how in said:
         net, weights, start, end = parse_control(text)
         if path not in opened:
             opened[path] = open_image(path)
@@ -80,6 +94,7 @@ def controls_of(options: argparse.Namespace) -> list[Control]:
                 start=start,
                 end=end,
                 mode=mode,
+                type=None if kind == NONE else kind,
                 preprocessor=None if how == NONE else how,
             )
         )

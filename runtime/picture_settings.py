@@ -31,6 +31,9 @@ def picture_settings(
     if request.controls:
         shared["controls"] = [control.text for control in request.controls]
         shared["control_modes"] = [control.mode for control in request.controls]
+        types = [control.type or NONE for control in request.controls]
+        if any(name != NONE for name in types):
+            shared["control_types"] = types
         made = [control.preprocessor_text for control in request.controls]
         if any(text != NONE for text in made):
             shared["control_preprocessors"] = made

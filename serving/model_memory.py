@@ -19,8 +19,7 @@ LIBRARYS_OWN = 1.8  # times the estimate, as `engine.backends.memory_estimate` h
 
 def weight_bytes(pipeline: Pipeline) -> int:
     """Count what a pipeline's weights take when all is open, what stands beside it included."""
-    nets = pipeline.control_nets
-    configs = [*pipeline.model.configs.values(), *map(nets.config, nets.names)]
+    configs: list[Config] = [*pipeline.model.configs.values(), *pipeline.control_nets.configs]
     configs += pipeline.ip_adapters.configs
     numbers = sum(math.prod(s) for config in configs for s in config.tensor_shapes().values())
     return _item_bytes(pipeline) * numbers

@@ -40,6 +40,7 @@ class ControlRequest:
     start: float = 0.0
     end: float = 1.0
     mode: str = "balanced"
+    type: str | None = None
     preprocessor: str | None = None
 
     def control(self, *, decoded: bool = True) -> Control:
@@ -61,6 +62,7 @@ class ControlRequest:
             start=self.start,
             end=self.end,
             mode=self.mode,
+            type=self.type,
             preprocessor=self.preprocessor,
         )
 

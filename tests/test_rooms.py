@@ -41,7 +41,8 @@ ROOMS = {
     ),
     "runtime": (
         *("checks", "philox", "noise", "samplers", "presets", "conditioning", "images"),
-        *("preprocessors", "control", "image_prompt", "regions", "request", "picture_settings"),
+        *("preprocessors", "control", "control_types", "image_prompt", "regions", "request"),
+        "picture_settings",
         *("request_options", "framing", "editing", "step_inputs", "variants", "plan", "templates"),
         *("denoising", "steering", "adapted_model", "diffusers_arguments", "result", "pipeline"),
         *("calibration", "expansion", "axes", "control_options", "image_prompt_options"),

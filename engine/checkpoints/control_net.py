@@ -1,7 +1,8 @@
 """A ControlNet's file or folder, beside the UNet that it is to steer.
 
 Files have the names of the original training code, after `control_model.` or alone, or diffusers',
-and so have those of a control-LoRA (`control_lora.py`).
+and so have those of a control-LoRA (`control_lora.py`) and of a union of ControlNets, whose own
+tensors have one name in both.
 What no shape tells (heads, groups of norms) is as in the UNet.
 """
 
@@ -19,14 +20,16 @@ from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.ldm_names import control_net_sources
 from engine.configs.base import read_json
 from engine.configs.control_net import ControlNetConfig, control_net_of, mirrored
+from engine.configs.control_net_union import ControlNetUnionConfig
 from engine.configs.transformer_depths import ATTENDING_MIDDLE
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 
-__all__ = ["is_control_net", "open_control_net"]
+__all__ = ["is_control_net", "is_pooled", "open_control_net"]
 
 POOLED = 1280  # width of XL's pooled text
 ADVICE = "give the file or folder of a ControlNet"
+POOLED_NAME = r"(^|[-_. ])shuffle($|[-_. ])"  # in the name of a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +66,11 @@ LAYOUTS = (
 )
 # What a file of training holds beside the ControlNet: the model that it was trained for.
 MODEL = r"(model\.diffusion_model|cond_stage_model|first_stage_model|model_ema)\..+"
+# What a union has and no other ControlNet.
+TASKS, TYPES = "task_embedding", "control_add_embedding.linear_1.weight"
 # pattern found in a name: what the file is, of those that have a ControlNet's names and more
 KINDS: Mapping[str, str] = MappingProxyType(
-    {
-        r"(^|\.)(task_embedding$|control_add_embedding\.)": "a union of ControlNets",
-        r"(^|\.)difference$": "the difference of a ControlNet from a model",
-    }
+    {r"(^|\.)difference$": "the difference of a ControlNet from a model"}
 )
 # and of others that are given in a ControlNet's place
 OTHERS: Mapping[str, str] = MappingProxyType(
@@ -115,11 +117,27 @@ def open_control_net(
         _check_family(path, config, unet)
         sources = _sources(config, layout, prefix)
         return config, make_control_lora(path, weights, config, sources, base)
-    config = _stated(path) or _config(stored, layout, unet)
+    union = any(prefix + name in weights for name in (TASKS, TYPES))
+    kind = ControlNetUnionConfig if union else ControlNetConfig
+    config = _stated(path, kind) or _config(stored, layout, unet, kind)
+    if union:  # whose folders do not all say how many
+        config = replace(config, **_types(stored))
     _check_family(path, config, unet)
     component = assemble(path, weights, config, _sources(config, layout, prefix))
     refuse_left_over(path, weights, component.used(), MODEL)
     return config, component
+
+
+def is_pooled(path: Path) -> bool:
+    """Tell whether a ControlNet's residuals count in the mean over all places of a map.
+
+    A folder's configuration says so. Of files no tensor tells, and lllyasviel's "shuffle", which is
+    the one that was published, goes by its name, as in other programs.
+    """
+    if path.is_dir():
+        file = path / "config.json"
+        return file.is_file() and read_json(file).get("global_pool_conditions") is True
+    return re.search(POOLED_NAME, path.stem, re.IGNORECASE) is not None
 
 
 def _layout(names: Container[str]) -> tuple[_Layout, str] | None:
@@ -134,15 +152,37 @@ def _sources(config: ControlNetConfig, layout: _Layout, prefix: str) -> dict[str
     return {name: replace(s, name=prefix + s.name) for name, s in sources.items()}
 
 
-def _stated(path: Path) -> ControlNetConfig | None:
+def _stated(path: Path, kind: type[ControlNetConfig]) -> ControlNetConfig | None:
     """Read the configuration in a folder; None for a file, whose shapes tell."""
     file = path / "config.json"
     if not path.is_dir() or not file.is_file():
         return None
-    return ControlNetConfig.from_dict(read_json(file))
+    return kind.from_dict(_with_depths(read_json(file)))
 
 
-def _config(stored: Stored, layout: _Layout, unet: UNetConfig) -> ControlNetConfig:
+def _with_depths(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Put 1 for the depth of levels without transformers, as of a file; some folders say 0."""
+    downs, depths = values.get("down_block_types"), values.get("transformer_layers_per_block")
+    if not isinstance(downs, list) or not isinstance(depths, list) or len(downs) != len(depths):
+        return values
+    middle = values.get("mid_block_type", ATTENDING_MIDDLE) == ATTENDING_MIDDLE
+    attends = ["CrossAttn" in str(block) for block in downs[:-1]]
+    attends += ["CrossAttn" in str(block) or middle for block in downs[-1:]]
+    told = [depth if here else 1 for depth, here in zip(depths, attends, strict=True)]
+    return {**values, "transformer_layers_per_block": told}
+
+
+def _types(stored: Stored) -> dict[str, Any]:
+    """Return what tensors of a union say of its types; raises MissingTensorError."""
+    return {
+        "num_control_type": stored.size(TASKS),
+        "num_trans_layer": max(stored.count("transformer_layes.{}"), 1),
+    }
+
+
+def _config(
+    stored: Stored, layout: _Layout, unet: UNetConfig, kind: type[ControlNetConfig]
+) -> ControlNetConfig:
     """Read off an architecture; raises ModelError naming a tensor that is missing."""
     widths, depths = (_original_levels if layout.original else _levels)(stored)
     middle = stored.count(layout.middle + ".transformer_blocks.{}")
@@ -154,7 +194,7 @@ def _config(stored: Stored, layout: _Layout, unet: UNetConfig) -> ControlNetConf
     inputs = stored.size(label, 1) if told else 0
     downs = tuple("CrossAttnDownBlock2D" if any(d) else "DownBlock2D" for d in depths)
     layers = tuple(map(len, depths))
-    own = control_net_of(unet)
+    own = control_net_of(unet, kind)
     found = replace(
         own,
         in_channels=stored.size(first, 1),

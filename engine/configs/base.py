@@ -72,6 +72,11 @@ class Config:
         """Return the channels of every map that a ControlNet adds to one, level by level."""
         return []
 
+    @property
+    def control_types(self) -> int:
+        """Types of pictures that a union of ControlNets tells apart; 0 of what is none."""
+        return 0
+
     def features(self) -> list[tuple[int, int]]:
         """Return the width of every feature that a T2I-Adapter makes, and the level it is for."""
         return []

@@ -17,13 +17,10 @@ from engine.configs.base import (
 from engine.configs.transformer_depths import DOWN, where_attended
 from engine.configs.unet import UNetConfig, middle_tensors, time_tensors, way_down_tensors
 
-__all__ = ["ControlNetConfig", "control_net_of", "mirrored"]
+__all__ = ["ControlNetConfig", "control_net_of", "control_net_tensors", "mirrored"]
 
 # Fields of diffusers' ControlNet configuration with the only values that are implemented.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "controlnet_conditioning_channel_order": ("rgb",),
-    "global_pool_conditions": (False,),
-}
+_FIXED: dict[str, tuple[Any, ...]] = {"controlnet_conditioning_channel_order": ("rgb",)}
 # What a ControlNet takes over from its UNet.
 _SHARED = tuple(
     field.name
@@ -63,7 +60,7 @@ class ControlNetConfig(UNetConfig):
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Return the shape of every tensor, by the name in diffusers' ControlNetModel."""
-        return dict(_tensors(self))
+        return dict(control_net_tensors(self))
 
     def symbols(self) -> dict[str, int]:
         """Return the widths of a UNet's, and how many residuals there are."""
@@ -89,10 +86,15 @@ class ControlNetConfig(UNetConfig):
         return Config.tables(self, sizes)
 
 
-def control_net_of(unet: UNetConfig) -> ControlNetConfig:
-    """Return the architecture of the ControlNets that were made of a UNet's way down."""
+def control_net_of(
+    unet: UNetConfig, kind: type[ControlNetConfig] = ControlNetConfig
+) -> ControlNetConfig:
+    """Return the architecture of the ControlNets that were made of a UNet's way down.
+
+    kind: of ControlNets, a union of them is another
+    """
     values = {name: getattr(unet, name) for name in _SHARED}
-    return ControlNetConfig(**values, in_channels=unet.out_channels)
+    return kind(**values, in_channels=unet.out_channels)
 
 
 def mirrored(down_block_types: list[str] | tuple[str, ...]) -> tuple[str, ...]:
@@ -100,7 +102,8 @@ def mirrored(down_block_types: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     return tuple(str(block).replace("Down", "Up") for block in reversed(down_block_types))
 
 
-def _tensors(config: ControlNetConfig) -> Tensors:
+def control_net_tensors(config: ControlNetConfig) -> Tensors:
+    """Yield a ControlNet's tensors, by their names in diffusers' ControlNetModel."""
     widths, hints = config.block_out_channels, config.conditioning_embedding_out_channels
     yield from weight("conv_in", widths[0], config.in_channels, 3, 3)
     yield from time_tensors(config)

@@ -26,7 +26,7 @@ from typing import Literal, Self, get_args
 from engine.configs.base import Config
 from engine.errors import GraphError, OutputError
 from engine.graphs.onnx_bytes import input_shapes, metadata, outputs
-from engine.graphs.steering import CONTROLLED_LEVELS, IP_PARTS, steering_inputs, steering_outputs
+from engine.graphs.steering import IP_PARTS, STEERED, steering_shapes
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
 
@@ -212,12 +212,12 @@ def signature(part: Part, config: Config) -> Signature:
     described = SIGNATURES[part]
     told = config.extra_inputs if "context" in described.inputs else ()
     extra = {name: EXTRA_INPUTS[name] for name in told}
-    shapes = steering_inputs(part, config) if part in CONTROLLED_LEVELS else {}
+    shapes, made = steering_shapes(part, config) if part in STEERED else ({}, {})
     steering = {name: _tensor("float32", *shape) for name, shape in shapes.items()}
-    outputs = described.outputs
-    if not outputs:
-        outputs = {n: _tensor("float32", *s) for n, s in steering_outputs(part, config).items()}
-    return Signature(inputs={**described.inputs, **extra, **steering}, outputs=outputs)
+    more = {name: _tensor("float32", *shape) for name, shape in made.items()}
+    return Signature(
+        inputs={**described.inputs, **extra, **steering}, outputs={**described.outputs, **more}
+    )
 
 
 Precision = Literal["float32", "float16"]

@@ -1,7 +1,8 @@
 """What parts that pictures steer take beside the inputs of a step: residuals, keys and values.
 
 All of it is float32. Symbols beside those of `engine.graphs.graph`: k pictures that are attended to
-one by one, t tokens of each.
+one by one, t tokens of each; K types of pictures that a union of ControlNets tells apart, Y the
+width of the embedded timestep.
 """
 
 from collections.abc import Mapping
@@ -15,16 +16,19 @@ __all__ = [
     "IP_PARTS",
     "MAX_FEATURES",
     "MAX_LEVELS",
+    "STEERED",
     "feature_names",
     "ip_weights",
     "residual_inputs",
     "residual_names",
     "sides_of",
-    "steering_inputs",
-    "steering_outputs",
+    "steering_shapes",
 ]
 
 Shapes = dict[str, tuple[str | int, ...]]
+
+# What a union of ControlNets makes of the type of its picture: added to the time embedding.
+TYPE_EMBEDDING: Shapes = {"type_embedding": ("B", "Y")}
 
 MAX_LEVELS = 4  # of a UNet that have residuals or masks among a part's inputs
 MAX_FEATURES = MAX_LEVELS + 1  # of T2I-Adapters: one a level, and the middle's
@@ -37,19 +41,31 @@ CONTROLLED_LEVELS: Mapping[str, int] = MappingProxyType(
     }
 )
 IP_PARTS = frozenset(part for part in CONTROLLED_LEVELS if part.endswith("_ip"))
+# Parts that take or give more than `engine.graphs.graph` lists.
+STEERED = frozenset((*CONTROLLED_LEVELS, "control_hint", "t2i_adapter"))
 IP_BY_GROUPS = tuple(f"ip_weights_{level}" for level in range(MAX_LEVELS))
 
 
-def steering_inputs(part: str, config: Config) -> Shapes:
-    """Return what a part takes for ControlNets and IP-Adapters, shapes by name."""
-    return {**residual_inputs(part, config), **(_ip_inputs(config) if part in IP_PARTS else {})}
+def steering_shapes(part: str, config: Config) -> tuple[Shapes, Shapes]:
+    """Return what one of `STEERED` takes and gives beside what is listed, shapes by name."""
+    return _inputs(part, config), _outputs(part, config)
 
 
-def steering_outputs(part: str, config: Config) -> Shapes:
-    """Return what a ControlNet or a T2I-Adapter gives, shapes by name; other parts have theirs."""
+def _inputs(part: str, config: Config) -> Shapes:
+    return {
+        **_type_inputs(part, config),
+        **residual_inputs(part, config),
+        **(_ip_inputs(config) if part in IP_PARTS else {}),
+    }
+
+
+def _outputs(part: str, config: Config) -> Shapes:
+    """Return what a ControlNet or a T2I-Adapter gives."""
     if part == "control":
         return {f"next_{name}": shape for name, shape in residual_inputs(part, config).items()}
-    features = config.features()
+    if part == "control_hint" and config.control_types:
+        return TYPE_EMBEDDING
+    features = config.features() if part == "t2i_adapter" else []
     return {
         name: (1, width, *sides_of(level))
         for name, (width, level) in zip(feature_names(len(features)), features, strict=True)
@@ -76,6 +92,16 @@ def residual_inputs(part: str, config: Config) -> Shapes:
         f"residuals_{level}": ("g", "B", sum(widths), *sides_of(level))
         for level, widths in enumerate(levels)
     }
+
+
+def _type_inputs(part: str, config: Config) -> Shapes:
+    """What a union of ControlNets is told of its picture: the type, 1 in its place and else 0.
+
+    At a call it is what `control_hint` made of that.
+    """
+    types: Shapes = {"control_types": ("B", "K")}
+    told = {"control_hint": types, "control": TYPE_EMBEDDING}
+    return told.get(part, {}) if config.control_types else {}
 
 
 def ip_weights(config: Config) -> dict[int, str]:

@@ -9,7 +9,7 @@ from engine.backends.base import Engine
 from engine.backends.settings import ON_GPU, graph_precision
 from engine.checkpoints.component import Component
 from engine.checkpoints.control_lora import ControlLora
-from engine.checkpoints.control_net import open_control_net
+from engine.checkpoints.control_net import is_pooled, open_control_net
 from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.t2i_adapter import is_t2i_adapter, open_t2i_adapter
 from engine.configs.control_net import ControlNetConfig
@@ -26,11 +26,15 @@ ControlPart = Literal["control_hint", "control", "t2i_adapter"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ControlNet:
-    """A ControlNet or a T2I-Adapter, and the engines of its parts that are open."""
+    """A ControlNet or a T2I-Adapter, and the engines of its parts that are open.
+
+    pooled: whether its residuals count in the mean over all places of a map
+    """
 
     path: Path
     config: ControlNetConfig | T2IAdapterConfig
     weights: Component | ControlLora
+    pooled: bool = False
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
 
 
@@ -55,10 +59,22 @@ class ControlNets:
         nets = ((name, net.config) for name, net in self._nets.items())
         return {name: config for name, config in nets if isinstance(config, T2IAdapterConfig)}
 
+    @property
+    def control_types(self) -> Mapping[str, int]:
+        """How many types of pictures those that are unions of ControlNets know, by their names."""
+        counts = {name: net.config.control_types for name, net in self._nets.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    @property
+    def pooled(self) -> frozenset[str]:
+        """Names of those whose residuals count in the mean over all places of a map."""
+        return frozenset(name for name, net in self._nets.items() if net.pooled)
+
     def set(self, files: Mapping[str, Path]) -> None:
         """Read these nets in place of those that are there; the engines of some stay.
 
-        files: by name, files or folders; a name whose file is what it was keeps its engines
+        files: by name, files or folders; a file that is here keeps its engines, whatever its names
+            are, and is there once for all of them
         Raises ModelError when one is none or is of another family, BackendError where the model
         runs on a GPU; then all stay as they were.
         """
@@ -68,19 +84,25 @@ class ControlNets:
                 "cpu or openvino, or draw without them"
             )
         nets = dict[str, _ControlNet]()
+        known = {net.path: net for net in self._nets.values()}
         for name, path in files.items():
-            known = self._nets.get(name)
-            if known is not None and known.path == path:
-                nets[name] = known
-                continue
-            if not path.exists():
-                raise ModelError(f"the ControlNet {path} does not exist; give a file or a folder")
-            nets[name] = self._read(path)
+            if path not in known:
+                if not path.exists():
+                    raise ModelError(
+                        f"the ControlNet {path} does not exist; give a file or a folder"
+                    )
+                known[path] = self._read(path)
+            nets[name] = known[path]
         self._nets = nets
 
     def path(self, name: str) -> Path:
         """Return the file or folder of a ControlNet."""
         return self._nets[name].path
+
+    @property
+    def configs(self) -> list[ControlNetConfig | T2IAdapterConfig]:
+        """The architectures, once for a net that has several names."""
+        return [net.config for net in dict.fromkeys(self._nets.values())]
 
     def config(self, name: str) -> ControlNetConfig | T2IAdapterConfig:
         """Return the architecture of a net."""
@@ -103,7 +125,8 @@ class ControlNets:
         model = self._engines.model
         if is_t2i_adapter(open_weights(path)):
             return _ControlNet(path, *open_t2i_adapter(path, model.unet))
-        return _ControlNet(path, *open_control_net(path, model.unet, model.weights("step")))
+        opened = open_control_net(path, model.unet, model.weights("step"))
+        return _ControlNet(path, *opened, pooled=is_pooled(path))
 
     def close(self) -> None:
         """Let go of all engines."""

@@ -59,13 +59,17 @@ class ControlNet(UNetEncoder):
         groups: int | None = None,
         text_embeds: Tensor | None = None,
         time_ids: Tensor | None = None,
+        type_embedding: Tensor | None = None,
     ) -> list[Tensor]:
         """Return what is added to the UNet's skips, and last behind its middle: (B, C, h, w) each.
 
-        hint: (B, block_out_channels[0], h, w), of the hint encoder; the other arguments and groups
-        are those of `UNet.with_deep`, and what is returned is g · B.
+        hint: (B, block_out_channels[0], h, w), of the hint encoder; type_embedding: (B, 4 C) of a
+        union, added to the time embedding; the other arguments and groups are those of
+        `UNet.with_deep`, and what is returned is g · B.
         """
         time_embedding = self.embed_time(timestep, sample.dtype)
+        if type_embedding is not None:
+            time_embedding = time_embedding + type_embedding
         first = self.conv_in(sample) + hint
         begun = groups
         if not self.begins_alike:

@@ -22,6 +22,7 @@ from engine.errors import RequestError
 from engine.graphs.steering import feature_names, residual_names
 from engine.steering.control_nets import ControlNets, ControlPart
 from runtime.control import Control, control_fields
+from runtime.control_types import check_type, control_types
 from runtime.plan import Plan
 from runtime.step_inputs import StepInputs
 from runtime.variants import with_features
@@ -30,6 +31,7 @@ __all__ = ["CallControl", "ControlledSteps", "Residuals", "call_controls", "hint
 
 Array = NDArray[np.float32]
 OPAQUE = 128  # of 255: where a hint's alpha is below, an inpainting ControlNet is to fill
+HOLE, UNION_HOLE = -1.0, 0.0  # what it sees there, and what a union does
 # Inputs of a step that a ControlNet sees too, and whether they have groups before pictures.
 SEEN: Mapping[str, bool] = {
     "registers": False,
@@ -45,8 +47,9 @@ SEEN: Mapping[str, bool] = {
 class CallControl:
     """What steers one picture at one call.
 
-    net: its name; hint: what it made of its picture: a ControlNet one array (1, F, h, w), a
-        T2I-Adapter its features (1, C, h, w); weights: (N, g, 1), by residual or feature and group
+    net: its name; hint: what it made of its picture: a ControlNet one array (1, F, h, w), a union
+        of them one more, of the picture's type (1, Y), a T2I-Adapter its features (1, C, h, w)
+    weights: (N, g, 1), by residual or feature and group of guidance
     """
 
     net: str
@@ -70,7 +73,8 @@ class ControlledSteps:
     nets: ControlNets
 
     def check(self, controls: Sequence[Control]) -> None:
-        """Raise RequestError for a net that there is not."""
+        """Raise RequestError for a net that there is not, or a type of picture that it has not."""
+        types = self.nets.control_types
         for control in controls:
             if control.net not in self.nets.names:
                 known = ", ".join(map(repr, self.nets.names)) or "none"
@@ -78,6 +82,7 @@ class ControlledSteps:
                     f"the control {control.net!r} is not loaded ({known} are); load it with "
                     "set_controls"
                 )
+            check_type(control, types.get(control.net, 0))
 
     def steered(self, plan: Plan) -> Plan:
         """Return a plan that says how its controls steer every call, with the run that follows."""
@@ -85,7 +90,8 @@ class ControlledSteps:
             plan = replace(plan, hires=self.steered(plan.hires))
         adapters = {name: len(each.channels) for name, each in self.nets.adapters.items()}
         residuals = sum(map(len, self.unet.residual_widths()))
-        fields = control_fields(plan.controls, adapters, residuals, plan.conditioning, plan.prompts)
+        run = plan.conditioning, plan.prompts
+        fields = control_fields(plan.controls, adapters, residuals, *run, pooled=self.nets.pooled)
         if any(control.net in adapters for control in fields["controls"]):
             fields["variants"] = with_features(plan.variants)
         return replace(plan, **fields)
@@ -96,12 +102,12 @@ class ControlledSteps:
         A picture that the run gives the same net twice is encoded once.
         Raises GraphError or BackendError.
         """
-        made: dict[tuple[str, int, str], Sequence[Array]] = {}
+        made: dict[tuple[str, int, str, str | None], Sequence[Array]] = {}
         hints = list[Sequence[Array]]()
         for control in plan.controls:
-            key = control.net, id(control.image), control.preprocessor_text
+            key = control.net, id(control.image), control.preprocessor_text, control.type
             if key not in made:
-                made[key] = self._hint(control.net, control.shown(_over(plan, control.image)))
+                made[key] = self._hint(control, control.shown(_over(plan, control.image)))
             hints.append(made[key])
         return tuple(hints)
 
@@ -151,8 +157,16 @@ class ControlledSteps:
                     array[:, row] += weights[..., None, None] * feature
         return features
 
-    def _hint(self, net: str, image: Image.Image) -> Sequence[Array]:
-        config = self.nets.adapters.get(net)
+    def _hint(self, control: Control, image: Image.Image) -> Sequence[Array]:
+        net = control.net
+        config, types = self.nets.adapters.get(net), self.nets.control_types.get(net, 0)
+        if types:
+            given = {
+                "picture": hint_pixels(image, hole=UNION_HOLE),
+                "control_types": control_types(control, types),
+            }
+            made = self._run(net, "control_hint", given)
+            return made["hint"], made["type_embedding"]
         if config is None:
             return (self._run(net, "control_hint", {"picture": hint_pixels(image)})["hint"],)
         squares = picture_squares(image, config.in_channels, config.downscale_factor)
@@ -175,14 +189,26 @@ class ControlledSteps:
                         for name, by_groups in SEEN.items()
                         if name in given
                     },
-                    "hint": np.concatenate([control.hint[0] for control in chosen]),
+                    **_of_pictures(chosen),
                     "weights": np.concatenate([control.weights for control in chosen], axis=2),
-                    **{name: _taken(array, rows, axis=1) for name, array in residuals.items()},
                 }
-                outputs = self._run(net, "control", inputs)
-                for name, array in residuals.items():
-                    array[:, rows] = outputs[f"next_{name}"]
+                before = {n: _taken(array, rows, axis=1) for n, array in residuals.items()}
+                for name, array in self._with_own(net, inputs, before).items():
+                    residuals[name][:, rows] = array
         return residuals
+
+    def _with_own(
+        self, net: str, inputs: Mapping[str, Any], before: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Return the residuals before a ControlNet with its own added; inputs: all but those."""
+        pooled = net in self.nets.pooled
+        given = {n: np.zeros_like(array) for n, array in before.items()} if pooled else before
+        outputs = self._run(net, "control", {**inputs, **given})
+        made = {name: outputs[f"next_{name}"] for name in before}
+        if pooled:
+            means = {name: array.mean(axis=(3, 4), keepdims=True) for name, array in made.items()}
+            made = {name: before[name] + means[name] for name in before}
+        return made
 
     def _none(self, given: Mapping[str, Any]) -> dict[str, Array]:
         """Return residuals that add nothing, for a call with these inputs."""
@@ -218,12 +244,22 @@ def _over(plan: Plan, image: Image.Image) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def hint_pixels(image: Image.Image) -> Array:
-    """Return a picture as a ControlNet sees it, (1, 3, H, W) from 0 to 1, -1 where transparent."""
+def _of_pictures(controls: Sequence[CallControl]) -> dict[str, Array]:
+    """Return what a ControlNet made of its rows' pictures, as a call takes it."""
+    names = ("hint", "type_embedding")
+    made = zip(*(control.hint for control in controls), strict=True)
+    return {name: np.concatenate(arrays) for name, arrays in zip(names, made, strict=False)}
+
+
+def hint_pixels(image: Image.Image, hole: float = HOLE) -> Array:
+    """Return a picture as a ControlNet sees it, (1, 3, H, W) from 0 to 1.
+
+    hole: where it is transparent
+    """
     rgb = np.asarray(image.convert("RGB"), np.float32) / 255
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        rgb = np.where(alpha[..., None] < OPAQUE, np.float32(-1), rgb)
+        rgb = np.where(alpha[..., None] < OPAQUE, np.float32(hole), rgb)
     return np.ascontiguousarray(rgb.transpose(2, 0, 1)[None])
 
 

@@ -21,8 +21,9 @@ class HiresFields(BaseModel):
 class ControlFields(BaseModel):
     """A picture that steers, base64 of a file, and the net of the operator's that sees it.
 
-    weight: a number, or several as a curve over the run; preprocessor: what makes of the picture
-    what the net sees, such as "canny" or "canny:low=50,high=120"
+    weight: a number, or several as a curve over the run; type: what the picture is, of a union of
+    ControlNets, such as "depth"; preprocessor: what makes of the picture what the net sees, such as
+    "canny" or "canny:low=50,high=120"
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -33,6 +34,7 @@ class ControlFields(BaseModel):
     start: float = 0.0
     end: float = 1.0
     mode: str = "balanced"
+    type: str | None = None
     preprocessor: str | None = None
 
 

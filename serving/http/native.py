@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Request
 from fastapi.responses import JSONResponse, Response
 
+from engine.configs.control_net_union import CONTROL_TYPES
 from engine.graphs.seamless import AXES
 from runtime.control import MODES
 from runtime.images.upscaling import UPSCALERS
@@ -128,6 +129,7 @@ def native_routes(jobs: Jobs, catalog: Catalog, limits: Limits) -> APIRouter:
             "loras": list(catalog.loras),
             "controls": list(catalog.controls),
             "control_modes": list(MODES),
+            "control_types": [name for names in CONTROL_TYPES for name in names],
             "preprocessors": list(PREPROCESSORS),
             "samplers": list(SAMPLERS),
             "schedules": list(SCHEDULES),

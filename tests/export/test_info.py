@@ -214,8 +214,8 @@ def test_a_control_lora_and_what_no_model_here_takes(tmp_path, unhashed):
     assert facts["notes"] == ["not used: lora_controlnet"]
     with pytest.raises(ModelError, match="of another family"):
         describe(control_net(tmp_path, replace(SD1, cross_attention_dim=512)))
-    with pytest.raises(ModelError, match="is a union of ControlNets"):
-        describe(control_net(tmp_path, XL, {"control_model.task_embedding": (6, 320)}))
+    with pytest.raises(ModelError, match="is the difference of a ControlNet"):
+        describe(control_net(tmp_path, XL, {"difference": (1,)}))
 
 
 def test_a_lora(tmp_path):

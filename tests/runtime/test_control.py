@@ -161,6 +161,7 @@ def options_of(folder, *, count=2, **said):
         controls=["a", "b"][:count],
         control_images=[image] * count,
         control_modes=said.get("modes", []),
+        control_types=said.get("types", []),
         control_preprocessors=said.get("made", []),
     )
 

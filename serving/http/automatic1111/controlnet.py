@@ -13,7 +13,14 @@ from runtime.control import NONE
 from serving.errors import BadRequestError
 from serving.http.automatic1111.fields import DrawingBody
 from serving.http.automatic1111.image_prompts import IP_MODULES, image_prompt_of, is_ip_adapter
-from serving.http.automatic1111.units import PARAM, Unit, pictures_of_unit, refused, unit_of
+from serving.http.automatic1111.units import (
+    PARAM,
+    Unit,
+    pictures_of_unit,
+    refused,
+    type_of_unit,
+    unit_of,
+)
 from serving.http.documents import REFUSALS
 from serving.http.fields import Catalog
 from serving.limits import Limits
@@ -109,6 +116,7 @@ def _control(
         start=unit.guidance_start,
         end=unit.guidance_end,
         mode=_mode(unit.control_mode),
+        type=type_of_unit(unit),
         preprocessor=None if inpaints else _preprocessor(module, unit),
     )
 

@@ -4,6 +4,7 @@ Facts of its `internal_controlnet/args.py`.
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,9 +13,23 @@ from serving.errors import BadRequestError
 from serving.http.documents import invalid
 from serving.uploads import read_base64
 
-__all__ = ["PARAM", "Unit", "pictures_of_unit", "refused", "unit_of"]
+__all__ = ["PARAM", "Unit", "pictures_of_unit", "refused", "type_of_unit", "unit_of"]
 
 PARAM = "alwayson_scripts"
+UNKNOWN = "Unknown"
+# Names of what a union's pictures are, with ours.
+UNION_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "OpenPose": "openpose",
+        "Depth": "depth",
+        "Soft Edge": "scribble",
+        "Hard Edge": "canny",
+        "Normal Map": "normal",
+        "Segmentation": "segment",
+        "Tile": "tile",
+        "Inpaint": "repaint",
+    }
+)
 ALIASES = {"input_image": "image", "mask_image": "mask", "guidance": "guidance_end"}
 
 
@@ -36,6 +51,7 @@ class Unit(BaseModel):
     guidance_end: float = 1.0
     control_mode: int | str = 0
     hr_option: str = "Both"
+    union_control_type: str = UNKNOWN
     effective_region_mask: str | None = Field(default=None, repr=False)
     advanced_weighting: Any = Field(default=None, repr=False)
     ipadapter_input: Any = Field(default=None, repr=False)
@@ -50,6 +66,18 @@ def unit_of(given: Any) -> Unit:
         return Unit.model_validate({n: v for n, v in fields.items() if v is not None})
     except ValidationError as error:
         raise invalid(error.errors()) from None
+
+
+def type_of_unit(unit: Unit) -> str | None:
+    """Return what a unit's picture is, of a union of ControlNets. Raises BadRequestError."""
+    if unit.union_control_type in (UNKNOWN, ""):
+        return None
+    if unit.union_control_type not in UNION_TYPES:
+        raise refused(
+            f"has the union_control_type {unit.union_control_type[:40]!r}; choose one of "
+            f"{', '.join(UNION_TYPES)}"
+        )
+    return UNION_TYPES[unit.union_control_type]
 
 
 def pictures_of_unit(unit: Unit) -> tuple[bytes | None, bytes | None]:

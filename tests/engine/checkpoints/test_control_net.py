@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 
 from engine.checkpoints.control_net import open_control_net
@@ -15,10 +16,16 @@ from engine.checkpoints.ldm_names import control_net_sources
 from engine.configs.control_net import ControlNetConfig, control_net_of
 from engine.errors import ModelError
 from tests.support.original_layout import write_sparse
+from tests.support.published_configs import UNET_XL
 from tests.support.small_parts import UNET
 
 SMALL = replace(control_net_of(UNET), conditioning_embedding_out_channels=(4, 4, 8, 8))
 FULL = {"sd1": SD1, "sd2": SD2, "xl": XL}
+SHARED = (  # what a ControlNet of XL has of its UNet in diffusers' configuration
+    *("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"),
+    *("attention_head_dim", "use_linear_projection", "addition_embed_type"),
+    *("addition_time_embed_dim", "projection_class_embeddings_input_dim"),
+)
 # What diffusers' published `config.json` files of ControlNets say, less what is not the graph's.
 SD1_JSON = {
     "_class_name": "ControlNetModel",
@@ -109,6 +116,38 @@ def test_every_published_unet_has_a_control_net_of_its_way_down(family):
         assert own.items() <= down.items()
 
 
+@pytest.mark.parametrize(
+    ("attends", "depths", "middle"),
+    [
+        ((False, True, True), (1, 2, 10), True),
+        ((False, True, True), (0, 1, 1), True),
+        ((False, False, False), (1, 2, 10), False),
+        ((False, False, False), (0, 0, 0), False),
+        ((False, False, False), (0, 0, 2), True),
+    ],
+)
+def test_smaller_ones_of_xl_are_the_same_in_a_folder_and_alone(attends, depths, middle, tmp_path):
+    """Whatever diffusers' configuration says of levels that have no transformers."""
+    told = {name: UNET_XL[name] for name in SHARED if name in UNET_XL}
+    kinds = ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends]
+    with torch.device("meta"):
+        net = ControlNetModel(
+            **told,
+            down_block_types=kinds,
+            transformer_layers_per_block=list(depths),
+            mid_block_type="UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        )
+    (tmp_path / "config.json").write_text(net.to_json_string())
+    shapes = {name: tuple(value.shape) for name, value in net.state_dict().items()}
+    file = write_sparse(tmp_path / "diffusion_pytorch_model.fp16.safetensors", shapes)
+    configs = []
+    for path in (tmp_path, file):
+        config, component = open_control_net(path, XL)
+        assert component.used() == shapes.keys()
+        configs.append(config)
+    assert configs[0].key() == configs[1].key()
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_numbers_come_from_where_they_are(whole, tmp_path):
     weights = numbers(SMALL)
@@ -131,7 +170,6 @@ def test_numbers_come_from_where_they_are(whole, tmp_path):
     ("more", "message"),
     [
         ({"lora_controlnet": ()}, "is a control-LoRA, which is read with its model's UNet"),
-        ({"task_embedding": (6, 8)}, "is a union of ControlNets"),
         ({"difference": ()}, "is the difference of a ControlNet"),
         ({"another.weight": (1,)}, r"holds another\.weight, for which this architecture has no"),
     ],

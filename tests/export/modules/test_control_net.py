@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import ControlNetModel
 
 from engine.configs.control_net import ControlNetConfig
 from engine.configs.diffusion import UNetConfig
@@ -11,6 +12,35 @@ from tests.support.controls import small_control_net
 from tests.support.parity import relative_error
 from tests.support.small_models import SMALL
 from tests.support.tolerances import PARITY_RTOL
+
+
+@torch.no_grad()
+def test_one_without_transformers_is_diffusers_own():
+    """As diffusers' small ones for XL: the middle has a residual block alone."""
+    values = {
+        "block_out_channels": (64, 128),
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "mid_block_type": "UNetMidBlock2D",
+        "layers_per_block": 1,
+        "cross_attention_dim": 64,
+        "conditioning_embedding_out_channels": (8, 8, 16, 16),
+    }
+    torch.manual_seed(0)
+    net = ControlNetModel(**values).eval()
+    for name, parameter in net.named_parameters():
+        if name.startswith("controlnet_"):
+            parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5)
+    ours = ControlNet(ControlNetConfig.from_dict(dict(net.config))).eval()
+    ours.load_state_dict(net.state_dict())
+    sample, context, picture = (
+        torch.randn(shape) for shape in ((2, 4, 8, 6), (2, 77, 64), (2, 3, 64, 48))
+    )
+    timestep = torch.tensor([500.0])
+    down, middle = net(sample, timestep, context, picture, return_dict=False)
+    hint = ours.controlnet_cond_embedding(picture)
+    maps = ours(sample, timestep, context, hint)
+    for given, expected in zip(maps, [*down, middle], strict=True):
+        assert relative_error(given, expected) < PARITY_RTOL
 
 
 @torch.no_grad()
