@@ -14,6 +14,7 @@ from engine.configs.base import Shape
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 from engine.model import Model, find_model, shipped_models
+from engine.steering.control_nets import PREPROCESSOR
 
 __all__ = ["describe_control_net", "describe_t2i_adapter"]
 
@@ -39,6 +40,7 @@ def describe_control_net(
             "file": str(path),
             "family": title,
             "use": "give it as --control, with a --control-image",
+            "preprocessor": weights.metadata.get(PREPROCESSOR),
             "residuals": [sum(widths) for widths in config.residual_widths()],
             "used_tensors": len(net.used()),
         }

@@ -7,7 +7,7 @@ guidance moves away from without control, so that guidance strengthens it.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Control:
     mode: "balanced", "prompt" or "control": what is more important
     preprocessor: makes what the net sees of the picture, at the size of what is drawn: a name as
         "canny" or "canny:low=50", an ONNX file, or what `runtime.preprocessors.named` makes; "none"
-        and None take the picture as it is
+        takes the picture as it is, and so does None, unless the net's file names one
     """
 
     net: str
@@ -99,6 +99,14 @@ class Control:
         from runtime.preprocessors.choice import find_preprocessor  # no plain prompt needs them
 
         object.__setattr__(self, "_made", None if text == NONE else find_preprocessor(text))
+
+    def or_else(self, preprocessor: str | None) -> "Control":
+        """Return the control with the preprocessor that its net's file names, where it has none."""
+        if self.preprocessor is not None or preprocessor is None:
+            return self
+        from runtime.preprocessors.named import PREPROCESSORS  # no plain prompt needs them
+
+        return replace(self, preprocessor=preprocessor) if preprocessor in PREPROCESSORS else self
 
     def shown(self, image: Image.Image) -> Image.Image:
         """Return what the net sees of its picture, which lies over what is drawn.

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.errors import RequestError
-from runtime.control import BALANCED, MODES, NONE, Control, parse_control
+from runtime.control import BALANCED, MODES, Control, parse_control
 from runtime.images.files import open_image
 
 __all__ = ["CONTROL_FIELDS", "CONTROL_OPTIONS", "control_files", "controls_of"]
@@ -20,8 +20,9 @@ CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "action": "append",
             "default": [],
             "metavar": "FILE[:WEIGHT[@START:END]]",
-            "help": "a ControlNet's or T2I-Adapter's file or folder, which sees --control-image; "
-            "may be given several times, each with a picture; see docs/control.md",
+            "help": "a ControlNet's or T2I-Adapter's file or folder, or edges, which ships, which "
+            "sees --control-image; may be given several times, each with a picture; see "
+            "docs/control.md",
         },
         "--control-image": {
             "dest": "control_images",
@@ -45,7 +46,8 @@ CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "default": [],
             "metavar": "NAME[:OPTION=X,…]",
             "help": "what makes of --control-image what the --control sees, for all or for each: "
-            "canny, canny:low=50,high=120, FILE.onnx, none; see docs/preprocessors.md",
+            "canny, canny:low=50,high=120, FILE.onnx, none (default: what its file names, such as "
+            "canny of edges, or none); see docs/preprocessors.md",
         },
     }
 )
@@ -66,7 +68,7 @@ def controls_of(options: argparse.Namespace) -> list[Control]:
             "them in pairs"
         )
     modes = _for_each("--control-mode", options.control_modes, len(given), BALANCED)
-    made = _for_each("--preprocessor", options.control_preprocessors, len(given), NONE)
+    made = _for_each("--preprocessor", options.control_preprocessors, len(given), "")
     controls, opened = [], {}
     for text, path, mode, how in zip(given, map(Path, pictures), modes, made, strict=True):
         net, weights, start, end = parse_control(text)
@@ -80,7 +82,7 @@ def controls_of(options: argparse.Namespace) -> list[Control]:
                 start=start,
                 end=end,
                 mode=mode,
-                preprocessor=None if how == NONE else how,
+                preprocessor=how or None,
             )
         )
     return controls

@@ -5,7 +5,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from runtime.control import NONE
 from runtime.request import OF_AN_IMAGE, Request
 
 __all__ = ["picture_settings"]
@@ -31,8 +30,8 @@ def picture_settings(
     if request.controls:
         shared["controls"] = [control.text for control in request.controls]
         shared["control_modes"] = [control.mode for control in request.controls]
-        made = [control.preprocessor_text for control in request.controls]
-        if any(text != NONE for text in made):
+        if any(control.preprocessor is not None for control in request.controls):
+            made = [control.preprocessor_text for control in request.controls]
             shared["control_preprocessors"] = made
     if request.image_prompts:
         shared["image_prompts"] = [prompt.text for prompt in request.image_prompts]

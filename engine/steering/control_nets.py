@@ -18,19 +18,25 @@ from engine.engines import Engines
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import find_graph
 from engine.graphs.t2i_adapter import t2i_adapter_graph
+from engine.shipped import find_control, shipped_controls
 
 __all__ = ["ControlNets", "ControlPart"]
 
+PREPROCESSOR = "preprocessor"  # in a file's metadata
 ControlPart = Literal["control_hint", "control", "t2i_adapter"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ControlNet:
-    """A ControlNet or a T2I-Adapter, and the engines of its parts that are open."""
+    """A ControlNet or a T2I-Adapter, and the engines of its parts that are open.
+
+    preprocessor: what makes its hints of any picture, where its file says so
+    """
 
     path: Path
     config: ControlNetConfig | T2IAdapterConfig
     weights: Component | ControlLora
+    preprocessor: str | None
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
 
 
@@ -58,7 +64,8 @@ class ControlNets:
     def set(self, files: Mapping[str, Path]) -> None:
         """Read these nets in place of those that are there; the engines of some stay.
 
-        files: by name, files or folders; a name whose file is what it was keeps its engines
+        files: by name, files or folders, or names of those that ship; a name whose file is what
+            it was keeps its engines
         Raises ModelError when one is none or is of another family, BackendError where the model
         runs on a GPU; then all stay as they were.
         """
@@ -68,13 +75,17 @@ class ControlNets:
                 "cpu or openvino, or draw without them"
             )
         nets = dict[str, _ControlNet]()
-        for name, path in files.items():
-            known = self._nets.get(name)
+        for name, given in files.items():
+            path, known = find_control(given), self._nets.get(name)
             if known is not None and known.path == path:
                 nets[name] = known
                 continue
             if not path.exists():
-                raise ModelError(f"the ControlNet {path} does not exist; give a file or a folder")
+                ships = " or ".join(shipped_controls())
+                raise ModelError(
+                    f"the ControlNet {path} does not exist; give a file or a folder, or the name "
+                    f"of one that ships ({ships or 'none'})"
+                )
             nets[name] = self._read(path)
         self._nets = nets
 
@@ -85,6 +96,10 @@ class ControlNets:
     def config(self, name: str) -> ControlNetConfig | T2IAdapterConfig:
         """Return the architecture of a net."""
         return self._nets[name].config
+
+    def preprocessor(self, name: str) -> str | None:
+        """Return the preprocessor that a net's file names, as "canny"; None where it names none."""
+        return self._nets[name].preprocessor
 
     def engine(self, name: str, part: ControlPart) -> Engine:
         """Return a part's engine, opening it at the first call; raises GraphError, BackendError."""
@@ -100,10 +115,12 @@ class ControlNets:
 
     def _read(self, path: Path) -> _ControlNet:
         """Read a file or a folder as what it is; raises ModelError."""
-        model = self._engines.model
-        if is_t2i_adapter(open_weights(path)):
-            return _ControlNet(path, *open_t2i_adapter(path, model.unet))
-        return _ControlNet(path, *open_control_net(path, model.unet, model.weights("step")))
+        model, weights = self._engines.model, open_weights(path)
+        if is_t2i_adapter(weights):
+            config, net = open_t2i_adapter(path, model.unet)
+        else:
+            config, net = open_control_net(path, model.unet, model.weights("step"))
+        return _ControlNet(path, config, net, weights.metadata.get(PREPROCESSOR))
 
     def close(self) -> None:
         """Let go of all engines."""

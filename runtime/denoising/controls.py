@@ -69,8 +69,12 @@ class ControlledSteps:
     unet: UNetConfig
     nets: ControlNets
 
-    def check(self, controls: Sequence[Control]) -> None:
-        """Raise RequestError for a net that there is not."""
+    def completed(self, controls: Sequence[Control]) -> list[Control]:
+        """Return controls that say how their hints are made, where their nets' files do.
+
+        Raises RequestError for a net that there is not.
+        """
+        said = []
         for control in controls:
             if control.net not in self.nets.names:
                 known = ", ".join(map(repr, self.nets.names)) or "none"
@@ -78,6 +82,8 @@ class ControlledSteps:
                     f"the control {control.net!r} is not loaded ({known} are); load it with "
                     "set_controls"
                 )
+            said.append(control.or_else(self.nets.preprocessor(control.net)))
+        return said
 
     def steered(self, plan: Plan) -> Plan:
         """Return a plan that says how its controls steer every call, with the run that follows."""
