@@ -22,7 +22,7 @@ from engine.errors import OutputError, RequestError, exit_status, libraries_of
 from engine.graphs.graph import Precision, graph_name
 from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model, find_model
-from engine.shipped import GRAPHS
+from engine.shipped import GRAPHS, find_control
 from engine.store.cache import cache_folder
 from engine.store.eviction import cache_limit, parse_size
 from export.cache import as_json, as_text, list_cache, prune_cache
@@ -103,7 +103,7 @@ def _control_net(options: argparse.Namespace) -> None:
     model = Model.open(find_model(options.model), vae=options.vae)
     folder = _made(options.out or cache_folder() / "graphs")
     precision: Precision = options.precision or "float32"
-    for line in export_control_net(model, options.file, precision, folder):
+    for line in export_control_net(model, find_control(options.file), precision, folder):
         print(line, flush=True)
     for part in ("step_controlled", "step_shallow_controlled"):
         if not (folder / graph_name(part, model.config(part), precision)).exists():

@@ -16,6 +16,7 @@ from engine.configs.control_net_union import listed_types
 from engine.configs.unet import UNetConfig
 from engine.errors import ModelError
 from engine.model import Model, find_model, shipped_models
+from engine.steering.control_nets import PREPROCESSOR
 
 __all__ = ["describe_control_net", "describe_t2i_adapter"]
 
@@ -41,6 +42,7 @@ def describe_control_net(
             "file": str(path),
             "family": title,
             "use": f"give it as --control, with a --control-image{use}",
+            "preprocessor": weights.metadata.get(PREPROCESSOR),
             "residuals": [sum(widths) for widths in config.residual_widths()],
             "used_tensors": len(net.used()),
         }

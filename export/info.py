@@ -25,6 +25,7 @@ from engine.checkpoints.t2i_adapter import is_t2i_adapter
 from engine.checkpoints.tiny_autoencoder import find_halves, has_tiny_decoder
 from engine.checkpoints.upscaler import is_upscaler, open_upscaler
 from engine.model import Model, find_model
+from engine.shipped import find_control
 from export.control_info import describe_control_net, describe_t2i_adapter
 
 ADAPTER_MARKS = ("lora", "hada_", "lokr_", ".diff", "w_norm", "b_norm", "dora_scale")
@@ -45,10 +46,11 @@ DTYPES = {
 def describe(file: str | Path) -> dict[str, Any]:
     """Say what a checkpoint, a part of one, an adapter or a textual inversion is.
 
-    file: its path, a folder, or the name of a model that ships
+    file: its path, a folder, or the name of a model or a control that ships
     Returns values of JSON, `kind` first. Raises ModelError when it is nothing that is known here.
     """
-    path = find_model(file)
+    control = find_control(Path(file))
+    path = control if control.exists() else find_model(file)
     if (path / "model_index.json").is_file():
         return _model(Model.open(path), "a folder in diffusers' layout")
     if any((path / name).is_file() for name in EMBEDDING_FILES):

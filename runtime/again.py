@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.shipped import find_control
 from engine.store.cache import fingerprint
 from runtime.found_settings import FILES, ONNX, parted, settings_of
 from runtime.images.files import program_version
@@ -96,8 +97,11 @@ def made_with(options: argparse.Namespace, model: Path, *more: str) -> dict[str,
     each = [(n, one) for n, one in each if n != "control_preprocessors" or str(one).endswith(ONNX)]
     if options.hires_upscaler and is_trained(options.hires_upscaler):
         each.append(("hires_upscaler", options.hires_upscaler))
-    paths = [model, *(Path(parted(name, one)[0]) for name, one in each)]
-    hashes = {path.name: fingerprint(path) for path in paths if path.exists()}
+    paths = {model.name: model}
+    for name, one in each:
+        path = Path(parted(name, one)[0])
+        paths[path.name] = find_control(path) if name == "controls" else path
+    hashes = {name: fingerprint(path) for name, path in paths.items() if path.exists()}
     return {**given, "model": model.name, "hashes": hashes, "latentrt": program_version()}
 
 

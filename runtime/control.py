@@ -7,7 +7,7 @@ guidance moves away from without control, so that guidance strengthens it.
 
 import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ class Control:
         preprocessor tells, and for other nets
     preprocessor: makes what the net sees of the picture, at the size of what is drawn: a name as
         "canny" or "canny:low=50", an ONNX file, or what `runtime.preprocessors.named` makes; "none"
-        and None take the picture as it is
+        takes the picture as it is, and so does None, unless the net's file names one
     """
 
     net: str
@@ -112,6 +112,14 @@ class Control:
 
         if not isinstance(name, str) or type_place(name) is None:
             raise RequestError(f"a control's type is {name!r:.60}; choose one of {listed_types()}")
+
+    def or_else(self, preprocessor: str | None) -> "Control":
+        """Return the control with the preprocessor that its net's file names, where it has none."""
+        if self.preprocessor is not None or preprocessor is None:
+            return self
+        from runtime.preprocessors.named import PREPROCESSORS  # no plain prompt needs them
+
+        return replace(self, preprocessor=preprocessor) if preprocessor in PREPROCESSORS else self
 
     def shown(self, image: Image.Image) -> Image.Image:
         """Return what the net sees of its picture, which lies over what is drawn.

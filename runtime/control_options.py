@@ -20,8 +20,9 @@ CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "action": "append",
             "default": [],
             "metavar": "FILE[:WEIGHT[@START:END]]",
-            "help": "a ControlNet's or T2I-Adapter's file or folder, which sees --control-image; "
-            "may be given several times, each with a picture; see docs/control.md",
+            "help": "a ControlNet's or T2I-Adapter's file or folder, or edges, which ships, which "
+            "sees --control-image; may be given several times, each with a picture; see "
+            "docs/control.md",
         },
         "--control-image": {
             "dest": "control_images",
@@ -54,7 +55,8 @@ CONTROL_OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "default": [],
             "metavar": "NAME[:OPTION=X,…]",
             "help": "what makes of --control-image what the --control sees, for all or for each: "
-            "canny, canny:low=50,high=120, FILE.onnx, none; see docs/preprocessors.md",
+            "canny, canny:low=50,high=120, FILE.onnx, none (default: what its file names, such as "
+            "canny of edges, or none); see docs/preprocessors.md",
         },
     }
 )
@@ -78,7 +80,7 @@ def controls_of(options: argparse.Namespace) -> list[Control]:
             "them in pairs"
         )
     modes = _for_each("--control-mode", options.control_modes, len(given), BALANCED)
-    made = _for_each("--preprocessor", options.control_preprocessors, len(given), NONE)
+    made = _for_each("--preprocessor", options.control_preprocessors, len(given), "")
     types = _for_each("--control-type", options.control_types, len(given), NONE)
     controls, opened = [], {}
     said = zip(given, map(Path, pictures), modes, types, made, strict=True)
@@ -95,7 +97,7 @@ def controls_of(options: argparse.Namespace) -> list[Control]:
                 end=end,
                 mode=mode,
                 type=None if kind == NONE else kind,
-                preprocessor=None if how == NONE else how,
+                preprocessor=how or None,
             )
         )
     return controls

@@ -14,6 +14,7 @@ from engine.adapters.choice import parse_adapter
 from engine.adapters.textual_inversion import parse_embedding
 from engine.errors import ModelError, RequestError
 from engine.model import find_model, shipped_models
+from engine.shipped import shipped_controls
 from engine.store.cache import fingerprint
 from runtime.control import parse_control
 from runtime.image_prompt import NO_MASK, parse_image_prompt
@@ -137,20 +138,27 @@ def _find_files(
                 paths.append(each)
                 continue
             file, weight = parted(name, each)
-            ships = name == "model" and file in shipped_models()
             endings = CHECKPOINTS if name in BARE else [""]
-            place = find_model(file) if ships else _find(file, places, endings)
+            shipped = _shipped(name, file)
+            place = shipped or _find(file, places, endings)
             if place is None:
                 raise RequestError(
                     f"{path} was drawn with the {noun} {_base(file)}, which is neither in the "
                     f"working folder nor beside the picture; give it with {option}"
                 )
-            found_here = file if ships else f"{place}{weight}"
+            found_here = f"{file if shipped else place}{weight}"
             paths.append([found_here, each[1]] if name == "regions" else found_here)
             known = hashes.get(_base(file)) if isinstance(hashes, dict) else None
             if known is not None and known != _hash(place):
                 yield f"{place} is another {noun} than {path} was drawn with"
         found[name] = paths if several else paths[0]
+
+
+def _shipped(name: str, file: str) -> Path | None:
+    """Return the place of what an option names and the package has, None for all else."""
+    if name == "model" and file in shipped_models():
+        return find_model(file)
+    return shipped_controls().get(file) if name == "controls" else None
 
 
 def _is_no_file(name: str, said: str) -> bool:

@@ -34,8 +34,8 @@ def picture_settings(
         types = [control.type or NONE for control in request.controls]
         if any(name != NONE for name in types):
             shared["control_types"] = types
-        made = [control.preprocessor_text for control in request.controls]
-        if any(text != NONE for text in made):
+        if any(control.preprocessor is not None for control in request.controls):
+            made = [control.preprocessor_text for control in request.controls]
             shared["control_preprocessors"] = made
     if request.image_prompts:
         shared["image_prompts"] = [prompt.text for prompt in request.image_prompts]

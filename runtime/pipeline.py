@@ -214,9 +214,9 @@ class Pipeline(AdaptedModel):
             check_backend(self.engines.settings.backend)
         if (backend := self.engines.settings.backend) in ON_GPU:
             check_gpu(request, self.model, backend)
-        chosen, notes = request, list[str]()
         if request.controls or request.image_prompts:
-            self._steering.check(request)
+            request = self._steering.completed(request)
+        chosen, notes = request, list[str]()
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)
         if self._named or chosen.names_files:

@@ -52,10 +52,14 @@ class Steering:
         self.ip_adapters.set(files, image_encoders)
         self._attended_images.forget()
 
-    def check(self, request: Request) -> None:
-        """Raise RequestError for ControlNets or IP-Adapters that there are not."""
-        self.controlled.check(request.controls)
+    def completed(self, request: Request) -> Request:
+        """Return a request whose controls say how their hints are made, where their files do.
+
+        Raises RequestError for ControlNets or IP-Adapters that there are not.
+        """
         self._attended_images.check(request.image_prompts)
+        controls = self.controlled.completed(request.controls)
+        return replace(request, controls=controls) if request.controls else request
 
     def open(self, plan: Plan) -> None:
         """Open the engines of a plan's pictures; raises GraphError or BackendError."""

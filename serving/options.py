@@ -8,6 +8,7 @@ from engine.backends.settings import ON_GPU
 from engine.command_line import CommandParser
 from engine.errors import RequestError
 from engine.model import find_model, shipped_models
+from engine.shipped import shipped_controls
 from engine.store.eviction import parse_size
 from runtime.options import add_engine_options, marking
 from runtime.output_options import SIGNING_OPTIONS
@@ -222,6 +223,8 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
                 f"the backend {options.backend} runs no {what} yet; choose --backend cpu or "
                 f"openvino, or leave {given} out"
             )
+    if options.backend not in ON_GPU and {*models.values()} & {*shipped_models()}:
+        controls = {**{name: str(path) for name, path in shipped_controls().items()}, **controls}
     named = (models, loras, controls, ip_adapters, encoders, upscalers)
     paths = [path for each in named for path in each.values()]
     return EngineSettings(

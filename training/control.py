@@ -7,10 +7,10 @@ one pixel, biases and norms are whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from engine.checkpoints.control_net import open_control_net
 from engine.configs.control_net import control_net_of
 from engine.graphs.graph import graph_name
 from engine.model import Model, find_model
+from engine.shipped import find_control
 from engine.store.cache import cache_folder
 from export.modules.autoencoder import Autoencoder
 from export.modules.control_net import ControlNet, by_level
@@ -48,9 +49,10 @@ from training.loop import Loop, LoopSettings, Losses, attention, autocast, draw
 from training.lora import add_lora, factors
 from training.pictograms import STYLES, Pictograms, caption
 
-RANK = 24
+RANK = 44
 HINT_WIDTHS = (16, 32, 64, 96)
 WITHOUT_TEXT = 0.5  # of the captions, as Zhang et al. leave out, so that the edges must tell
+COPIES = 3  # of a picture, moved
 SHOWN = 8
 OWN = "controlnet_"  # begins the names of what a UNet has not
 NET = "edges"
@@ -90,26 +92,58 @@ class ControlledDenoiser(nn.Module):
         return out
 
 
-def edges(images: np.ndarray, path: Path) -> Tensor:
-    """Return the edges of pictures (n, H, W, 3) uint8, a bit a pixel: (n, H · W / 8) uint8.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgedPictures:
+    """What the training sees of n pictures, and behind them of COPIES moved ones of each.
 
-    They are kept in `path`, and found once.
+    A model knows by heart where the pictures that it has seen lie, and would learn no edges.
+    latents: (n + COPIES · n, C, h, w) float16, scaled; edges: (n + COPIES · n, H · W / 8) uint8, a
+        bit a pixel
     """
-    from tqdm import tqdm
 
-    found, length = Canny(), images.shape[1] * images.shape[2] // 8
-    if path.exists():
-        kept = np.load(path, allow_pickle=False)
-        if kept.shape == (len(images), length):
-            return torch.from_numpy(kept)
-    packed = np.stack(
-        [np.packbits(found(image)[..., 0] > 0) for image in tqdm(images, desc="edges")]
+    latents: np.ndarray
+    edges: np.ndarray
+
+    @classmethod
+    def of(cls, images: np.ndarray, autoencoder: Autoencoder, path: Path) -> Self:
+        """Encode pictures (n, H, W, 3) uint8 and find their edges, or read them from `path`."""
+        scale = autoencoder.config.scaling_factor
+        if path.exists():
+            with np.load(path, allow_pickle=False) as kept:
+                made = cls(latents=kept["latents"], edges=kept["edges"])
+            first = (encode(autoencoder, images[:1]) * scale).numpy()
+            if len(made.latents) == len(images) * (1 + COPIES) and np.allclose(
+                made.latents[:1], first, atol=0.01
+            ):
+                return made
+        rng, latents, found = np.random.default_rng(0), [], []
+        for copy in range(1 + COPIES):
+            shown = np.stack([moved(image, rng) for image in images]) if copy else images
+            latents.append((encode(autoencoder, shown) * scale).numpy().astype(np.float16))
+            found += [np.packbits(Canny()(image)[..., 0] > 0) for image in shown]
+        made = cls(latents=np.concatenate(latents), edges=np.stack(found))
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            np.savez(file, latents=made.latents, edges=made.edges)
+        partial.replace(path)
+        return made
+
+
+def moved(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Turn, scale, shift and maybe mirror a picture (H, W, 3) uint8 on white."""
+    height, width = image.shape[:2]
+    scale, angle = rng.uniform(0.55, 1.1), np.radians(rng.uniform(-30, 30))
+    centre = np.array([width, height]) / 2
+    shift = rng.uniform(-0.5, 0.5, 2) * (1.15 - scale) * centre * 2
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / scale
+    if rng.random() < 0.5:
+        turn[0] *= -1
+    offset = centre - turn @ (centre + shift)  # back from a place in the copy to one in the picture
+    matrix = (*turn[0], offset[0], *turn[1], offset[1])
+    copy = Image.fromarray(image).transform(
+        (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
     )
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, packed)
-    partial.replace(path)
-    return torch.from_numpy(packed)
+    return np.asarray(copy)
 
 
 def hints(packed: Tensor, side: int) -> Tensor:
@@ -133,26 +167,27 @@ def train(
     """
     device, batch = torch.device(settings.device), settings.batch_size
     side = data.images.shape[1]
-    packed = edges(data.images, folder / "edges.npy").to(device)
-    scale = autoencoder.config.scaling_factor
-    latents = (encode(autoencoder.to(device), data.images) * scale).to(device)
+    pictures = EdgedPictures.of(data.images, autoencoder.to(device), folder / "edges.npz")
+    packed = torch.from_numpy(pictures.edges).to(device)
+    latents, count = torch.from_numpy(pictures.latents).to(device), len(data.images)
     torch.manual_seed(settings.seed)
     loop = Loop(ControlledDenoiser(denoiser), settings, folder / "control.pt")
     module = loop.module
     assert isinstance(module, ControlledDenoiser)
     rng = np.random.default_rng([settings.seed, loop.step])
     torch.manual_seed(int(rng.integers(2**62)))  # a resumed training draws no noise twice
-    examples = Examples(latents=latents, captions=data.captions, draws=data.draws)
+    examples = Examples(latents=latents[:count], captions=data.captions, draws=data.draws)
     texts = Texts.of(examples, tokenizer, rng).to(device)
     empty = torch.from_numpy(tokenizer([""]).input_ids).to(device)
     weights = None if data.draws is None else torch.from_numpy(data.draws).to(device)
     alphas = torch.tensor(NoiseSchedule.from_config(SCHEDULER).alphas_cumprod).float().to(device)
 
     def losses(step: int) -> Losses:
-        chosen = draw(len(latents), batch, weights, device)
+        chosen = draw(count, batch, weights, device)
         input_ids = texts.drawn(chosen)
+        chosen = chosen + count * torch.randint(1 + COPIES, (batch,), device=device)
         dropped = torch.rand(batch, 1, device=device) < WITHOUT_TEXT
-        x0, timesteps = latents[chosen], draw_timesteps(batch, len(alphas), device)
+        x0, timesteps = latents[chosen].float(), draw_timesteps(batch, len(alphas), device)
         alpha = alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - alpha**2).sqrt()
         noise = torch.randn_like(x0)
@@ -162,12 +197,13 @@ def train(
             out = module(alpha * x0 + sigma * noise, timesteps, context, picture)
         return {"loss": (out.float() - (alpha * noise - sigma * x0)).square().mean()}
 
-    shown = np.linspace(0, len(data.images) - 1, min(SHOWN, len(data.images))).astype(int)
+    shown = np.linspace(0, count - 1, min(SHOWN, count)).astype(int)
     prompts = tokenizer(["", *(data.caption(int(i), rng) for i in shown)]).input_ids
+    copies = shown + count * (1 + np.arange(len(shown)) % COPIES)  # where the model has no habit
 
     def sample(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, ControlledDenoiser)
-        picture = hints(packed[torch.from_numpy(shown).to(device)], side)
+        picture = hints(packed[torch.from_numpy(copies).to(device)], side)
         steered: Any = SimpleNamespace(
             text_encoder=ema.denoiser.text_encoder,
             unet=lambda x, timestep, context: ema(
@@ -205,7 +241,7 @@ def evaluate(model: str, control: Path, data: Pictograms, pictures: int = 100) -
     The prompts, seeds and all else are the same with the control and without it. Graphs that are
     not there yet are made.
     """
-    opened = Model.open(find_model(model))
+    opened, control = Model.open(find_model(model)), find_control(control)
     write_graphs(opened, control, cache_folder() / "graphs")
     pairs = np.random.default_rng(SEED).permutation(np.argwhere(data.held_out))[:pictures]
     originals = data.images[pairs[:, 0], pairs[:, 1]]

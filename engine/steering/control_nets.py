@@ -18,9 +18,11 @@ from engine.engines import Engines
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import find_graph
 from engine.graphs.t2i_adapter import t2i_adapter_graph
+from engine.shipped import find_control, shipped_controls
 
 __all__ = ["ControlNets", "ControlPart"]
 
+PREPROCESSOR = "preprocessor"  # in a file's metadata
 ControlPart = Literal["control_hint", "control", "t2i_adapter"]
 
 
@@ -29,11 +31,13 @@ class _ControlNet:
     """A ControlNet or a T2I-Adapter, and the engines of its parts that are open.
 
     pooled: whether its residuals count in the mean over all places of a map
+    preprocessor: what makes its hints of any picture, where its file says so
     """
 
     path: Path
     config: ControlNetConfig | T2IAdapterConfig
     weights: Component | ControlLora
+    preprocessor: str | None
     pooled: bool = False
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
 
@@ -73,8 +77,8 @@ class ControlNets:
     def set(self, files: Mapping[str, Path]) -> None:
         """Read these nets in place of those that are there; the engines of some stay.
 
-        files: by name, files or folders; a file that is here keeps its engines, whatever its names
-            are, and is there once for all of them
+        files: by name, files or folders, or names of those that ship; a file that is here keeps its
+            engines, whatever its names are, and is there once for all of them
         Raises ModelError when one is none or is of another family, BackendError where the model
         runs on a GPU; then all stay as they were.
         """
@@ -85,11 +89,13 @@ class ControlNets:
             )
         nets = dict[str, _ControlNet]()
         known = {net.path: net for net in self._nets.values()}
-        for name, path in files.items():
+        for name, path in ((name, find_control(path)) for name, path in files.items()):
             if path not in known:
                 if not path.exists():
+                    ships = " or ".join(shipped_controls())
                     raise ModelError(
-                        f"the ControlNet {path} does not exist; give a file or a folder"
+                        f"the ControlNet {path} does not exist; give a file or a folder, or the "
+                        f"name of one that ships ({ships or 'none'})"
                     )
                 known[path] = self._read(path)
             nets[name] = known[path]
@@ -108,6 +114,10 @@ class ControlNets:
         """Return the architecture of a net."""
         return self._nets[name].config
 
+    def preprocessor(self, name: str) -> str | None:
+        """Return the preprocessor that a net's file names, as "canny"; None where it names none."""
+        return self._nets[name].preprocessor
+
     def engine(self, name: str, part: ControlPart) -> Engine:
         """Return a part's engine, opening it at the first call; raises GraphError, BackendError."""
         net = self._nets[name]
@@ -122,11 +132,12 @@ class ControlNets:
 
     def _read(self, path: Path) -> _ControlNet:
         """Read a file or a folder as what it is; raises ModelError."""
-        model = self._engines.model
-        if is_t2i_adapter(open_weights(path)):
-            return _ControlNet(path, *open_t2i_adapter(path, model.unet))
+        model, weights = self._engines.model, open_weights(path)
+        preprocessor = weights.metadata.get(PREPROCESSOR)
+        if is_t2i_adapter(weights):
+            return _ControlNet(path, *open_t2i_adapter(path, model.unet), preprocessor)
         opened = open_control_net(path, model.unet, model.weights("step"))
-        return _ControlNet(path, *opened, pooled=is_pooled(path))
+        return _ControlNet(path, *opened, preprocessor, pooled=is_pooled(path))
 
     def close(self) -> None:
         """Let go of all engines."""

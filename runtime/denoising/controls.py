@@ -72,9 +72,12 @@ class ControlledSteps:
     unet: UNetConfig
     nets: ControlNets
 
-    def check(self, controls: Sequence[Control]) -> None:
-        """Raise RequestError for a net that there is not, or a type of picture that it has not."""
-        types = self.nets.control_types
+    def completed(self, controls: Sequence[Control]) -> list[Control]:
+        """Return controls that say how their hints are made, where their nets' files do.
+
+        Raises RequestError for a net that there is not, or a type of picture that it has not.
+        """
+        said, types = [], self.nets.control_types
         for control in controls:
             if control.net not in self.nets.names:
                 known = ", ".join(map(repr, self.nets.names)) or "none"
@@ -82,7 +85,9 @@ class ControlledSteps:
                     f"the control {control.net!r} is not loaded ({known} are); load it with "
                     "set_controls"
                 )
-            check_type(control, types.get(control.net, 0))
+            said.append(control.or_else(self.nets.preprocessor(control.net)))
+            check_type(said[-1], types.get(control.net, 0))
+        return said
 
     def steered(self, plan: Plan) -> Plan:
         """Return a plan that says how its controls steer every call, with the run that follows."""
