@@ -4,7 +4,6 @@ It is a folder in diffusers' layout or one file in that of the original training
 converted: the parts' weights are found under their graphs' names on access.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -29,7 +28,7 @@ from engine.configs.diffusion import (
     UNetConfig,
     read_json,
 )
-from engine.errors import ModelError
+from engine.errors import ModelError, nearest
 from engine.graphs.graph import Part, TextPart
 from engine.shipped import MODELS
 
@@ -320,14 +319,14 @@ def find_model(model: str | Path) -> Path:
             return path
     if str(model) in shipped_models():
         return MODELS / str(model)
-    close = difflib.get_close_matches(str(model), shipped_models(), n=1)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not close:
+    near = nearest(model, shipped_models())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not near:
         raise ModelError(
             f"the model {str(model)!r} is neither a folder nor a file, and nothing is fetched; "
             "download it first, and give the path of its folder or file"
         )
     raise ModelError(
-        f"the model {str(model)!r} is neither a folder or file nor one that ships "
-        f"({', '.join(shipped_models()) or 'none'}); "
-        + (f"did you mean {close[0]!r}?" if close else "give the path of a folder or file")
+        f"the model {str(model)!r} is neither a folder or file nor one that ships; "
+        + (f"did you mean {near!r}? " if near else "give the path of a folder or file; ")
+        + f"what ships is {', '.join(shipped_models()) or 'nothing'}"
     )

@@ -18,15 +18,15 @@ from typing import get_args
 
 from engine.checkpoints.pieces import PIECES
 from engine.command_line import CommandParser
-from engine.errors import OutputError, RequestError, exit_status, libraries_of
+from engine.errors import OutputError, RequestError, exit_status, libraries_of, nearest
 from engine.graphs.graph import Precision, graph_name
 from engine.graphs.steering import CONTROLLED_LEVELS
-from engine.model import COMPONENTS, Model, find_model
+from engine.model import COMPONENTS, Model, find_model, shipped_models
 from engine.shipped import GRAPHS
 from engine.store.cache import cache_folder
 from engine.store.eviction import cache_limit, parse_size
 from export.cache import as_json, as_text, list_cache, prune_cache
-from export.engine_options import add_engine_options, engine_choices
+from export.engine_options import add_engine_options, check_no_engine, engine_choices
 from export.engines import build_engines
 from export.info import as_table, describe
 
@@ -44,10 +44,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m export")
 
 def _run(given: list[str], prog: str) -> None:
     command = given[0] if given and given[0] in _COMMANDS else "model"
+    if command == "model" and (meant := _meant(*given[:1])):
+        raise RequestError(f"{given[0]} is no subcommand; did you mean `{prog} {meant}`?")
     named = prog if command == "model" else f"{prog} {command}"
     options = _PARSERS[command](named).parse_args(given if command == "model" else given[1:])
     with libraries_of("export"):
         _COMMANDS[command](options)
+
+
+def _meant(first: str = "") -> str:
+    """Return the subcommand that a first word stands for; "" where it may be a model."""
+    is_model = not first or first in shipped_models() or Path(first).exists()
+    return "" if is_model else nearest(first, _COMMANDS, cutoff=0.8)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -79,6 +87,10 @@ def _model(options: argparse.Namespace) -> None:
     )
     usual = [part for part in COMPONENTS if part not in (*CONTROLLED_LEVELS, "step_shrunk")]
     parts = options.parts or [part for part in usual if COMPONENTS[part] in model.configs]
+    if not options.backend:
+        check_no_engine(options)
+    elif options.out:
+        raise RequestError("--out came with --backend; engines go into the cache, so leave it out")
     if options.backend:
         for line in build_engines(model, parts, engine_choices(model, options)):
             print(line, flush=True)

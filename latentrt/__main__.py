@@ -6,11 +6,10 @@ latentrt "a red apple"     is short for     latentrt draw "a red apple"
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from types import MappingProxyType
 
-from engine.errors import USER_ERROR, exit_status
+from engine.errors import USER_ERROR, exit_status, nearest
 from latentrt import stranger
 
 DRAW = "draw"
@@ -68,7 +67,7 @@ def _meant(first: str, *rest: str) -> str:
     """Return the subcommand that the first of several words stands for; "" where it is a prompt."""
     if " " in first or first.startswith("-") or not rest or rest[0].startswith("-"):
         return ""
-    return OTHERS.get(first) or next(iter(get_close_matches(first, SUBCOMMANDS, 1, 0.8)), "")
+    return OTHERS.get(first) or nearest(first, SUBCOMMANDS, cutoff=0.8)
 
 
 def _version() -> str:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
     try:
         _draw(_parse(arguments, prog))
     except LatentrtError as error:
-        say(f"error: {error}", sys.stderr)
+        say(f"error: {make_parser(prog).in_options(str(error))}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         say("\ncancelled; only the pictures named above were written", sys.stderr)
@@ -91,6 +91,8 @@ def _draw(options: argparse.Namespace) -> None:
     for path, check in ((options.out, check_output), (options.animation, check_animation)):
         if path:
             check(path)
+    if options.out and options.animation and options.out.resolve() == options.animation.resolve():
+        raise RequestError("--animation and --out are one file; give each a name of its own")
     sign = marking(options)
     backend = backend_settings(options)
     if options.expand:
@@ -215,7 +217,8 @@ def _load(options: argparse.Namespace, request: Request, loading: Loading) -> tu
     told = pipeline.notes
     loading.note(*told, *(building if options.build_missing else ()))
     plan = pipeline.plan(request)
-    loading.note(*(note for note in pipeline.notes if note not in told), *plan.notes)
+    new = (*(note for note in pipeline.notes if note not in told), *plan.notes)
+    loading.note(*(make_parser("").in_options(note) for note in new))
     if tiny:
         pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
     pipeline.open_engines(plan)

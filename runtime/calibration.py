@@ -127,17 +127,23 @@ def main(
 
     prog: what the usage calls it
     """
-    return exit_status(lambda: _calibrate(_parser(prog).parse_args(arguments)))
+    parser = _parser(prog)
+    return exit_status(lambda: _calibrate(parser.parse_args(arguments)), wording=parser.in_options)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str) -> CommandParser:
     parser = CommandParser(prog=prog, description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="as --model of `python -m runtime`")
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="to draw instead; may be given often"
     )
     parser.add_argument(
-        "--steps", type=int, default=STEPS, help="of each picture (default: %(default)s)"
+        "--steps",
+        dest="num_inference_steps",
+        type=int,
+        default=STEPS,
+        metavar="N",
+        help="of each picture (default: %(default)s)",
     )
     parser.add_argument(
         "--precision",
@@ -155,7 +161,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     found = calibrate(
         options.model,
         prompts=options.prompt or PROMPTS,
-        steps=options.steps,
+        steps=options.num_inference_steps,
         folder=options.graphs,
         precision=options.precision,
         threads=options.threads,

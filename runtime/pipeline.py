@@ -222,7 +222,7 @@ class Pipeline(AdaptedModel):
         if self._named or chosen.names_files:
             notes += self._heed_names(chosen)
         plan = make_plan(chosen, self._distilled, self.schedule, self.encoder)
-        plan = self._steering.controlled.steered(plan) if request.controls else plan
+        plan = self._steering.steered(plan, request)
         plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})

@@ -231,7 +231,8 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
         )
     texts = [*wanted.prompts, *wanted.negative_prompts, *(r.prompt for r in wanted.regions)]
     settings = picture_settings(wanted, first.seeds, first.variation_seeds, (height, width))
-    unheard = unheard_notes(wanted.negative_prompts, is_guided=first.is_guided)
+    assert wanted.guidance_scale is not None
+    unheard = unheard_notes(request, wanted.guidance_scale, is_guided=first.is_guided)
     first = replace(first, settings=settings, notes=[*encoder.unused_words(texts), *unheard])
     if wanted.hires is None:
         return first

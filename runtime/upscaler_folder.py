@@ -1,12 +1,11 @@
 """A folder of trained upscalers: which file a name means."""
 
 import argparse
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from engine.errors import RequestError
+from engine.errors import RequestError, nearest
 from runtime.images.a1111_reader import UPSCALER_FILES
 from runtime.images.upscaling import is_trained, parse_upscaler
 
@@ -31,8 +30,8 @@ def find_upscaler(name: str, folder: Path) -> str:
     key = UPSCALER_FILES.get(name.lower(), name).lower()
     if key in found:
         return str(found[key])
-    close = difflib.get_close_matches(key, found, 1)
-    hint = f"; did you mean {found[close[0]].stem!r}?" if close else ", nor a file of that name"
+    near = nearest(key, found)
+    hint = f"; did you mean {found[near].stem!r}?" if near else ", nor a file of that name"
     raise RequestError(f"there is no upscaler {name[:200]!r} in {folder}{hint}")
 
 

@@ -1,10 +1,9 @@
 """A folder of adapters: which file a name means."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.errors import ModelError
+from engine.errors import ModelError, nearest
 
 __all__ = ["check_folder", "find_adapter", "list_adapters"]
 
@@ -49,6 +48,6 @@ def find_adapter(name: str, folder: Path | None) -> Path | str:
     key = next((key.removesuffix(end) for end in ENDINGS if key.endswith(end)), key)
     if key in found:
         return found[key]
-    close = difflib.get_close_matches(key, found, 1)
-    hint = f" (did you mean {found[close[0]].stem!r}?)" if close else ""
+    near = nearest(key, found)
+    hint = f" (did you mean {found[near].stem!r}?)" if near else ""
     return f"there is no adapter {name!r} in {folder}{hint}"

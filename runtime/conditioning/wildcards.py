@@ -1,12 +1,11 @@
 """A folder of wildcards: text files, of which every line is something to choose."""
 
 import codecs
-import difflib
 import fnmatch
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from engine.errors import RequestError
+from engine.errors import RequestError, nearest
 
 __all__ = ["Wildcards"]
 
@@ -48,8 +47,8 @@ class Wildcards:
         if named := self._named(name):
             files = ", ".join(f"{key}.txt" for key in named[:MOST_NAMED])
             return f"there is no line to choose in {files}; write one choice a line, without #"
-        close = difflib.get_close_matches(name.lower(), self._files, 1)
-        hint = f"; did you mean __{close[0]}__?" if close else ", which --wildcard-dir names"
+        near = nearest(name, self._files)
+        hint = f"; did you mean __{near}__?" if near else ", which --wildcard-dir names"
         return f"there is no {name}.txt in the folder {self._folder.name}{hint}"
 
     def _named(self, name: str) -> list[str]:

@@ -153,7 +153,9 @@ def extend(
     for name, pixels in added.items():
         check_number(f"the growth of the canvas on the {name}", pixels, Integral, 0, MAX_SIDE)
     if not any(added.values()):
-        raise RequestError("the canvas grows on no side; add pixels left, top, right or bottom")
+        raise RequestError(
+            "extend is 0, so the canvas grows on no side; add pixels left, top, right or bottom"
+        )
     width, height = left + image.width + right, top + image.height + bottom
     if max(width, height) > MAX_SIDE:
         raise RequestError(

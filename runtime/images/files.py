@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from engine.errors import OutputError, RequestError
+from engine.errors import OutputError, RequestError, nearest
 from engine.store.cache import write_atomically, write_new
 from runtime.images.a1111 import PARAMETERS_KEY, format_parameters
 from runtime.images.exif import exif_bytes, texts_of
@@ -114,7 +114,9 @@ def check_output(path: Path) -> None:
     if not path.name:
         raise OutputError(f"the file to write has no name; give one in {', '.join(FORMATS)}")
     if path.suffix.lower() not in FORMATS:
-        raise OutputError(f"{path} ends in {path.suffix!r}; give a name in {', '.join(FORMATS)}")
+        near = nearest(path.suffix, FORMATS)
+        hint = f"did you mean {path.with_suffix(near)}? Give" if near and path.suffix else "give"
+        raise OutputError(f"{path} ends in {path.suffix!r}; {hint} a name in {', '.join(FORMATS)}")
     try:
         folder, is_folder = path.resolve().parent, path.is_dir()
         found, writable = folder.is_dir(), os.access(folder, os.W_OK)

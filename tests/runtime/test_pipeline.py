@@ -579,7 +579,7 @@ def test_options_of_the_wrong_kind(recorded):
         with pytest.raises(RequestError, match=said):
             recorded.draw(**{"prompt": "a"} | options)
     for hires, said in (
-        ({"scale": 9}, "the scale of hires is 9"),
+        ({"scale": 9}, "hires.scale is 9"),
         ({"upscaler": "esrgan"}, "choose one of lanczos"),
         ({"strength": 0.01}, "runs no step"),
     ):
