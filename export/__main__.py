@@ -18,12 +18,12 @@ from typing import get_args
 
 from engine.checkpoints.pieces import PIECES
 from engine.command_line import CommandParser
-from engine.errors import OutputError, RequestError, exit_status, libraries_of, nearest
+from engine.errors import RequestError, exit_status, libraries_of, nearest
 from engine.graphs.graph import Precision, graph_name
 from engine.graphs.steering import CONTROLLED_LEVELS
 from engine.model import COMPONENTS, Model, find_model, shipped_models
 from engine.shipped import GRAPHS
-from engine.store.cache import cache_folder
+from engine.store.cache import cache_folder, made_folder
 from engine.store.eviction import cache_limit, parse_size
 from export.cache import as_json, as_text, list_cache, prune_cache
 from export.engine_options import add_engine_options, check_no_engine, engine_choices
@@ -95,7 +95,7 @@ def _model(options: argparse.Namespace) -> None:
         for line in build_engines(model, parts, engine_choices(model, options)):
             print(line, flush=True)
         return
-    folder = _made(options.out or cache_folder() / "graphs")
+    folder = made_folder(options.out or cache_folder() / "graphs")
     for part in parts:
         print(export_part(model, part, options.precision or "float32", folder))
 
@@ -105,7 +105,7 @@ def _language_model(options: argparse.Namespace) -> None:
     from export.writing import export_language_model
 
     model = LanguageModel.open(options.folder)
-    folder = _made(options.out or cache_folder() / "graphs")
+    folder = made_folder(options.out or cache_folder() / "graphs")
     print(export_language_model(model, options.precision or "float32", folder))
 
 
@@ -113,7 +113,7 @@ def _control_net(options: argparse.Namespace) -> None:
     from export.writing import export_control_net, export_part
 
     model = Model.open(find_model(options.model), vae=options.vae)
-    folder = _made(options.out or cache_folder() / "graphs")
+    folder = made_folder(options.out or cache_folder() / "graphs")
     precision: Precision = options.precision or "float32"
     for line in export_control_net(model, options.file, precision, folder):
         print(line, flush=True)
@@ -126,21 +126,11 @@ def _graphs(options: argparse.Namespace) -> None:
     from export.published import precisions, published_parts
     from export.writing import write_published
 
-    folder = _made(options.out)
+    folder = made_folder(options.out)
     parts = options.parts or COMPONENTS
     for part, config in (found for found in published_parts() if found[0] in parts):
         for precision in precisions(part, config):
             print(write_published(part, config, precision, folder), flush=True)
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the folder {folder} cannot be made ({error}); choose another"
-        ) from error
-    return folder
 
 
 def _model_parser(prog: str) -> argparse.ArgumentParser:

@@ -250,7 +250,7 @@ def _paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
     else:
         paths = _numbered(options.out, len(seeds))
     for path in paths:
-        check_output(path)
+        check_output(path, replaces=options.out is not None)
     return paths
 
 

@@ -23,6 +23,7 @@ from engine.errors import exit_status
 from engine.graphs.graph import Part, graph_folders
 from engine.graphs.variants import Variant
 from engine.model import Model, find_model
+from engine.store.cache import made_folder
 from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.tokenizer import load_tokenizers
 from runtime.images.files import psnr
@@ -90,6 +91,7 @@ def calibrate(
     if precision is None:
         precision = "bfloat16" if "BF16" in capabilities() else "float32"
     folder, prompts = path_of(folder), several(prompts)
+    made_folder(graph_folders(folder)[0])  # what is drawn is not to be lost
     opened = Model.open(find_model(model))
     settings = BackendSettings(backend="openvino", threads=threads)
     folders, tokenizers = graph_folders(folder), load_tokenizers(opened)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,10 @@ from typing import BinaryIO
 from engine.errors import LatentrtError, OutputError
 from engine.store.file_lock import locked
 
-__all__ = ["Cache", "cache_folder", "fingerprint", "is_intact", "write_atomically", "write_new"]
+__all__ = [
+    *("Cache", "cache_folder", "check_writable", "fingerprint", "is_intact", "made_folder"),
+    *("write_atomically", "write_new"),
+]
 
 PIECE = 2**16  # bytes
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt")
@@ -128,6 +132,44 @@ class Cache:
         return sorted(self.folder.glob(f"{key}.*"))
 
 
+def check_writable(path: Path, *, replaces: bool = True) -> None:
+    """Refuse a path that no file could be written to, before any work is done for it.
+
+    replaces: whether in the place of a file that is there, or beside it
+    Raises OutputError.
+    """
+    try:
+        target, is_folder = path.resolve(), path.is_dir()
+        folder = target.parent
+        found, writable = folder.is_dir(), os.access(folder, os.W_OK)
+        is_kept = replaces and _is_kept(target)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, closed to us, a loop of links
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"{str(path)!r} cannot be written ({why}); choose another path"
+        ) from error
+    if not found:
+        raise OutputError(f"the folder {path.parent} does not exist; make it first")
+    if is_folder:
+        raise OutputError(f"{path} is a folder; give the name of a file")
+    if not writable:
+        raise OutputError(f"the folder {folder} may not be written to; choose another")
+    if is_kept:
+        raise OutputError(f"{path} is another user's and may not be replaced; choose another name")
+
+
+def made_folder(folder: Path) -> Path:
+    """Make a folder that files are to be written to, before any work is done for them.
+
+    Raises OutputError where that cannot be.
+    """
+    with _output_errors(f"the folder {folder}", "choose another"):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"the folder {folder} may not be written to; choose another")
+    return folder
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that at any moment there is the old one or the whole new one.
 
@@ -181,6 +223,15 @@ def _is_placed(file: Path, target: Path) -> bool:
             return False
         file.replace(target)
     return True
+
+
+def _is_kept(target: Path) -> bool:
+    """Tell whether a file is another user's in a folder where each keeps his own, such as /tmp."""
+    if not target.exists() or not hasattr(os, "geteuid"):
+        return False
+    folder = target.parent.stat()
+    owners = (0, folder.st_uid, target.stat().st_uid)
+    return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in owners
 
 
 def _destination(path: Path) -> Path:
