@@ -36,6 +36,8 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("tiling", "tile", "circular"), "seamless"),
         **dict.fromkeys(("kohya_deep_shrink", "hidiffusion"), "deep_shrink"),
         "image_cfg_scale": "image_guidance_scale",
+        "ip_adapter_image": "image_prompts",
+        "sigmas": "schedule",
     }
 )
 
