@@ -195,9 +195,7 @@ def _request(
     fields = {**given, "image": image, "mask": mask}
     if fields.get("hires") is not None:
         # Of a stranger no path is followed, nor is it told which files there are.
-        check_choice(
-            "the upscaler of hires", fields["hires"].get("upscaler", UPSCALERS[0]), UPSCALERS
-        )
+        check_choice("hires.upscaler", fields["hires"].get("upscaler", UPSCALERS[0]), UPSCALERS)
         fields["hires"] = Hires(**fields["hires"])
     return Request(**fields)
 

@@ -160,6 +160,18 @@ def file_format(name: str, param: str) -> str:
     return FORMATS[name.lower()]
 
 
+def _file(body: Picture | Upscaling) -> dict[str, Any]:
+    """Return the format and the quality of what a body asks for. Raises BadRequestError."""
+    kind = file_format(body.format, "format")
+    if body.quality is None:
+        return {"format": kind}
+    if kind == "PNG":
+        raise BadRequestError(
+            "quality came without format jpeg or webp; a PNG keeps everything", param="quality"
+        )
+    return {"format": kind, "quality": check_whole("quality", body.quality, 1, 100)}
+
+
 def check_whole(name: str, value: int, low: int, high: int) -> int:
     """Return a number that is within bounds. Raises BadRequestError."""
     if not low <= value <= high:
@@ -182,8 +194,7 @@ def native_request(body: Picture, catalog: Catalog, limits: Limits) -> PictureRe
         **catalog.steering(body),
         exact=body.exact,
         preview_every=check_whole("preview_every", body.preview_every, 0, limits.steps),
-        format=file_format(body.format, "format"),
-        quality=check_whole("quality", body.quality, 1, 100),
+        **_file(body),
     )
     return picture_request.checked(limits)
 
@@ -195,6 +206,5 @@ def upscaling_request(body: Upscaling, catalog: Catalog, limits: Limits) -> Enla
         image=read_base64("image", body.image),
         upscaler=body.upscaler if body.upscaler == LANCZOS else catalog.upscaler(body.upscaler),
         factor=body.factor,
-        format=file_format(body.format, "format"),
-        quality=check_whole("quality", body.quality, 1, 100),
+        **_file(body),
     ).checked(limits)
