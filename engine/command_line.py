@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NoReturn
 
-from engine.errors import USER_ERROR, nearest, renamed
+from engine.errors import FOREIGN_VALUES, USER_ERROR, nearest, renamed
 
 __all__ = ["CommandParser"]
 
@@ -15,17 +15,6 @@ REST = "unrecognized arguments: "
 QUOTE = "'"
 INVALID = re.compile(
     r"argument (?P<name>\S+): invalid choice: (?P<value>.+) \(choose from (?P<known>.*)\)$"
-)
-# What other programs call values of options.
-FOREIGN_VALUES: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("fp16", "f16", "half"), "float16"),
-        **dict.fromkeys(("fp32", "f32", "full"), "float32"),
-        **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
-        **dict.fromkeys(("onnxruntime", "onnx", "ort"), "cpu"),
-        **{"ov": "openvino", "trt": "tensorrt", "rtx": "tensorrt_rtx", "gpu": "cuda"},
-        "jpeg": "jpg",
-    }
 )
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
+from types import MappingProxyType
 
 __all__ = [
     "BackendError",
@@ -39,6 +40,17 @@ __all__ = [
 QUOTED = r"(?<!\w)(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|`[^`]*`)(?!\w)"
 FOR_MEMORY = re.compile(r"alloc|out of memory|not enough memory|insufficient memory", re.IGNORECASE)
 USER_ERROR, INTERRUPTED = 2, 130  # what a shell is told
+# What other programs call a choice.
+FOREIGN_VALUES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+        **dict.fromkeys(("fp32", "f32", "full"), "float32"),
+        **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
+        **dict.fromkeys(("onnxruntime", "onnx", "ort"), "cpu"),
+        **{"ov": "openvino", "trt": "tensorrt", "rtx": "tensorrt_rtx", "gpu": "cuda"},
+        "jpeg": "jpg",
+    }
+)
 OURS = frozenset({"benchmarks", "engine", "export", "latentrt", "runtime", "serving", "training"})
 
 
@@ -86,9 +98,15 @@ def memory_hint(error: Exception) -> str:
 
 
 def nearest(value: object, known: Iterable[object], cutoff: float = 0.6) -> str:
-    """Return the name that is nearest to a wrong one, whatever their case; "" for none."""
+    """Return the name that is nearest to a wrong one, whatever their case; "" for none.
+
+    It is the one that another program calls so, or else one that is written alike.
+    """
     names = {str(name).lower(): str(name) for name in known}
-    close = difflib.get_close_matches(str(value)[:200].lower(), names, 1, cutoff)
+    word = str(value)[:200].lower()
+    if FOREIGN_VALUES.get(word) in names:
+        return names[FOREIGN_VALUES[word]]
+    close = difflib.get_close_matches(word, names, 1, cutoff)
     return names[close[0]] if close else ""
 
 

@@ -327,6 +327,6 @@ def find_model(model: str | Path) -> Path:
         )
     raise ModelError(
         f"the model {str(model)!r} is neither a folder or file nor one that ships; "
-        + (f"did you mean {near!r}? " if near else "give the path of a folder or file; ")
-        + f"what ships is {', '.join(shipped_models()) or 'nothing'}"
+        + (f"did you mean {near!r}? What " if near else "give the path of one; what ")
+        + f"ships is {', '.join(shipped_models()) or 'nothing'}"
     )

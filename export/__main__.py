@@ -55,7 +55,7 @@ def _run(given: list[str], prog: str) -> None:
 def _meant(first: str = "") -> str:
     """Return the subcommand that a first word stands for; "" where it may be a model."""
     is_model = not first or first in shipped_models() or Path(first).exists()
-    return "" if is_model else nearest(first, _COMMANDS, cutoff=0.8)
+    return "" if is_model else nearest(first, _COMMANDS.keys() - {"model"})
 
 
 def _info(options: argparse.Namespace) -> None:

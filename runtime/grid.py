@@ -214,9 +214,11 @@ def _cell(
             setattr(options, name, getattr(base, name))
     if options.variation_strength and options.variation_seed is None:
         options.variation_seed = 0
+    several = "--seed" if isinstance(options.seed, tuple) else "--num-images"
     if options.num_images_per_prompt != 1 or isinstance(options.seed, tuple):
         raise RequestError(
-            "a sheet has one picture a cell; draw several seeds as an axis, such as --y seed=7,9"
+            f"{several} asks for several pictures, and a sheet has one picture a cell; draw seeds "
+            "as an axis, such as --y seed=7,9"
         )
     for axis, value in given:
         if axis.name == PROMPT:

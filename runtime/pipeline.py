@@ -215,14 +215,14 @@ class Pipeline(AdaptedModel):
         if (backend := self.engines.settings.backend) in ON_GPU:
             check_gpu(request, self.model, backend)
         chosen, notes = request, list[str]()
-        if request.controls or request.image_prompts:
+        if is_steered := bool(request.controls or request.image_prompts):
             self._steering.check(request)
         if request.is_template:
             chosen, notes = expand_request(request, self.wildcards)
         if self._named or chosen.names_files:
             notes += self._heed_names(chosen)
         plan = make_plan(chosen, self._distilled, self.schedule, self.encoder)
-        plan = self._steering.steered(plan, request)
+        plan = self._steering.steered(plan, request) if is_steered else plan
         plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})

@@ -66,6 +66,15 @@ def _read(path: Path) -> tuple[str, ...]:
         raise RequestError(f"the wildcards {path.name} cannot be read ({error.strerror})") from None
     if len(data) > MAX_BYTES:
         raise RequestError(f"the wildcards {path.name} have more than {MAX_BYTES >> 20} MiB")
-    coding = "utf-16" if data.startswith(WIDE) else "utf-8-sig"
-    lines = (line.strip() for line in data.decode(coding, "replace").splitlines())
+    lines = (line.strip() for line in _decoded(data).splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def _decoded(data: bytes) -> str:
+    """Return a file's text: UTF-16 or UTF-8, else what Windows' editors wrote before these."""
+    if data.startswith(WIDE):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")

@@ -91,9 +91,14 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to RGB: transparent parts become white, 16 bits become 8."""
+    """Convert a picture of any mode to RGB: transparent parts become white, 16 bits become 8.
+
+    Of 32 bits those count that are there: what Pillow makes of 8 bits stays.
+    """
     if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image)
+        wide = image.mode != "I" or pixels.max(initial=0) > WHITE
+        image = Image.fromarray((pixels >> 8 * wide).clip(0, WHITE).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

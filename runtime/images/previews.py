@@ -100,8 +100,8 @@ def parse_steps(text: str, total: int) -> tuple[int, ...]:
     wrong = wrong or [part for i, part in enumerate(parts) if steps[i] in steps[:i]]
     if wrong:
         raise RequestError(
-            f"preview_steps is {text!r} and holds {wrong[0]!r}; give different whole numbers from "
-            f"1 to {total} with commas between them, such as 1,{total}"
+            f"preview_steps {text!r} hold {wrong[0]!r}; give different whole numbers from 1 to "
+            f"{total} with commas between them, such as 1,{total}"
         )
     return tuple(sorted(steps))
 

@@ -188,7 +188,7 @@ def _key(name: object) -> str:
 
 def _unknown(what: str, name: object, known: Sequence[str], keys: Mapping[str, str | None]) -> str:
     named = [key for key, value in keys.items() if value is not None]  # None is the model's own
-    near = nearest(_key(name), named, cutoff=0.5)
+    near = nearest(_key(name), named)
     return f"{what} is {name!r}; {choice(keys[near] if near else '', known)}"
 
 

@@ -185,7 +185,7 @@ def test_preprocessors_are_for_all_controls_or_for_each(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("cany", "there is no preprocessor 'cany'; did you mean 'canny'? There are canny, "),
+        ("cany", "no preprocessor 'cany'; did you mean 'canny'. There are canny, scribble"),
         ("canny:sigma=1", "'sigma' is no option of the preprocessor canny; it has low, high"),
         ("canny:", "'' is no option of the preprocessor canny"),
         ("gray:low=1", "it has none"),

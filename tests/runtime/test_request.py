@@ -53,7 +53,7 @@ ONE = {"prompt": "a"}
         ({"guidance_interval": (0, 2)}, "guidance_interval is 2"),
         ({"guidance_interval": (0.6, 0.5)}, "must not end before it begins"),
         ({"negative_scale": -2}, "negative_scale is -2"),
-        ({"noise": "gpu"}, "noise is 'gpu'; choose one of cpu, cuda"),
+        ({"noise": "gpu"}, "noise is 'gpu'; did you mean 'cuda'. There are cpu, cuda"),
         ({"seed": [1, 2]}, "seed has 2 numbers for 1 pictures"),
         ({"seed": ["1"]}, "seed is '1'"),
         ({"mask": Image.new("L", (8, 8))}, "mask came without image"),
