@@ -196,6 +196,9 @@ def _find_names(
         if (place := _find(wanted, places, CHECKPOINTS)) is not None:
             found[name] = str(place)
             continue
+        if name == "model" and wanted in shipped_models():
+            found[name] = wanted
+            continue
         instead = "pictogram draws, the model that ships" if name == "model" else "the model's own"
         yield (
             f"{path} was drawn with the {noun} {wanted!r}, which is not here; {instead}, unless it "
