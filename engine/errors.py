@@ -35,6 +35,7 @@ __all__ = [
     "memory_hint",
     "nearest",
     "renamed",
+    "said_of",
 ]
 
 QUOTED = r"(?<!\w)(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|`[^`]*`)(?!\w)"
@@ -199,6 +200,22 @@ def exit_status(
         with suppress(OSError, ValueError), Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())  # the last flush would fail too
         return 0
+    except OSError as error:
+        _tell(f"error: {said_of(error)}")
+        return USER_ERROR
+
+
+def said_of(error: OSError) -> str:
+    """Say in a sentence which file failed; raises an error again that names none, a fault of ours.
+
+    A file may be closed to us, or go while it is used, wherever one is opened.
+    """
+    if error.filename is None:
+        raise error
+    return (
+        f"{error.filename} cannot be used ({error.strerror}); check its permissions, or give "
+        "another"
+    )
 
 
 def _tell(text: str) -> None:

@@ -6,7 +6,6 @@ converted: the parts' weights are found under their graphs' names on access.
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -314,9 +313,13 @@ def shipped_models() -> list[str]:
 def find_model(model: str | Path) -> Path:
     """Return a model's folder or file, given its name or the path itself; raises ModelError."""
     path = Path(model)
-    with suppress(OSError):  # a name longer than the system allows, a folder that is closed to us
+    try:
         if path.is_dir() or path.is_file():
             return path
+    except PermissionError as error:
+        raise ModelError(f"the model {path} cannot be read ({error.strerror})") from error
+    except OSError:  # a name longer than the system allows
+        pass
     if str(model) in shipped_models():
         return MODELS / str(model)
     near = nearest(model, shipped_models())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from engine.backends.settings import ON_GPU, BackendSettings
-from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
+from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError, said_of
 from runtime.again import made_with, parse_again
 from runtime.images.files import Sign, check_output, write_image
 from runtime.images.previews import check_animation, parse_steps
@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
         _draw(_parse(arguments, prog))
     except LatentrtError as error:
         say(f"error: {make_parser(prog).in_options(str(error))}", sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        say(f"error: {said_of(error)}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         say("\ncancelled; only the pictures named above were written", sys.stderr)

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.errors import RequestError, nearest
+from engine.store.cache import is_readable_folder
 from runtime.images.a1111_reader import UPSCALER_FILES
 from runtime.images.upscaling import is_trained, parse_upscaler
 
@@ -24,8 +25,10 @@ def find_upscaler(name: str, folder: Path) -> str:
     with suppress(OSError, ValueError):  # a name that no system takes
         if Path(name).is_file():
             return name
-    if not folder.is_dir():
-        raise RequestError(f"--upscaler-dir {folder} is no folder; give one that holds upscalers")
+    if not is_readable_folder(folder):
+        raise RequestError(
+            f"--upscaler-dir {folder} is no folder that can be read; give one that holds upscalers"
+        )
     found = _listed(folder)
     key = UPSCALER_FILES.get(name.lower(), name).lower()
     if key in found:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.errors import ModelError, nearest
+from engine.store.cache import is_readable_folder
 
 __all__ = ["check_folder", "find_adapter", "list_adapters"]
 
@@ -12,12 +13,10 @@ ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
 
 def check_folder(folder: Path) -> Path:
     """Return the folder. Raises ModelError where there is none."""
-    try:
-        found = folder.is_dir()
-    except (OSError, ValueError):
-        found = False
-    if not found:
-        raise ModelError(f"{folder} is no folder; give one that holds adapters as lora_dir")
+    if not is_readable_folder(folder):
+        raise ModelError(
+            f"{folder} is no folder that can be read; give one that holds adapters as lora_dir"
+        )
     return folder
 
 

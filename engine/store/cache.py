@@ -21,8 +21,8 @@ from engine.errors import LatentrtError, OutputError
 from engine.store.file_lock import locked
 
 __all__ = [
-    *("Cache", "cache_folder", "check_writable", "fingerprint", "is_intact", "made_folder"),
-    *("write_atomically", "write_new"),
+    *("Cache", "cache_folder", "check_writable", "fingerprint", "is_intact"),
+    *("is_readable_folder", "made_folder", "write_atomically", "write_new"),
 ]
 
 PIECE = 2**16  # bytes
@@ -32,11 +32,12 @@ WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt")
 def cache_folder() -> Path:
     """Name the user's cache folder: LATENTRT_CACHE, or where the system keeps caches.
 
-    Nothing is made. Raises OutputError when there is neither the variable nor a home folder.
+    Nothing is made. Raises OutputError when there is neither the variable nor a home folder, or
+    when it is closed to us.
     """
     try:
         if chosen := os.environ.get("LATENTRT_CACHE"):
-            return Path(chosen).expanduser()
+            return _open_to_us(Path(chosen).expanduser())
         if sys.platform == "win32":
             local = os.environ.get("LOCALAPPDATA")
             base = Path(local) if local else Path.home() / "AppData" / "Local"
@@ -50,7 +51,20 @@ def cache_folder() -> Path:
         raise OutputError(
             f"no cache folder is known ({error}); set LATENTRT_CACHE to a folder"
         ) from error
-    return base / "latentrt"
+    return _open_to_us(base / "latentrt")
+
+
+def _open_to_us(folder: Path) -> Path:
+    """Return a folder, there or not, in which files can be looked for. Raises OutputError."""
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(os.path.join(folder, os.curdir))  # noqa: PTH116, PTH118 - a Path drops the dot
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"the cache folder {folder} cannot be used ({getattr(error, 'strerror', error)}); set "
+            "LATENTRT_CACHE to another"
+        ) from error
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +170,11 @@ def check_writable(path: Path, *, replaces: bool = True) -> None:
         raise OutputError(f"the folder {folder} may not be written to; choose another")
     if is_kept:
         raise OutputError(f"{path} is another user's and may not be replaced; choose another name")
+
+
+def is_readable_folder(folder: Path) -> bool:
+    """Tell whether a folder is there and what it holds may be read."""
+    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)  # noqa: PTH112 - raises not
 
 
 def made_folder(folder: Path) -> Path:

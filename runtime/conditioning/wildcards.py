@@ -6,6 +6,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from engine.errors import RequestError, nearest
+from engine.store.cache import is_readable_folder
 
 __all__ = ["Wildcards"]
 
@@ -22,8 +23,10 @@ class Wildcards:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise RequestError(f"{folder} is no folder; give one that holds wildcards' .txt files")
+        if not is_readable_folder(folder):
+            raise RequestError(
+                f"{folder} is no folder that can be read; give one that holds wildcards' .txt files"
+            )
         self._folder = folder
         self._read = lru_cache(maxsize=256)(_read)
 

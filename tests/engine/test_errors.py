@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.errors import choice, nearest, renamed
+from engine.errors import choice, exit_status, nearest, renamed
 
 NAMES = {
     "num_inference_steps": "--steps",
@@ -74,3 +74,21 @@ def test_what_is_no_field_stays(said):
 
 def test_without_names_nothing_changes():
     assert renamed("seed is 3", {}) == "seed is 3"
+
+
+def test_a_file_that_is_closed_to_us_ends_in_a_sentence(capsys, tmp_path):
+    def closed():
+        raise PermissionError(13, "Permission denied", str(tmp_path / "a.png"))
+
+    assert exit_status(closed) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'a.png'} cannot be used (Permission denied); ")
+    assert said.count("\n") == 1
+
+
+def test_an_error_of_no_file_is_a_fault_of_ours():
+    def wrong():
+        raise OSError("what is this")
+
+    with pytest.raises(OSError, match="what is this"):
+        exit_status(wrong)
