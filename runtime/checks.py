@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from PIL import Image
 
@@ -158,38 +158,6 @@ def check_names(names: Iterable[str], known: Sequence[str]) -> None:
                 f"{name} is no option; "
                 + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")
             )
-
-
-class Guided(Protocol):
-    """What a request says of its guidance."""
-
-    negative_prompts: tuple[str, ...]
-    negative_scale: float | None
-    guidance_rescale: float | None
-    guidance_interval: tuple[float, float]
-
-
-def unheard_notes(request: Guided, scale: OneOrMore[float], *, is_guided: bool) -> list[str]:
-    """Return notes on what a request says of guidance in vain.
-
-    scale: of the run, a number or several; is_guided: whether it moves away from anything
-    """
-    negative = any(text.strip() for text in request.negative_prompts)
-    if is_guided:
-        vain = request.negative_scale is not None and not negative
-        return ["negative_scale changes nothing without a negative prompt"] if vain else []
-    guides = any(each > 1 for each in several(scale))  # where the interval lets it
-    asked = {
-        "the negative prompt": negative,
-        "negative_scale": request.negative_scale is not None,
-        "guidance_rescale": bool(request.guidance_rescale),
-        "guidance_interval": tuple(request.guidance_interval) != (0.0, 1.0) and not guides,
-    }
-    return [
-        f"{name} changes nothing: at this guidance scale only the prompt is seen"
-        for name, is_asked in asked.items()
-        if is_asked
-    ]
 
 
 def path_of(given: str | Path | None) -> Path | None:

@@ -51,7 +51,7 @@ OF_A_MASK: Mapping[str, object] = MappingProxyType(
     {"inpaint_area": WHOLE, **OF_AN_AREA, "mask_blur": BLUR, "paste_back": True}
 )
 _OTHERS = ("strength", "mask", "extend", "image_noise", "image_guidance_scale")
-OF_AN_IMAGE: Mapping[str, object] = MappingProxyType(dict.fromkeys(_OTHERS) | OF_A_MASK)
+OF_AN_IMAGE: Mapping[str, object] = MappingProxyType({**dict.fromkeys(_OTHERS), **OF_A_MASK})
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
 
 
