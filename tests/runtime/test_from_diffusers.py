@@ -92,7 +92,7 @@ def test_generators_give_their_seeds(pipeline):
             "latents and variation_strength came together",
         ),
         ({"sigmas": [1.0]}, "did you mean schedule"),
-        ({"ip_adapter_image": drawing(8, 8)}, "did you mean image_prompts"),
+        ({"ip_adapter_image": drawing(32, 32)}, "did you mean image_prompts"),
         ({"mask_image": Image.new("L", (8, 8))}, "did you mean mask"),
         ({"padding_mask_crop": 32}, "did you mean inpaint_area and mask_padding"),
     ],
