@@ -106,10 +106,11 @@ def _check_given(options: argparse.Namespace, known: set[str]) -> dict[str, Any]
     """Return the options that were given of those that this preprocessor has; refuse others."""
     own = {"name", "picture", "out"}
     given = {n: v for n, v in vars(options).items() if n not in own and v is not None}
+    has = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(known))
     for name in given.keys() - known:
         raise RequestError(
             f"--{name.replace('_', '-')} is no option of {options.name}; "
-            + (f"it has {', '.join(sorted(known))}" if known else "it has none")
+            + f"it has {has or 'none'}"
         )
     return given
 
