@@ -39,7 +39,7 @@ from benchmarks.serving.measure import measure as measure_serving
 from engine.backends.settings import PRECISIONS, ComputePrecision
 from engine.command_line import CommandParser
 from engine.errors import RequestError, exit_status, libraries_of
-from engine.store.cache import write_atomically
+from engine.store.cache import check_writable, write_atomically
 
 EXCEEDED = 1
 FOR_A_CARD = ("gpu", "card")
@@ -87,6 +87,8 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     for name in ("repeats", "threads"):
         if (number := getattr(options, name, None)) is not None and number < 1:
             parser.error(f"--{name} is {number}; give 1 or more")
+    if out := getattr(options, "out", None):
+        check_writable(out)
     with libraries_of("bench"):
         measured = _measure(options)
     if options.benchmark in FOR_A_CARD and options.out:

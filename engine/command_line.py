@@ -1,31 +1,20 @@
 """What all commands' parsers have in common: an error is one line, and says what was meant."""
 
 import argparse
-import difflib
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NoReturn
 
-from engine.errors import USER_ERROR
+from engine.errors import FOREIGN_VALUES, USER_ERROR, nearest, renamed
 
 __all__ = ["CommandParser"]
 
 # As argparse writes.
 REST = "unrecognized arguments: "
+QUOTE = "'"
 INVALID = re.compile(
-    r"^argument (\S+/)?(?P<option>[^/\s]+): invalid choice: (?P<value>.+) \(choose"
-)
-# What other programs call values of options.
-FOREIGN_VALUES: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("fp16", "f16", "half"), "float16"),
-        **dict.fromkeys(("fp32", "f32", "full"), "float32"),
-        **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
-        **dict.fromkeys(("onnxruntime", "onnx", "ort"), "cpu"),
-        **{"ov": "openvino", "trt": "tensorrt", "rtx": "tensorrt_rtx", "gpu": "cuda"},
-        "jpeg": "jpg",
-    }
+    r"argument (?P<name>\S+): invalid choice: (?P<value>.+) \(choose from (?P<known>.*)\)$"
 )
 
 
@@ -39,6 +28,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the command with one line on the standard error, and status 2."""
+        message = self.near_first(message)
         words = [word.partition("=")[0].rstrip(":,") for word in message.split()]
         known = self._option_string_actions
         unknown = [word for word in words if word.startswith("-") and word not in known]
@@ -46,26 +36,41 @@ class CommandParser(argparse.ArgumentParser):
         hint = f"; did you mean {meant}?" if meant else ""
         if not unknown and message.startswith(REST):
             hint = "; a text of several words stands in quotes"
-        hint = hint or self._meant_value(message)
         self.exit(USER_ERROR, f"error: {message}{hint} (`{self.prog} --help` lists the options)\n")
 
-    def _meant_value(self, message: str) -> str:
-        """Return a hint at the option and the value that a wrong one stands for, or ""."""
+    def in_options(self, sentence: str) -> str:
+        """Return a sentence that speaks of fields with the options that those are here."""
+        names: dict[str, str] = {}
+        for action in self._actions:
+            long = [option for option in action.option_strings if option.startswith("--")]
+            for option in long:
+                names.setdefault(option[2:].replace("-", "_"), option)
+            if long:  # hires.scale is the option of hires_scale
+                names |= dict.fromkeys((action.dest, action.dest.replace("_", ".", 1)), long[0])
+        return renamed(sentence, names)
+
+    def near_first(self, message: str) -> str:
+        """Return what argparse says of a wrong choice with the near one before the list."""
         found = INVALID.search(message)
-        action = found and self._option_string_actions.get(found["option"])
-        if not found or not action:
-            return ""
-        value = found["value"].strip("'\"")
+        if not found:
+            return message
+        named = (each for each in self._actions if found["name"] in _names_of(each))
+        action, value = next(named, None), found["value"]
+        meant = self._meant_value(action, value.strip("'\"")) if action else ""
+        said = f"did you mean {meant}? There are" if meant else "choose one of"
+        return f"{message[: found.end('value')]}; {said} {found['known'].replace(QUOTE, '')}"
+
+    def _meant_value(self, action: argparse.Action, value: str) -> str:
+        """Return the option and the value that a wrong one stands for, or ""."""
         word = value.lower().partition(":")[0]  # torch's cuda:0
         others = [each for each in self._actions if each is not action and each.option_strings]
         for each in (action, *others):
             known = {str(choice).lower(): str(choice) for choice in each.choices or ()}
             meant = known.get(word) or known.get(FOREIGN_VALUES.get(word, ""))
             if not meant and each is action:
-                close = difflib.get_close_matches(word, known, n=1)
-                meant = known[close[0]] if close else None
+                meant = nearest(word, known.values())
             if meant:
-                return f"; did you mean {' '.join([*each.option_strings[-1:], meant])}?"
+                return " ".join([*each.option_strings[-1:], meant])
         return ""
 
     def _meant(self, word: str) -> str:
@@ -79,5 +84,10 @@ class CommandParser(argparse.ArgumentParser):
                 for action in found
             )
         options = [option for option in self._option_string_actions if option.startswith("--")]
-        close = difflib.get_close_matches(word, options, n=1) if word.startswith("--") else []
-        return close[0] if close else ""
+        return nearest(word, options) if word.startswith("--") else ""
+
+
+def _names_of(action: argparse.Action) -> set[str]:
+    """Return what argparse's errors may call an option."""
+    named = {"/".join(action.option_strings), action.dest}
+    return named | ({action.metavar} if isinstance(action.metavar, str) else set())

@@ -4,10 +4,8 @@ It is a folder in diffusers' layout or one file in that of the original training
 converted: the parts' weights are found under their graphs' names on access.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +27,7 @@ from engine.configs.diffusion import (
     UNetConfig,
     read_json,
 )
-from engine.errors import ModelError
+from engine.errors import ModelError, nearest
 from engine.graphs.graph import Part, TextPart
 from engine.shipped import MODELS
 
@@ -315,19 +313,23 @@ def shipped_models() -> list[str]:
 def find_model(model: str | Path) -> Path:
     """Return a model's folder or file, given its name or the path itself; raises ModelError."""
     path = Path(model)
-    with suppress(OSError):  # a name longer than the system allows, a folder that is closed to us
+    try:
         if path.is_dir() or path.is_file():
             return path
+    except PermissionError as error:
+        raise ModelError(f"the model {path} cannot be read ({error.strerror})") from error
+    except OSError:  # a name longer than the system allows
+        pass
     if str(model) in shipped_models():
         return MODELS / str(model)
-    close = difflib.get_close_matches(str(model), shipped_models(), n=1)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not close:
+    near = nearest(model, shipped_models())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) and not near:
         raise ModelError(
             f"the model {str(model)!r} is neither a folder nor a file, and nothing is fetched; "
             "download it first, and give the path of its folder or file"
         )
     raise ModelError(
-        f"the model {str(model)!r} is neither a folder or file nor one that ships "
-        f"({', '.join(shipped_models()) or 'none'}); "
-        + (f"did you mean {close[0]!r}?" if close else "give the path of a folder or file")
+        f"the model {str(model)!r} is neither a folder or file nor one that ships; "
+        + (f"did you mean {near!r}? What " if near else "give the path of one; what ")
+        + f"ships is {', '.join(shipped_models()) or 'nothing'}"
     )

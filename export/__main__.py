@@ -18,15 +18,15 @@ from typing import get_args
 
 from engine.checkpoints.pieces import PIECES
 from engine.command_line import CommandParser
-from engine.errors import OutputError, RequestError, exit_status, libraries_of
+from engine.errors import RequestError, exit_status, libraries_of, nearest
 from engine.graphs.graph import Precision, graph_name
 from engine.graphs.steering import CONTROLLED_LEVELS
-from engine.model import COMPONENTS, Model, find_model
+from engine.model import COMPONENTS, Model, find_model, shipped_models
 from engine.shipped import GRAPHS, find_control
-from engine.store.cache import cache_folder
+from engine.store.cache import cache_folder, made_folder
 from engine.store.eviction import cache_limit, parse_size
 from export.cache import as_json, as_text, list_cache, prune_cache
-from export.engine_options import add_engine_options, engine_choices
+from export.engine_options import add_engine_options, check_no_engine, engine_choices
 from export.engines import build_engines
 from export.info import as_table, describe
 
@@ -44,10 +44,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m export")
 
 def _run(given: list[str], prog: str) -> None:
     command = given[0] if given and given[0] in _COMMANDS else "model"
+    if command == "model" and (meant := _meant(*given[:1])):
+        raise RequestError(f"{given[0]} is no subcommand; did you mean `{prog} {meant}`?")
     named = prog if command == "model" else f"{prog} {command}"
     options = _PARSERS[command](named).parse_args(given if command == "model" else given[1:])
     with libraries_of("export"):
         _COMMANDS[command](options)
+
+
+def _meant(first: str = "") -> str:
+    """Return the subcommand that a first word stands for; "" where it may be a model."""
+    is_model = not first or first in shipped_models() or Path(first).exists()
+    return "" if is_model else nearest(first, _COMMANDS.keys() - {"model"})
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -79,11 +87,15 @@ def _model(options: argparse.Namespace) -> None:
     )
     usual = [part for part in COMPONENTS if part not in (*CONTROLLED_LEVELS, "step_shrunk")]
     parts = options.parts or [part for part in usual if COMPONENTS[part] in model.configs]
+    if not options.backend:
+        check_no_engine(options)
+    elif options.out:
+        raise RequestError("--out came with --backend; engines go into the cache, so leave it out")
     if options.backend:
         for line in build_engines(model, parts, engine_choices(model, options)):
             print(line, flush=True)
         return
-    folder = _made(options.out or cache_folder() / "graphs")
+    folder = made_folder(options.out or cache_folder() / "graphs")
     for part in parts:
         print(export_part(model, part, options.precision or "float32", folder))
 
@@ -93,7 +105,7 @@ def _language_model(options: argparse.Namespace) -> None:
     from export.writing import export_language_model
 
     model = LanguageModel.open(options.folder)
-    folder = _made(options.out or cache_folder() / "graphs")
+    folder = made_folder(options.out or cache_folder() / "graphs")
     print(export_language_model(model, options.precision or "float32", folder))
 
 
@@ -101,7 +113,7 @@ def _control_net(options: argparse.Namespace) -> None:
     from export.writing import export_control_net, export_part
 
     model = Model.open(find_model(options.model), vae=options.vae)
-    folder = _made(options.out or cache_folder() / "graphs")
+    folder = made_folder(options.out or cache_folder() / "graphs")
     precision: Precision = options.precision or "float32"
     for line in export_control_net(model, find_control(options.file), precision, folder):
         print(line, flush=True)
@@ -114,21 +126,11 @@ def _graphs(options: argparse.Namespace) -> None:
     from export.published import precisions, published_parts
     from export.writing import write_published
 
-    folder = _made(options.out)
+    folder = made_folder(options.out)
     parts = options.parts or COMPONENTS
     for part, config in (found for found in published_parts() if found[0] in parts):
         for precision in precisions(part, config):
             print(write_published(part, config, precision, folder), flush=True)
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the folder {folder} cannot be made ({error}); choose another"
-        ) from error
-    return folder
 
 
 def _model_parser(prog: str) -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from engine.backends.settings import BackendSettings, graph_precision
 from engine.backends.tensorrt.build_request import LEVELS, BuildSettings
 from engine.backends.tensorrt.library import LIBRARIES, parse_targets
 from engine.backends.tensorrt.profiles import TOKENS, Profile, Range, parse_range
-from engine.errors import BackendError
+from engine.errors import BackendError, RequestError
 from engine.graphs.graph import Precision
 from engine.model import Model
 from export.engines import Choices
@@ -72,6 +72,17 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_no_engine(options: argparse.Namespace) -> None:
+    """Refuse an option of engines where graphs are traced, and none are built: RequestError."""
+    for name in (*SIZES, "target", "refit", "loras", "optimization_level", "workspace"):
+        if getattr(options, name) not in (None, False, []):
+            option = "lora" if name == "loras" else name.replace("_", "-")
+            raise RequestError(
+                f"--{option} came without --backend, which builds engines; give both, or leave it "
+                "out"
+            )
+
+
 def engine_choices(model: Model, options: argparse.Namespace) -> Choices:
     """Read the options; raises BackendError."""
     library = options.backend
@@ -118,4 +129,4 @@ def _profiles(model: Model, options: argparse.Namespace) -> tuple[Profile, ...]:
     )
 
 
-__all__ = ["add_engine_options", "engine_choices"]
+__all__ = ["add_engine_options", "check_no_engine", "engine_choices"]

@@ -6,11 +6,11 @@ latentrt "a red apple"     is short for     latentrt draw "a red apple"
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
 
-from engine.errors import USER_ERROR, exit_status
+from engine.errors import RequestError, exit_status, nearest
 from latentrt import stranger
 
 DRAW = "draw"
@@ -54,21 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] in SUBCOMMANDS:
         name, given = given[0], given[1:]
         if said := stranger(SUBCOMMANDS[name].module.partition(".")[0]):
-            print(f"error: {said}", file=sys.stderr)
-            return USER_ERROR
+            return exit_status(partial(_refuse, said))
         return _run(name)(given, f"latentrt {name}")
     if meant := _meant(*given):
-        said = f"error: {given[0]} is no subcommand; did you mean `latentrt {meant}`?"
-        print(said, file=sys.stderr)
-        return USER_ERROR
+        said = f"{given[0]} is no subcommand; did you mean `latentrt {meant}`?"
+        return exit_status(partial(_refuse, said))
     return _run(DRAW)(given, "latentrt")
+
+
+def _refuse(said: str) -> None:
+    raise RequestError(said)
 
 
 def _meant(first: str, *rest: str) -> str:
     """Return the subcommand that the first of several words stands for; "" where it is a prompt."""
     if " " in first or first.startswith("-") or not rest or rest[0].startswith("-"):
         return ""
-    return OTHERS.get(first) or next(iter(get_close_matches(first, SUBCOMMANDS, 1, 0.8)), "")
+    return OTHERS.get(first) or nearest(first, SUBCOMMANDS, cutoff=0.8)
 
 
 def _version() -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from engine.backends.settings import ON_GPU, BackendSettings
-from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError
+from engine.errors import INTERRUPTED, USER_ERROR, LatentrtError, RequestError, said_of
 from runtime.again import made_with, parse_again
 from runtime.images.files import Sign, check_output, write_image
 from runtime.images.previews import check_animation, parse_steps
@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime"
     try:
         _draw(_parse(arguments, prog))
     except LatentrtError as error:
-        say(f"error: {error}", sys.stderr)
+        say(f"error: {make_parser(prog).in_options(str(error))}", sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        say(f"error: {said_of(error)}", sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         say("\ncancelled; only the pictures named above were written", sys.stderr)
@@ -91,6 +94,8 @@ def _draw(options: argparse.Namespace) -> None:
     for path, check in ((options.out, check_output), (options.animation, check_animation)):
         if path:
             check(path)
+    if options.out and options.animation and options.out.resolve() == options.animation.resolve():
+        raise RequestError("--animation and --out are one file; give each a name of its own")
     sign = marking(options)
     backend = backend_settings(options)
     if options.expand:
@@ -215,7 +220,8 @@ def _load(options: argparse.Namespace, request: Request, loading: Loading) -> tu
     told = pipeline.notes
     loading.note(*told, *(building if options.build_missing else ()))
     plan = pipeline.plan(request)
-    loading.note(*(note for note in pipeline.notes if note not in told), *plan.notes)
+    new = (*(note for note in pipeline.notes if note not in told), *plan.notes)
+    loading.note(*(make_parser("").in_options(note) for note in new))
     if tiny:
         pipeline.engine("preview_decoder")  # what is wrong with it is found before a step
     pipeline.open_engines(plan)
@@ -247,7 +253,7 @@ def _paths(options: argparse.Namespace, seeds: Sequence[int]) -> list[Path]:
     else:
         paths = _numbered(options.out, len(seeds))
     for path in paths:
-        check_output(path)
+        check_output(path, replaces=options.out is not None)
     return paths
 
 

@@ -13,6 +13,7 @@ from runtime.images.files import program_version
 from runtime.images.upscaling import is_trained
 from runtime.options import MADE_WITH, PIECES
 from runtime.output_options import UPSAMPLING
+from runtime.request import idle_fields
 from runtime.samplers import takes, takes_eta
 from runtime.steering_options import STEERING_FIELDS
 from runtime.terminal import say
@@ -69,6 +70,10 @@ def _give_way(
         found.pop("eta", None)
     if "variation_strength" in given and not options.variation_strength:
         found.pop("variation_seed", None)
+    needed = ("image", "mask", "extend", "inpaint_area")
+    drawn = (getattr(options, name) if name in given else found.get(name) for name in needed)
+    for name in idle_fields(*drawn)[1]:
+        found.pop(name, None)
 
 
 def _given(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> set[str]:

@@ -23,6 +23,7 @@ from engine.errors import exit_status
 from engine.graphs.graph import Part, graph_folders
 from engine.graphs.variants import Variant
 from engine.model import Model, find_model
+from engine.store.cache import made_folder
 from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.tokenizer import load_tokenizers
 from runtime.images.files import psnr
@@ -90,6 +91,7 @@ def calibrate(
     if precision is None:
         precision = "bfloat16" if "BF16" in capabilities() else "float32"
     folder, prompts = path_of(folder), several(prompts)
+    made_folder(graph_folders(folder)[0])  # what is drawn is not to be lost
     opened = Model.open(find_model(model))
     settings = BackendSettings(backend="openvino", threads=threads)
     folders, tokenizers = graph_folders(folder), load_tokenizers(opened)
@@ -127,17 +129,23 @@ def main(
 
     prog: what the usage calls it
     """
-    return exit_status(lambda: _calibrate(_parser(prog).parse_args(arguments)))
+    parser = _parser(prog)
+    return exit_status(lambda: _calibrate(parser.parse_args(arguments)), wording=parser.in_options)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str) -> CommandParser:
     parser = CommandParser(prog=prog, description=__doc__)
     parser.add_argument("model", metavar="MODEL", help="as --model of `python -m runtime`")
     parser.add_argument(
         "--prompt", action="append", metavar="TEXT", help="to draw instead; may be given often"
     )
     parser.add_argument(
-        "--steps", type=int, default=STEPS, help="of each picture (default: %(default)s)"
+        "--steps",
+        dest="num_inference_steps",
+        type=int,
+        default=STEPS,
+        metavar="N",
+        help="of each picture (default: %(default)s)",
     )
     parser.add_argument(
         "--precision",
@@ -155,7 +163,7 @@ def _calibrate(options: argparse.Namespace) -> None:
     found = calibrate(
         options.model,
         prompts=options.prompt or PROMPTS,
-        steps=options.steps,
+        steps=options.num_inference_steps,
         folder=options.graphs,
         precision=options.precision,
         threads=options.threads,

@@ -1,6 +1,5 @@
 """Checks of what a user hands over; each raises RequestError: what came, what is allowed."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TypeAlias, TypeVar
 
 from PIL import Image
 
-from engine.errors import RequestError
+from engine.errors import RequestError, choice, nearest
 
 One = TypeVar("One")
 OneOrMore: TypeAlias = One | Sequence[One]
@@ -37,6 +36,8 @@ FOREIGN_NAMES: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("tiling", "tile", "circular"), "seamless"),
         **dict.fromkeys(("kohya_deep_shrink", "hidiffusion"), "deep_shrink"),
         "image_cfg_scale": "image_guidance_scale",
+        "ip_adapter_image": "image_prompts",
+        "sigmas": "schedule",
     }
 )
 
@@ -74,7 +75,7 @@ def texts(name: str, values: object) -> list[str]:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Refuse what is not one of some names; raises RequestError."""
     if value not in tuple(choices):
-        raise RequestError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        raise RequestError(f"{name} is {value!r}; {choice(value, choices)}")
 
 
 def check_number(name: str, value: object, kind: type, low: float, high: float) -> None:
@@ -107,6 +108,16 @@ def check_apg(value: object) -> None:
     check_number("apg's eta", value[0], Real, 0, 10)
     check_number("apg's threshold", value[1], Real, 0, 10**6)
     check_number("apg's momentum", value[2], Real, -1, 1)
+
+
+def check_without(lacking: str, others: Mapping[str, object], given: object) -> None:
+    """Refuse what cannot act without a field that is not given: RequestError.
+
+    others: fields of what is given, with what they are where nobody asks for them
+    """
+    for name, default in others.items():
+        if getattr(given, name) != default:
+            raise RequestError(f"{name} came without {lacking}; give both, or leave {name} out")
 
 
 def check_sides(height: int, width: int, multiple: int, most: int) -> None:
@@ -142,20 +153,11 @@ def check_names(names: Iterable[str], known: Sequence[str]) -> None:
     """Refuse options that there are none of, and name the one that is meant: RequestError."""
     for name in names:
         if name not in known:
-            meant = FOREIGN_NAMES.get(name) or next(
-                iter(difflib.get_close_matches(name, known, 1)), ""
-            )
+            meant = FOREIGN_NAMES.get(name) or nearest(name, known)
             raise RequestError(
                 f"{name} is no option; "
                 + (f"did you mean {meant}?" if meant else f"there are {', '.join(known)}")
             )
-
-
-def unheard_notes(negative_prompts: Iterable[str], *, is_guided: bool) -> list[str]:
-    """Return a note on a negative prompt in a run that moves away from nothing."""
-    if is_guided or not any(text.strip() for text in negative_prompts):
-        return []
-    return ["the negative prompt changes nothing: at this guidance scale only the prompt is seen"]
 
 
 def path_of(given: str | Path | None) -> Path | None:

@@ -90,8 +90,17 @@ class CallArguments:
             raise RequestError(f"{next(iter(embeds))} came without prompt_embeds; give both")
         if embeds and given.get("regions"):
             raise RequestError("prompt_embeds and regions came together; give texts")
+        if "negative_prompt_embeds" in embeds and given.get("negative_prompt"):
+            raise RequestError(
+                "negative_prompt and negative_prompt_embeds came together; give one of them"
+            )
         if latents is not None and given.get("image") is not None:
             raise RequestError("latents and image came together; a run starts from one of them")
+        if latents is not None and given.get("variation_strength"):
+            raise RequestError(
+                "latents and variation_strength came together, and the latents are the noise that "
+                "would vary; give one of them"
+            )
         _add_generator(given)
         return cls(
             request=Request(prompt=prompt, **given),  # type: ignore[arg-type]
@@ -130,7 +139,13 @@ class CallArguments:
 
         hires = None if plan.hires is None else self._embedded(plan.hires)
         calls = [embedded(call) for call in plan.conditioning]
-        return replace(plan, conditioning=calls, hires=hires)
+        pooled = [name for name in self.embeds if "pooled" in name]
+        if pooled and not any("text_embeds" in call for call in plan.conditioning):
+            raise RequestError(f"{pooled[0]} came, and this model takes none; leave it out")
+        notes = list(plan.notes)
+        if "negative_prompt_embeds" in self.embeds and not plan.is_guided:
+            notes.append("negative_prompt_embeds changes nothing: nothing is guided")
+        return replace(plan, conditioning=calls, hires=hires, notes=notes)
 
     def _groups(self, encoded: Array, names: Sequence[str], repeats: int) -> Array:
         """Lay the groups (g, B, ...) of a call: [negative, prompt], or the prompt alone."""

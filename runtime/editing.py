@@ -42,7 +42,8 @@ def check_editing(request: Request, model: Model) -> None:
         return
     if request.image is None:
         raise RequestError(
-            f"{model.path} edits a picture as the prompt tells it; give image, the picture"
+            f"{model.path} edits a picture as the prompt tells it, and came without image; give "
+            "the picture"
         )
     given = [name for name in OF_OTHERS if getattr(request, name) is not None]
     given += ["controls"] if request.controls else []

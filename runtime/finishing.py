@@ -19,7 +19,7 @@ from runtime.output_options import UPSAMPLING, sampling_of
 from runtime.plan import Plan
 from runtime.terminal import say, show_progress
 
-__all__ = ["FinishedPicture", "Finisher", "check_watermark_fits"]
+__all__ = ["FinishedPicture", "Finisher", "check_watermark_fits", "picture_size"]
 
 FLAG, BLUR, REFUSE = "flag", "blur", "refuse"
 SAFETY_KEY = "safety"  # in a file's settings
@@ -36,9 +36,14 @@ class FinishedPicture(NamedTuple):
 
 def check_watermark_fits(plan: Plan, factor: float = 1.0) -> None:
     """Raise RequestError where the pictures of a plan, enlarged, are too small for a watermark."""
-    *_, last = plan.runs()
-    width, height = plan.frame.image.size if plan.frame else (last.width, last.height)
+    width, height = picture_size(plan)
     check_watermark_size(round(width * factor), round(height * factor))
+
+
+def picture_size(plan: Plan) -> tuple[int, int]:
+    """Return the width and height of a plan's pictures."""
+    *_, last = plan.runs()
+    return plan.frame.image.size if plan.frame else (last.width, last.height)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

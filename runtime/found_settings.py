@@ -109,9 +109,12 @@ def settings_of(
 
 def _require_pictures(known: Collection[str], path: Path, settings: Mapping[str, Any]) -> None:
     """Raise RequestError for what another program drew from a picture, which it does not hold."""
+    # Ours name their mask, and say how it is blurred where there is none, too.
+    painted = settings.get("inpaint_area") == MASKED
+    painted |= "mask_blur" in settings and "latentrt" not in settings
     needed = {
         "--image": settings.get("strength") is not None and "image" not in known,
-        "--mask": settings.get("inpaint_area") == MASKED and "mask" not in known,
+        "--mask": painted and "mask" not in known,
     }
     if missing := [option for option, is_missing in needed.items() if is_missing]:
         raise RequestError(
@@ -200,6 +203,9 @@ def _find_names(
             continue
         if (place := _find(wanted, places, CHECKPOINTS)) is not None:
             found[name] = str(place)
+            continue
+        if name == "model" and wanted in shipped_models():
+            found[name] = wanted
             continue
         instead = "pictogram draws, the model that ships" if name == "model" else "the model's own"
         yield (

@@ -6,7 +6,6 @@ value is replaced in the texts by each of its values (Automatic1111's "Prompt S/
 """
 
 import argparse
-import difflib
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,12 @@ from typing import Any
 
 from PIL import Image
 
-from engine.errors import RequestError, exit_status
+from engine.command_line import CommandParser
+from engine.errors import RequestError, exit_status, nearest
 from runtime.again import made_with, parse_again
 from runtime.axes import Axis, read_axis
 from runtime.checks import FOREIGN_NAMES
+from runtime.finishing import picture_size
 from runtime.found_settings import AXES
 from runtime.images.files import (
     FIRST_CELL,
@@ -30,8 +31,8 @@ from runtime.images.files import (
     check_output,
     write_image,
 )
-from runtime.images.previews import side_by_side
-from runtime.images.watermark import embed_watermark
+from runtime.images.previews import sheet_size, side_by_side
+from runtime.images.watermark import check_watermark_size, embed_watermark
 from runtime.options import (
     AGAIN,
     FIELDS,
@@ -50,6 +51,7 @@ from runtime.terminal import Loading, say, show_progress
 from runtime.upscaler_folder import settle_upscalers
 
 MAX_CELLS = 256
+OF_SIZE = ("height", "width", "preset", "hires", "extend")  # fields that axes may change
 ANY_SEED = -1
 SEEDS = ("seed", "variation_seed")
 NOT_HERE = (
@@ -71,10 +73,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "latentrt grid") ->
     return exit_status(
         lambda: _draw(list(sys.argv[1:] if arguments is None else arguments), prog),
         cancelled="cancelled; only the sheets named above were written",
+        wording=lambda sentence: _parser(prog).in_options(sentence),
     )
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str) -> CommandParser:
     parser = make_parser(prog)
     for name in AXES:
         parser.add_argument(f"--{name}", metavar="NAME=V,V", help=f"the sheet's {name} axis")
@@ -108,8 +111,14 @@ def _draw(arguments: list[str], prog: str) -> None:
     options.backend, options.precision = chosen.settings.backend, chosen.precision
     settings = _settings(options, pipeline, axes)
     told = {*pipeline.notes}
-    for path, z in zip(paths, axes[2].values, strict=True):
-        asked = {cell: request for cell, request in requests.items() if cell[2] == z}
+    pages = [
+        {cell: request for cell, request in requests.items() if cell[2] == z}
+        for z in axes[2].values
+    ]
+    if options.watermark:
+        for asked in pages:
+            check_watermark_size(*_sheet_size(pipeline, asked, axes))
+    for path, asked in zip(paths, pages, strict=True):
         sheet, first = _sheet(pipeline, asked, axes, told, batch_size=options.batch_size)
         kept = {**settings, FIRST_CELL: {**first, "model": settings["model"]}}
         say(str(_write(sheet, path, kept, options, sign)), sys.stdout)
@@ -159,7 +168,7 @@ def _option(parser: argparse.ArgumentParser, name: str) -> str:
     if name in known:
         return known[name]
     meant = FOREIGN_NAMES.get(name.replace("-", "_").replace(" ", "_"), "").replace("_", "-")
-    close = known.get(meant) or next(iter(difflib.get_close_matches(name, known, 1)), "")
+    close = known.get(meant) or known.get(nearest(name, known))
     hint = f"did you mean {close}? An axis is" if close else "take"
     raise RequestError(
         f"{name} is no axis; {hint} prompt or an option of one picture that has a value, such as "
@@ -205,9 +214,11 @@ def _cell(
             setattr(options, name, getattr(base, name))
     if options.variation_strength and options.variation_seed is None:
         options.variation_seed = 0
+    several = "--seed" if isinstance(options.seed, tuple) else "--num-images"
     if options.num_images_per_prompt != 1 or isinstance(options.seed, tuple):
         raise RequestError(
-            "a sheet has one picture a cell; draw several seeds as an axis, such as --y seed=7,9"
+            f"{several} asks for several pictures, and a sheet has one picture a cell; draw seeds "
+            "as an axis, such as --y seed=7,9"
         )
     for axis, value in given:
         if axis.name == PROMPT:
@@ -260,15 +271,35 @@ def _sheet(
         for note in (note for note in each.notes if note not in told):
             told.add(note)
             say(f"note: {note}", sys.stderr)
+    (x, y, _), page = axes, cells[0][2]
+    rows = [[drawn[across, down, page].image for across in x.values] for down in y.values]
+    sheet = side_by_side(rows, *_texts(axes, page))
+    sheet.info |= {key: rows[0][0].info[key] for key in (SOURCE_KEY, SPACING_KEY)}
+    return sheet, drawn[cells[0]].settings
+
+
+def _texts(axes: Sequence[Axis], page: str) -> tuple[list[str], list[str]]:
+    """Return the captions above a sheet's columns and the labels beside its rows.
+
+    page: its value of the z axis
+    """
     x, y, z = axes
-    (page,) = {cell[2] for cell in cells}
     (shown,) = z._replace(values=(page,)).named.values
     captions = [f"{x.name} {value} {z.name} {shown}".strip() for value in x.named.values]
     labels = [f"{y.name} {value}".strip() for value in y.named.values]
-    rows = [[drawn[across, down, page].image for across in x.values] for down in y.values]
-    sheet = side_by_side(rows, captions, labels if any(labels) else ())
-    sheet.info |= {key: rows[0][0].info[key] for key in (SOURCE_KEY, SPACING_KEY)}
-    return sheet, drawn[cells[0]].settings
+    return captions, labels if any(labels) else []
+
+
+def _sheet_size(
+    pipeline: Pipeline, requests: Mapping[Cell, Request], axes: Sequence[Axis]
+) -> tuple[int, int]:
+    """Return the width and height of a sheet that is not drawn yet."""
+    unlike = {tuple(getattr(r, name) for name in OF_SIZE): r for r in requests.values()}
+    cells = [picture_size(pipeline.plan(request)) for request in unlike.values()]
+    width, height = map(max, zip(*cells, strict=True))
+    x, y, _ = axes
+    page = next(iter(requests))[2]
+    return sheet_size(len(y.values), len(x.values), (width, height), *_texts(axes, page))
 
 
 if __name__ == "__main__":

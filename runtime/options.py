@@ -15,7 +15,7 @@ from engine.backends.registry import BACKENDS
 from engine.backends.settings import DEVICES, BackendSettings, ComputePrecision
 from engine.command_line import CommandParser
 from engine.errors import RequestError
-from runtime.checks import FOREIGN_NAMES
+from runtime.checks import FOREIGN_NAMES, check_without
 from runtime.drawing_options import DRAWING_OPTIONS
 from runtime.image_options import IMAGE_OPTIONS
 from runtime.images.canvas import ALPHA
@@ -25,7 +25,7 @@ from runtime.images.watermark import check_watermark
 from runtime.output_options import OUTPUT_OPTIONS, UPSAMPLING
 from runtime.presets import describe_presets
 from runtime.regions import parse_region
-from runtime.request import Request
+from runtime.request import OF_AN_IMAGE, Request
 from runtime.samplers.noise_schedule import PREDICTION_TYPES
 from runtime.steering_options import (
     STEERING_FIELDS,
@@ -80,7 +80,7 @@ class _Parser(CommandParser):
         return super().format_help()
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> CommandParser:
     """Return the parser of all options; prog: what the usage calls the command."""
     parser = _Parser(
         prog=prog,
@@ -267,14 +267,10 @@ def make_request(options: argparse.Namespace, pictures: Mapping[str, Any] | None
     pictures: what `read_pictures` gives for these options; None reads it
     Raises RequestError, also for an option without what it is for.
     """
-    for name in ("strength", "mask", "extend", "image_noise", "image_guidance_scale"):
-        if getattr(options, name) is not None and not options.image:
-            option = name.replace("_", "-")
-            raise RequestError(f"--{option} came without --image; give the picture to start from")
-    for name in HIRES:
-        if getattr(options, name) is not None and options.hires_scale is None:
-            option = "--hires-" + name.removeprefix("hires_num_inference_").removeprefix("hires_")
-            raise RequestError(f"{option} came without --hires; give its scale")
+    if not options.image:
+        check_without("image", OF_AN_IMAGE, options)  # before a mask is read
+    if options.hires_scale is None:
+        check_without("hires", dict.fromkeys(HIRES), options)
     given = {name: getattr(options, name) for name in FIELDS}
     given |= read_pictures(options) if pictures is None else pictures
     if options.hires_scale is not None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from engine.errors import RequestError, renamed
 from runtime.images.watermark import MAX_CHARACTERS
 
 if TYPE_CHECKING:
@@ -148,4 +149,8 @@ def sampling_of(options: argparse.Namespace) -> "Sampling | None":
 
     given = {field: getattr(options, name) for name, field in UPSAMPLING.items()}
     asked = {field: value for field, value in given.items() if value is not None}
-    return Sampling(**asked) if asked else None
+    try:
+        return Sampling(**asked) if asked else None
+    except RequestError as error:
+        names = {field: name for name, field in UPSAMPLING.items()}
+        raise RequestError(renamed(str(error), names)) from error

@@ -1,14 +1,18 @@
-"""What makes each picture of a request again: the fields that files, answers and results keep."""
+"""What makes each picture of a request again: the fields that files, answers and results keep.
+
+And notes on what of a request changes nothing in them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from runtime.checks import OneOrMore, several
 from runtime.control import NONE
 from runtime.request import OF_AN_IMAGE, Request
 
-__all__ = ["picture_settings"]
+__all__ = ["picture_settings", "unheard_notes"]
 
 
 def picture_settings(
@@ -48,4 +52,27 @@ def picture_settings(
     return [
         {"prompt": prompt, "negative_prompt": negative, "seed": seed, **variation, **shared}
         for (prompt, negative), seed, variation in zip(each, seeds, varied, strict=True)
+    ]
+
+
+def unheard_notes(request: Request, scale: OneOrMore[float], *, is_guided: bool) -> list[str]:
+    """Return notes on what a request says of guidance in vain.
+
+    scale: of the run, a number or several; is_guided: whether it moves away from anything
+    """
+    negative = any(text.strip() for text in request.negative_prompts)
+    if is_guided:
+        vain = request.negative_scale is not None and not negative
+        return ["negative_scale changes nothing without a negative prompt"] if vain else []
+    guides = any(each > 1 for each in several(scale))  # where the interval lets it
+    asked = {
+        "the negative prompt": negative,
+        "negative_scale": request.negative_scale is not None,
+        "guidance_rescale": bool(request.guidance_rescale),
+        "guidance_interval": tuple(request.guidance_interval) != (0.0, 1.0) and not guides,
+    }
+    return [
+        f"{name} changes nothing: at this guidance scale only the prompt is seen"
+        for name, is_asked in asked.items()
+        if is_asked
     ]

@@ -214,7 +214,7 @@ class Pipeline(AdaptedModel):
             check_backend(self.engines.settings.backend)
         if (backend := self.engines.settings.backend) in ON_GPU:
             check_gpu(request, self.model, backend)
-        if request.controls or request.image_prompts:
+        if is_steered := bool(request.controls or request.image_prompts):
             request = self._steering.completed(request)
         chosen, notes = request, list[str]()
         if request.is_template:
@@ -222,7 +222,7 @@ class Pipeline(AdaptedModel):
         if self._named or chosen.names_files:
             notes += self._heed_names(chosen)
         plan = make_plan(chosen, self._distilled, self.schedule, self.encoder)
-        plan = self._steering.controlled.steered(plan) if request.controls else plan
+        plan = self._steering.steered(plan, request) if is_steered else plan
         plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
         self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})

@@ -16,7 +16,7 @@ from PIL import Image
 from engine.graphs.graph import Part
 from engine.graphs.variants import Variant
 from engine.model import Model
-from runtime.checks import check_number, unheard_notes
+from runtime.checks import check_number
 from runtime.conditioning.encoder import Encoder, Texts
 from runtime.conditioning.guidance import Guidance
 from runtime.control import Control, StepControl
@@ -27,7 +27,7 @@ from runtime.images.canvas import BLUR, latent_mask
 from runtime.images.files import SourceType
 from runtime.images.frame import Frame
 from runtime.images.image_noise import ImageNoise
-from runtime.picture_settings import picture_settings
+from runtime.picture_settings import picture_settings, unheard_notes
 from runtime.presets import preset, variant_sampler
 from runtime.regions import shares_of, with_regions
 from runtime.request import Request
@@ -231,7 +231,8 @@ def make_plan(request: Request, model: Model, schedule: NoiseSchedule, encoder: 
         )
     texts = [*wanted.prompts, *wanted.negative_prompts, *(r.prompt for r in wanted.regions)]
     settings = picture_settings(wanted, first.seeds, first.variation_seeds, (height, width))
-    unheard = unheard_notes(wanted.negative_prompts, is_guided=first.is_guided)
+    assert wanted.guidance_scale is not None
+    unheard = unheard_notes(request, wanted.guidance_scale, is_guided=first.is_guided)
     first = replace(first, settings=settings, notes=[*encoder.unused_words(texts), *unheard])
     if wanted.hires is None:
         return first

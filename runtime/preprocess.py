@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from engine.command_line import CommandParser
-from engine.errors import RequestError, exit_status
+from engine.errors import RequestError, choice, exit_status
 from engine.store.cache import write_atomically
 from runtime.images.canvas import gray_of
 from runtime.images.files import as_rgb, check_output, open_image
@@ -26,10 +26,11 @@ ONNX_OPTIONS = ("size", "mean", "std", "invert", "threads")
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m runtime.preprocess") -> int:
     """Run the command; return its exit status. prog: what the usage calls it."""
-    return exit_status(lambda: _make(_parser(prog).parse_args(arguments)))
+    parser = _parser(prog)
+    return exit_status(lambda: _make(parser.parse_args(arguments)), wording=parser.in_options)
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def _parser(prog: str) -> CommandParser:
     parser = CommandParser(
         prog=prog,
         description="Make the hint of a control of a picture, as large as the picture.",
@@ -94,11 +95,9 @@ def _preprocessor(options: argparse.Namespace) -> Preprocessor:
         chosen: Preprocessor = made(**given)
         return chosen
     if not options.name.lower().endswith(".onnx"):
-        names = ", ".join((*PREPROCESSORS, INPAINT))
-        raise RequestError(
-            f"there is no preprocessor {options.name!r}; choose one of {names}, or give an ONNX "
-            "file, FILE.onnx"
-        )
+        or_else = ", or give an ONNX file, FILE.onnx"
+        said = choice(options.name, (*PREPROCESSORS, INPAINT), or_else=or_else)
+        raise RequestError(f"there is no preprocessor {options.name!r}; {said}")
     given = _check_given(options, set(ONNX_OPTIONS))
     return OnnxPreprocessor.load(options.name, **given)
 
@@ -107,10 +106,11 @@ def _check_given(options: argparse.Namespace, known: set[str]) -> dict[str, Any]
     """Return the options that were given of those that this preprocessor has; refuse others."""
     own = {"name", "picture", "out"}
     given = {n: v for n, v in vars(options).items() if n not in own and v is not None}
+    has = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(known))
     for name in given.keys() - known:
         raise RequestError(
             f"--{name.replace('_', '-')} is no option of {options.name}; "
-            + (f"it has {', '.join(sorted(known))}" if known else "it has none")
+            + f"it has {has or 'none'}"
         )
     return given
 

@@ -14,6 +14,7 @@ from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.families.base import Preset, Presets
 from engine.errors import RequestError
 from engine.model import Model
+from runtime.checks import check_choice
 from runtime.samplers import resolve
 
 __all__ = ["PRESETS", "Preset", "describe_presets", "preset", "variant_sampler"]
@@ -45,8 +46,7 @@ def preset(name: str, model: Model) -> Preset:
 
     Raises RequestError for a name that is not in `PRESETS`.
     """
-    if name not in tuple(PRESETS):  # an unhashable name is unknown too
-        raise RequestError(f"preset is {name!r}; choose one of {', '.join(PRESETS)}")
+    check_choice("preset", name, tuple(PRESETS))
     if _is_distilled(model):
         return _distilled(name, model)
     chosen: Preset = getattr(_presets(model), name)

@@ -23,6 +23,7 @@ from runtime.checks import (
     check_number,
     check_scale,
     check_sides,
+    check_without,
     texts,
 )
 from runtime.conditioning import alternatives
@@ -44,20 +45,25 @@ MAX_CLIP_SKIP = 2  # the graphs give the states of the last two layers
 MAX_SCALE = 1000
 WHOLE, MASKED = AREAS = ("whole", "masked")  # what inpainting draws
 PADDING = 32  # pixels around a mask
-OF_AN_IMAGE: Mapping[str, object] = MappingProxyType(
-    {
-        "strength": None,
-        "mask": None,
-        "inpaint_area": WHOLE,
-        "mask_padding": PADDING,
-        "mask_blur": BLUR,
-        "paste_back": True,
-        "extend": None,
-        "image_noise": None,
-        "image_guidance_scale": None,
-    }
-)  # fields that cannot act without one, with what they are then
+# Fields that cannot act without another, with what they are then.
+OF_AN_AREA: Mapping[str, object] = MappingProxyType({"mask_padding": PADDING})
+OF_A_MASK: Mapping[str, object] = MappingProxyType(
+    {"inpaint_area": WHOLE, **OF_AN_AREA, "mask_blur": BLUR, "paste_back": True}
+)
+_OTHERS = ("strength", "mask", "extend", "image_noise", "image_guidance_scale")
+OF_AN_IMAGE: Mapping[str, object] = MappingProxyType({**dict.fromkeys(_OTHERS), **OF_A_MASK})
 NO_WORDS: Mapping[str, str] = MappingProxyType({})
+
+
+def idle_fields(
+    image: object, mask: object, extend: object, inpaint_area: object
+) -> tuple[str, Mapping[str, object]]:
+    """Return what is lacking for some fields on an image to act, and these; "" for nothing."""
+    if image is None:
+        return "image", OF_AN_IMAGE
+    if mask is None and extend is None:
+        return "mask", OF_A_MASK
+    return ("", NO_WORDS) if inpaint_area == MASKED else (f'inpaint_area="{MASKED}"', OF_AN_AREA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +194,6 @@ class Request:
         self._check_method()
         self._check_guidance()
         self._check_image()
-        self._check_size()
         if self.regions != ():
             check_regions(self.regions, prompt_syntax=self.prompt_syntax)
         controls = checked_controls(self.controls) if self.controls != () else ()
@@ -227,8 +232,6 @@ class Request:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
         check_number("num_images_per_prompt", self.num_images_per_prompt, Integral, 1, MAX_IMAGES)
         check_choice("noise", self.noise, tuple(NOISES))
-
-    def _check_size(self) -> None:
         for name in ("height", "width"):
             check_given(name, getattr(self, name), Integral, 1, MAX_SIDE)
 
@@ -243,15 +246,14 @@ class Request:
         check_interval("guidance_interval", self.guidance_interval)
 
     def _check_image(self) -> None:
+        check_choice("inpaint_area", self.inpaint_area, AREAS)
+        check_number("mask_padding", self.mask_padding, Integral, 0, MAX_SIDE)
         check_number("mask_blur", self.mask_blur, Real, 0, MAX_BLUR)
         check_given("strength", self.strength, Real, 0, 1)
         if self.image_noise is not None:
             check_image_noise(self.image_noise, self.strength, bool(self.mask or self.extend))
         check_given("image_guidance_scale", self.image_guidance_scale, Real, 1, MAX_SCALE)
-        if self.image is None:
-            for name, default in OF_AN_IMAGE.items():
-                if getattr(self, name) != default:
-                    raise RequestError(f"{name} came without image; give the picture to change")
+        check_without(*idle_fields(self.image, self.mask, self.extend, self.inpaint_area), self)
         for name in ("image", "mask"):
             image = getattr(self, name)
             if image is not None and not (name == "mask" and image == ALPHA):
@@ -261,10 +263,8 @@ class Request:
             assert self.image is not None
             object.__setattr__(self, "mask", transparency(self.image))
             object.__setattr__(self, "image", self.image.convert("RGB"))
-        check_choice("inpaint_area", self.inpaint_area, AREAS)
         if self.inpaint_area == MASKED and self.mask is None:
             raise RequestError('inpaint_area is "masked" without a mask; give what to paint anew')
-        check_number("mask_padding", self.mask_padding, Integral, 0, MAX_SIDE)
         if self.extend is not None:
             check_extend(self.extend)
         if self.hires is not None and not isinstance(self.hires, Hires):

@@ -17,6 +17,8 @@ from runtime.request import Request
 
 __all__ = ["Steering"]
 
+_NONE = "none of {} steps, for none lies whole in that part of the run; make it wider"
+
 
 class Steering:
     """What the engines of a model are steered by, and the pictures that it was shown.
@@ -60,6 +62,19 @@ class Steering:
         self._attended_images.check(request.image_prompts)
         controls = self.controlled.completed(request.controls)
         return replace(request, controls=controls) if request.controls else request
+
+    def steered(self, plan: Plan, request: Request) -> Plan:
+        """Return a plan that says how its controls steer every call; it notes what steers none."""
+        if request.controls:
+            plan = self.controlled.steered(plan)
+        calls, notes = len(plan.program.timesteps), list[str]()
+        for control in request.controls:
+            if any(control.weights) and not control.over(calls).any():
+                notes.append(f"the control {control.text} steers {_NONE.format(calls)}")
+        for prompt in request.image_prompts:
+            if any(prompt.scales) and not prompt.over(calls).any():
+                notes.append(f"the image prompt {prompt.text} is seen at {_NONE.format(calls)}")
+        return replace(plan, notes=[*plan.notes, *notes]) if notes else plan
 
     def open(self, plan: Plan) -> None:
         """Open the engines of a plan's pictures; raises GraphError or BackendError."""

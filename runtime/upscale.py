@@ -34,10 +34,11 @@ PROCESSOR = ("cpu", "openvino")  # what an upscaler runs on
 
 def main(arguments: Sequence[str] | None = None, prog: str = "latentrt upscale") -> int:
     """Run the command; return its exit status: 0, or 2 for a user's mistake."""
-    return exit_status(lambda: _upscale(make_parser(prog).parse_args(arguments)))
+    parser = make_parser(prog)
+    return exit_status(lambda: _upscale(parser.parse_args(arguments)), wording=parser.in_options)
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> CommandParser:
     """Return the command's parser; prog: what the usage calls it."""
     parser = CommandParser(prog=prog, description="Enlarge a picture with a trained upscaler.")
     add = parser.add_argument

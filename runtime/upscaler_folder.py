@@ -1,12 +1,12 @@
 """A folder of trained upscalers: which file a name means."""
 
 import argparse
-import difflib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from engine.errors import RequestError
+from engine.errors import RequestError, nearest
+from engine.store.cache import is_readable_folder
 from runtime.images.a1111_reader import UPSCALER_FILES
 from runtime.images.upscaling import is_trained, parse_upscaler
 
@@ -25,14 +25,16 @@ def find_upscaler(name: str, folder: Path) -> str:
     with suppress(OSError, ValueError):  # a name that no system takes
         if Path(name).is_file():
             return name
-    if not folder.is_dir():
-        raise RequestError(f"--upscaler-dir {folder} is no folder; give one that holds upscalers")
+    if not is_readable_folder(folder):
+        raise RequestError(
+            f"--upscaler-dir {folder} is no folder that can be read; give one that holds upscalers"
+        )
     found = _listed(folder)
     key = UPSCALER_FILES.get(name.lower(), name).lower()
     if key in found:
         return str(found[key])
-    close = difflib.get_close_matches(key, found, 1)
-    hint = f"; did you mean {found[close[0]].stem!r}?" if close else ", nor a file of that name"
+    near = nearest(key, found)
+    hint = f"; did you mean {found[near].stem!r}?" if near else ", nor a file of that name"
     raise RequestError(f"there is no upscaler {name[:200]!r} in {folder}{hint}")
 
 

@@ -115,11 +115,14 @@ def check_gpu(request: Request, model: Model, backend: str) -> None:
         raise RequestError(
             f"the backend {backend} runs no models that edit pictures yet; choose cpu or openvino"
         )
-    asked = (request.seamless, request.pag_scale, request.apg, request.deep_shrink)
-    if any(asked) or (request.sampler is not None and is_cfg_pp(request.sampler)):
+    names = ("seamless", "pag_scale", "apg", "deep_shrink")
+    asked = [name for name in names if getattr(request, name)]
+    if request.sampler is not None and is_cfg_pp(request.sampler):
+        asked.append(f"sampler {request.sampler}")
+    if asked:
         raise RequestError(
-            f"the backend {backend} draws with plain graphs alone, without seamless, pag_scale, "
-            "apg, deep_shrink and CFG++'s samplers; choose cpu or openvino, or leave them out"
+            f"{asked[0]} came, and the backend {backend} draws with plain graphs alone; choose cpu "
+            "or openvino, or leave it out"
         )
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from engine.errors import exit_status, libraries_of
 from serving.engine_process import started_process
@@ -13,7 +14,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m serving"
 
     prog: what the usage calls it
     """
-    return exit_status(lambda: _serve(arguments, prog), cancelled="ended")
+    return exit_status(
+        lambda: _serve(arguments, prog), cancelled="ended", wording=partial(_in_options, prog)
+    )
+
+
+def _in_options(prog: str, sentence: str) -> str:
+    from serving.options import make_parser  # after the engine's process is started
+
+    return make_parser(prog).in_options(sentence)
 
 
 def _serve(arguments: Sequence[str] | None, prog: str) -> None:

@@ -8,13 +8,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from threading import Thread
 from typing import BinaryIO, Protocol
 
 from engine.backends.settings import ON_GPU, BackendSettings, cpu_count
-from engine.errors import LatentrtError
+from engine.errors import LatentrtError, OutputError
 from engine.store.cache import Cache, cache_folder
 from runtime.conditioning.wildcards import Wildcards
 from runtime.denoising.device_rows import SLOTS
@@ -47,7 +48,10 @@ def row_limits(settings: EngineSettings) -> RowLimits:
     }
     key = Cache.key(**facts, version=program_version(), cpu_count=cpu_count())
     ladder = SLOTS if settings.backend in ON_GPU else LADDER
-    return RowLimits(settings.rows, cache_folder() / f"step-times-{key[:16]}.json", ladder)
+    path = None
+    with suppress(OutputError):  # a home that is not there, or closed, keeps nothing
+        path = cache_folder() / f"step-times-{key[:16]}.json"
+    return RowLimits(settings.rows, path, ladder)
 
 
 def runner(settings: EngineSettings) -> Models:

@@ -7,11 +7,11 @@ is read as the command line reads it.
 import argparse
 import tomllib
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from engine.errors import RequestError
+from engine.command_line import CommandParser
+from engine.errors import RequestError, nearest
 
 PREFIX = "LATENTRT_SERVE_"
 CONFIG = "config"
@@ -20,7 +20,7 @@ FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no":
 
 
 def parse_options(
-    parser: argparse.ArgumentParser,
+    parser: CommandParser,
     arguments: Sequence[str] | None,
     environment: Mapping[str, str],
     settings: Mapping[str, Any] | None = None,
@@ -50,7 +50,7 @@ def _name(action: argparse.Action) -> str:
 
 
 def _from_environment(
-    parser: argparse.ArgumentParser,
+    parser: CommandParser,
     actions: Mapping[str, argparse.Action],
     environment: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _from_environment(
 
 
 def _from_file(
-    parser: argparse.ArgumentParser, actions: Mapping[str, argparse.Action], path: Path
+    parser: CommandParser, actions: Mapping[str, argparse.Action], path: Path
 ) -> dict[str, Any]:
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def _from_file(
 
 
 def _parsed_settings(
-    parser: argparse.ArgumentParser,
+    parser: CommandParser,
     actions: Mapping[str, argparse.Action],
     settings: Mapping[str, Any],
     where: str,
@@ -97,8 +97,8 @@ def _parsed_settings(
 
 def _action(actions: Mapping[str, argparse.Action], name: str, where: str) -> argparse.Action:
     if name not in actions:
-        near = get_close_matches(name, actions, n=1)
-        meant = f"; did you mean {near[0]}?" if near else "; `--help` lists them"
+        near = nearest(name, actions)
+        meant = f"; did you mean {near}?" if near else "; `--help` lists them"
         raise RequestError(f"{where} is no option of this command{meant}")
     return actions[name]
 
@@ -108,7 +108,7 @@ def _takes_many(action: argparse.Action) -> bool:
 
 
 def _parsed(
-    parser: argparse.ArgumentParser, action: argparse.Action, value: Any, where: str
+    parser: CommandParser, action: argparse.Action, value: Any, where: str
 ) -> dict[str, Any]:
     """Read a value as the command line would; returns it by its name in the namespace."""
     option = action.option_strings[-1]
@@ -124,4 +124,5 @@ def _parsed(
     try:
         return vars(parser.parse_args([f"{option}={each}" for each in values]))
     except argparse.ArgumentError as error:
-        raise RequestError(f"{where}: {error.message}") from None
+        said = parser.near_first(str(error)).partition(": ")[2]
+        raise RequestError(f"{where}: {said}") from None

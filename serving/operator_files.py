@@ -12,6 +12,7 @@ from engine.checkpoints.ip_adapter import open_ip_adapter
 from engine.checkpoints.upscaler import open_upscaler
 from engine.configs.image_encoder import ImageEncoderConfig
 from engine.errors import ModelError, RequestError
+from engine.store.cache import is_readable_folder
 from runtime.images.upscaling import UPSCALERS
 from serving.names import NAME
 
@@ -27,8 +28,8 @@ def listed(option: str, folder: Path) -> Iterator[Path]:
 
     What a link leads to outside of the folder is left out. Raises RequestError.
     """
-    if not folder.is_dir():
-        raise RequestError(f"{option} {folder} is no folder")
+    if not is_readable_folder(folder):
+        raise RequestError(f"{option} {folder} is no folder that can be read")
     inside = folder.resolve()
     for path in sorted(folder.iterdir()):
         name = path.stem if path.is_file() else path.name

@@ -10,7 +10,7 @@ from engine.errors import RequestError
 from engine.model import find_model, shipped_models
 from engine.shipped import shipped_controls
 from engine.store.eviction import parse_size
-from runtime.options import add_engine_options, marking
+from runtime.options import add_engine_options, backend_settings, marking
 from runtime.output_options import SIGNING_OPTIONS
 from serving.addresses import is_loopback
 from serving.configuration import CONFIG, PREFIX
@@ -30,7 +30,7 @@ ON_CARDS = tuple(name for name in ON_GPU if name != "webgpu")  # which chooses b
 MOST_CARDS = 64
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> CommandParser:
     """Return the parser; prog: what the usage calls the command."""
     parser = CommandParser(
         prog=prog,
@@ -190,6 +190,11 @@ def _add_work(group: argparse._ArgumentGroup) -> None:
 
 def read_keys(options: argparse.Namespace) -> Keys | None:
     """Return the keys. Raises RequestError where strangers could come in without one."""
+    if options.api_key_file is not None and options.open:
+        raise RequestError(
+            "--open came with --api-key-file; one lets everybody in and one who has a key, so "
+            "leave one out"
+        )
     if options.api_key_file is not None:
         return Keys.read(options.api_key_file)
     if not is_loopback(options.host) and not options.open:
@@ -203,6 +208,7 @@ def read_keys(options: argparse.Namespace) -> Keys | None:
 def engine_settings(options: argparse.Namespace) -> EngineSettings:
     """Return what the engine draws with. Raises RequestError or ModelError, and as `marking`."""
     marking(options)
+    backend_settings(options)  # what does not go together is found before a process is told
     for name, minimum in (("max_queue", 1), ("port", 0)):
         if getattr(options, name) < minimum:
             option = name.replace("_", "-")

@@ -14,7 +14,7 @@ from engine.errors import RequestError
 from runtime.checks import check_choice
 from runtime.conditioning.syntax import compose
 from runtime.images.upscaling import UPSCALERS, Hires
-from runtime.request import Request
+from runtime.request import OF_A_MASK, Request
 from serving.errors import BadRequestError, TooLargeError
 from serving.limits import Limits
 from serving.masking import fill_masked, invert_mask
@@ -98,8 +98,10 @@ class PictureRequest:
     def _made(
         self, image: Image.Image | None, mask: Image.Image | None, *, decoded: bool
     ) -> Request:
+        # Transparency is looked for where there is no mask, and may be none.
+        left_out = OF_A_MASK if self.mask_by_alpha and mask is None else {}
         fields = {
-            **self.fields,
+            **{name: value for name, value in self.fields.items() if name not in left_out},
             "controls": [control.control(decoded=decoded) for control in self.controls],
             "regions": [region.region(decoded=decoded) for region in self.regions],
             "image_prompts": [each.image_prompt(decoded=decoded) for each in self.image_prompts],
@@ -193,9 +195,7 @@ def _request(
     fields = {**given, "image": image, "mask": mask}
     if fields.get("hires") is not None:
         # Of a stranger no path is followed, nor is it told which files there are.
-        check_choice(
-            "the upscaler of hires", fields["hires"].get("upscaler", UPSCALERS[0]), UPSCALERS
-        )
+        check_choice("hires.upscaler", fields["hires"].get("upscaler", UPSCALERS[0]), UPSCALERS)
         fields["hires"] = Hires(**fields["hires"])
     return Request(**fields)
 

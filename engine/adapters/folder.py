@@ -1,10 +1,10 @@
 """A folder of adapters: which file a name means."""
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.errors import ModelError
+from engine.errors import ModelError, nearest
+from engine.store.cache import is_readable_folder
 
 __all__ = ["check_folder", "find_adapter", "list_adapters"]
 
@@ -13,12 +13,10 @@ ENDINGS = (".safetensors", ".pt", ".ckpt", ".bin")
 
 def check_folder(folder: Path) -> Path:
     """Return the folder. Raises ModelError where there is none."""
-    try:
-        found = folder.is_dir()
-    except (OSError, ValueError):
-        found = False
-    if not found:
-        raise ModelError(f"{folder} is no folder; give one that holds adapters as lora_dir")
+    if not is_readable_folder(folder):
+        raise ModelError(
+            f"{folder} is no folder that can be read; give one that holds adapters as lora_dir"
+        )
     return folder
 
 
@@ -49,6 +47,6 @@ def find_adapter(name: str, folder: Path | None) -> Path | str:
     key = next((key.removesuffix(end) for end in ENDINGS if key.endswith(end)), key)
     if key in found:
         return found[key]
-    close = difflib.get_close_matches(key, found, 1)
-    hint = f" (did you mean {found[close[0]].stem!r}?)" if close else ""
+    near = nearest(key, found)
+    hint = f" (did you mean {found[near].stem!r}?)" if near else ""
     return f"there is no adapter {name!r} in {folder}{hint}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.errors import BackendError
+from engine.errors import BackendError, choice
 from engine.graphs.graph import Precision
 
 ComputePrecision = Literal["float32", "float16", "bfloat16", "int8"]
@@ -27,6 +27,7 @@ DEVICES: Mapping[str, Mapping[ComputePrecision, Precision]] = {
 }
 DEFAULT = "cpu"
 MAX_THREADS = 1024  # more than any machine has cores; libraries make as many as they are told
+BUILT = ("tensorrt", "tensorrt_rtx")  # whose engines are built before they run
 ON_GPU = ("cuda", "webgpu", "tensorrt", "tensorrt_rtx")
 
 
@@ -50,23 +51,24 @@ class BackendSettings:
     def __post_init__(self) -> None:
         """Refuse unknown backends and impossible thread counts."""
         if self.backend not in (None, *PRECISIONS):
-            raise BackendError(
-                f"the backend {self.backend!r} is not known; choose {', '.join(PRECISIONS)}"
-            )
+            raise BackendError(f"backend is {self.backend!r}; {choice(self.backend, PRECISIONS)}")
         if (name := str(self.device).lower().partition(":")[0]) in PRECISIONS and name != DEFAULT:
             raise BackendError(
-                f"the device is {self.device!r}, which is a backend; give it as the backend "
+                f"device is {self.device!r}, which is a backend; give it as the backend "
                 f"{name!r}, and leave the device out"
             )
         if self.device is not None and self.backend != "openvino":
             raise BackendError(
-                f"the device {self.device!r} came without the backend 'openvino', of which it is a "
+                f"device is {self.device!r} and came without backend 'openvino', of which it is a "
                 "setting; give both, or leave the device out"
                 + ("; an NVIDIA GPU is the backend 'cuda'" if self.device == "GPU" else "")
             )
         if self.device not in (None, *DEVICES):
+            raise BackendError(f"device is {self.device!r}; {choice(self.device, DEVICES)}")
+        if self.build_missing and self.backend not in BUILT:
             raise BackendError(
-                f"the device {self.device!r} is not known; choose {_listed([*DEVICES])}"
+                f"build_missing came without backend {_listed([repr(name) for name in BUILT])}, "
+                "which alone build engines; leave it out"
             )
         if self.threads is not None and (
             type(self.threads) is not int or not 1 <= self.threads <= MAX_THREADS

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +20,10 @@ from typing import BinaryIO
 from engine.errors import LatentrtError, OutputError
 from engine.store.file_lock import locked
 
-__all__ = ["Cache", "cache_folder", "fingerprint", "is_intact", "write_atomically", "write_new"]
+__all__ = [
+    *("Cache", "cache_folder", "check_writable", "fingerprint", "is_intact"),
+    *("is_readable_folder", "made_folder", "write_atomically", "write_new"),
+]
 
 PIECE = 2**16  # bytes
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt")
@@ -28,11 +32,12 @@ WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt")
 def cache_folder() -> Path:
     """Name the user's cache folder: LATENTRT_CACHE, or where the system keeps caches.
 
-    Nothing is made. Raises OutputError when there is neither the variable nor a home folder.
+    Nothing is made. Raises OutputError when there is neither the variable nor a home folder, or
+    when it is closed to us.
     """
     try:
         if chosen := os.environ.get("LATENTRT_CACHE"):
-            return Path(chosen).expanduser()
+            return _open_to_us(Path(chosen).expanduser())
         if sys.platform == "win32":
             local = os.environ.get("LOCALAPPDATA")
             base = Path(local) if local else Path.home() / "AppData" / "Local"
@@ -46,7 +51,20 @@ def cache_folder() -> Path:
         raise OutputError(
             f"no cache folder is known ({error}); set LATENTRT_CACHE to a folder"
         ) from error
-    return base / "latentrt"
+    return _open_to_us(base / "latentrt")
+
+
+def _open_to_us(folder: Path) -> Path:
+    """Return a folder, there or not, in which files can be looked for. Raises OutputError."""
+    try:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(os.path.join(folder, os.curdir))  # noqa: PTH116, PTH118 - a Path drops the dot
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"the cache folder {folder} cannot be used ({getattr(error, 'strerror', error)}); set "
+            "LATENTRT_CACHE to another"
+        ) from error
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +146,49 @@ class Cache:
         return sorted(self.folder.glob(f"{key}.*"))
 
 
+def check_writable(path: Path, *, replaces: bool = True) -> None:
+    """Refuse a path that no file could be written to, before any work is done for it.
+
+    replaces: whether in the place of a file that is there, or beside it
+    Raises OutputError.
+    """
+    try:
+        target, is_folder = path.resolve(), path.is_dir()
+        folder = target.parent
+        found, writable = folder.is_dir(), os.access(folder, os.W_OK)
+        is_kept = replaces and _is_kept(target)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, closed to us, a loop of links
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"{str(path)!r} cannot be written ({why}); choose another path"
+        ) from error
+    if not found:
+        raise OutputError(f"the folder {path.parent} does not exist; make it first")
+    if is_folder:
+        raise OutputError(f"{path} is a folder; give the name of a file")
+    if not writable:
+        raise OutputError(f"the folder {folder} may not be written to; choose another")
+    if is_kept:
+        raise OutputError(f"{path} is another user's and may not be replaced; choose another name")
+
+
+def is_readable_folder(folder: Path) -> bool:
+    """Tell whether a folder is there and what it holds may be read."""
+    return os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)  # noqa: PTH112 - raises not
+
+
+def made_folder(folder: Path) -> Path:
+    """Make a folder that files are to be written to, before any work is done for them.
+
+    Raises OutputError where that cannot be.
+    """
+    with _output_errors(f"the folder {folder}", "choose another"):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"the folder {folder} may not be written to; choose another")
+    return folder
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that at any moment there is the old one or the whole new one.
 
@@ -181,6 +242,15 @@ def _is_placed(file: Path, target: Path) -> bool:
             return False
         file.replace(target)
     return True
+
+
+def _is_kept(target: Path) -> bool:
+    """Tell whether a file is another user's in a folder where each keeps his own, such as /tmp."""
+    if not target.exists() or not hasattr(os, "geteuid"):
+        return False
+    folder = target.parent.stat()
+    owners = (0, folder.st_uid, target.stat().st_uid)
+    return bool(folder.st_mode & stat.S_ISVTX) and os.geteuid() not in owners
 
 
 def _destination(path: Path) -> Path:

@@ -53,10 +53,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "latentrt batch") -
     return exit_status(
         lambda: _run(make_parser(prog).parse_args(arguments)),
         cancelled="cancelled; what is drawn is kept, and the same command goes on",
+        wording=lambda sentence: make_parser(prog).in_options(sentence),
     )
 
 
-def make_parser(prog: str) -> argparse.ArgumentParser:
+def make_parser(prog: str) -> CommandParser:
     """Return the parser; prog: what the usage calls the command."""
     parser = CommandParser(
         prog=prog,
@@ -110,6 +111,7 @@ def _run(options: argparse.Namespace) -> int:
         manifest = stack.enter_context(Manifest.opened(options.out)) if found else None
         folder = options.image_dir or options.requests.resolve().parent
         defaults = Defaults.of(options, _seed(options, found), folder)
+        defaults.check()
         done = manifest.done if manifest else {}
         progress = _surveyed(options.requests, defaults, done)
         if progress.left:

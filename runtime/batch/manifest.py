@@ -52,6 +52,8 @@ def opened_folder(folder: Path) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
+        if error.filename and not Path(str(error.filename)).is_relative_to(folder):
+            raise  # of another file, such as the requests'
         raise OutputError(
             f"{folder} cannot be written ({error.strerror or error}); check the permissions and "
             "the disk's space, or choose another folder"

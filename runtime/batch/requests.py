@@ -11,13 +11,13 @@ from typing import Any
 
 from PIL import Image
 
-from engine.errors import RequestError
+from engine.errors import RequestError, choice
 from runtime.batch.lines import Line
 from runtime.images.canvas import ALPHA
 from runtime.images.files import open_image
 from runtime.images.upscaling import Hires, is_trained
 from runtime.options import FIELDS, HIRES, hires_fields, read_pictures
-from runtime.request import OF_AN_IMAGE, Request
+from runtime.request import MASKED, OF_A_MASK, OF_AN_IMAGE, Request, idle_fields
 from runtime.upscaler_folder import find_upscaler
 
 __all__ = ["ANY_SEED", "Defaults", "digest"]
@@ -57,6 +57,22 @@ class Defaults:
             upscaler_dir=options.upscaler_dir,
         )
 
+    def check(self) -> None:
+        """Raise RequestError for a value that no line could be drawn with, whatever it says."""
+        for name, value in self.fields.items():
+            fields: dict[str, Any] = {name: value}
+            if name in OF_AN_IMAGE:
+                fields = {"image": STAND_IN, **fields}
+            if name in OF_A_MASK:
+                fields = {"inpaint_area": MASKED, **fields, "mask": STAND_IN}
+            if name == "variation_seed":
+                if value == ANY_SEED or isinstance(value, tuple):
+                    continue  # each line's own, or as many as its pictures
+                fields["variation_strength"] = 1.0
+            Request(prompt="", **fields)
+        if self.hires:
+            Hires(**self.hires)
+
     def request(self, line: Line, *, with_pictures: bool = True) -> Request:
         """Return a line's request, every picture's seed chosen.
 
@@ -69,9 +85,10 @@ class Defaults:
                 path = self._picture(name, own[name])
                 own[name] = open_image(path) if with_pictures else STAND_IN
         fields = {**self.fields, **own}
-        if fields.get("image") is None:
-            left_out = OF_AN_IMAGE.keys() - own.keys()
-            fields = {name: value for name, value in fields.items() if name not in left_out}
+        needed = (fields.get(name) for name in ("image", "mask", "extend", "inpaint_area"))
+        _, idle = idle_fields(*needed)
+        left_out = idle.keys() - own.keys()
+        fields = {name: value for name, value in fields.items() if name not in left_out}
         fields["hires"] = self._hires(line.fields)
         if fields.get("seed") in (None, ANY_SEED):
             fields["seed"] = self._drawn("seed", line)
@@ -97,10 +114,8 @@ class Defaults:
         own = {HIRES[name]: value for name, value in fields.items() if name in HIRES}
         chosen = {**self.hires, **given, **own}
         if unknown := chosen.keys() - HIRES.values():
-            raise RequestError(
-                f"{', '.join(sorted(unknown))} is no field of hires; there are "
-                f"{', '.join(HIRES.values())}"
-            )
+            name = sorted(unknown)[0]
+            raise RequestError(f"{name} is no field of hires; {choice(name, HIRES.values())}")
         if "scale" not in chosen and not given:
             if own:
                 raise RequestError(f"{', '.join(own)} of hires came without hires_scale")

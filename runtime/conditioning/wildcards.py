@@ -1,12 +1,12 @@
 """A folder of wildcards: text files, of which every line is something to choose."""
 
 import codecs
-import difflib
 import fnmatch
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from engine.errors import RequestError
+from engine.errors import RequestError, nearest
+from engine.store.cache import is_readable_folder
 
 __all__ = ["Wildcards"]
 
@@ -23,8 +23,10 @@ class Wildcards:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise RequestError(f"{folder} is no folder; give one that holds wildcards' .txt files")
+        if not is_readable_folder(folder):
+            raise RequestError(
+                f"{folder} is no folder that can be read; give one that holds wildcards' .txt files"
+            )
         self._folder = folder
         self._read = lru_cache(maxsize=256)(_read)
 
@@ -48,8 +50,8 @@ class Wildcards:
         if named := self._named(name):
             files = ", ".join(f"{key}.txt" for key in named[:MOST_NAMED])
             return f"there is no line to choose in {files}; write one choice a line, without #"
-        close = difflib.get_close_matches(name.lower(), self._files, 1)
-        hint = f"; did you mean __{close[0]}__?" if close else ", which --wildcard-dir names"
+        near = nearest(name, self._files)
+        hint = f"; did you mean __{near}__?" if near else ", which --wildcard-dir names"
         return f"there is no {name}.txt in the folder {self._folder.name}{hint}"
 
     def _named(self, name: str) -> list[str]:
@@ -67,6 +69,15 @@ def _read(path: Path) -> tuple[str, ...]:
         raise RequestError(f"the wildcards {path.name} cannot be read ({error.strerror})") from None
     if len(data) > MAX_BYTES:
         raise RequestError(f"the wildcards {path.name} have more than {MAX_BYTES >> 20} MiB")
-    coding = "utf-16" if data.startswith(WIDE) else "utf-8-sig"
-    lines = (line.strip() for line in data.decode(coding, "replace").splitlines())
+    lines = (line.strip() for line in _decoded(data).splitlines())
     return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def _decoded(data: bytes) -> str:
+    """Return a file's text: UTF-16 or UTF-8, else what Windows' editors wrote before these."""
+    if data.startswith(WIDE):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")

@@ -60,12 +60,18 @@ def latent_mask(
     Raises:
         RequestError: nothing of the mask is white, or it has colours that Pillow cannot read.
     """
-    cells = _white(mask, height, width)[::compression, ::compression]
+    white = _white(mask, height, width)
+    cells = white[::compression, ::compression]
+    if not white.any():
+        raise RequestError(
+            "the mask is black everywhere, and nothing is to be painted; make that white, 128 or "
+            "more of 255"
+        )
     if not cells.any():
         raise RequestError(
             f"the mask has no white area of {compression} x {compression} pixels or more when it "
-            f"is as large as the picture ({width} x {height}); make white what is to be painted, "
-            'or have a small part enlarged by inpaint_area="masked"'
+            f"is as large as the picture ({width} x {height}); make more of it white, or have a "
+            'small part enlarged by inpaint_area="masked" with a small mask_padding'
         )
     return cells[None].astype(np.float32)
 
@@ -151,9 +157,11 @@ def extend(
     """
     added = {"left": left, "top": top, "right": right, "bottom": bottom}
     for name, pixels in added.items():
-        check_number(f"the growth of the canvas on the {name}", pixels, Integral, 0, MAX_SIDE)
+        check_number(f"extend's {name}", pixels, Integral, 0, MAX_SIDE)
     if not any(added.values()):
-        raise RequestError("the canvas grows on no side; add pixels left, top, right or bottom")
+        raise RequestError(
+            "extend is 0, so the canvas grows on no side; add pixels left, top, right or bottom"
+        )
     width, height = left + image.width + right, top + image.height + bottom
     if max(width, height) > MAX_SIDE:
         raise RequestError(

@@ -52,6 +52,7 @@ def parse_prompt_graph(text: str) -> dict[str, Any]:
         return {}
     inputs = nodes[samplers[0]]["inputs"]
     settings: dict[str, Any] = {"noise": "cpu", "clip_skip": 1}
+    lost = dict[str, str]()
     for name, ours in _NUMBERS.items():
         value = _value(nodes, inputs.get(name))
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -62,11 +63,13 @@ def parse_prompt_graph(text: str) -> dict[str, Any]:
             for node in _upstream(nodes, inputs.get(name), "CLIPTextEncode")
         ]
         words = texts[0] if texts and isinstance(texts[0], str) else ""
+        if not words and name in inputs and (not texts or texts[0] is None):
+            lost[name] = "its text is not found"
         settings[ours] = words.replace("[", r"\[").replace("]", r"\]")
     _add_sampler(settings, inputs)
     _add_start(settings, nodes, inputs)
     _add_model(settings, nodes, inputs)
-    left = {
+    left = lost | {
         f"node {key}": node["class_type"]
         for key, node in nodes.items()
         if str(node.get("class_type")) not in _KNOWN or key in samplers[1:]

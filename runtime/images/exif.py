@@ -19,6 +19,7 @@ MAKE, MODEL, EXIF_VERSION = 0x010F, 0x0110, 0x9000
 LONG, UNDEFINED_TYPE = 4, 7
 OURS = b"latentrt\0"  # before the JSON, as cameras' notes begin with their makers
 UNICODE, ASCII, UNDEFINED = b"UNICODE\0", b"ASCII\0\0\0", bytes(8)
+JIS = b"JIS\0\0\0\0\0"
 MOST = 65_000  # bytes, of what a JPEG's segment holds
 
 
@@ -94,4 +95,6 @@ def _decoded(value: object) -> str:
         # Programs disagree about the order of bytes: of Latin letters every other one is 0.
         order = "utf-16-be" if text[::2].count(0) >= text[1::2].count(0) else "utf-16-le"
         return text.decode(order, "replace").strip("\0\ufeff ")
+    if kind == JIS:
+        return text.decode("shift_jis", "replace").strip("\0 ")
     return (text if kind in (ASCII, UNDEFINED) else value).decode("utf-8", "replace").strip("\0 ")

@@ -7,7 +7,6 @@ https://cv.iptc.org/newscodes/digitalsourcetype); docs/marking.md says what that
 import io
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
-from engine.errors import OutputError, RequestError
-from engine.store.cache import write_atomically, write_new
+from engine.errors import OutputError, RequestError, nearest
+from engine.store.cache import check_writable, write_atomically, write_new
 from runtime.images.a1111 import PARAMETERS_KEY, format_parameters
 from runtime.images.exif import exif_bytes, texts_of
 
@@ -92,9 +91,14 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert a picture of any mode to RGB: transparent parts become white, 16 bits become 8."""
+    """Convert a picture of any mode to RGB: transparent parts become white, 16 bits become 8.
+
+    Of 32 bits those count that are there: what Pillow makes of 8 bits stays.
+    """
     if image.mode == "I" or image.mode.startswith("I;16"):  # convert() would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        pixels = np.asarray(image)
+        wide = image.mode != "I" or pixels.max(initial=0) > WHITE
+        image = Image.fromarray((pixels >> 8 * wide).clip(0, WHITE).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -106,29 +110,19 @@ def as_floats(image: Image.Image) -> NDArray[np.float32]:
     return np.asarray(image, np.float32) / np.float32(WHITE)
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, *, replaces: bool = True) -> None:
     """Refuse a path that no picture could be written to, before any work is done for it.
 
+    replaces: as `write_image` takes it
     Raises OutputError.
     """
     if not path.name:
         raise OutputError(f"the file to write has no name; give one in {', '.join(FORMATS)}")
     if path.suffix.lower() not in FORMATS:
-        raise OutputError(f"{path} ends in {path.suffix!r}; give a name in {', '.join(FORMATS)}")
-    try:
-        folder, is_folder = path.resolve().parent, path.is_dir()
-        found, writable = folder.is_dir(), os.access(folder, os.W_OK)
-    except (OSError, RuntimeError, ValueError) as error:  # too long, closed to us, a loop of links
-        why = getattr(error, "strerror", None) or error
-        raise OutputError(
-            f"{str(path)!r} cannot be written ({why}); choose another path"
-        ) from error
-    if not found:
-        raise OutputError(f"the folder {path.parent} does not exist; make it first")
-    if is_folder:
-        raise OutputError(f"{path} is a folder; give the name of a file")
-    if not writable:
-        raise OutputError(f"the folder {folder} may not be written to; choose another")
+        near = nearest(path.suffix, FORMATS)
+        hint = f"did you mean {path.with_suffix(near)}? Give" if near and path.suffix else "give"
+        raise OutputError(f"{path} ends in {path.suffix!r}; {hint} a name in {', '.join(FORMATS)}")
+    check_writable(path, replaces=replaces)
 
 
 def write_image(
@@ -151,7 +145,7 @@ def write_image(
     Raises OutputError when it cannot be written; a file that was there then stays as it was.
     """
     path = Path(path)
-    check_output(path)
+    check_output(path, replaces=replaces)
     kind = FORMATS[path.suffix.lower()]
 
     def write(target: BinaryIO) -> None:

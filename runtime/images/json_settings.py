@@ -136,7 +136,9 @@ def parse_fooocus(text: str) -> dict[str, Any]:
     sampler = str(fields.get("sampler", "")).removesuffix("_gpu")
     _add_sampler(settings, sampler, fields.get("scheduler"))
     used = {*("prompt", "negative_prompt", "steps", "guidance_scale", "seed", "clip_skip")}
-    used |= {"resolution", "base_model", "sampler", "scheduler", "styles", "prompt_expansion"}
+    used |= {"resolution", "base_model", "sampler", "scheduler"}
+    if fields.get("full_prompt"):  # to which these have been added
+        used |= {"styles", "prompt_expansion"}
     return _with_left_out(settings, fields, used)
 
 

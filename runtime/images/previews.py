@@ -100,8 +100,8 @@ def parse_steps(text: str, total: int) -> tuple[int, ...]:
     wrong = wrong or [part for i, part in enumerate(parts) if steps[i] in steps[:i]]
     if wrong:
         raise RequestError(
-            f"the preview steps {text!r} hold {wrong[0]!r}; give different whole numbers from 1 "
-            f"to {total} with commas between them, such as 1,{total}"
+            f"preview_steps {text!r} hold {wrong[0]!r}; give different whole numbers from 1 to "
+            f"{total} with commas between them, such as 1,{total}"
         )
     return tuple(sorted(steps))
 
@@ -120,14 +120,11 @@ def side_by_side(
     width, height = (
         max(getattr(image, side) for row in rows for image in row) for side in ("width", "height")
     )
-    font_size = max(12, width // 24)
+    font_size = _font_size(width)
     font = _font(font_size)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = max((int(measure.textlength(label, font)) + font_size for label in labels), default=0)
-    top = 2 * font_size if captions else 0
+    left, top = _margins(width, captions, labels)
     across, down = width + GAP, height + GAP
-    columns = len(rows[0])
-    size = left + columns * across - GAP, top + len(rows) * down - GAP
+    size = sheet_size(len(rows), len(rows[0]), (width, height), captions, labels)
     sheet = Image.new("RGB", size, "white")
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
@@ -139,6 +136,31 @@ def side_by_side(
     for i, label in enumerate(labels):
         draw.text((font_size // 2, top + i * down + height // 2), label, "black", font)
     return sheet
+
+
+def sheet_size(
+    rows: int,
+    columns: int,
+    cell: tuple[int, int],
+    captions: Sequence[str] = (),
+    labels: Sequence[str] = (),
+) -> tuple[int, int]:
+    """Return the width and height that `side_by_side` makes of pictures of a width and height."""
+    width, height = cell
+    left, top = _margins(width, captions, labels)
+    return left + columns * (width + GAP) - GAP, top + rows * (height + GAP) - GAP
+
+
+def _margins(width: int, captions: Sequence[str], labels: Sequence[str]) -> tuple[int, int]:
+    """Return the pixels left of pictures of a width, for labels, and above them."""
+    size = _font_size(width)
+    measure, font = ImageDraw.Draw(Image.new("RGB", (1, 1))), _font(size)
+    left = max((int(measure.textlength(label, font)) + size for label in labels), default=0)
+    return left, 2 * size if captions else 0
+
+
+def _font_size(width: int) -> int:
+    return max(12, width // 24)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

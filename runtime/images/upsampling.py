@@ -59,11 +59,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Refuse what no upsampler could do."""
-        check_number("the steps of an upsampler", self.num_inference_steps, Integral, 1, MAX_STEPS)
-        check_number(
-            "the noise level of an upsampler", self.noise_level, Integral, 0, MAX_NOISE_LEVEL
-        )
-        check_number("the seed of an upsampler", self.seed, Integral, 0, MAX_SEED)
+        check_number("num_inference_steps", self.num_inference_steps, Integral, 1, MAX_STEPS)
+        check_number("noise_level", self.noise_level, Integral, 0, MAX_NOISE_LEVEL)
+        check_number("seed", self.seed, Integral, 0, MAX_SEED)
 
 
 def upsampled(

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.errors import RequestError
-from runtime.checks import check_number
+from engine.errors import RequestError, choice
+from runtime.checks import check_given, check_number
 
 __all__ = [
     "MODES",
@@ -97,14 +97,13 @@ class Hires:
         for each in fields(self):
             if getattr(self, each.name) is None:
                 object.__setattr__(self, each.name, each.default)
-        check_number("the scale of hires", self.scale, Real, 1, 8)
-        check_number("the strength of hires", self.strength, Real, 0, 1)
-        if self.num_inference_steps is not None:
-            check_number("the steps of hires", self.num_inference_steps, Integral, 1, MAX_STEPS)
+        check_number("hires.scale", self.scale, Real, 1, 8)
+        check_number("hires.strength", self.strength, Real, 0, 1)
+        check_given("hires.num_inference_steps", self.num_inference_steps, Integral, 1, MAX_STEPS)
         if self.upscaler not in UPSCALERS and not _is_file(self.upscaler):
             raise RequestError(
-                f"the upscaler of hires is {self.upscaler!r}; choose one of "
-                f"{', '.join(UPSCALERS)}, or give the path of an upscaler's file"
+                f"hires.upscaler is {self.upscaler!r}; "
+                + choice(self.upscaler, UPSCALERS, or_else=", or give the path of a file")
             )
 
 
@@ -138,9 +137,7 @@ def upscale_latents(
     """
     chosen = MODES.get(mode.lower(), mode.lower())
     if chosen not in MODES.values():
-        raise RequestError(
-            f"latents are not upscaled by {mode!r}; choose one of {', '.join(MODES.values())}"
-        )
+        raise RequestError(f"latents are not upscaled by {mode!r}; {choice(mode, MODES.values())}")
     rows = _matrix(latents.shape[2], height, chosen)
     columns = _matrix(latents.shape[3], width, chosen)
     resampled: NDArray[np.float32] = (rows @ latents @ columns.T).astype(np.float32)

@@ -111,7 +111,7 @@ def check_watermark(text: str) -> None:
     """Raise RequestError for a text that no picture can hold."""
     if not 1 <= len(text) <= MAX_CHARACTERS or not text.isascii() or not text.isprintable():
         raise RequestError(
-            f"the watermark is {text!r}; give 1 to {MAX_CHARACTERS} printable ASCII characters"
+            f"watermark is {text!r}; give 1 to {MAX_CHARACTERS} printable ASCII characters"
         )
 
 

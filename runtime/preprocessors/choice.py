@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import RequestError
+from engine.errors import RequestError, choice, nearest
 from runtime.preprocessors.named import PREPROCESSORS, Preprocessor
 from runtime.preprocessors.onnx_file import OnnxPreprocessor
 
@@ -34,19 +34,18 @@ def named_preprocessor(text: str, *, or_else: str = "") -> Preprocessor:
     name, colon, numbers = text.partition(":")
     made = PREPROCESSORS.get(name)
     if made is None:
-        raise RequestError(
-            f"there is no preprocessor {name[:100]!r}; choose one of {', '.join(PREPROCESSORS)}"
-            f"{or_else}"
-        )
+        said = choice(name, PREPROCESSORS, or_else=or_else)
+        raise RequestError(f"there is no preprocessor {name[:100]!r}; {said}")
     own = {field.name: field for field in fields(made)}
     given: dict[str, Any] = {}
     for pair in numbers.split(",") if colon else ():
         option, _, value = pair.partition("=")
         option = option.strip().replace("-", "_")
         if option not in own:
+            near, listed = nearest(option, own), ", ".join(own) or "none"
+            has = f"did you mean {near!r}? It has" if near else "it has"
             raise RequestError(
-                f"{option[:60]!r} is no option of the preprocessor {name}; "
-                + (f"it has {', '.join(own)}" if own else "it has none")
+                f"{option[:60]!r} is no option of the preprocessor {name}; {has} {listed}"
             )
         given[option] = _read(f"{option} of {name}", value.strip(), type(own[option].default))
     found: Preprocessor = made(**given)

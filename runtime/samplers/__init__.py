@@ -17,14 +17,13 @@ Timesteps and noise draws are those of diffusers' scheduler; steps that do not f
 raise RequestError.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from engine.errors import RequestError
+from engine.errors import RequestError, choice, nearest
 from runtime.samplers import cfg_pp, discrete, k_diffusion, multistep
 from runtime.samplers.noise_schedule import TIMESTEP_SPACINGS, NoiseSchedule, TimestepSpacing
 from runtime.samplers.program import Call, Program, Run, assemble
@@ -189,9 +188,8 @@ def _key(name: object) -> str:
 
 def _unknown(what: str, name: object, known: Sequence[str], keys: Mapping[str, str | None]) -> str:
     named = [key for key, value in keys.items() if value is not None]  # None is the model's own
-    close = difflib.get_close_matches(_key(name), named, n=1, cutoff=0.5)
-    hint = f" (did you mean {keys[close[0]]!r}?)" if close else ""
-    return f"{what} is {name!r}; choose one of {', '.join(known)}{hint}"
+    near = nearest(_key(name), named)
+    return f"{what} is {name!r}; {choice(keys[near] if near else '', known)}"
 
 
 def _first_step(num_inference_steps: int, strength: float) -> int:

@@ -1,11 +1,13 @@
 """Answers that are no picture, in the shape of OpenAI's errors, for every API."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from engine.errors import RequestError
-from serving.errors import BadRequestError, RefusalError
+from engine.errors import RequestError, renamed
+from serving.errors import BadRequestError, NotFoundError, RefusalError
 
 SAFE = {
     "x-content-type-options": "nosniff",
@@ -45,6 +47,22 @@ def from_request_error(error: Exception) -> BadRequestError:
     """Say in an API's words what the runtime refuses; its sentence begins with the field."""
     assert isinstance(error, RequestError)
     message = str(error)
-    field = message.partition(" ")[0]
+    field = message.partition(" ")[0].partition(".")[0]
     param = field if field.isidentifier() and field != "the" else None
     return BadRequestError(message, param=param)
+
+
+@contextmanager
+def in_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Have what is refused within named by an API's own fields.
+
+    names: of the API's fields, by the runtime's
+    """
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(renamed(str(error), names)) from error
+    except (BadRequestError, NotFoundError) as error:
+        param = None if error.param is None else names.get(error.param, error.param)
+        message = renamed(error.message, names)
+        raise type(error)(message, code=error.code, param=param) from error

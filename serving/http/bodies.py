@@ -113,7 +113,7 @@ class Picture(DrawingFields):
 
     A picture is base64 of a PNG, JPEG or WebP file; a mask is white where the image is painted
     anew. `exact` computes every step alone; `deadline_s` is how long it may take in all; a higher
-    `priority` goes before your own others.
+    `priority` goes before your own others. `quality` is of a JPEG or WebP, 95 where it is left out.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -128,7 +128,7 @@ class Picture(DrawingFields):
     image: str | None = None
     mask: str | None = None
     format: str = "png"
-    quality: int = 95
+    quality: int | None = None
     exact: bool = False
     preview_every: int = 0
     priority: int = 0
@@ -139,6 +139,7 @@ class Upscaling(BaseModel):
     """A picture that is to be enlarged; upscaler: one of the operator's by name, or "lanczos".
 
     factor: how many times larger the sides become, 1 to 16; left out as many as the upscaler makes
+    quality: of a JPEG or WebP, 95 where it is left out
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -147,7 +148,7 @@ class Upscaling(BaseModel):
     upscaler: str
     factor: float | None = None
     format: str = "png"
-    quality: int = 95
+    quality: int | None = None
     priority: int = 0
     deadline_s: float | None = None
 

@@ -1,9 +1,10 @@
 """What a server's requests may name, and the requests that bodies make."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from engine.errors import choice, nearest
 from runtime.images.upscaling import UPSCALERS
 from serving.engine_settings import EngineSettings
 from serving.enlarging_request import LANCZOS, EnlargingRequest
@@ -42,7 +43,8 @@ class Catalog:
             return self.models[0]
         if name not in self.models:
             raise NotFoundError(
-                f"there is no model {name[:100]!r}; /v1/models lists those of this server",
+                f"there is no model {name[:100]!r}; {_hint(name, self.models)}/v1/models lists "
+                "those of this server",
                 code="model_not_found",
                 param="model",
             )
@@ -53,7 +55,8 @@ class Catalog:
         for name, weight in given.items():
             if name not in self.loras:
                 raise NotFoundError(
-                    f"there is no adapter {name[:100]!r} on this server",
+                    f"there is no adapter {name[:100]!r} on this server; "
+                    f"{_hint(name, self.loras)}/api/v1/capabilities lists those that there are",
                     code="lora_not_found",
                     param="loras",
                 )
@@ -65,8 +68,8 @@ class Catalog:
         """Return a ControlNet's name. Raises NotFoundError for one that is not here."""
         if name not in self.controls:
             raise NotFoundError(
-                f"there is no control {name[:100]!r} on this server; /api/v1/capabilities lists "
-                "those that there are",
+                f"there is no control {name[:100]!r} on this server; "
+                f"{_hint(name, self.controls)}/api/v1/capabilities lists those that there are",
                 code="control_not_found",
                 param=param,
             )
@@ -76,8 +79,8 @@ class Catalog:
         """Return an IP-Adapter's name. Raises NotFoundError for one that is not here."""
         if name not in self.ip_adapters:
             raise NotFoundError(
-                f"there is no IP-Adapter {name[:100]!r} on this server; /api/v1/capabilities lists "
-                "those that there are",
+                f"there is no IP-Adapter {name[:100]!r} on this server; "
+                f"{_hint(name, self.ip_adapters)}/api/v1/capabilities lists those that there are",
                 code="ip_adapter_not_found",
                 param=param,
             )
@@ -87,8 +90,8 @@ class Catalog:
         """Return an upscaler's name. Raises NotFoundError for one that is not here."""
         if name not in self.upscalers:
             raise NotFoundError(
-                f"there is no upscaler {name[:100]!r} on this server; /api/v1/capabilities lists "
-                "those that there are",
+                f"there is no upscaler {name[:100]!r} on this server; "
+                f"{_hint(name, self.upscalers)}/api/v1/capabilities lists those that there are",
                 code="upscaler_not_found",
                 param=param,
             )
@@ -141,14 +144,32 @@ class Catalog:
         )
 
 
+def _hint(name: str, known: Sequence[str]) -> str:
+    near = nearest(name, known)
+    return f"did you mean {near!r}? " if near else ""
+
+
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "jpg": "JPEG", "webp": "WEBP"}
 
 
 def file_format(name: str, param: str) -> str:
     """Return Pillow's name of a format. Raises BadRequestError."""
     if name.lower() not in FORMATS:
-        raise BadRequestError(f"{param} is {name[:40]!r}; choose png, jpeg or webp", param=param)
+        said = choice(name, ("png", "jpeg", "webp"))
+        raise BadRequestError(f"{param} is {name[:40]!r}; {said}", param=param)
     return FORMATS[name.lower()]
+
+
+def _file(body: Picture | Upscaling) -> dict[str, Any]:
+    """Return the format and the quality of what a body asks for. Raises BadRequestError."""
+    kind = file_format(body.format, "format")
+    if body.quality is None:
+        return {"format": kind}
+    if kind == "PNG":
+        raise BadRequestError(
+            "quality came without format jpeg or webp; a PNG keeps everything", param="quality"
+        )
+    return {"format": kind, "quality": check_whole("quality", body.quality, 1, 100)}
 
 
 def check_whole(name: str, value: int, low: int, high: int) -> int:
@@ -173,8 +194,7 @@ def native_request(body: Picture, catalog: Catalog, limits: Limits) -> PictureRe
         **catalog.steering(body),
         exact=body.exact,
         preview_every=check_whole("preview_every", body.preview_every, 0, limits.steps),
-        format=file_format(body.format, "format"),
-        quality=check_whole("quality", body.quality, 1, 100),
+        **_file(body),
     )
     return picture_request.checked(limits)
 
@@ -186,6 +206,5 @@ def upscaling_request(body: Upscaling, catalog: Catalog, limits: Limits) -> Enla
         image=read_base64("image", body.image),
         upscaler=body.upscaler if body.upscaler == LANCZOS else catalog.upscaler(body.upscaler),
         factor=body.factor,
-        format=file_format(body.format, "format"),
-        quality=check_whole("quality", body.quality, 1, 100),
+        **_file(body),
     ).checked(limits)

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from serving.errors import BadRequestError, RefusalError
-from serving.http.answers import error_body
+from serving.http.answers import error_body, in_fields
 from serving.http.bodies import Generation, OpenAIFields
 from serving.http.documents import FORM, REFUSALS
 from serving.http.fields import Catalog, check_whole, file_format
@@ -34,6 +34,7 @@ NO_TOKENS = {
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
 }
 MOST_PARTIALS = 3
+FIELDS = {"num_images_per_prompt": "n"}  # its names of ours, where they differ
 
 
 def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) -> APIRouter:
@@ -46,7 +47,8 @@ def openai_routes(jobs: Jobs, catalog: Catalog, limits: Limits, started: int) ->
     async def answer(
         request: Request, kind: str, body: OpenAIFields, picture_request: PictureRequest
     ) -> Response:
-        checked = picture_request.checked(limits)
+        with in_fields(FIELDS):
+            checked = picture_request.checked(limits)
         job = jobs.submit(checked, caller=request.state.caller, api="openai")
         if body.stream:
             events = _events(job, kind, body)

@@ -37,19 +37,21 @@ def said(capsys, *arguments):
         (("a", "--ckpt", "b"), "did you mean --model?"),
         (("--prompt", "a"), "did you mean PROMPT without an option?"),
         (("a", "red", "apple"), "red apple; a text of several words stands in quotes ("),
-        (
-            ("a", "--device", "cuda"),
-            "(choose from 'CPU', 'GPU', 'NPU'); did you mean --backend cuda",
-        ),
-        (("a", "--device", "cuda:1"), "; did you mean --backend cuda? ("),
-        (("a", "--device", "gpu"), "; did you mean --device GPU? ("),
-        (("a", "--device", "xyz"), "(choose from 'CPU', 'GPU', 'NPU') ("),
-        (("a", "--backend", "trt"), "; did you mean --backend tensorrt? ("),
-        (("a", "--backend", "GPU"), "; did you mean --backend cuda? ("),
-        (("a", "--backend", "openvno"), "; did you mean --backend openvino? ("),
-        (("a", "--precision", "fp16"), "; did you mean --precision float16? ("),
-        (("a", "--noise", "gpu"), "; did you mean --noise cuda? ("),
-        (("upscale", "a.png", "--upscaler", "b", "--precision", "bf16"), "--precision bfloat16? ("),
+        (("a", "--device", "cuda"), "; did you mean --backend cuda? There are CPU, GPU, NPU ("),
+        (("a", "--device", "cuda:1"), "'cuda:1'; did you mean --backend cuda? There are CPU"),
+        (("a", "--device", "gpu"), "'gpu'; did you mean --device GPU? There are CPU, GPU, NPU ("),
+        (("a", "--device", "xyz"), "invalid choice: 'xyz'; choose one of CPU, GPU, NPU ("),
+        (("a", "--backend", "trt"), "; did you mean --backend tensorrt? There are cpu"),
+        (("a", "--backend", "GPU"), "; did you mean --backend cuda? There are cpu"),
+        (("a", "--backend", "openvno"), "; did you mean --backend openvino? There are cpu"),
+        (("a", "--precision", "fp16"), "; did you mean --precision float16? There are float32"),
+        (("a", "--noise", "gpu"), "; did you mean --noise cuda? There are cpu, cuda ("),
+        (("a", "--seamless", "bth"), "'bth'; did you mean --seamless both? There are x, y, both ("),
+        (("a", "--inpaint-area", "mask"), "; did you mean --inpaint-area masked? There are"),
+        (("a", "--safety-action", "blr"), "; did you mean --safety-action blur? There are"),
+        (("export", "pictogram", "--parts", "vae_decodr"), "; did you mean --parts vae_decoder?"),
+        (("bench", "latecny"), "; did you mean latency? There are "),
+        (("upscale", "a.png", "--upscaler", "b", "--precision", "bf16"), "--precision bfloat16? T"),
         (("batch", "a.txt", "-o", "b", "--cfg", "7"), "did you mean --guidance-scale?"),
         (("batch", "a.txt", "-o", "b", "--device", "cuda"), "did you mean --backend cuda?"),
         (("grid", "a", "--x", "seed=1", "--backend", "ort"), "did you mean --backend cpu?"),
@@ -82,6 +84,16 @@ def test_a_subcommand_that_there_is_none_of(capsys, words, meant):
     assert main(words) == 2
     said = f"error: {words[0]} is no subcommand; did you mean `latentrt {meant}`?\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(("grahps",), "graphs"), (("cahce", "--verify"), "cache"), (("inof", "a.png"), "info")],
+)
+def test_a_subcommand_of_export(capsys, words, meant):
+    assert main(["export", *words]) == 2
+    wanted = f"error: {words[0]} is no subcommand; did you mean `latentrt export {meant}`?\n"
+    assert capsys.readouterr().err == wanted
 
 
 @pytest.mark.parametrize("words", [("--version",), ("-V",), ("version",)])

@@ -1,6 +1,7 @@
 """A control by itself: what its weights come to, how it is written, what it refuses."""
 
 import argparse
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,12 @@ from engine.errors import RequestError
 from runtime.control import DECAY, Control, checked_controls, control_fields, parse_control
 from runtime.control_options import controls_of
 from runtime.denoising.controls import hint_pixels
+from runtime.image_prompt import ImagePrompt
 from runtime.images.frame import Frame
+from runtime.pipeline import Pipeline
 from runtime.preprocessors.named import Canny
+from runtime.request import Request
+from runtime.steering import Steering
 
 IMAGE = Image.new("RGB", (16, 8), (255, 0, 51))
 
@@ -181,7 +186,7 @@ def test_preprocessors_are_for_all_controls_or_for_each(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("cany", "there is no preprocessor 'cany'; choose one of canny, scribble"),
+        ("cany", "no preprocessor 'cany'; did you mean 'canny'. There are canny, scribble"),
         ("canny:sigma=1", "'sigma' is no option of the preprocessor canny; it has low, high"),
         ("canny:", "'' is no option of the preprocessor canny"),
         ("gray:low=1", "it has none"),
@@ -209,3 +214,19 @@ def test_a_preprocessor_sees_the_picture_in_the_size_that_is_drawn():
     assert given.shown(picture.resize((128, 96))).size == (128, 96)
     own = Control(net="a", image=picture, preprocessor=Canny())
     assert own.preprocessor_text == "Canny"
+
+
+@pytest.mark.parametrize(("part", "notes"), [((0.6, 0.7), 1), ((0.0, 1.0), 0), ((0.5, 0.8), 0)])
+def test_what_steers_no_step_is_said(part, notes):
+    start, end = part
+    plan = Pipeline.load("pictogram").plan(Request(prompt="a", num_inference_steps=4))
+    picture = Image.new("RGB", (8, 8))
+    steers = {"net": "edges", "image": picture, "start": start, "end": end}
+    seen = ImagePrompt(image=picture, start=start, end=end)
+    request = Request(prompt="a", controls=[control(**steers)], image_prompts=[seen])
+    there = SimpleNamespace(controlled=SimpleNamespace(steered=lambda plan: plan))
+    said = Steering.steered(there, plan, request).notes
+    assert [note.startswith("the control edges:1@") for note in said] == [True, False][: 2 * notes]
+    assert all("none of 4 steps" in note for note in said)
+    off = Request(prompt="a", controls=[control(**steers, weight=0.0)])
+    assert not Steering.steered(there, plan, off).notes

@@ -87,6 +87,12 @@ def test_generators_give_their_seeds(pipeline):
         ({"latents": np.ones((1, 8, 4, 4)), "image": drawing(32, 32)}, "came together"),
         ({"prompt_embeds": np.ones((1, 77, 128))}, "prompt and prompt_embeds came together"),
         ({"negative_prompt_embeds": np.ones((1, 77, 128))}, "without prompt_embeds"),
+        (
+            {"latents": np.ones((1, 8, 4, 4)), "variation_strength": 0.5},
+            "latents and variation_strength came together",
+        ),
+        ({"sigmas": [1.0]}, "did you mean schedule"),
+        ({"ip_adapter_image": drawing(32, 32)}, "did you mean image_prompts"),
         ({"mask_image": Image.new("L", (8, 8))}, "did you mean mask"),
         ({"padding_mask_crop": 32}, "did you mean inpaint_area and mask_padding"),
     ],
@@ -94,6 +100,18 @@ def test_generators_give_their_seeds(pipeline):
 def test_what_cannot_mean_the_same_is_refused(pipeline, options, said):
     with pytest.raises(RequestError, match=said):
         pipeline("a", **SMALL, **options)
+
+
+def test_embeddings_that_change_nothing_are_said(pipeline):
+    (context,) = {id(c["context"]): c["context"] for c in pipeline.plan(
+        Request(prompt="a cat", guidance_scale=3.0, **SMALL)
+    ).conditioning}.values()  # fmt: skip
+    embeds = {"prompt_embeds": context[1], "negative_prompt_embeds": context[0]}
+    assert pipeline(guidance_scale=3.0, **embeds, **SMALL).notes == ()
+    (note,) = pipeline(guidance_scale=1.0, **embeds, **SMALL).notes
+    assert note == "negative_prompt_embeds changes nothing: nothing is guided"
+    with pytest.raises(RequestError, match="negative_prompt and negative_prompt_embeds came"):
+        pipeline(negative_prompt="blurry", **embeds, **SMALL)
 
 
 def test_a_call_needs_a_prompt(pipeline):

@@ -280,7 +280,7 @@ def test_what_is_refused(axis, said, tmp_path, monkeypatch, capsys):
         (["--y", "num-inference-steps=3,4"], "steps is two axes"),
         (["--seed", "7,9"], "such as --y seed=7,9"),
         (["--num-images", "2"], "one picture a cell"),
-        (["--variation-seed", "2"], "variation_seed came without variation_strength"),
+        (["--variation-seed", "2"], "--variation-seed came without --variation-strength"),
         (["--again", "none.png"], "none.png cannot be read"),
         (["-o", "a.gif"], "ends in '.gif'"),
         (["-o", "none/a.png"], "does not exist"),

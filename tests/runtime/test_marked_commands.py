@@ -102,6 +102,10 @@ def test_a_picture_too_small_for_a_watermark_is_found_before_a_step(capsys, monk
     assert "draw a larger one" in record["error"]
     photo = ("--image", "p.png", "--height", "32", "--width", "32")
     assert main(["a", *ONE, *photo, *marked, "-o", "a.png"]) == 2
+    cells = ("--z", "seed=1,2", "--height", "16")
+    assert main(["grid", "a", "--x", "width=8,16", *ONE, *cells, *marked, "-o", "g.png"]) == 2
+    assert "a watermark needs 64 blocks" in capsys.readouterr().err
+    assert not list(Path().glob("*[ag].png"))
 
 
 def test_an_enlarged_picture_may_be_large_enough(capsys):

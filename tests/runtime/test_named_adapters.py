@@ -66,6 +66,25 @@ def test_a_negative_prompt_that_nothing_moves_away_from_is_said(pipeline):
     assert draw(pipeline, "a cat", guidance_scale=1.0, negative_prompt=" ")[1] == []
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "acts"),
+    [
+        ("guidance_rescale", 0.7, {"guidance_scale": 3.0}),
+        ("guidance_interval", (0.0, 0.5), {"guidance_scale": 3.0}),
+        ("negative_scale", 2.0, {"guidance_scale": 3.0, "negative_prompt": "blurry"}),
+    ],
+)
+def test_guidance_that_changes_nothing_is_said(pipeline, field, value, acts):
+    base, _ = draw(pipeline, "a cat", guidance_scale=1.0)
+    drawn, (note,) = draw(pipeline, "a cat", guidance_scale=1.0, **{field: value})
+    assert drawn == base
+    assert note.startswith(f"{field} changes nothing: ")
+    assert draw(pipeline, "a cat", **acts, **{field: value})[1] == []
+    if field == "negative_scale":
+        (note,) = draw(pipeline, "a cat", guidance_scale=3.0, negative_scale=value)[1]
+        assert note == "negative_scale changes nothing without a negative prompt"
+
+
 def test_a_stray_field_is_refused(pipeline):
     for field in ({"strength": 0.5}, {"mask_blur": 2.0}, {"paste_back": False}):
         with pytest.raises(RequestError, match=f"{next(iter(field))} came without image"):

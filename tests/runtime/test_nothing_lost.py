@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import runtime.__main__ as command
+from latentrt.__main__ import main
 from runtime import Pipeline
 from runtime.images.files import read_settings
 from runtime.terminal import show_progress
@@ -194,3 +195,23 @@ def test_many_pictures_take_little_more_memory_than_four(here):
         assert status == 0
     assert len(files(here)) == 68 - 4, "numbered alike"
     assert peaks[64] <= GROUPED_MEMORY * peaks[4]
+
+
+@pytest.mark.parametrize(
+    "words", [("calibrate", "pictogram"), ("bench", "overhead", "--out", "figures.json")]
+)
+def test_no_long_work_is_begun_for_a_closed_folder(here, words, capsys, monkeypatch):
+    monkeypatch.setenv("LATENTRT_CACHE", str(here / "cache"))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may everything
+    for work in ("runtime.calibration.Pipeline", "benchmarks.__main__._measure"):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("it was begun"))
+    assert main(list(words)) == 2
+    said = capsys.readouterr().err
+    assert "may not be written to; choose another" in said
+    assert said.count("\n") == 1
+
+
+def test_a_picture_and_its_animation_have_names_of_their_own(here, capsys):
+    assert command.main(["a", *SMALL, "-o", "a.webp", "--animation", "./a.webp"]) == 2
+    assert "--animation and --out are one file" in capsys.readouterr().err
+    assert not list(here.iterdir())

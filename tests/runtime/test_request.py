@@ -53,7 +53,7 @@ ONE = {"prompt": "a"}
         ({"guidance_interval": (0, 2)}, "guidance_interval is 2"),
         ({"guidance_interval": (0.6, 0.5)}, "must not end before it begins"),
         ({"negative_scale": -2}, "negative_scale is -2"),
-        ({"noise": "gpu"}, "noise is 'gpu'; choose one of cpu, cuda"),
+        ({"noise": "gpu"}, "noise is 'gpu'; did you mean 'cuda'. There are cpu, cuda"),
         ({"seed": [1, 2]}, "seed has 2 numbers for 1 pictures"),
         ({"seed": ["1"]}, "seed is '1'"),
         ({"mask": Image.new("L", (8, 8))}, "mask came without image"),
@@ -90,7 +90,7 @@ def test_refused(options, said):
         ({"mask": "mask.png"}, "mask came as str"),
         ({"mask": "alpha"}, "nothing of the image is transparent"),
         ({"inpaint_area": "part"}, "inpaint_area is 'part'; choose one of whole, masked"),
-        ({"inpaint_area": "masked"}, "without a mask"),
+        ({"inpaint_area": "masked"}, "inpaint_area came without mask"),
         ({"mask_padding": -1}, "mask_padding is -1"),
         ({"mask": Image.new("L", (0, 8))}, "mask has 0 x 8 pixels"),
         ({"extend": (8, 0)}, "give four numbers of pixels: left, top, right, bottom"),
@@ -106,10 +106,10 @@ def test_refused_beside_an_image(options, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"scale": 0.5}, "the scale of hires is 0.5; give a number from 1 to 8"),
-        ({"strength": 2}, "the strength of hires is 2"),
-        ({"num_inference_steps": 2.5}, "the steps of hires is 2.5"),
-        ({"upscaler": "esrgan"}, "the upscaler of hires is 'esrgan'; choose one of lanczos"),
+        ({"scale": 0.5}, "hires.scale is 0.5; give a number from 1 to 8"),
+        ({"strength": 2}, "hires.strength is 2"),
+        ({"num_inference_steps": 2.5}, "hires.num_inference_steps is 2.5"),
+        ({"upscaler": "esrgan"}, "hires.upscaler is 'esrgan'; choose one of lanczos"),
     ],
 )
 def test_refused_of_hires(options, said):

@@ -161,6 +161,38 @@ def test_what_a_model_refuses_fails_the_job_in_the_runtimes_words(http):
     assert data["message"].startswith("height is 130; it must be a multiple of 8")
 
 
+@pytest.mark.parametrize(
+    ("idle", "lacking"),
+    [
+        ({"strength": 0.5}, "image"),
+        ({"mask_blur": 2.0}, "image"),
+        ({"image": IMAGE, "mask_blur": 2.0}, "mask"),
+        ({"image": IMAGE, "paste_back": False}, "mask"),
+        ({"image": IMAGE, "inpaint_area": "masked"}, "mask"),
+        ({"mask_padding": 8, "image": IMAGE, "mask": MASK}, 'inpaint_area="masked"'),
+        ({"variation_seed": 3}, "variation_strength"),
+        ({"quality": 50}, "format jpeg or webp"),
+    ],
+    ids=str,
+)
+def test_a_field_that_cannot_act_is_refused(http, idle, lacking):
+    sent = {k: file_of(v) if isinstance(v, Image.Image) else v for k, v in idle.items()}
+    answer = http.post(PICTURES, json={**BODY, **sent})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    (name,) = idle.keys() - {"image", "mask"}
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name} came without {lacking}; ")
+
+
+def test_a_misspelt_name_gets_the_near_one_first(http):
+    for field, near in (("sampler", "euler"), ("preset", "fast"), ("format", "webp")):
+        message = http.post(PICTURES, json={**BODY, field: near[:-1]}).json()["error"]["message"]
+        assert message.startswith(f"{field} is {near[:-1]!r}; did you mean {near!r}? There are ")
+    answer = http.post(PICTURES, json={**BODY, "model": "pictogrm"})
+    assert "did you mean 'pictogram'? /v1/models" in answer.json()["error"]["message"]
+
+
 def test_texts_that_take_the_encoder_long_are_refused(http):
     for prompt in ("word " * 6000, "[a|b|c|d|e|f|g|h] " * 3 + "x " * 3000):
         job = http.post(PICTURES, json={**BODY, "prompt": prompt}).json()["id"]

@@ -238,7 +238,7 @@ def test_models(running):
         ({"model": "../../etc/passwd"}, openai.NotFoundError, "model_not_found", "model"),
         ({"size": "big"}, openai.BadRequestError, "invalid_request", "size"),
         ({"size": "130x128"}, openai.BadRequestError, "invalid_request", None),
-        ({"n": 11}, openai.BadRequestError, "too_much", "num_images_per_prompt"),
+        ({"n": 11}, openai.BadRequestError, "too_much", "n"),
         ({"response_format": "url"}, openai.BadRequestError, "invalid_request", "response_format"),
         ({"extra_body": {"sampler": "none"}}, openai.BadRequestError, "invalid_request", "sampler"),
         ({"extra_body": {"seed": -1}}, openai.BadRequestError, "invalid_request", "seed"),

@@ -386,7 +386,7 @@ def test_a_million_fields_are_not_counted_to_the_end(monkeypatch):
         {"negative_prompt": "p" * 32_001},
         {"prompt": "a AND " * 300 + "a"},
         {"loras": {"ink": 1e9}},
-        {"quality": 0},
+        {"format": "webp", "quality": 0},
         {"preview_every": -1},
         {"priority": 10**6},
     ],

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from engine.errors import choice
 from runtime.control import NONE
 from serving.errors import BadRequestError
 from serving.http.automatic1111.fields import DrawingBody
@@ -130,16 +131,15 @@ def _mode(given: int | str) -> str:
     for number, (name, ours) in enumerate(zip(MODES, OURS, strict=True)):
         if given in (number, name):
             return ours
-    raise refused(f"has the control_mode {str(given)[:40]!r}; choose one of {', '.join(MODES)}")
+    raise refused(f"has the control_mode {str(given)[:40]!r}; {choice(given, MODES)}")
 
 
 def _preprocessor(module: str, unit: Unit) -> str | None:
     """Return a module as ours is written, with its numbers. Raises BadRequestError."""
     if module.lower() not in MODULES:
-        raise refused(
-            f"has the module {module[:60]!r}; choose one of {', '.join((*MODULES, *INPAINT))}, or "
-            "send the finished hint with none"
-        )
+        or_else = ", or send the finished hint with none"
+        said = choice(module, (*MODULES, *INPAINT), or_else=or_else)
+        raise refused(f"has the module {module[:60]!r}; {said}")
     name, options = MODULES[module.lower()]
     numbers = list[str]()
     for (option, low, high, default), value in zip(
@@ -156,9 +156,8 @@ def _check_shape(unit: Unit, body: DrawingBody, size: tuple[int, int]) -> None:
     """Refuse to cut or fill a picture of another shape than what is drawn."""
     mode = RESIZE.get(unit.resize_mode) if isinstance(unit.resize_mode, str) else unit.resize_mode
     if mode not in (STRETCH, CROP, FILL):
-        raise refused(
-            f"has the resize_mode {str(unit.resize_mode)[:40]!r}; choose one of {', '.join(RESIZE)}"
-        )
+        said = choice(unit.resize_mode, RESIZE)
+        raise refused(f"has the resize_mode {str(unit.resize_mode)[:40]!r}; {said}")
     if mode == STRETCH or not body.width or not body.height:
         return
     width, height = size

@@ -244,9 +244,7 @@ def _inpainting(body: ImageBody) -> dict[str, Any]:
         raise BadRequestError(
             "mask_blur_x and mask_blur_y differ; one blur is for both here", param="mask_blur_x"
         )
-    whole = body.inpaint_full_res is False
-    return {
-        "mask_blur": next(iter(blurs), MASK_BLUR),
-        "inpaint_area": WHOLE if whole else MASKED,
-        "mask_padding": body.inpaint_full_res_padding or 0,
-    }
+    fields: dict[str, Any] = {"mask_blur": next(iter(blurs), MASK_BLUR), "inpaint_area": WHOLE}
+    if body.inpaint_full_res is not False:
+        fields |= {"inpaint_area": MASKED, "mask_padding": body.inpaint_full_res_padding or 0}
+    return fields

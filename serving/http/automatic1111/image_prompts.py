@@ -6,6 +6,7 @@ Names of its modules, and of Forge's, whose image encoder is here that of the IP
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.errors import choice
 from serving.http.automatic1111.units import PARAM, Unit, pictures_of_unit, refused
 from serving.http.fields import Catalog
 from serving.steering import ImagePromptRequest
@@ -43,8 +44,7 @@ def image_prompt_of(unit: Unit, catalog: Catalog, image: bytes | None) -> ImageP
     module = unit.module or ""
     if module not in (*IP_MODULES, *NO_MODULE):
         raise refused(
-            f"has the module {module[:60]!r} beside an IP-Adapter; choose one of "
-            f"{', '.join(IP_MODULES)}"
+            f"has the module {module[:60]!r} beside an IP-Adapter; {choice(module, IP_MODULES)}"
         )
     for name, why in NOT_DONE.items():
         if getattr(unit, name) is not None:

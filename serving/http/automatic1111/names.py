@@ -6,6 +6,7 @@ Facts of its `modules/sd_samplers_kdiffusion.py` and `modules/sd_schedulers.py`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.errors import choice
 from runtime.images.a1111 import AUTOMATIC, SAMPLER_LABELS
 from runtime.images.a1111_reader import UPSCALER_FILES, a1111_method
 from runtime.images.upscaling import MODES, PIXELS
@@ -26,6 +27,27 @@ ALIASES: Mapping[str, str] = {
 }
 RHO: Mapping[str, float] = {"karras": 7.0}
 LATENT_MODES = {name.capitalize(): ours for name, ours in MODES.items()}
+# Its fields, by the runtime's names, for what is refused.
+FIELDS: Mapping[str, str] = {
+    **{
+        "num_inference_steps": "steps",
+        "guidance_scale": "cfg_scale",
+        "strength": "denoising_strength",
+    },
+    **{"num_images_per_prompt": "batch_size", "seamless": "tiling", "image": "init_images"},
+    **{"sampler": "sampler_name", "schedule": "scheduler", "noise": "randn_source"},
+    **{"variation_seed": "subseed", "variation_strength": "subseed_strength"},
+    **{"clip_skip": "CLIP_stop_at_last_layers", "controls": "alwayson_scripts"},
+    "model": "sd_model_checkpoint",
+    **{"image_prompts": "alwayson_scripts", "inpaint_area": "inpaint_full_res"},
+    **{"mask_padding": "inpaint_full_res_padding", "hires": "enable_hr"},
+    **{
+        "hires.scale": "hr_scale",
+        "hires.strength": "denoising_strength",
+        "hires.upscaler": "hr_upscaler",
+    },
+    "hires.num_inference_steps": "hr_second_pass_steps",
+}
 UPSCALERS = ("None", "Lanczos")  # both resize by Lanczos in hires fix
 
 
@@ -60,8 +82,8 @@ def trained_upscaler(name: str, catalog: Catalog, param: str, others: Sequence[s
     for known in catalog.upscalers:
         if known.lower() == wanted:
             return known
-    choices = ", ".join((*others, *catalog.upscalers))
-    raise BadRequestError(f"{param} is {name[:60]!r}; choose one of {choices}", param=param)
+    said = choice(name, (*others, *catalog.upscalers))
+    raise BadRequestError(f"{param} is {name[:60]!r}; {said}", param=param)
 
 
 def list_samplers() -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from serving.client import EngineClient
 from serving.enlarging_request import EnlargingRequest
 from serving.errors import RefusalError
+from serving.http.answers import in_fields
 from serving.http.automatic1111.answers import drawn, png_info, progress
 from serving.http.automatic1111.drawing import image_request, text_request
 from serving.http.automatic1111.extras import extra_requests
@@ -29,6 +30,7 @@ from serving.http.automatic1111.fields import (
     TextBody,
 )
 from serving.http.automatic1111.lists import add_lists
+from serving.http.automatic1111.names import FIELDS
 from serving.http.automatic1111.settings import CallersSettings, Settings
 from serving.http.documents import REFUSALS
 from serving.http.fields import Catalog
@@ -104,10 +106,11 @@ def automatic1111_routes(
     async def draw(request: Request, body: Body, make: Make[Body]) -> Response:
         """Draw what a body asks for with the caller's options and its own, which may stay."""
         caller, given = request.state.caller, body.override_settings or {}
-        picture_request = make(body, options.changed(caller, given), limits, catalog)
-        if given and body.override_settings_restore_afterwards is False:
-            options.keep(caller, given)
-        return await drawings.draw(request, body, picture_request)
+        with in_fields(FIELDS):
+            picture_request = make(body, options.changed(caller, given), limits, catalog)
+            if given and body.override_settings_restore_afterwards is False:
+                options.keep(caller, given)
+            return await drawings.draw(request, body, picture_request)
 
     @router.post("/txt2img")
     async def txt2img(request: Request, body: TextBody) -> Response:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import LatentrtError, ModelError, OutputError
-from engine.store.cache import Cache, cache_folder, write_atomically
+from engine.graphs.graph import graph_folders
+from engine.shipped import GRAPHS
+from engine.store.cache import Cache, cache_folder, is_readable_folder, write_atomically
 
 ROOT = Path(__file__).parents[3]
 KEY = Cache.key(graph="step", precision="float16")
@@ -154,6 +156,32 @@ def test_no_home_is_an_error_that_names_the_variable(monkeypatch):
 
 
 # Keys
+
+
+def test_a_home_that_is_closed_to_us_is_an_error_and_what_ships_is_found(monkeypatch, tmp_path):
+    stat = os.stat
+
+    def closed(path, *arguments, **options):
+        if isinstance(path, str) and path.startswith(str(tmp_path)):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
+    assert graph_folders()[0] == tmp_path / "cache" / "graphs"
+    monkeypatch.setattr(os, "stat", closed)  # root may everything
+    with pytest.raises(
+        OutputError, match=r"cannot be used \(Permission denied\); set LATENTRT_CACHE"
+    ):
+        cache_folder()
+    assert graph_folders() == (GRAPHS,)
+
+
+def test_a_folder_that_may_not_be_read_is_none(monkeypatch, tmp_path):
+    assert is_readable_folder(tmp_path)
+    assert not is_readable_folder(tmp_path / "missing")
+    assert not is_readable_folder(tmp_path / ("x" * 5000))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert not is_readable_folder(tmp_path)
 
 
 def test_a_key_is_made_of_all_facts_in_any_order():

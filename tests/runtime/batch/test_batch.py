@@ -263,6 +263,16 @@ def test_a_folder_that_another_process_has_is_refused(capsys):
     assert "another process draws into out" in capsys.readouterr().err
 
 
+def test_requests_that_are_closed_to_us_are_named(monkeypatch, capsys):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("runtime.batch.lines.Path.is_file", closed)  # root may everything
+    assert draw("requests.jsonl") == 2
+    assert "error: requests.jsonl cannot be used (Permission denied)" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("lines", [[], [7, {"prompt": 7}]])
 def test_a_file_without_requests_leaves_nothing_behind(lines, capsys):
     assert draw(write(*lines)) == 2

@@ -100,8 +100,9 @@ def test_a_wildcard_without_lines_is_left_out_and_the_note_says_why(wildcards, n
     assert note.startswith(f"__{name}__ is left out of the text: {said.format(folder=folder)}")
 
 
-def test_files_of_windows_editor_are_read(tmp_path):
-    (tmp_path / "farbe.txt").write_bytes("grün\r\nweiß\r\n".encode("utf-16"))
+@pytest.mark.parametrize("coding", ["utf-16", "utf-8-sig", "cp1252"])
+def test_files_of_windows_editors_are_read(tmp_path, coding):
+    (tmp_path / "farbe.txt").write_bytes("grün\r\nweiß\r\n".encode(coding))
     assert set(texts_of("__farbe__", Wildcards(tmp_path))) == {"grün", "weiß"}
 
 

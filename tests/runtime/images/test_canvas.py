@@ -17,6 +17,7 @@ from runtime.images.canvas import (
     masked_pixels,
     paste_back,
 )
+from runtime.images.files import as_rgb
 from tests.support.pictures import drawing
 from tests.support.tolerances import FEATHER, GRAY_PIXEL
 
@@ -107,13 +108,24 @@ def test_sixteen_bits_keep_their_gray():
         assert latent_mask(deep, 32, 32).tolist() == [[[0, 0, 1, 1]] * 4]
 
 
+def test_eight_bits_in_a_wider_mode_stay_eight_bits():
+    gray = Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8).repeat(32, 0).repeat(8, 1))
+    assert latent_mask(gray.convert("I"), 32, 32).tolist() == [[[0, 0, 1, 1]] * 4]
+    assert np.array_equal(as_rgb(gray.convert("I")), gray.convert("RGB"))
+
+
 @pytest.mark.parametrize(
-    "mask",
-    [Image.new("L", (64, 64)), Image.new("RGBA", (9, 9)), square(64, 64, 1, 1, 8, 64)],
-    ids=["black", "transparent", "between the cells"],
+    ("mask", "said"),
+    [
+        (Image.new("L", (64, 64)), "the mask is black everywhere"),
+        (Image.new("L", (64, 64), 127), "the mask is black everywhere"),
+        (Image.new("RGBA", (9, 9)), "the mask is black everywhere"),
+        (square(64, 64, 1, 1, 8, 64), r"no white area of 8 x 8 pixels.*\(64 x 64\); make"),
+    ],
+    ids=["black", "gray", "transparent", "between the cells"],
 )
-def test_nothing_to_paint(mask):
-    with pytest.raises(RequestError, match=r"no white area of 8 x 8 pixels.*\(64 x 64\); make"):
+def test_nothing_to_paint(mask, said):
+    with pytest.raises(RequestError, match=said):
         latent_mask(mask, 64, 64)
 
 
@@ -242,7 +254,7 @@ def test_the_smallest_and_the_most_narrow_pictures():
 @pytest.mark.parametrize(
     ("margins", "said"),
     [
-        ({"left": -1}, "on the left is -1; give a whole number from 0"),
+        ({"left": -1}, "extend's left is -1; give a whole number from 0"),
         ({"top": 1.5}, "top is 1.5"),
         ({"right": "8"}, "right is '8'"),
         ({"bottom": True}, "bottom is True"),

@@ -114,6 +114,22 @@ def test_a_folder_that_is_read_only(tmp_path):
         tmp_path.chmod(stat.S_IRWXU)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there are no sticky folders")
+def test_a_file_that_its_owner_alone_may_replace(tmp_path, monkeypatch):
+    """As in /tmp, where anybody may write, found before a picture is drawn for it."""
+    path = tmp_path / "apple.png"
+    path.touch()
+    tmp_path.chmod(0o1777)
+    check_output(path)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(OutputError, match="another user's and may not be replaced"):
+        check_output(path)
+    check_output(path, replaces=False)
+    check_output(tmp_path / "pear.png")
+    tmp_path.chmod(0o777)
+    check_output(path)
+
+
 def test_a_link_is_followed(tmp_path, picture):
     (tmp_path / "real").mkdir()
     link = tmp_path / "link.png"

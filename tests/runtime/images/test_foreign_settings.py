@@ -3,11 +3,14 @@
 import json
 import shutil
 import subprocess
+from random import Random
 
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from runtime.conditioning.alternatives import expand
+from runtime.conditioning.syntax import parse
 from runtime.images.exif import MOST, exif_bytes, texts_of
 from runtime.images.files import encode_image, read_settings, write_image
 from tests.support.pictures import drawing
@@ -115,14 +118,16 @@ def test_what_a_jpeg_cannot_hold_is_left_out():
         (b"UNICODE\0", "utf-16"),
         (b"ASCII\0\0\0", "utf-8"),
         (bytes(8), "utf-8"),
+        (b"JIS\0\0\0\0\0", "shift_jis"),
         (b"", "utf-8"),
     ],
 )
 def test_comments_in_every_coding(tmp_path, suffix, head, coding):
-    text = A1111.format(prompt="née") + "Version: v1.10.1"
+    word = "林檎" if coding == "shift_jis" else "née"
+    text = A1111.format(prompt=word) + "Version: v1.10.1"
     path = with_comment(tmp_path / f"a{suffix}", head + text.encode(coding))
     settings = read_settings(path)
-    assert settings["prompt"] == "a castle, née"
+    assert settings["prompt"] == f"a castle, {word}"
     assert (settings["sampler"], settings["schedule"]) == ("dpmpp_2m", "karras")
     assert (settings["seed"], settings["width"], settings["height"]) == (5, 128, 96)
 
@@ -287,3 +292,39 @@ def test_texts_of_strangers_do_no_harm(tmp_path, name, text):
 def test_broken_exif(tmp_path, exif):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", exif=exif)
     assert read_settings(tmp_path / "a.jpg") is None
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "seen"),
+    [
+        ("a {red|blue} hat", r"a \{red|blue\} hat", "a {red|blue} hat"),
+        ("{2$$a|b}, __c__", r"\{2$$a|b\}, \_\_c\_\_", "{2$$a|b}, __c__"),
+        ("__a__b__", r"\_\_a\_\_b\_\_", "__a__b__"),
+        (r"a \{x|y} (hat:1.2)", r"a \{x|y\} (hat:1.2)", "a {x|y} hat"),
+        ("a {single} brace, snake_case", "a {single} brace, snake_case", None),
+    ],
+)
+def test_alternatives_of_others_are_text(tmp_path, theirs, ours, seen):
+    """Others keep the text that was chosen, so what is left of the notation was drawn."""
+    text = f"{theirs}\nSteps: 4, Sampler: Euler, Seed: 1"
+    assert read_settings(with_texts(tmp_path / "a.png", parameters=text))["prompt"] == ours
+    assert expand(ours, Random(1), None) == (ours, [])
+    pieces = [piece.text for chunk in parse(ours) for piece in chunk]
+    assert "".join(pieces) == (seen or theirs)
+    own = with_texts(tmp_path / "b.png", parameters=f"{text}, Version: latentrt 1")
+    assert read_settings(own)["prompt"] == theirs
+
+
+def test_a_text_of_comfyui_that_is_not_found_is_said(tmp_path):
+    graph = json.loads(json.dumps(COMFYUI))
+    graph["6"]["inputs"]["text"] = ["6", 0]
+    found = read_settings(with_texts(tmp_path / "a.png", prompt=json.dumps(graph)))
+    assert found["prompt"] == ""
+    assert found["left_out"]["positive"] == "its text is not found"
+    assert "negative" not in found["left_out"]
+
+
+def test_styles_of_fooocus_that_are_in_no_text_are_said(tmp_path):
+    short = {name: value for name, value in FOOOCUS.items() if not name.startswith("full_")}
+    found = read_settings(with_texts(tmp_path / "a.png", parameters=json.dumps(short)))
+    assert (found["prompt"], found["left_out"]["styles"]) == ("cat", "['Fooocus V2']")

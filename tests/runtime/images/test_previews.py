@@ -11,6 +11,7 @@ from runtime.images.previews import (
     check_animation,
     parse_steps,
     probe,
+    sheet_size,
     side_by_side,
     write_animation,
 )
@@ -160,6 +161,14 @@ def test_captions_stand_above_the_columns(monkeypatch, freetype):
     assert abs(dark[:, 1].mean() - 64) < 8
     assert dark[:, 0].min() > 0
     assert dark[:, 0].max() < top - 1
+
+
+@pytest.mark.parametrize("sides", [(128, 96), (16, 16), (800, 64)])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 3)])
+def test_the_size_of_a_sheet_is_known_before_it_is_drawn(sides, rows, columns):
+    cells = [[Image.new("RGB", sides)] * columns] * rows
+    for texts in ((), (["a"] * columns,), (["a"] * columns, ["some label", ""][:rows])):
+        assert sheet_size(rows, columns, sides, *texts) == side_by_side(cells, *texts).size
 
 
 def frames(count, side=64):

@@ -162,11 +162,11 @@ def test_the_same_seed_is_the_same_picture_and_another_is_not(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"num_inference_steps": 0}, "steps of an upsampler is 0; give a whole number from 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; give a whole number from 1"),
         ({"num_inference_steps": 1001}, "from 1 to 1000"),
-        ({"noise_level": 101}, "noise level of an upsampler is 101; give a whole number from 0"),
+        ({"noise_level": 101}, "noise_level is 101; give a whole number from 0"),
         ({"noise_level": 0.5}, "give a whole number from 0 to 100"),
-        ({"seed": -1}, "seed of an upsampler is -1"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_what_no_upsampler_could_do(fields, said):

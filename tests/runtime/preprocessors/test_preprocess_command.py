@@ -54,7 +54,10 @@ def test_what_is_painted_anew_is_transparent_in_the_hint():
     ("arguments", "message"),
     [
         (["depth", "photo.png"], "there is no preprocessor 'depth'; choose one of canny, scribble"),
-        (["canny", "photo.png", "--sigma", "3"], "--sigma is no option of canny; it has high, l2"),
+        (
+            ["canny", "photo.png", "--sigma", "3"],
+            "--sigma is no option of canny; it has --high, --l2",
+        ),
         (["gray", "photo.png", "--low", "3"], "--low is no option of gray; it has none"),
         (["canny", "photo.png", "--low", "-3"], "low is -3.0; give a number from 0"),
         (["canny", "nowhere.png"], "the image nowhere.png cannot be read"),

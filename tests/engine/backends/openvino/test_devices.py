@@ -87,7 +87,7 @@ def test_a_device_that_is_not_there(device, monkeypatch):
 
 @pytest.mark.parametrize("given", [None, "cpu", "cuda", "webgpu"])
 def test_a_device_without_openvino(given):
-    with pytest.raises(BackendError, match="'GPU' came without the backend 'openvino'"):
+    with pytest.raises(BackendError, match="'GPU' and came without backend 'openvino'"):
         BackendSettings(backend=given, device="GPU")
 
 
@@ -98,5 +98,7 @@ def test_a_device_that_is_a_backend(device, backend):
 
 
 def test_a_device_that_is_none():
-    with pytest.raises(BackendError, match="'gpu' is not known; choose CPU, GPU or NPU"):
+    with pytest.raises(
+        BackendError, match=r"device is 'gpu'; did you mean 'GPU'\? There are CPU, GPU, NPU"
+    ):
         BackendSettings(backend="openvino", device="gpu")
