@@ -31,12 +31,13 @@ DEPRECATIONS = [
 ]
 
 
-def write_small(name, place):
-    """Write a small model into a folder of its own, and trace its graphs beside it.
+def write_small(name, place, folder=None):
+    """Write a small model into a folder, of its own unless one is given, and trace its graphs.
 
     Returns the model, its file and the folder of graphs.
     """
-    small, folder, graphs = SMALL[name], place / name.replace(" ", "-"), place / "graphs"
+    small, graphs = SMALL[name], place / "graphs"
+    folder = folder or place / name.replace(" ", "-")
     for each in (folder, graphs):
         each.mkdir(exist_ok=True)
     file = small.write_file(folder)
