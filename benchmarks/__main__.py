@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from benchmarks import (
     bfloat16,
     build,
     card,
+    control,
     gpu,
     gpu_summary,
     image_noise,
@@ -61,6 +63,7 @@ _COMPARED: Mapping[str, Callable[..., dict[str, Any]]] = {
     "theory": theory.measure,
     "bfloat16": bfloat16.measure,
     "processors": processors.measure,
+    "control": control.measure,
     "tuning": tuning.measure,
 }
 
@@ -154,16 +157,29 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         added.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here")
     for name, add, text in (
         ("latency", _add_latency, "a request and its parts, beside others'"),
-        ("memory", _add_memory, "the memory of a request by stage, beside others'"),
+        (
+            "memory",
+            partial(_add_modelled, repeats=2),
+            "the memory of a request by stage, beside others'",
+        ),
         ("build", _add_build, "tracing graphs and opening engines"),
         ("scale", _add_scale, "time against batch, size, steps and threads"),
         ("quality", _add_quality, "pictures beside those of float32"),
         (
             "bfloat16",
-            _add_bfloat16,
+            partial(_add_modelled, repeats=5),
             "what float32 in places brings, beside bfloat16",
         ),
-        ("processors", _add_processors, "backends on fewer instructions, and which is chosen"),
+        (
+            "processors",
+            partial(_add_modelled, repeats=2),
+            "backends on fewer instructions, and which is chosen",
+        ),
+        (
+            "control",  # of the model that has the nets' graphs shipped
+            partial(_add_modelled, repeats=3, model="sd15"),
+            "what a ControlNet adds to a step, beside diffusers",
+        ),
         ("tuning", _add_tuning, "seconds and memory of training a Stable Diffusion 1.5 on"),
     ):
         add(commands.add_parser(name, help=text))
@@ -192,10 +208,11 @@ def _add_latency(added: argparse.ArgumentParser) -> None:
     add_compared(added, repeats=5)
 
 
-def _add_memory(added: argparse.ArgumentParser) -> None:
+def _add_modelled(added: argparse.ArgumentParser, repeats: int, model: str = "pictogram") -> None:
     add_model(added)
+    added.set_defaults(model=model)
     add_only(added)
-    add_compared(added, repeats=2)
+    add_compared(added, repeats)
 
 
 def _add_serving(added: argparse.ArgumentParser) -> None:
@@ -253,18 +270,6 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise RequestError(f"{option} is {text!r}; give numbers with commas between") from None
-
-
-def _add_bfloat16(added: argparse.ArgumentParser) -> None:
-    add_model(added)
-    add_only(added)
-    add_compared(added, repeats=5)
-
-
-def _add_processors(added: argparse.ArgumentParser) -> None:
-    add_model(added)
-    add_only(added)
-    add_compared(added, repeats=2)
 
 
 def _add_build(added: argparse.ArgumentParser) -> None:

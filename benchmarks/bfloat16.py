@@ -20,13 +20,12 @@ from benchmarks.contenders import load_pipeline
 from benchmarks.distances import relative_error
 from benchmarks.machine import summary
 from benchmarks.quality import GUIDANCE_SCALE, LARGEST_DB, PROMPTS, SEED, STEPS
-from benchmarks.resumable import begin, keep
+from benchmarks.resumable import begin, keep, named
 from benchmarks.scenarios import Scenario, engine_inputs
 from engine.backends.openvino import engine as openvino_engine
 from engine.backends.openvino.float32_ends import keep_products, keep_waves
 from engine.backends.openvino.gates import part_gates
 from engine.backends.settings import BackendSettings, cpu_count
-from engine.errors import RequestError
 from engine.graphs.graph import find_graph, graph_folders
 from runtime import Pipeline
 from runtime.images.files import psnr
@@ -128,9 +127,7 @@ def measure(
     only: texts of which a case's name holds one, none means all
     """
     scenario, threads = Scenario.of(model), threads or cpu_count()
-    names = [name for name in CASES if not only or any(text in name for text in only)]
-    if not names:
-        raise RequestError(f"no case holds {' or '.join(only)}; there are {'; '.join(CASES)}")
+    names = named("case", CASES, only)
     asked = {"name": "bfloat16", "model": scenario.title, "size": scenario.size}
     asked |= {"threads": threads, "repeats": repeats, "guidance_scale": scenario.guidance_scale}
     report = begin(asked, out, lambda: {"cases": {}})

@@ -14,11 +14,10 @@ from typing import Any, get_args
 
 from benchmarks.contenders import EMULATED
 from benchmarks.machine import memory, summary
-from benchmarks.resumable import begin, fill, keep
+from benchmarks.resumable import begin, fill, keep, named
 from benchmarks.scenarios import ENGINES, SCENARIOS
 from benchmarks.worker import once
 from engine.backends.settings import ON_GPU, PRECISIONS, BackendSettings, cpu_count
-from engine.errors import RequestError
 from engine.graphs.graph import Part, Precision
 from engine.model import Model
 
@@ -38,11 +37,7 @@ def measure(
     """
     threads = threads or cpu_count()
     found = tasks()
-    names = [name for name in found if not only or any(text in name for text in only)]
-    if not names:
-        raise RequestError(
-            f"nothing to build is called {' or '.join(only)}; there are {'; '.join(found)}"
-        )
+    names = named("task", found, only)
     request = {"models": {name: chosen.title for name, chosen in SCENARIOS.items()}}
     report = begin({**request, "threads": threads}, out, lambda: {"tasks": {}})
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks.contenders import load_pipeline
 from benchmarks.distances import relative_error
 from benchmarks.gpu_contenders import queued
-from benchmarks.resumable import begin, keep
+from benchmarks.resumable import begin, keep, named
 from benchmarks.sanitizer import find_tool, sanitizer_figures
 from benchmarks.scenarios import QUEUED, SEED, Scenario, engine_inputs
 from benchmarks.torch_step import kernel_times, torch_figures
@@ -283,11 +283,7 @@ def measure(
     Raises OutputError where the file is of something else, RequestError.
     """
     until = float("inf") if seconds is None else time.monotonic() + seconds
-    names = [name for name in SECTIONS if not only or any(text in name for text in only)]
-    if not names:
-        raise RequestError(
-            f"no section is called {' or '.join(only)}; there are {', '.join(SECTIONS)}"
-        )
+    names = named("section", SECTIONS, only)
     asked = {"name": "card", "backend": card.backend, "dry": card.dry}
     report = begin(asked, out, lambda: {"sections": {}})
     for name in names:

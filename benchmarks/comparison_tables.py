@@ -141,7 +141,7 @@ def _latency_heading(report: Mapping[str, Any]) -> str:
     rounds = [len(v["rounds"]) for k, v in report["contenders"].items() if k != PEAK]
     peak = ", ".join(f"{rate:.0f} GFLOP/s in {precision}" for precision, rate in peaks.items())
     heads = _heads(request)
-    flops = ", ".join(f"{_flops(report['flops'][part])} {heads[part]}" for part in PARTS)
+    flops = ", ".join(f"{shown_flops(report['flops'][part])} {heads[part]}" for part in PARTS)
     whole = f"; the whole request is the sum of its parts, {request['steps']} of them steps"
     return (
         f"{machine['processor']}, {request['threads']} threads, {peak}; {request['model']}, "
@@ -187,7 +187,8 @@ def shown_seconds(value: float) -> str:
     return f"{1e3 * value:.1f} ms" if value < 0.1 else f"{value:.2f} s"
 
 
-def _flops(count: float) -> str:
+def shown_flops(count: float) -> str:
+    """Write a number of operations as it is read best."""
     return f"{count / 1e12:.2f} TFLOP" if count >= 1e11 else f"{count / 1e9:.2f} GFLOP"
 
 

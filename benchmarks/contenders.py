@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.control_nets import own_parts
 from benchmarks.peers import cpp_parts, diffusers_parts, optimum_parts
 from benchmarks.scenarios import ENGINES, MADE, SEED, Parts, Scenario, engine_inputs
 from engine.backends.openvino.int8 import find_ranges
@@ -103,6 +104,7 @@ def pipeline_parts(pipeline: "Pipeline", scenario: Scenario, options: Mapping[st
         "step": lambda: pipeline.engine("step").run(inputs["step"])["next_registers"][:, 0],
         "decode": lambda: pipeline.engine("vae_decoder").run(inputs["vae_decoder"])["pixels"],
         **{name: partial(whole, steps) for name, steps in scenario.wholes.items()},
+        **own_parts(pipeline, scenario),
     }
 
 

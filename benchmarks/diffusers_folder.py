@@ -1,23 +1,28 @@
 """A model as a folder in diffusers' layout, so that peers load the same weights."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from engine.configs.control_net import ControlNetConfig
 from engine.configs.diffusion import (
     AutoencoderConfig,
     Config,
     TextEncoderConfig,
     TinyAutoencoderConfig,
+    UNetConfig,
 )
 from engine.model import Model
 from runtime.conditioning.tokenizer import PAD_TOKENS
 from runtime.conditioning.vocabulary import Vocabulary
 
 KL, TINY = "AutoencoderKL", "AutoencoderTiny"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 DIFFUSERS = "0.36.0"  # the oldest release that the configurations are written for
 # Numbers that are 0 here and null there where the UNet has no such layer.
 ABSENT = (
@@ -34,10 +39,9 @@ def write_folder(model: Model) -> Path:
     folder = model.path.with_suffix("")
     if (folder / "model_index.json").is_file():
         return folder
-    configs, weights = _configs(model), "diffusion_pytorch_model.safetensors"
-    for name, config in configs.items():
+    for name, config in _configs(model).items():
         _write_json(folder / name / "config.json", config)
-        file = "model.safetensors" if name in model.text_encoders else weights
+        file = "model.safetensors" if name in model.text_encoders else WEIGHTS
         tensors = {key: np.ascontiguousarray(value) for key, value in model.find(name).items()}
         save_file(tensors, folder / name / file, metadata={"format": "pt"})
     for name, text in model.text_encoders.items():
@@ -47,6 +51,20 @@ def write_folder(model: Model) -> Path:
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     _write_json(folder / "model_index.json", _index(model))
     return folder
+
+
+def write_control_net(
+    config: ControlNetConfig, tensors: Mapping[str, NDArray[Any]], folder: Path
+) -> None:
+    """Write a ControlNet as diffusers does, its configuration last.
+
+    tensors: by the names and in the shapes that the configuration says
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / "config.json", _unet(config, "ControlNetModel"))
 
 
 def _index(model: Model) -> dict[str, Any]:
@@ -73,17 +91,16 @@ def _index(model: Model) -> dict[str, Any]:
 
 def _configs(model: Model) -> dict[Any, dict[str, Any]]:
     side = model.sample_size
-    unet = asdict(model.unet) | {name: None for name in ABSENT if not getattr(model.unet, name)}
     return {
         **{name: _text(config) for name, config in model.text_encoders.items()},
-        "unet": {
-            **unet,
-            "_class_name": "UNet2DConditionModel",
-            "_diffusers_version": DIFFUSERS,
-            "sample_size": side,
-        },
+        "unet": {**_unet(model.unet, "UNet2DConditionModel"), "sample_size": side},
         "vae": _vae(model.config("vae_decoder"), side),
     }
+
+
+def _unet(config: UNetConfig, kind: str) -> dict[str, Any]:
+    absent = {name: None for name in ABSENT if not getattr(config, name)}
+    return {**asdict(config), **absent, "_class_name": kind, "_diffusers_version": DIFFUSERS}
 
 
 def _text_class(config: TextEncoderConfig) -> str:

@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.control_nets import COUNTS, HINT, NETS, write_control_nets
 from benchmarks.rounds import total
 from benchmarks.scenarios import ENGINES, Scenario, engine_inputs
-from engine.graphs.graph import find_graph, graph_folders
+from engine.checkpoints.control_net import open_control_net
+from engine.configs.base import Config
+from engine.graphs.graph import Part, find_graph, graph_folders, signature
 from engine.graphs.onnx_bytes import weights_as_inputs
 from engine.model import Model
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 Shape = tuple[int, ...]
+TOKENS = 77  # of a text
 
 
 def count(graph: bytes, inputs: Mapping[str, Shape]) -> int:
@@ -62,6 +66,33 @@ def request_flops(scenario: Scenario) -> dict[str, int]:
         shapes = {key: array.shape for key, array in inputs.items()}
         counted[names.get(part, "text")] += count(graph.data(), shapes)
     return counted | {name: total(counted, steps) for name, steps in scenario.wholes.items()}
+
+
+def control_flops(scenario: Scenario) -> dict[str, int]:
+    """Count the operations of a step without ControlNets, with one and with two, and of a hint."""
+    model = Model.open(scenario.model())
+    unet, side = model.unet, scenario.size // model.vae.compression
+    sizes = {"g": 1 + scenario.is_guided, "B": scenario.batch, "r": 1, "r + 2": 3, "n": TOKENS}
+    sizes |= {"h or 1": 1, "w or 1": 1, "H": scenario.size, "W": scenario.size}
+    for level in range(len(unet.block_out_channels)):
+        sizes |= {f"{axis}{level or ''}": -(-side // 2**level) for axis in "hw"}
+
+    def counted(part: Part, config: Config) -> int:
+        known = {**sizes, **config.symbols()}
+        shapes = {
+            name: tuple(known[size] if isinstance(size, str) else size for size in tensor.shape)
+            for name, tensor in signature(part, config).inputs.items()
+        }
+        graph = find_graph(part, config, "float32", graph_folders(), model.path)
+        return count(graph.data(), shapes)
+
+    net, _ = open_control_net(write_control_nets(scenario)[NETS[0]], unet)
+    steered, own = counted("step_controlled", unet), counted("control", net)
+    return {
+        "step": counted("step", unet),
+        **{name: steered + nets * own for name, nets in COUNTS.items()},
+        HINT: counted("control_hint", net),
+    }
 
 
 def _convolution(node: "onnx_ir.Node") -> int:

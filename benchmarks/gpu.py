@@ -32,11 +32,10 @@ from benchmarks.gpu_contenders import (
 from benchmarks.gpu_summary import summarised
 from benchmarks.nvml import Gpu, PeakMemory, find_gpu
 from benchmarks.race import WARM_UPS, ContenderError, Race, available_bytes
-from benchmarks.resumable import begin, fill, keep
+from benchmarks.resumable import begin, fill, keep, named
 from benchmarks.scenarios import LONGER_STEPS, PARTS, WHOLE, Scenario
 from benchmarks.worker import Worker
 from engine.backends.settings import cpu_count
-from engine.errors import RequestError
 
 SIZES = (
     ("pictogram", 128),
@@ -83,8 +82,8 @@ def measure(
     Raises BackendError when there is no GPU, OutputError, RequestError.
     """
     choice = Choice(
-        scenarios=_named("scenario", SCENARIOS, scenarios),
-        contenders=[CEILINGS, *_named("contender", tuple(GPU_CONTENDERS), only)],
+        scenarios=named("scenario", SCENARIOS, scenarios),
+        contenders=[CEILINGS, *named("contender", GPU_CONTENDERS, only)],
         repeats=repeats,
         until=time.monotonic() + 60 * minutes if minutes is not None else float("inf"),
     )
@@ -228,15 +227,6 @@ class _Stage:
 
 def _parts(contender: str) -> tuple[str, ...]:
     return (PRODUCT, COPY, UPLOAD) if contender == CEILINGS else GPU_PARTS
-
-
-def _named(kind: str, names: Sequence[str], texts: Sequence[str]) -> list[str]:
-    chosen = [name for name in names if not texts or any(text in name for text in texts)]
-    if not chosen:
-        raise RequestError(
-            f"no {kind} is called {' or '.join(texts)}; there are {'; '.join(names)}"
-        )
-    return chosen
 
 
 @contextmanager

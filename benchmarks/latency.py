@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from benchmarks.contenders import CONTENDERS, PEAK, contenders
 from benchmarks.flops import request_flops
-from benchmarks.race import WARM_UPS, ContenderError, Race
+from benchmarks.race import WARM_UPS, Race
 from benchmarks.resumable import begin, fill, keep
 from benchmarks.rounds import PEAKS, summarised
 from benchmarks.scenarios import PARTS, WHOLE, Scenario
@@ -102,12 +102,6 @@ def measure(choice: Choice, out: Path | None = None) -> dict[str, Any]:
 def _take(race: Race, name: str, taken: dict[str, Any]) -> dict[str, float]:
     """Measure a contender once; returns seconds by part; raises ContenderError."""
     try:
-        race.open(name, taken)
-        seconds, peak = race.measure(name)
-    except ContenderError:
-        race.drop(name)
-        raise
+        return race.take(name, taken)
     finally:
         race.make_room(name)
-    taken["peak_bytes"] = max(peak, taken.get("peak_bytes", 0))
-    return seconds

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.control_nets import COUNTS, diffusers_residuals
 from benchmarks.scenarios import (
     LONGER,
     LONGER_STEPS,
@@ -227,24 +228,24 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
         added = {name: groups(name) for name in model.unet.extra_inputs}
         conditions = {"added_cond_kwargs": added}
     timestep, scale = torch.tensor(TIMESTEP, device=device), scenario.guidance_scale
+    rows = torch.cat([x, x]) if scenario.is_guided else x
+    residuals = diffusers_residuals(scenario, dtype, device)
 
     def text() -> NDArray[Any]:
         context = model.family.context
         states = [_states(pipe, name, given, context) for name in model.text_encoders]
         return _numpy(torch.cat(states, -1))
 
-    def guided() -> Any:
-        out = pipe.unet(
-            torch.cat([x, x]) if scenario.is_guided else x,
-            timestep,
-            encoder_hidden_states=context,
-            return_dict=False,
-            **conditions,
-        )[0]
+    def guided(**added: Any) -> Any:
+        texts = {"encoder_hidden_states": context, **conditions}
+        out = pipe.unet(rows, timestep, return_dict=False, **texts, **added)[0]
         if not scenario.is_guided:
             return out
         uncond, cond = out.chunk(2)
         return uncond + scale * (cond - uncond)
+
+    def steered(count: int) -> NDArray[Any]:
+        return _numpy(guided(**residuals(count, rows, timestep, context, **conditions)))
 
     def steps() -> NDArray[Any]:
         for _ in range(QUEUED):
@@ -270,6 +271,7 @@ def pipeline_parts(pipe: Any, dtype: Any, scenario: Scenario, device: str = "cpu
             name: partial(whole, num_inference_steps=steps)
             for name, steps in scenario.wholes.items()
         },
+        **{name: partial(steered, count) for name, count in COUNTS.items()},
         STEPS: steps,
         LONGER: lambda: whole(num_inference_steps=LONGER_STEPS),
     }

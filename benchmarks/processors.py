@@ -18,12 +18,11 @@ from benchmarks.distances import relative_error
 from benchmarks.instruction_sets import HIDDEN, environment
 from benchmarks.machine import summary
 from benchmarks.race import ALLOWED_ERROR
-from benchmarks.resumable import begin, keep
+from benchmarks.resumable import begin, keep, named
 from benchmarks.scenarios import ENGINES, Scenario, engine_inputs
 from benchmarks.worker import ContenderError, once, timed
 from engine.backends.settings import BackendSettings, cpu_count
 from engine.engines import Engines
-from engine.errors import RequestError
 from engine.model import Model
 
 SLACK = 1.05  # times the fastest, that what is chosen may take
@@ -45,9 +44,7 @@ def measure(
     `exceeded` of the report names the sets whose choice is not the fastest.
     """
     scenario, threads = Scenario.of(model), threads or cpu_count()
-    names = [name for name in HIDDEN if not only or any(text in name for text in only)]
-    if not names:
-        raise RequestError(f"no set holds {' or '.join(only)}; there are {'; '.join(HIDDEN)}")
+    names = named("set", HIDDEN, only)
     asked = {"name": "processors", "model": scenario.title, "size": scenario.size}
     asked |= {"threads": threads, "repeats": repeats, "steps": scenario.steps}
     report = begin(asked, out, lambda: {"sets": {}})

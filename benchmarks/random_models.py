@@ -78,7 +78,7 @@ def write_random(name: str, folder: Path) -> Path:
     pool = np.random.default_rng(0).standard_normal(2**25).astype(np.float32)
 
     def find(part: Any) -> Any:
-        return _tensors(chosen.configs[part], pool)
+        return random_tensors(chosen.configs[part], pool)
 
     return write_folder(
         Model(
@@ -93,5 +93,6 @@ def write_random(name: str, folder: Path) -> Path:
     )
 
 
-def _tensors(config: Config, pool: NDArray[np.float32]) -> dict[str, NDArray[np.float16]]:
+def random_tensors(config: Config, pool: NDArray[np.float32]) -> dict[str, NDArray[np.float16]]:
+    """Draw every tensor of a part, by name; pool: (n,) float32, as of `random_tensor`."""
     return {name: random_tensor(name, s, pool) for name, s in config.tensor_shapes().items()}

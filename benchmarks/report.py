@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison_tables import latency_table, quality_table, speed_table
+from benchmarks.control import control_table
 from benchmarks.gpu_summary import gpu_table
 from benchmarks.image_noise import noise_table
 from benchmarks.resource_tables import (
@@ -41,6 +42,7 @@ PAGES: Mapping[Path, Sequence[str]] = {
         "scale",
         "scale-sd15",
     ),
+    README.parent / "docs" / "control.md": ("control-sd15",),
     README.parent / "docs" / "gpu.md": ("gpu",),
     README.parent / "docs" / "modes.md": ("image-noise",),
     README.parent / "docs" / "marking.md": ("watermark",),
@@ -170,6 +172,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "bfloat16": bfloat16_table,
     "bfloat16-sd15": bfloat16_table,
     "build": build_table,
+    "control-sd15": control_table,
     "gpu": gpu_table,
     "image-noise": noise_table,
     "processors": processors_table,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.machine import describe
 from benchmarks.worker import ContenderError
-from engine.errors import OutputError
+from engine.errors import OutputError, RequestError
 from engine.store.cache import write_atomically
 
 PACKAGES = (
@@ -32,6 +32,17 @@ PACKAGES = (
     "cuda-core",
     "cuda-bindings",
 )
+
+
+def named(kind: str, names: Collection[str], only: Sequence[str]) -> list[str]:
+    """Return the names that hold one of these texts, all where there is none.
+
+    kind: what the names are of, for the error. Raises RequestError when no name is left.
+    """
+    found = [name for name in names if not only or any(text in name for text in only)]
+    if not found:
+        raise RequestError(f"no {kind} is called {' or '.join(only)}; there are {'; '.join(names)}")
+    return found
 
 
 def begin(

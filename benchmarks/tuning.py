@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.comparison_tables import not_measured, shown_spread
 from benchmarks.machine import peak_bytes, summary
-from benchmarks.resumable import begin, fill, keep
+from benchmarks.resumable import begin, fill, keep, named
 from benchmarks.scenarios import SCENARIOS
 from benchmarks.worker import once
 from engine.backends.settings import cpu_count
@@ -51,11 +51,7 @@ def measure(
     only: texts of which a training's name holds one; size: of pictures in pixels
     """
     threads = threads or cpu_count()
-    names = [name for name in TRAININGS if not only or any(text in name for text in only)]
-    if not names:
-        raise RequestError(
-            f"no training is called {' or '.join(only)}; there are {'; '.join(TRAININGS)}"
-        )
+    names = named("training", TRAININGS, only)
     if steps < 1:
         raise RequestError(f"--steps is {steps}; give 1 or more")
     scenario = SCENARIOS[MODEL]

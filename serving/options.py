@@ -76,14 +76,15 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="a ControlNet's file or folder and the name that requests know it by; may be given "
-        "several times",
+        help="a ControlNet's or T2I-Adapter's file or folder and the name that requests know it "
+        "by; may be given several times",
     )
     group.add_argument(
         "--control-dir",
         type=Path,
         metavar="FOLDER",
-        help="of ControlNets, files and folders, which requests may name without their endings",
+        help="of ControlNets and T2I-Adapters, files and folders, which requests may name without "
+        "their endings",
     )
     group.add_argument(
         "--ip-adapter-dir",

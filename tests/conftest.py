@@ -9,6 +9,7 @@ while it runs is skipped there.
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,13 @@ def _skipped_without_its_oracle() -> Generator[None, Any, Any]:
         if name is None:
             raise
         pytest.skip(f"needs {name}, which is not installed")
+
+
+@pytest.fixture(scope="module")
+def place() -> Generator[Path, Any, Any]:
+    """A folder that is gone after a file's tests: small models are some 20 MB each."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
 
 
 def pytest_collection_finish() -> None:

@@ -50,7 +50,9 @@ def test_the_cases_of_a_file_are_not_measured_again(monkeypatch, tmp_path):
 
 
 def test_a_case_that_is_none():
-    with pytest.raises(RequestError, match=r"no case holds int4; there are nothing; the timestep"):
+    with pytest.raises(
+        RequestError, match=r"no case is called int4; there are nothing; the timestep"
+    ):
         bfloat16.measure(only=["int4"])
 
 

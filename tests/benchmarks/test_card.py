@@ -119,7 +119,7 @@ def test_a_section_that_has_not_its_seconds_is_left(counted):
 
 
 def test_a_section_that_is_none(dry):
-    with pytest.raises(RequestError, match="no section is called speed; there are parts, "):
+    with pytest.raises(RequestError, match="no section is called speed; there are parts; "):
         measure(dry, only=["speed"])
 
 

@@ -132,5 +132,5 @@ def test_the_table_marks_the_choice(report):
 
 
 def test_a_set_that_is_none():
-    with pytest.raises(RequestError, match="no set holds MMX; there are all; AVX-512"):
+    with pytest.raises(RequestError, match="no set is called MMX; there are all; AVX-512"):
         processors.measure(only=["MMX"])

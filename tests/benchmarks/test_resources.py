@@ -133,7 +133,7 @@ def test_what_is_built_is_measured_in_turn_and_goes_on(tmp_path, monkeypatch):
     assert "| pictogram vae_decoder float32 | 2048.00 s, 2048.00 s to 2048.00 s | 0 MiB |" in table
     assert "| pictogram cpu float32 | 2048.00 s, 2048.00 s to 2048.00 s | 2048.00 s |" in table
     assert "- not measured: trace pictogram vae_encoder float32 (it took longer" in table
-    with pytest.raises(RequestError, match="nothing to build is called TensorFlow; there are"):
+    with pytest.raises(RequestError, match="no task is called TensorFlow; there are"):
         build.measure(only=("TensorFlow",))
     with pytest.raises(OutputError, match="another request or machine"):
         build.measure(threads=2, only=only, out=out)

@@ -1,70 +1,52 @@
 """ControlNets against diffusers, and what turning them on and off costs."""
 
-import tempfile
 from functools import cache, partial
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import engine.engines
 from engine.backends.settings import BackendSettings
 from engine.errors import BackendError, LatentrtError, ModelError, RequestError
-from engine.model import Model
 from runtime import Control, Hires, Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.files import read_settings
+from tests.support import small_pictures
 from tests.support.controls import (
     small_control_net,
     trace_control_graphs,
     write_control_lora,
     write_control_net,
 )
-from tests.support.pictures import drawing, psnr
-from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.pictures import psnr, same
+from tests.support.small_pictures import (
+    DEPRECATIONS,
+    FIELDS,
+    HINT,
+    LEFT,
+    PROMPT,
+    SEED,
+    SETTINGS,
+    TURNED,
+    changes_of_engines,
+    reference_pipeline,
+    write_small,
+)
 from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-PIXELS, SEED, PROMPT = 8 * SIDE, 3, "a lighthouse at dusk"
-SETTINGS = BackendSettings(threads=1, backend="cpu")
-FIELDS = {
-    "negative_prompt": "blurry",
-    "num_inference_steps": 4,
-    "guidance_scale": 5.0,
-    "height": PIXELS,
-    "width": PIXELS,
-}
-HINT = drawing(PIXELS, PIXELS)
-TURNED = HINT.transpose(0)
-
-
-@pytest.fixture(scope="module")
-def place():
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
+pytestmark = DEPRECATIONS
 
 
 @pytest.fixture(scope="module")
 def loaded(place):
     """Open a small model with two ControlNets, "a" and "b", and diffusers' own."""
-    graphs = place / "graphs"
-    graphs.mkdir()
 
     @cache
     def load(name):
-        folder = place / name.replace(" ", "-")
-        folder.mkdir()
-        small = SMALL[name]
+        small, file, graphs = write_small(name, place)
         nets = {net: small_control_net(small, seed) for seed, net in enumerate("ab")}
-        paths = {net: write_control_net(made, folder / net) for net, made in nets.items()}
-        file = small.write_file(folder)
-        trace_graphs(Model.open(file), graphs)
+        paths = {net: write_control_net(made, file.parent / net) for net, made in nets.items()}
         pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=paths)
         trace_control_graphs(pipeline, graphs)
         return small, pipeline, nets, file, graphs
@@ -73,26 +55,16 @@ def loaded(place):
 
 
 def draw(pipeline, *controls, **fields):
-    fields = {"sampler": "ddim", "seed": SEED, **FIELDS, **fields}
-    return pipeline(PROMPT, controls=controls, **fields).images[0]
+    return small_pictures.draw(pipeline, controls=controls, **fields)
 
 
 def reference(small, nets, images, task="", **fields):
-    own, extra = small.reference, {"requires_safety_checker": False}
     kind = getattr(diffusers, f"{small.kind}ControlNet{task}Pipeline")
-    if small.is_xl:
-        extra = {"add_watermarker": False}
-    pipeline = kind(**own.components, controlnet=nets, **extra)
-    pipeline.scheduler = own.scheduler
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = reference_pipeline(kind, small, controlnet=nets)
     fields = {**FIELDS, **fields, "control_image" if task else "image": images}
     fields.setdefault("controlnet_conditioning_scale", 1.0)  # theirs is another in every task
     generator = torch.Generator().manual_seed(SEED)
     return pipeline(PROMPT, generator=generator, **fields).images[0]
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("name", ["sd1", "xl"])
@@ -142,10 +114,9 @@ def test_image_to_image_is_diffusers_own(loaded):
 
 def test_inpainting_is_diffusers_own(loaded):
     small, pipeline, nets, *_ = loaded("sd1")
-    mask = Image.fromarray(np.uint8(255 * (np.indices((PIXELS, PIXELS))[1] < PIXELS // 2)))
     fields = {"image": HINT.transpose(1), "strength": 0.6, "num_inference_steps": 6}
-    theirs = reference(small, nets["a"], TURNED, "Inpaint", mask_image=mask, **fields)
-    fields |= {"mask": mask, "mask_blur": 0, "paste_back": False}
+    theirs = reference(small, nets["a"], TURNED, "Inpaint", mask_image=LEFT, **fields)
+    fields |= {"mask": LEFT, "mask_blur": 0, "paste_back": False}
     ours = draw(pipeline, Control(net="a", image=TURNED), **fields)
     assert psnr(ours, theirs) >= SMALL_PICTURE_PSNR_DB
     assert psnr(draw(pipeline, **fields), theirs) < SMALL_PICTURE_PSNR_DB
@@ -155,10 +126,7 @@ def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
     _, pipeline, *_ = loaded("sd1")
     one = partial(Control, net="a", image=HINT)
     plain, steered = draw(pipeline), draw(pipeline, one())
-    opened, rebound = [], []
-    monkeypatch.setattr(engine.engines, "_open", lambda spec: opened.append(spec))
-    for part in pipeline.engines.opened.values():
-        monkeypatch.setattr(part, "rebind", lambda *_: rebound.append(1), raising=False)
+    changes = changes_of_engines(pipeline, monkeypatch)
     assert same(draw(pipeline), plain)
     assert not same(draw(pipeline, one(weight=0.5)), steered)
     assert not same(draw(pipeline, one(weight=(1.0, 0.0))), steered)
@@ -167,8 +135,7 @@ def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
     assert not same(draw(pipeline, one(), one(image=TURNED)), steered)
     assert same(draw(pipeline, one(weight=0)), plain), "which is no control at all"
     assert same(draw(pipeline, one()), steered)
-    assert not opened
-    assert not rebound
+    assert not changes
 
 
 def test_rows_of_one_call_are_what_they_are_alone(loaded):

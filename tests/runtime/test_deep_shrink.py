@@ -15,7 +15,7 @@ from engine.model import Model, find_model
 from runtime import Control, Hires, ImagePrompt, Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.files import read_settings
-from tests.support.pictures import drawing
+from tests.support.pictures import drawing, same
 from tests.support.tolerances import CHECKPOINT_RTOL
 
 SETTINGS = BackendSettings(threads=1, backend="cpu")
@@ -30,10 +30,6 @@ def pipeline():
 
 def draw(pipeline, **fields):
     return pipeline(PROMPT, **{"seed": SEED, "sampler": "ddim", **FIELDS, **fields}).images[0]
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.fixture(scope="module")

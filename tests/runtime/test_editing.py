@@ -1,8 +1,5 @@
 """Models that edit a picture by an instruction, beside diffusers' InstructPix2Pix."""
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -24,12 +21,6 @@ pytestmark = [
 SETTINGS = BackendSettings(threads=1, backend="cpu")
 PROMPT, SEED, IMAGE = "make it winter", 3, drawing(64, 64)
 FIELDS = {"negative_prompt": "blurry", "num_inference_steps": 4, "guidance_scale": 6.0}
-
-
-@pytest.fixture(scope="module")
-def place():
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 @pytest.fixture(scope="module")

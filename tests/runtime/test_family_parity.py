@@ -17,9 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.backends.settings import BackendSettings
 from engine.errors import LatentrtError, ModelError, RequestError
-from engine.model import Model
 from runtime import Pipeline
 from runtime.__main__ import main
 from runtime.request import Request
@@ -27,48 +25,33 @@ from tests.support import original_layout as original
 from tests.support.adapters import ATTENTION, TEXT, modules_of, write_kohya
 from tests.support.bad_files import bad_files
 from tests.support.deep_features import keeping_deep_features
-from tests.support.pictures import drawing, psnr
+from tests.support.pictures import drawing, psnr, same
 from tests.support.schedulers import SCHEDULERS
 from tests.support.small_models import SIDE, SMALL, trace_graphs, trained
+from tests.support.small_pictures import (
+    DEPRECATIONS,
+    FIELDS,
+    PIXELS,
+    PROMPT,
+    SEED,
+    SETTINGS,
+    draw,
+    reference_pipeline,
+    write_small,
+)
 from tests.support.tolerances import BATCH_PSNR_DB, PICTURE_PSNR_DB, SMALL_PICTURE_PSNR_DB
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = DEPRECATIONS
 ROOT = Path(__file__).parents[2]
-PIXELS = 8 * SIDE
-SETTINGS = BackendSettings(threads=1)
-PROMPT, SEED = "a lighthouse at dusk, oil on canvas", 3
-FIELDS = {
-    "negative_prompt": "blurry",
-    "num_inference_steps": 4,
-    "guidance_scale": 5.0,
-    "height": PIXELS,
-    "width": PIXELS,
-}
-
-
-@pytest.fixture(scope="module")
-def place():
-    """A folder that is gone afterwards: the models are some 20 MB each."""
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 @pytest.fixture(scope="module")
 def loaded(place):
     """Open a model by its name; its graphs are traced when it is first asked for."""
-    graphs = place / "graphs"
-    graphs.mkdir()
 
     @cache
     def load(name):
-        folder = place / name.replace(" ", "-")
-        folder.mkdir()
-        small = SMALL[name]
-        file = small.write_file(folder)
-        trace_graphs(Model.open(file), graphs)
+        small, file, graphs = write_small(name, place)
         return small, opened(file, graphs), file, graphs
 
     return load
@@ -76,11 +59,6 @@ def loaded(place):
 
 def opened(path, graphs, **options):
     return Pipeline.load(path, graphs=graphs, settings=SETTINGS, **options)
-
-
-def draw(pipeline, prompt=PROMPT, **fields):
-    fields = {"sampler": "ddim", **FIELDS, **fields}  # a few-step model chooses another by itself
-    return pipeline(prompt, seed=SEED, **fields).images[0]
 
 
 def reference(loaded, prompt=PROMPT, sampler="ddim", **fields):
@@ -93,10 +71,6 @@ def reference(loaded, prompt=PROMPT, sampler="ddim", **fields):
     drawn = loaded(prompt, generator=generator, **fields).images[0]
     loaded.scheduler = own
     return drawn
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 def assert_same_picture(ours, theirs, *different):
@@ -143,10 +117,8 @@ def test_a_negative_prompt_may_be_empty(loaded, name):
 def test_image_to_image(loaded, name):
     small, pipeline, _, _ = loaded(name)
     image = drawing(PIXELS, PIXELS)
-    kind = diffusers.StableDiffusionXLImg2ImgPipeline
-    aesthetics = name == "xl refiner"
-    twin = kind(**small.reference.components, requires_aesthetics_score=aesthetics)
-    twin.set_progress_bar_config(disable=True)
+    kind, aesthetics = diffusers.StableDiffusionXLImg2ImgPipeline, name == "xl refiner"
+    twin = reference_pipeline(kind, small, requires_aesthetics_score=aesthetics)
     fields = {"image": image, "strength": 0.6}
     size = {"height": None, "width": None}
     ours, other = (
@@ -214,12 +186,7 @@ def test_inpainting_with_nine_channels(loaded, strength, sampler):
 @pytest.mark.parametrize("name", ["sd1", "xl"])
 def test_inpainting_with_ordinary_models(loaded, name, strength):
     small, pipeline, _, _ = loaded(name)
-    kind = diffusers.StableDiffusionInpaintPipeline
-    options = {"requires_safety_checker": False}
-    if name == "xl":
-        kind, options = diffusers.StableDiffusionXLInpaintPipeline, {}
-    twin = kind(**small.reference.components, **options)
-    twin.set_progress_bar_config(disable=True)
+    twin = reference_pipeline(getattr(diffusers, f"{small.kind}InpaintPipeline"), small)
     fields = {"image": drawing(PIXELS, PIXELS), "strength": strength}
     ours = draw(pipeline, mask=half(), paste_back=False, **fields)
     expected = reference(twin, mask_image=half(), **fields)

@@ -1,8 +1,6 @@
 """Perturbed attention, projected guidance and CFG++, beside diffusers and their papers."""
 
-import tempfile
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
@@ -14,7 +12,6 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from engine.graphs.variants import Variant
-from engine.model import Model
 from runtime import Pipeline, Request
 from runtime.__main__ import main
 from runtime.conditioning.guidance import Guidance
@@ -22,39 +19,30 @@ from runtime.images.files import read_settings
 from runtime.samplers import program
 from runtime.variants import fields_of_plan
 from tests.support.pictures import drawing, psnr
-from tests.support.small_models import SMALL, trace_graphs
+from tests.support.small_pictures import (
+    DEPRECATIONS,
+    FIELDS,
+    PROMPT,
+    SEED,
+    SETTINGS,
+    draw,
+    reference_pipeline,
+    write_small,
+)
 from tests.support.tolerances import LATENTS_ATOL, SMALL_PICTURE_PSNR_DB
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-SETTINGS = BackendSettings(threads=1, backend="cpu")
-FIELDS = {
-    "negative_prompt": "blurry",
-    "num_inference_steps": 4,
-    "guidance_scale": 5.0,
-    "height": 64,
-    "width": 64,
-}
-PROMPT, SEED = "a lighthouse at dusk", 3
+pytestmark = DEPRECATIONS
 CFG_PP = ("ddim_cfg_pp", "euler_cfg_pp", "euler_a_cfg_pp", "dpmpp_2m_cfg_pp")
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+def loaded(place):
+    @cache
+    def load(name):
+        small, file, graphs = write_small(name, place)
+        return small, Pipeline.load(file, graphs=graphs, settings=SETTINGS)
 
-        @cache
-        def load(model):
-            place = folder / model.replace(" ", "-")
-            place.mkdir()
-            file = SMALL[model].write_file(place)
-            trace_graphs(Model.open(file), folder)
-            return SMALL[model], Pipeline.load(file, graphs=folder, settings=SETTINGS)
-
-        yield load
+    return load
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +50,12 @@ def pictogram():
     return Pipeline.load(settings=SETTINGS, precision="float32")
 
 
-def draw(pipeline, **fields):
-    return pipeline(PROMPT, **{"seed": SEED, "sampler": "ddim", **FIELDS, **fields}).images[0]
-
-
 @pytest.mark.parametrize("name", ["sd1", "xl"])
 def test_perturbed_attention_is_diffusers_own(loaded, name):
     small, pipeline = loaded(name)
-    own = small.reference
-    extra = {"add_watermarker": False} if small.is_xl else {"requires_safety_checker": False}
     kind = getattr(diffusers, f"{small.kind}PAGPipeline")
-    theirs = kind(**own.components, pag_applied_layers="mid", **extra)
-    theirs.set_progress_bar_config(disable=True)
+    theirs = reference_pipeline(kind, small, pag_applied_layers="mid")
+    own = small.reference
     processors = own.unet.attn_processors
     try:
         for fields in ({"pag_scale": 3.0}, {"pag_scale": 1.5, "guidance_scale": 1.0}):

@@ -1,81 +1,65 @@
 """Image prompts against diffusers' IP-Adapters, and what turning them on and off costs."""
 
-import tempfile
 from functools import cache, partial
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
-from PIL import Image
 
-import engine.engines
 from engine.backends.settings import BackendSettings
 from engine.errors import BackendError, ModelError, RequestError
 from engine.model import Model
 from runtime import Control, Hires, ImagePrompt, Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.files import read_settings
+from tests.support import small_pictures
 from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
 from tests.support.ip_adapters import (
     KINDS,
-    reference_pipeline,
+    seeing_pipeline,
     small_encoder,
     small_ip_adapter,
     trace_ip_graphs,
     write_ip_adapter,
 )
-from tests.support.pictures import drawing, psnr
-from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.pictures import drawing, psnr, same
+from tests.support.small_models import SMALL
+from tests.support.small_pictures import (
+    DEPRECATIONS,
+    FIELDS,
+    LEFT,
+    PIXELS,
+    PROMPT,
+    SEED,
+    SETTINGS,
+    changes_of_engines,
+    write_small,
+)
 from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
 from tests.support.traced import trace_once
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-PIXELS, SEED, PROMPT = 8 * SIDE, 3, "a lighthouse at dusk"
-SETTINGS = BackendSettings(threads=1, backend="cpu")
-FIELDS = {
-    "negative_prompt": "blurry",
-    "num_inference_steps": 4,
-    "guidance_scale": 5.0,
-    "height": PIXELS,
-    "width": PIXELS,
-}
+pytestmark = DEPRECATIONS
 PICTURE = drawing(40, 28)
 OTHER = drawing(28, 28).transpose(1)
-LEFT = Image.fromarray(np.uint8(255 * (np.indices((PIXELS, PIXELS))[1] < PIXELS // 2)))
-
-
-@pytest.fixture(scope="module")
-def place():
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
 
 
 @pytest.fixture(scope="module")
 def loaded(place):
     """Open a small model with an IP-Adapter of each kind."""
-    graphs = place / "graphs"
-    graphs.mkdir()
     encoder = small_encoder()
     encoder.save_pretrained(place / "image_encoder")
 
     @cache
     def load(name):
-        small = SMALL[name]
+        small, file, graphs = write_small(name, place, place)
         states = {kind: small_ip_adapter(small, kind) for kind in KINDS}
         paths = {
             kind: write_ip_adapter(state, place / f"{name}-{kind}.bin")
             for kind, state in states.items()
         }
-        file = small.write_file(place)
-        model = Model.open(file)
-        trace_graphs(model, graphs)
-        trace_ip_graphs(model, graphs)
+        trace_ip_graphs(Model.open(file), graphs)
         pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, ip_adapters=paths)
         return small, pipeline, states, encoder, file
 
@@ -83,20 +67,15 @@ def loaded(place):
 
 
 def draw(pipeline, *prompts, **fields):
-    fields = {"sampler": "ddim", "seed": SEED, **FIELDS, **fields}
-    return pipeline(PROMPT, image_prompts=prompts, **fields).images[0]
+    return small_pictures.draw(pipeline, image_prompts=prompts, **fields)
 
 
 def reference(small, states, encoder, images, scales=1.0, task="", **fields):
     kind = getattr(diffusers, f"{small.kind}{task}Pipeline")
-    pipeline = reference_pipeline(kind, small, states, encoder, scales)
+    pipeline = seeing_pipeline(kind, small, states, encoder, scales)
     generator = torch.Generator().manual_seed(SEED)
     fields = {**FIELDS, **fields}
     return pipeline(PROMPT, ip_adapter_image=images, generator=generator, **fields).images[0]
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -169,7 +148,7 @@ def test_without_guidance_and_image_to_image(loaded):
     sizes = {"height": None, "width": None}
     own = {name: value for name, value in FIELDS.items() if name not in sizes}
     kind = diffusers.StableDiffusionImg2ImgPipeline
-    other = reference_pipeline(kind, small, [states["plus"]], encoder)
+    other = seeing_pipeline(kind, small, [states["plus"]], encoder)
     generator = torch.Generator().manual_seed(SEED)
     theirs = other(PROMPT, ip_adapter_image=[PICTURE], generator=generator, **{**own, **fields})
     ours = draw(pipeline, prompt, **fields)
@@ -184,7 +163,7 @@ def test_a_control_net_beside_it(loaded, place):
     trace_control_graphs(pipeline, place / "graphs")
     trace_ip_graphs(pipeline.model, place / "graphs", ("step_controlled_ip",))
     kind = diffusers.StableDiffusionControlNetPipeline
-    other = reference_pipeline(kind, small, [states["plus"]], encoder, 0.8, controlnet=net)
+    other = seeing_pipeline(kind, small, [states["plus"]], encoder, 0.8, controlnet=net)
     generator, hint = torch.Generator().manual_seed(SEED), drawing(PIXELS, PIXELS)
     given = {"image": hint, "ip_adapter_image": [PICTURE], "generator": generator, **FIELDS}
     theirs = other(PROMPT, **given).images[0]
@@ -199,7 +178,7 @@ def test_a_control_net_beside_it(loaded, place):
 def test_perturbed_attention_beside_it(loaded, fields):
     small, pipeline, states, encoder, _ = loaded("sd1")
     kind = partial(diffusers.StableDiffusionPAGPipeline, pag_applied_layers="mid")
-    other = reference_pipeline(kind, small, [states["plus"]], encoder, 0.8)
+    other = seeing_pipeline(kind, small, [states["plus"]], encoder, 0.8)
     given = {**FIELDS, "pag_scale": 3.0, **fields}
     generator = torch.Generator().manual_seed(SEED)
     theirs = other(PROMPT, ip_adapter_image=[PICTURE], generator=generator, **given).images[0]
@@ -212,7 +191,7 @@ def test_perturbed_attention_beside_it(loaded, fields):
 def test_a_model_that_edits_sees_it_too(loaded):
     small, pipeline, states, encoder, _ = loaded("editing")
     kind, own = diffusers.StableDiffusionInstructPix2PixPipeline, drawing(PIXELS, PIXELS)
-    other = reference_pipeline(kind, small, [states["plus"]], encoder, 0.8)
+    other = seeing_pipeline(kind, small, [states["plus"]], encoder, 0.8)
     fields = {name: FIELDS[name] for name in ("negative_prompt", "num_inference_steps")}
     fields |= {"image": own, "guidance_scale": 6.0, "image_guidance_scale": 1.5}
     generator = torch.Generator().manual_seed(SEED)
@@ -299,10 +278,7 @@ def test_on_and_off_and_in_other_scales_nothing_is_opened(loaded, monkeypatch):
 
     plain, prompted = draw(pipeline), draw(pipeline, one())
     draw(pipeline, one(adapter="linear"))
-    opened, rebound = [], []
-    monkeypatch.setattr(engine.engines, "_open", lambda spec: opened.append(spec))
-    for part in pipeline.engines.opened.values():
-        monkeypatch.setattr(part, "rebind", lambda *_: rebound.append(1), raising=False)
+    changes = changes_of_engines(pipeline, monkeypatch)
     assert same(draw(pipeline), plain)
     assert not same(draw(pipeline, one(scale=0.5)), prompted)
     assert not same(draw(pipeline, one(scale=(1.0, 0.0))), prompted)
@@ -312,8 +288,7 @@ def test_on_and_off_and_in_other_scales_nothing_is_opened(loaded, monkeypatch):
     assert not same(draw(pipeline, one(adapter="linear")), prompted)
     assert same(draw(pipeline, one(scale=0)), plain), "which is no image prompt at all"
     assert same(draw(pipeline, one()), prompted)
-    assert not opened
-    assert not rebound
+    assert not changes
 
 
 def test_a_picture_is_encoded_once_as_long_as_its_prompt_lives(loaded, monkeypatch):

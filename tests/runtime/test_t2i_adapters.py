@@ -1,42 +1,36 @@
 """T2I-Adapters against diffusers, beside ControlNets, and what turning them on and off costs."""
 
-import tempfile
 from functools import cache, partial
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
-import engine.engines
-from engine.backends.settings import BackendSettings
 from engine.errors import ModelError
-from engine.model import Model
 from runtime import Control, Hires, Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.files import read_settings
+from tests.support import small_pictures
 from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
-from tests.support.pictures import drawing, psnr
-from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.pictures import psnr, same
+from tests.support.small_pictures import (
+    DEPRECATIONS,
+    FIELDS,
+    HINT,
+    PIXELS,
+    PROMPT,
+    SEED,
+    SETTINGS,
+    TURNED,
+    changes_of_engines,
+    reference_pipeline,
+    write_small,
+)
 from tests.support.t2i_adapters import small_t2i_adapter, write_t2i_adapter
 from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-PIXELS, SEED, PROMPT = 8 * SIDE, 3, "a lighthouse at dusk"
-SETTINGS = BackendSettings(threads=1, backend="cpu")
-FIELDS = {
-    "negative_prompt": "blurry",
-    "num_inference_steps": 4,
-    "guidance_scale": 5.0,
-    "height": PIXELS,
-    "width": PIXELS,
-}
-HINT = drawing(PIXELS, PIXELS)
-TURNED = HINT.transpose(0)
+pytestmark = DEPRECATIONS
 GRAY = HINT.convert("L")
 # By the small model: what diffusers calls each adapter, whether it sees gray, and its file's names.
 ADAPTERS = {
@@ -55,61 +49,38 @@ WIDTHS = (64, 128)
 
 
 @pytest.fixture(scope="module")
-def place():
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
 def loaded(place):
     """Open a small model with its adapters, and for "sd1" a ControlNet "net"."""
-    graphs = place / "graphs"
-    graphs.mkdir()
 
     @cache
     def load(name):
-        folder = place / name
-        folder.mkdir()
-        small = SMALL[name]
+        small, file, graphs = write_small(name, place)
         adapters, paths = {}, {}
         for seed, (adapter, (kind, gray, naming)) in enumerate(ADAPTERS[name].items()):
             adapters[adapter] = small_t2i_adapter(WIDTHS, kind=kind, gray=gray, seed=seed)
-            path = folder / (adapter if naming == "folder" else f"{adapter}.safetensors")
+            path = file.parent / (adapter if naming == "folder" else f"{adapter}.safetensors")
             paths[adapter] = write_t2i_adapter(adapters[adapter], path, naming)
-        file = small.write_file(folder)
-        trace_graphs(Model.open(file), graphs)
         nets = {}
         if name == "sd1":
             nets["net"] = small_control_net(small)
-            only = {"net": write_control_net(nets["net"], folder / "net")}
-            pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=only)
-            trace_control_graphs(pipeline, graphs)
-            paths |= only
+            paths["net"] = write_control_net(nets["net"], file.parent / "net")
         pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=paths)
+        if nets:
+            trace_control_graphs(pipeline, graphs)
         return small, pipeline, adapters | nets, file, graphs
 
     return load
 
 
 def draw(pipeline, *controls, **fields):
-    fields = {"sampler": "ddim", "seed": SEED, **FIELDS, **fields}
-    return pipeline(PROMPT, controls=controls, **fields).images[0]
+    return small_pictures.draw(pipeline, controls=controls, **fields)
 
 
 def reference(small, adapter, images, **fields):
-    own = small.reference
     kind = getattr(diffusers, f"{small.kind}AdapterPipeline")
-    extra = {} if small.is_xl else {"requires_safety_checker": False}
-    parts = {n: part for n, part in own.components.items() if n != "image_encoder" or small.is_xl}
-    pipeline = kind(**parts, adapter=adapter, **extra)
-    pipeline.scheduler = own.scheduler
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = reference_pipeline(kind, small, adapter=adapter)
     generator = torch.Generator().manual_seed(SEED)
     return pipeline(PROMPT, generator=generator, image=images, **{**FIELDS, **fields}).images[0]
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.mark.parametrize(("name", "adapter"), [(n, a) for n, of in ADAPTERS.items() for a in of])
@@ -147,10 +118,7 @@ def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
     _, pipeline, *_ = loaded("sd1")
     one = partial(Control, net="full", image=HINT)
     plain, steered = draw(pipeline), draw(pipeline, one())
-    opened, rebound = [], []
-    monkeypatch.setattr(engine.engines, "_open", lambda spec: opened.append(spec))
-    for part in (*pipeline.engines.opened.values(), *pipeline.engines.opened_variants.values()):
-        monkeypatch.setattr(part, "rebind", lambda *_: rebound.append(1), raising=False)
+    changes = changes_of_engines(pipeline, monkeypatch)
     calls, adapter = [], pipeline.control_nets.engine("full", "t2i_adapter")
     run = adapter.run
     monkeypatch.setattr(adapter, "run", lambda g: calls.append(1) or run(g), raising=False)
@@ -163,8 +131,7 @@ def test_on_and_off_and_in_other_weights_nothing_is_opened(loaded, monkeypatch):
     calls.clear()
     assert same(draw(pipeline, one()), steered)
     assert calls == [1], "once a picture"
-    assert not opened
-    assert not rebound
+    assert not changes
 
 
 def test_rows_of_one_call_are_what_they_are_alone(loaded):

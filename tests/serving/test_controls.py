@@ -2,20 +2,14 @@
 
 import base64
 import io
-import tempfile
-import time
 from functools import partial
-from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
 
-from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
-from engine.model import Model
 from runtime import Control, Pipeline, Region
 from serving.engine_settings import EngineSettings
 from serving.frames import of_order, to_order
@@ -27,45 +21,44 @@ from serving.options import engine_settings, find_controls, make_parser
 from serving.order import Order
 from serving.picture_request import PictureRequest
 from serving.steering import ControlRequest, RegionRequest
-from tests.support.clients import FreshScripts, refusal
+from tests.support import clients
+from tests.support.clients import FreshScripts, base64_of, bytes_of, refusal
 from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
-from tests.support.pictures import drawing
+from tests.support.pictures import same
 from tests.support.servers import serving
-from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.small_models import SMALL
+from tests.support.small_pictures import (
+    DEPRECATIONS,
+    HINT,
+    LEFT,
+    PIXELS,
+    SETTINGS,
+    TURNED,
+    write_small,
+)
+from tests.support.t2i_adapters import small_t2i_adapter, write_t2i_adapter
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-PIXELS = 8 * SIDE
-PICTURE = drawing(PIXELS, PIXELS)
-TURNED = PICTURE.transpose(0)
-LEFT = Image.fromarray(np.uint8(255 * (np.indices((PIXELS, PIXELS))[1] < PIXELS // 2)))
+pytestmark = DEPRECATIONS
 SIZE = {"height": PIXELS, "width": PIXELS}
 FIELDS = {"num_inference_steps": 4, "guidance_scale": 5.0, "sampler": "ddim", **SIZE}
 
 
 @pytest.fixture(scope="module")
-def place():
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
 def made(place):
-    """Write a small model, its ControlNets "a" and "b", and one of XL."""
-    small, graphs = SMALL["sd1"], place / "graphs"
-    graphs.mkdir()
-    file = small.write_file(place)
+    """Write a small model, its ControlNets "a" and "b", its T2I-Adapter "t2i", and two of XL."""
+    small, file, graphs = write_small("sd1", place)
     nets = {
         name: write_control_net(small_control_net(small, seed), place / "nets" / name)
         for seed, name in enumerate("ab")
     }
-    trace_graphs(Model.open(file), graphs)
-    load = partial(Pipeline.load, graphs=graphs, settings=BackendSettings(backend="cpu", threads=1))
+    path = place / "nets" / "t2i.safetensors"
+    nets["t2i"] = write_t2i_adapter(small_t2i_adapter((64, 128)), path, "original")
+    load = partial(Pipeline.load, graphs=graphs, settings=SETTINGS)
     pipeline = load(file, controls=nets)
     trace_control_graphs(pipeline, graphs)
     nets["xl"] = write_control_net(small_control_net(SMALL["xl"]), place / "nets" / "xl")
+    wide = small_t2i_adapter((64, 128), kind="full_adapter_xl")
+    nets["t2i-xl"] = write_t2i_adapter(wide, place / "nets" / "t2i-xl")
     return file, nets, load, pipeline
 
 
@@ -96,36 +89,21 @@ def draw(made):
     return lambda prompt="a fox", **fields: pipeline(prompt, **{**FIELDS, **fields}).images[0]
 
 
-def base64_of(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def control(name="a", picture=PICTURE, **fields):
+def control(name="a", picture=HINT, **fields):
     return {"name": name, "picture": base64_of(picture), **fields}
 
 
-def submitted(client, prompt="a fox", **fields):
-    answer = client.post("/api/v1/pictures", json={"prompt": prompt, **FIELDS, **fields})
-    assert answer.status_code == 202, answer.text
-    return answer.json()["id"]
+def submitted(client, **fields):
+    return clients.submitted(client, prompt="a fox", **{**FIELDS, **fields})
 
 
 def fetched(client, job):
-    while (said := client.get(f"/api/v1/pictures/{job}").json())["state"] in ("queued", "running"):
-        time.sleep(0.01)
-    assert said["state"] == "done", said
-    file = client.get(f"/api/v1/pictures/{job}/image/0").content
-    return Image.open(io.BytesIO(file)), said["pictures"][0]
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a.convert("RGB")), np.asarray(b))
+    file, said = clients.fetched(client, job)
+    return Image.open(io.BytesIO(file)), said
 
 
 def test_rows_of_none_one_and_two_controls_are_what_they_are_alone(client, draw):
-    a, b = Control(net="a", image=PICTURE, weight=0.8), Control(net="b", image=TURNED, end=0.5)
+    a, b = Control(net="a", image=HINT, weight=0.8), Control(net="b", image=TURNED, end=0.5)
     late = Control(net="a", image=TURNED, weight=(0.2, 1.0), start=0.5, mode="control")
     first, second = control(weight=0.8), control("b", TURNED, end=0.5)
     third = control(picture=TURNED, weight=[0.2, 1.0], start=0.5, mode="control")
@@ -138,12 +116,29 @@ def test_rows_of_none_one_and_two_controls_are_what_they_are_alone(client, draw)
     assert not same(picture, draw(seed=seed))
 
 
+def test_rows_with_and_without_t2i_adapters_are_what_they_are_alone(client, draw):
+    adapter, net = Control(net="t2i", image=HINT, weight=0.8), Control(net="a", image=TURNED)
+    late = Control(net="t2i", image=TURNED, weight=(0.2, 1.0), start=0.5, mode="control")
+    first, second = control("t2i", weight=0.8), control(picture=TURNED)
+    third = control("t2i", TURNED, weight=[0.2, 1.0], start=0.5, mode="control")
+    asked = [((), ()), ((first,), (adapter,)), ((second,), (net,))]
+    asked += [((second, first), (net, adapter)), ((third,), (late,))]
+    jobs = [submitted(client, seed=6, controls=sent) for sent, _ in asked]
+    pictures = []
+    for job, (_, given) in zip(jobs, asked, strict=True):
+        picture, said = fetched(client, job)
+        assert same(picture, draw(seed=6, controls=given))
+        assert said["settings"].get("controls", []) == [each.text for each in given]
+        pictures.append(picture.tobytes())
+    assert len(set(pictures)) == len(asked), "each of them steers"
+
+
 def test_a_preprocessor_and_a_picture_over_what_is_painted(client, draw):
     sent = control(preprocessor="canny:low=20,high=60")
     picture, said = fetched(client, submitted(client, seed=1, controls=[sent]))
-    given = Control(net="a", image=PICTURE, preprocessor="canny:low=20,high=60")
+    given = Control(net="a", image=HINT, preprocessor="canny:low=20,high=60")
     assert same(picture, draw(seed=1, controls=[given]))
-    assert not same(picture, draw(seed=1, controls=[Control(net="a", image=PICTURE)]))
+    assert not same(picture, draw(seed=1, controls=[Control(net="a", image=HINT)]))
     assert said["settings"]["control_preprocessors"] == ["canny:low=20,high=60"]
     painted = {"seed": 1, "strength": 0.7}
     job = submitted(client, controls=[sent], image=base64_of(TURNED), **painted)
@@ -162,12 +157,13 @@ def test_openais_images_take_them_too(client, draw):
     body = {"prompt": "a fox", "seed": 4, **FIELDS, "controls": [control()]}
     answer = client.post("/v1/images/generations", json=body).json()
     picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
-    assert same(picture, draw(seed=4, controls=[Control(net="a", image=PICTURE)]))
+    assert same(picture, draw(seed=4, controls=[Control(net="a", image=HINT)]))
 
 
 BROKEN = base64.b64encode(b"\x89PNG no picture").decode()
 REFUSED = {
     "another family": ({"controls": [control("xl")]}, "xl does not fit the model small"),
+    "an adapter of another": ({"controls": [control("t2i-xl")]}, "t2i-xl does not fit the model"),
     "no such net": ({"controls": [control("../a")]}, "there is no control '../a'"),
     "five": ({"controls": [control()] * 5}, "controls has 5 pictures that steer; up to 4"),
     "a weight": ({"controls": [control(weight=11)]}, "a control's weight is 11"),
@@ -209,7 +205,7 @@ TOLD = {"seed": 5, "noise": "cuda", "sampler": "euler_a", "schedule": "karras"}
 
 
 def unit(**fields):
-    return webuiapi.ControlNetUnit(**{"image": PICTURE, "model": "a", "module": "none", **fields})
+    return webuiapi.ControlNetUnit(**{"image": HINT, "model": "a", "module": "none", **fields})
 
 
 def test_webuiapis_units(api, draw):
@@ -217,16 +213,19 @@ def test_webuiapis_units(api, draw):
     two = [unit(weight=0.7, guidance_end=0.5), unit(model="b [1234abcd]", control_mode=2)]
     answer = api.txt2img(controlnet_units=two, **ASKED)
     given = [
-        Control(net="a", image=PICTURE, weight=0.7, end=0.5),
-        Control(net="b", image=PICTURE, mode="control"),
+        Control(net="a", image=HINT, weight=0.7, end=0.5),
+        Control(net="b", image=HINT, mode="control"),
     ]
     assert same(answer.image, draw(controls=given, **TOLD))
     assert same(plain.image, draw(**TOLD))
     assert len(answer.images) == 1
     for off in (unit(enabled=False), unit(model="None")):
         assert same(api.txt2img(controlnet_units=[off], **ASKED).image, plain.image)
+    answer = api.txt2img(controlnet_units=[unit(model="t2i", weight=0.7)], **ASKED)
+    given = Control(net="t2i", image=HINT, weight=0.7)
+    assert same(answer.image, draw(controls=[given], **TOLD))
     edges = unit(module="canny", threshold_a=20, threshold_b=999)
-    given = Control(net="a", image=PICTURE, preprocessor="canny:low=20,high=200")
+    given = Control(net="a", image=HINT, preprocessor="canny:low=20,high=200")
     answer = api.txt2img(controlnet_units=[edges], **ASKED)
     assert same(answer.image, draw(controls=[given], **TOLD))
     answer = api.img2img(images=[TURNED], controlnet_units=[unit(image=None)], **ASKED)
@@ -235,7 +234,7 @@ def test_webuiapis_units(api, draw):
 
 
 def test_a_unit_that_fills_sees_the_masked_part_as_a_hole(api, draw):
-    hole = PICTURE.convert("RGBA")
+    hole = HINT.convert("RGBA")
     hole.putalpha(Image.eval(LEFT, lambda value: 255 - value))
     filled = api.txt2img(controlnet_units=[unit(module="inpaint_only", mask=LEFT)], **ASKED)
     holed = api.txt2img(controlnet_units=[unit(image=hole)], **ASKED)
@@ -247,7 +246,7 @@ NOT_DONE = {
     "a module": (unit(module="openpose_full"), "'openpose_full'; choose one of none, canny"),
     "no picture": (unit(image=None), "a unit without image"),
     "no mask": (unit(module="inpaint_only"), "without a mask"),
-    "another shape": (unit(image=PICTURE.resize((64, 32))), "neither cut nor filled up"),
+    "another shape": (unit(image=HINT.resize((64, 32))), "neither cut nor filled up"),
     "a mode": (unit(resize_mode="Folded"), "'Folded'; choose one of Just Resize"),
     "high alone": (unit(hr_option="High res only"), "both runs are steered"),
     "how": (unit(control_mode=7), "control_mode '7'"),
@@ -269,9 +268,9 @@ def test_other_writings_of_units(client):
         body = {**ASKED, "steps": 1, "alwayson_scripts": {"controlnet": {"args": list(args)}}}
         return client.post("/sdapi/v1/txt2img", json=body)
 
-    plain = answer({"input_image": base64_of(PICTURE), "model": "a"}).json()["images"]
-    pair = {"image": base64_of(PICTURE), "mask": None}
-    for image in (pair, [base64_of(PICTURE), None], f"data:image/png;base64,{pair['image']}"):
+    plain = answer({"input_image": base64_of(HINT), "model": "a"}).json()["images"]
+    pair = {"image": base64_of(HINT), "mask": None}
+    for image in (pair, [base64_of(HINT), None], f"data:image/png;base64,{pair['image']}"):
         assert answer(None, {"image": image, "model": "a"}).json()["images"] == plain
     for wrong in ("a unit", {"image": 7, "model": "a"}, {"weight": "much", "model": "a"}):
         assert answer(wrong).status_code == 400
@@ -282,18 +281,19 @@ def test_other_writings_of_units(client):
 
 
 def test_lists(api, client):
-    assert api.controlnet_model_list() == ["a", "b", "xl"]
+    names = ["a", "b", "t2i", "xl", "t2i-xl"]
+    assert api.controlnet_model_list() == names
     assert {"none", "canny", "inpaint_only"} <= set(api.controlnet_module_list())
     assert api.controlnet_version() == 3
     said = client.get("/api/v1/capabilities").json()
-    assert said["controls"] == ["a", "b", "xl"]
+    assert said["controls"] == names
     assert "canny" in said["preprocessors"]
     assert client.get("/controlnet/settings").json() == {"control_net_unit_count": 4}
     assert client.get("/sdapi/v1/scripts").json()["txt2img"] == ["controlnet"]
 
 
 def begun(models, *nets):
-    data = base64.b64decode(base64_of(PICTURE))
+    data = bytes_of(HINT)
     request = PictureRequest(
         fields={"prompt": "a", "seed": 1, **FIELDS},
         model="small",
@@ -321,6 +321,15 @@ def test_nets_count_among_the_bytes_and_are_let_go_of(models):
     assert both.pipeline.control_nets.names == ("b",)
     models.step([one])  # and pictures on their way keep theirs
     models.budget = None
+    adapted = begun(models, "t2i")
+    adapted.enter()
+    bare = begun(models)
+    bare.enter()
+    assert adapted.pipeline is bare.pipeline
+    assert weight_bytes(adapted.pipeline) > with_one
+    assert adapted.bucket != bare.bucket, "its step takes features"
+    assert adapted.fitting_rows() > 0
+    models.step([adapted])
     assert begun(models, "a", "b").pipeline is both.pipeline
     with pytest.raises(RequestError, match="xl does not fit the model small"):
         begun(models, "xl")
@@ -328,7 +337,7 @@ def test_nets_count_among_the_bytes_and_are_let_go_of(models):
 
 
 def test_requests_cross_to_the_engines_process_whole():
-    data = base64.b64decode(base64_of(PICTURE))
+    data = bytes_of(HINT)
     request = PictureRequest(
         fields={"prompt": "a"},
         model="small",
@@ -359,7 +368,7 @@ def test_the_operators_nets(place, made, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "link.safetensors is left out (it lies elsewhere)" in said
     assert "b d.safetensors is left out (requests cannot name it)" in said
-    assert set(find_controls([], nets["a"].parent)) == {"a", "b", "xl"}
+    assert set(find_controls([], nets["a"].parent)) == set(nets)
     for given, sentence in (
         (["a.safetensors"], "has no name"),
         (["a=/nowhere"], "does not exist"),

@@ -2,8 +2,6 @@
 
 import base64
 import io
-import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import webuiapi
 from PIL import Image
 from safetensors.numpy import save_file
 
-from engine.backends.settings import BackendSettings
 from engine.configs.image_encoder import ImageEncoderConfig
 from engine.configs.ip_adapter import IPAdapterConfig
 from engine.errors import RequestError
@@ -32,42 +29,32 @@ from serving.options import engine_settings, make_parser
 from serving.order import Order
 from serving.picture_request import PictureRequest
 from serving.steering import ImagePromptRequest
-from tests.support.clients import FreshScripts, refusal
+from tests.support import clients
+from tests.support.clients import FreshScripts, base64_of, bytes_of, refusal
 from tests.support.ip_adapters import (
     small_encoder,
     small_ip_adapter,
     trace_ip_graphs,
     write_ip_adapter,
 )
-from tests.support.pictures import drawing
+from tests.support.pictures import drawing, same
 from tests.support.servers import serving
-from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.small_models import SMALL
+from tests.support.small_pictures import DEPRECATIONS, LEFT, PIXELS, SETTINGS, write_small
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-PIXELS = 8 * SIDE
+pytestmark = DEPRECATIONS
 PICTURE = drawing(40, 28)
 OTHER = drawing(28, 28).transpose(1)
-LEFT = Image.fromarray(np.uint8(255 * (np.indices((PIXELS, PIXELS))[1] < PIXELS // 2)))
 SIZE = {"height": PIXELS, "width": PIXELS}
 FIELDS = {"num_inference_steps": 4, "guidance_scale": 5.0, "sampler": "ddim", **SIZE}
 
 
 @pytest.fixture(scope="module")
-def place():
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
 def made(place):
     """Write a small model and a folder of IP-Adapters: two for it, one of XL, one of a face."""
-    small, graphs, folder = SMALL["sd1"], place / "graphs", place / "adapters"
-    graphs.mkdir()
+    small, file, graphs = write_small("sd1", place)
+    folder = place / "adapters"
     folder.mkdir()
-    file = small.write_file(place)
     for kind in ("linear", "plus"):
         write_ip_adapter(small_ip_adapter(small, kind), folder / f"{kind}.safetensors")
     write_ip_adapter(small_ip_adapter(SMALL["xl"], "linear"), folder / "xl.bin")
@@ -75,10 +62,8 @@ def made(place):
     face |= {"ip_adapter.1.to_k_ip.weight": np.ones((8, 8), np.float32)}
     save_file(face, folder / "face.safetensors")
     small_encoder().save_pretrained(folder / "image_encoder")
-    model = Model.open(file)
-    trace_graphs(model, graphs)
-    trace_ip_graphs(model, graphs)
-    load = partial(Pipeline.load, graphs=graphs, settings=BackendSettings(backend="cpu", threads=1))
+    trace_ip_graphs(Model.open(file), graphs)
+    load = partial(Pipeline.load, graphs=graphs, settings=SETTINGS)
     adapters = {kind: folder / f"{kind}.safetensors" for kind in ("linear", "plus")}
     return file, folder, load, load(file, ip_adapters=adapters)
 
@@ -120,36 +105,17 @@ def draw(made):
     return lambda prompt="a fox", **fields: pipeline(prompt, **{**FIELDS, **fields}).images[0]
 
 
-def bytes_of(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def base64_of(image):
-    return base64.b64encode(bytes_of(image)).decode()
-
-
 def sent(name="linear", picture=PICTURE, **fields):
     return {"name": name, "picture": base64_of(picture), **fields}
 
 
-def submitted(client, prompt="a fox", **fields):
-    answer = client.post("/api/v1/pictures", json={"prompt": prompt, **FIELDS, **fields})
-    assert answer.status_code == 202, answer.text
-    return answer.json()["id"]
+def submitted(client, **fields):
+    return clients.submitted(client, prompt="a fox", **{**FIELDS, **fields})
 
 
 def fetched(client, job):
-    while (said := client.get(f"/api/v1/pictures/{job}").json())["state"] in ("queued", "running"):
-        time.sleep(0.01)
-    assert said["state"] == "done", said
-    file = client.get(f"/api/v1/pictures/{job}/image/0").content
-    return Image.open(io.BytesIO(file)), said["pictures"][0]
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a.convert("RGB")), np.asarray(b))
+    file, said = clients.fetched(client, job)
+    return Image.open(io.BytesIO(file)), said
 
 
 def test_pictures_with_other_image_prompts_and_none_are_what_they_are_alone(client, draw):

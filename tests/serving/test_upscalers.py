@@ -2,11 +2,9 @@
 
 import base64
 import io
-import time
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 import webuiapi
 from PIL import Image
@@ -38,7 +36,8 @@ from serving.operator_files import find_upscalers
 from serving.options import engine_settings, make_parser
 from serving.order import Order
 from serving.picture_request import PictureRequest
-from tests.support.pictures import drawing
+from tests.support.clients import base64_of, bytes_of, fetched, finished, submitted
+from tests.support.pictures import drawing, same
 from tests.support.servers import load, serving
 from tests.support.upscaler_files import ESRGAN, write_upscaler
 
@@ -93,45 +92,13 @@ def api(running):
     opened.session.close()
 
 
-def bytes_of(image, **more):
-    file = io.BytesIO()
-    image.save(file, "PNG", **more)
-    return file.getvalue()
-
-
-def base64_of(image, **more):
-    return base64.b64encode(bytes_of(image, **more)).decode()
-
-
-def begun(client, path, body):
-    answer = client.post(f"/api/v1/{path}", json=body)
-    assert answer.status_code == 202, answer.text
-    return answer.json()["id"]
-
-
-def finished(client, job):
-    while (said := client.get(f"/api/v1/pictures/{job}").json())["state"] in ("queued", "running"):
-        time.sleep(0.01)
-    return said
-
-
-def fetched(client, job):
-    said = finished(client, job)
-    assert said["state"] == "done", said
-    return client.get(f"/api/v1/pictures/{job}/image/0").content, said["pictures"][0]
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a.convert("RGB")), np.asarray(b.convert("RGB")))
-
-
 HIRES = {"scale": 2.0, "strength": 0.5, "num_inference_steps": 2}
 
 
 def test_hires_fix_by_the_operators_upscaler(client, folder):
     body = {"prompt": "a fox", "seed": 7, **FIELDS}
     jobs = [
-        begun(client, "pictures", {**body, "hires": {**HIRES, "upscaler": name}})
+        submitted(client, "pictures", **{**body, "hires": {**HIRES, "upscaler": name}})
         for name in ("up", "lanczos")
     ]
     (data, said), (plain, _) = (fetched(client, job) for job in jobs)
@@ -155,7 +122,7 @@ def test_hires_fix_of_automatic1111_and_openai(api, client):
     body = {"prompt": "a fox", "seed": 7, **FIELDS, "hires": {**HIRES, "upscaler": "up"}}
     answer = client.post("/v1/images/generations", json=body).json()
     picture = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
-    job = begun(client, "pictures", body)
+    job = submitted(client, "pictures", **body)
     assert same(picture, Image.open(io.BytesIO(fetched(client, job)[0])))
 
 
@@ -170,7 +137,7 @@ def test_lists(api, client):
 @pytest.mark.parametrize("factor", [None, 1.5, 3])
 def test_a_picture_is_enlarged(client, folder, factor):
     body = {"image": base64_of(PICTURE), "upscaler": "up", "factor": factor}
-    data, said = fetched(client, begun(client, "upscales", body))
+    data, said = fetched(client, submitted(client, "upscales", **body))
     expected = Upscaler.load(folder / "up.safetensors")(PICTURE, factor)
     assert same(Image.open(io.BytesIO(data)), expected)
     assert (said["step"], said["seed"]) == (said["total"], None)
@@ -181,21 +148,21 @@ def test_a_picture_is_enlarged(client, folder, factor):
 
 def test_lanczos_needs_no_network(client):
     body = {"image": base64_of(PICTURE), "upscaler": "lanczos", "factor": 2, "format": "webp"}
-    data, said = fetched(client, begun(client, "upscales", body))
+    data, said = fetched(client, submitted(client, "upscales", **body))
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size) == ("WEBP", DOUBLED)
     assert said["total"] == 0
 
 
 def test_what_a_picture_was_made_with_stays_in_its_file(client):
-    drawn, _ = fetched(client, begun(client, "pictures", {"prompt": "a fox", "seed": 3, **FIELDS}))
+    drawn, _ = fetched(client, submitted(client, prompt="a fox", seed=3, **FIELDS))
     body = {"image": base64.b64encode(drawn).decode(), "upscaler": "up", "factor": 2}
-    first, _ = fetched(client, begun(client, "upscales", body))
+    first, _ = fetched(client, submitted(client, "upscales", **body))
     made, kept = settings_in(drawn), settings_in(first)
     assert kept == {**made, "upscale": "up:2"}
     assert source_type_in(first) == "trainedAlgorithmicMedia"
     body |= {"image": base64.b64encode(first).decode(), "factor": 1.5}
-    second, _ = fetched(client, begun(client, "upscales", body))
+    second, _ = fetched(client, submitted(client, "upscales", **body))
     assert settings_in(second) == {**kept, "left_out": {"upscale": "up:1.5"}}
 
 
@@ -216,7 +183,7 @@ def test_a_strangers_settings_keep_nobody_from_enlarging(client, text, kind):
     chunk = PngInfo()
     chunk.add_itxt("latentrt", text)
     body = {"image": base64_of(PICTURE, pnginfo=chunk), "upscaler": "up", "format": kind}
-    data, _ = fetched(client, begun(client, "upscales", body))
+    data, _ = fetched(client, submitted(client, "upscales", **body))
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == DOUBLED
     assert len(data) < 100_000
@@ -224,7 +191,7 @@ def test_a_strangers_settings_keep_nobody_from_enlarging(client, text, kind):
 
 def test_tiles_are_steps_and_are_told(client):
     body = {"image": base64_of(drawing(1100, 40)), "upscaler": "up"}
-    job = begun(client, "upscales", body)
+    job = submitted(client, "upscales", **body)
     assert fetched(client, job)[1]["total"] == 3
     events = client.get(f"/api/v1/pictures/{job}/events").text
     assert events.count("event: step") == 3
@@ -254,7 +221,7 @@ def test_what_cannot_be_enlarged_is_one_sentence(client, name):
 
 def test_a_picture_that_its_upscaler_would_make_too_large(client):
     body = {"image": base64_of(Image.new("RGB", (2100, 2100))), "upscaler": "up"}
-    said = finished(client, begun(client, "upscales", body))
+    said = finished(client, submitted(client, "upscales", **body))
     assert "would have 4200 x 4200 pixels" in said["error"]["message"]
 
 

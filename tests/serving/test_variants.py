@@ -4,13 +4,13 @@ import base64
 import io
 
 import httpx
-import numpy as np
 import pytest
 from PIL import Image
 
 from serving.limits import Limits
 from serving.model_runner import Models
 from serving.picture_request import PictureRequest
+from tests.support.pictures import same
 from tests.support.servers import load, serving
 
 SIZE = {"height": 64, "width": 64}
@@ -76,10 +76,6 @@ def client():
     runner = Models(models={"pictogram": "pictogram"}, loras={}, load=load, limits=Limits())
     with serving(runner) as started, httpx.Client(base_url=started.url, timeout=60) as opened:
         yield opened
-
-
-def same(a, b):
-    return np.array_equal(np.asarray(a.convert("RGB")), np.asarray(b))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -65,7 +65,7 @@ def trace_control_graphs(pipeline: Pipeline, graphs: Path) -> None:
     """Trace what a model needs to be steered by the ControlNets that the pipeline has."""
     unet, nets = pipeline.model.unet, pipeline.control_nets
     wanted: list[tuple[Part, UNetConfig]] = [("step_controlled", unet)]
-    for name in nets.names:
+    for name in set(nets.names) - set(nets.adapters):
         wanted += [("control_hint", nets.config(name)), ("control", nets.config(name))]
     for part, config in wanted:
         path = graphs / graph_name(part, config, "float32")

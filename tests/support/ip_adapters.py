@@ -8,6 +8,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from engine.graphs.graph import graph_name
 from tests.support.small_models import SmallModel
+from tests.support.small_pictures import reference_pipeline
 from tests.support.traced import trace_once
 
 VISION = {
@@ -92,17 +93,12 @@ def write_ip_adapter(state, path):
     return path
 
 
-def reference_pipeline(kind, small, states, encoder, scales=1.0, **more):
+def seeing_pipeline(kind, small, states, encoder, scales=1.0, **more):
     """Return diffusers' pipeline of a small model with IP-Adapters."""
-    own = small.reference
-    parts = {**own.components, "unet": deepcopy(own.unet), "image_encoder": encoder, **more}
     side = encoder.config.image_size
+    parts = {"unet": deepcopy(small.reference.unet), "image_encoder": encoder, **more}
     parts["feature_extractor"] = CLIPImageProcessor(size=side, crop_size=side)
-    if not small.is_xl:
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = kind(**parts, **({"add_watermarker": False} if small.is_xl else {}))
-    pipeline.scheduler = own.scheduler
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = reference_pipeline(kind, small, **parts)
     pipeline.unet._load_ip_adapter_weights(states, low_cpu_mem_usage=False)
     pipeline.unet.eval()
     pipeline.set_ip_adapter_scale(scales)
