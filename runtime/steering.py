@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.backends.memory_estimate import Needed
 from engine.engines import Engines
 from engine.errors import ModelError
 from engine.steering.control_nets import ControlNets
@@ -39,7 +40,7 @@ class Steering:
         """Take IP-Adapters by their names, and the encoders of all or each, in place of others.
 
         Raises ModelError for what is none, is of another family or encoder, and for an encoder of
-        no adapter; BackendError where the model runs on a GPU.
+        no adapter; BackendError for a backend whose engines are built beforehand.
         """
         if isinstance(image_encoders, Mapping):
             if unknown := image_encoders.keys() - files.keys():
@@ -56,6 +57,11 @@ class Steering:
         """Raise RequestError for ControlNets or IP-Adapters that there are not."""
         self.controlled.check(request.controls)
         self._attended_images.check(request.image_prompts)
+
+    def needed(self, plan: Plan) -> dict[str, Needed]:
+        """Return what a plan's nets and adapters take of a device's memory; raises GraphError."""
+        nets = self.control_nets.needed(control.net for control in plan.controls)
+        return {**nets, **self._attended_images.needed(plan)}
 
     def open(self, plan: Plan) -> None:
         """Open the engines of a plan's pictures; raises GraphError or BackendError."""

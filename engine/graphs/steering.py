@@ -33,7 +33,7 @@ CONTROLLED_LEVELS: Mapping[str, int] = MappingProxyType(
     {
         **dict.fromkeys(("step_controlled", "step_controlled_ip", "control"), MAX_LEVELS),
         **dict.fromkeys(("step_shallow_controlled", "step_shallow_controlled_ip"), 1),
-        **dict.fromkeys(("step_ip", "step_shallow_ip"), 0),
+        **dict.fromkeys(("step_ip", "step_shallow_ip", "feature_sum"), 0),
     }
 )
 IP_PARTS = frozenset(part for part in CONTROLLED_LEVELS if part.endswith("_ip"))
@@ -41,7 +41,13 @@ IP_BY_GROUPS = tuple(f"ip_weights_{level}" for level in range(MAX_LEVELS))
 
 
 def steering_inputs(part: str, config: Config) -> Shapes:
-    """Return what a part takes for ControlNets and IP-Adapters, shapes by name."""
+    """Return what a part takes for ControlNets and IP-Adapters, shapes by name.
+
+    The sum of T2I-Adapters' features takes what was made of a picture, and the sum so far.
+    """
+    if part == "feature_sum":
+        own, summed = _features(config, "B"), _features(config, "g", "B")
+        return {**{f"own_{name}": shape for name, shape in own.items()}, **summed}
     return {**residual_inputs(part, config), **(_ip_inputs(config) if part in IP_PARTS else {})}
 
 
@@ -49,16 +55,22 @@ def steering_outputs(part: str, config: Config) -> Shapes:
     """Return what a ControlNet or a T2I-Adapter gives, shapes by name; other parts have theirs."""
     if part == "control":
         return {f"next_{name}": shape for name, shape in residual_inputs(part, config).items()}
-    features = config.features()
-    return {
-        name: (1, width, *sides_of(level))
-        for name, (width, level) in zip(feature_names(len(features)), features, strict=True)
-    }
+    if part == "feature_sum":
+        return {f"next_{name}": shape for name, shape in _features(config, "g", "B").items()}
+    return _features(config, 1)
 
 
 def feature_names(count: int) -> list[str]:
     """Return what features of T2I-Adapters are called, a step's inputs and their outputs."""
     return [f"features_{place}" for place in range(count)]
+
+
+def _features(config: Config, *rows: str | int) -> Shapes:
+    features = config.features()
+    return {
+        name: (*rows, width, *sides_of(level))
+        for name, (width, level) in zip(feature_names(len(features)), features, strict=True)
+    }
 
 
 def residual_names(config: Config) -> list[str]:

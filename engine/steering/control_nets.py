@@ -1,27 +1,30 @@
 """ControlNets and T2I-Adapters beside a model: read for its UNet, opened when first asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from engine.backends.base import Engine
-from engine.backends.settings import ON_GPU, graph_precision
+from engine.backends.memory_estimate import Needed
+from engine.backends.settings import BUILT_BEFOREHAND, graph_precision
 from engine.checkpoints.component import Component
 from engine.checkpoints.control_lora import ControlLora
 from engine.checkpoints.control_net import open_control_net
 from engine.checkpoints.formats.files import open_weights
 from engine.checkpoints.t2i_adapter import is_t2i_adapter, open_t2i_adapter
+from engine.configs.base import Config
 from engine.configs.control_net import ControlNetConfig
-from engine.configs.t2i_adapter import T2IAdapterConfig
+from engine.configs.t2i_adapter import T2IAdapterConfig, feature_sum_of
 from engine.engines import Engines
 from engine.errors import BackendError, ModelError
-from engine.graphs.graph import find_graph
-from engine.graphs.t2i_adapter import t2i_adapter_graph
+from engine.graphs.graph import Graph, find_graph
+from engine.graphs.t2i_adapter import feature_sum_graph, t2i_adapter_graph
 
 __all__ = ["ControlNets", "ControlPart"]
 
-ControlPart = Literal["control_hint", "control", "t2i_adapter"]
+NET_PARTS, ADAPTER_PARTS = ("control_hint", "control"), ("t2i_adapter", "feature_sum")
+ControlPart = Literal["control_hint", "control", "t2i_adapter", "feature_sum"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +35,7 @@ class _ControlNet:
     config: ControlNetConfig | T2IAdapterConfig
     weights: Component | ControlLora
     opened: dict[ControlPart, Engine] = field(default_factory=dict)
+    described: dict[ControlPart, tuple[Graph, Config]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,13 +63,13 @@ class ControlNets:
         """Read these nets in place of those that are there; the engines of some stay.
 
         files: by name, files or folders; a name whose file is what it was keeps its engines
-        Raises ModelError when one is none or is of another family, BackendError where the model
-        runs on a GPU; then all stay as they were.
+        Raises ModelError when one is none or is of another family, BackendError for a backend
+        whose engines are built beforehand; then all stay as they were.
         """
-        if files and self._engines.settings.backend in ON_GPU:
+        if files and self._engines.settings.backend in BUILT_BEFOREHAND:
             raise BackendError(
                 f"the backend {self._engines.settings.backend!r} runs no ControlNets yet; choose "
-                "cpu or openvino, or draw without them"
+                "cuda, webgpu, cpu or openvino, or draw without them"
             )
         nets = dict[str, _ControlNet]()
         for name, path in files.items():
@@ -90,13 +94,38 @@ class ControlNets:
         """Return a part's engine, opening it at the first call; raises GraphError, BackendError."""
         net = self._nets[name]
         if part not in net.opened:
-            precision = graph_precision(self._engines.settings, self._engines.precision_beside)
-            if isinstance(net.config, T2IAdapterConfig):
-                graph = t2i_adapter_graph(net.config, precision)
-            else:
-                graph = find_graph(part, net.config, precision, self._engines.folders, net.path)
-            net.opened[part] = self._engines.open_beside(graph, net.weights)
+            graph, _ = self._described(net, part)
+            weights = net.weights if graph.weights else None
+            net.opened[part] = self._engines.open_beside(graph, weights)
         return net.opened[part]
+
+    def needed(self, names: Iterable[str]) -> dict[str, Needed]:
+        """Return what nets take of a device's memory, by a name for each part; GraphError."""
+        found = dict[str, Needed]()
+        for name in dict.fromkeys(names):
+            net = self._nets[name]
+            is_adapter = isinstance(net.config, T2IAdapterConfig)
+            parts: tuple[ControlPart, ...] = ADAPTER_PARTS if is_adapter else NET_PARTS
+            for part in parts:
+                graph, config = self._described(net, part)
+                found[f"{part} {name}"] = Needed(graph, config, net.opened.get(part))
+        return found
+
+    def _described(self, net: _ControlNet, part: ControlPart) -> tuple[Graph, Config]:
+        """Return a part's graph and its architecture, which is read once; raises GraphError."""
+        if part not in net.described:
+            net.described[part] = self._find(net, part)
+        return net.described[part]
+
+    def _find(self, net: _ControlNet, part: ControlPart) -> tuple[Graph, Config]:
+        precision = graph_precision(self._engines.settings, self._engines.precision_beside)
+        if not isinstance(net.config, T2IAdapterConfig):
+            folders = self._engines.folders
+            return find_graph(part, net.config, precision, folders, net.path), net.config
+        if part == "feature_sum":
+            config = feature_sum_of(net.config)
+            return feature_sum_graph(config), config
+        return t2i_adapter_graph(net.config, precision), net.config
 
     def _read(self, path: Path) -> _ControlNet:
         """Read a file or a folder as what it is; raises ModelError."""

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.backends.base import Engine
+from engine.backends.base import DeviceEngine, Engine, enqueue_from_host
 from engine.configs.t2i_adapter import adapted_places
 from engine.configs.unet import UNetConfig
+from engine.devices.device import HostOrDeviceArray, Shape, on_host
 from engine.errors import RequestError
 from engine.graphs.steering import feature_names, residual_names
 from engine.steering.control_nets import ControlNets, ControlPart
@@ -45,16 +46,19 @@ SEEN: Mapping[str, bool] = {
 class CallControl:
     """What steers one picture at one call.
 
-    net: its name; hint: what it made of its picture: a ControlNet one array (1, F, h, w), a
-        T2I-Adapter its features (1, C, h, w); weights: (N, g, 1), by residual or feature and group
+    net: its name; hint: what it made of its picture, where it runs: a ControlNet one array
+        (1, F, h, w), a T2I-Adapter its features (1, C, h, w)
+    weights: (N, g, 1), by residual or feature and group
     """
 
     net: str
-    hint: Sequence[Array]
+    hint: Sequence[HostOrDeviceArray]
     weights: Array
 
 
-def call_controls(step: StepInputs, hints: Sequence[Sequence[Array]]) -> list[CallControl]:
+def call_controls(
+    step: StepInputs, hints: Sequence[Sequence[HostOrDeviceArray]]
+) -> list[CallControl]:
     """Return what steers each picture at a call; hints: (1, C, h, w) arrays of each control."""
     return [
         CallControl(net=control.net, hint=hints[control.place], weights=control.weights)
@@ -90,14 +94,14 @@ class ControlledSteps:
             fields["variants"] = with_features(plan.variants)
         return replace(plan, **fields)
 
-    def hints(self, plan: Plan) -> tuple[Sequence[Array], ...]:
+    def hints(self, plan: Plan) -> tuple[Sequence[HostOrDeviceArray], ...]:
         """Return what the nets make of a run's pictures, (1, C, h, w) arrays for each control.
 
-        A picture that the run gives the same net twice is encoded once.
-        Raises GraphError or BackendError.
+        They stay on a device whose arrays have rows. A picture that the run gives the same net
+        twice is encoded once. Raises GraphError or BackendError.
         """
-        made: dict[tuple[str, int, str], Sequence[Array]] = {}
-        hints = list[Sequence[Array]]()
+        made: dict[tuple[str, int, str], Sequence[HostOrDeviceArray]] = {}
+        hints = list[Sequence[HostOrDeviceArray]]()
         for control in plan.controls:
             key = control.net, id(control.image), control.preprocessor_text
             if key not in made:
@@ -138,32 +142,35 @@ class ControlledSteps:
         self, given: Mapping[str, Any], controls: Sequence[Sequence[CallControl]]
     ) -> dict[str, Array]:
         """Sum the features of every row's T2I-Adapters, weighed: (g, B, C, h, w) a place."""
-        places = adapted_places(self.unet.tensor_shapes())
-        (groups, batch), sides = given["context"].shape[:2], self._sides(given)
-        features = {
-            name: np.zeros((groups, batch, place.width, *sides[place.level]), np.float32)
-            for name, place in zip(feature_names(len(places)), places, strict=True)
-        }
+        features = _zeros(self.feature_shapes(given))
         for row, steering in enumerate(controls):
             for control in steering:
-                made = zip(features.values(), control.hint, control.weights, strict=False)
+                hint = map(on_host, control.hint)
+                made = zip(features.values(), hint, control.weights, strict=False)
                 for array, feature, weights in made:
                     array[:, row] += weights[..., None, None] * feature
         return features
 
-    def _hint(self, net: str, image: Image.Image) -> Sequence[Array]:
+    def _hint(self, net: str, image: Image.Image) -> Sequence[HostOrDeviceArray]:
         config = self.nets.adapters.get(net)
         if config is None:
-            return (self._run(net, "control_hint", {"picture": hint_pixels(image)})["hint"],)
+            return (self._left(net, "control_hint", {"picture": hint_pixels(image)})["hint"],)
         squares = picture_squares(image, config.in_channels, config.downscale_factor)
-        made = self._run(net, "t2i_adapter", {"squares": squares})
+        made = self._left(net, "t2i_adapter", {"squares": squares})
         return [made[name] for name in feature_names(len(config.channels))]
+
+    def _left(self, net: str, part: ControlPart, inputs: Mapping[str, Array]) -> Mapping[str, Any]:
+        """Run a part of a net; what it makes stays on a device whose arrays have rows."""
+        engine = self.nets.engine(net, part)
+        if isinstance(engine, DeviceEngine) and engine.device.has_addresses:
+            return enqueue_from_host(engine, inputs)
+        return engine.run(inputs)
 
     def _residuals(
         self, given: Mapping[str, Any], controls: Sequence[Sequence[CallControl]]
     ) -> dict[str, Array]:
         """Let every ControlNet add its own for the rows that it steers, in each row's order."""
-        residuals = self._none(given)
+        residuals = _zeros(self.residual_shapes(given))
         for place in range(max(map(len, controls), default=0)):
             placed = {i: row[place] for i, row in enumerate(controls) if place < len(row)}
             for net in dict.fromkeys(control.net for control in placed.values()):
@@ -175,7 +182,7 @@ class ControlledSteps:
                         for name, by_groups in SEEN.items()
                         if name in given
                     },
-                    "hint": np.concatenate([control.hint[0] for control in chosen]),
+                    "hint": np.concatenate([on_host(control.hint[0]) for control in chosen]),
                     "weights": np.concatenate([control.weights for control in chosen], axis=2),
                     **{name: _taken(array, rows, axis=1) for name, array in residuals.items()},
                 }
@@ -184,13 +191,22 @@ class ControlledSteps:
                     array[:, rows] = outputs[f"next_{name}"]
         return residuals
 
-    def _none(self, given: Mapping[str, Any]) -> dict[str, Array]:
-        """Return residuals that add nothing, for a call with these inputs."""
+    def residual_shapes(self, given: Mapping[str, Any]) -> dict[str, Shape]:
+        """Return the shapes of what ControlNets add to a call with these inputs."""
         groups, batch = given["context"].shape[:2]
         levels = zip(self.unet.residual_widths(), self._sides(given), strict=True)
         return {
-            name: np.zeros((groups, batch, sum(channels), *sides), np.float32)
+            name: (groups, batch, sum(channels), *sides)
             for name, (channels, sides) in zip(residual_names(self.unet), levels, strict=True)
+        }
+
+    def feature_shapes(self, given: Mapping[str, Any]) -> dict[str, Shape]:
+        """Return the shapes of what T2I-Adapters add to a call with these inputs."""
+        places = adapted_places(self.unet.tensor_shapes())
+        (groups, batch), sides = given["context"].shape[:2], self._sides(given)
+        return {
+            name: (groups, batch, place.width, *sides[place.level])
+            for name, place in zip(feature_names(len(places)), places, strict=True)
         }
 
     def _sides(self, given: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -208,6 +224,10 @@ Residuals = Callable[
     [StepInputs, Mapping[str, Any], Sequence[Sequence[CallControl]]], dict[str, Array]
 ]
 """As `ControlledSteps.added`."""
+
+
+def _zeros(shapes: Mapping[str, Shape]) -> dict[str, Array]:
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
 
 
 def _over(plan: Plan, image: Image.Image) -> Image.Image:

@@ -200,10 +200,10 @@ def test_what_cannot_be_is_one_sentence(pictogram):
     with pytest.raises(RequestError, match="seamless and controls came together"):
         pipeline.plan(Request(prompt=PROMPT, seamless="x", controls=[control]))
     plan = pictogram.plan
-    pictogram.engines.settings = BackendSettings(backend="webgpu")
+    pictogram.engines.settings = BackendSettings(backend="tensorrt")
     try:
         with pytest.raises(
-            RequestError, match="webgpu draws with plain graphs alone, without seamless"
+            RequestError, match="tensorrt draws with plain graphs alone, without seamless"
         ):
             plan(Request(prompt=PROMPT, seamless="x"))
     finally:
