@@ -182,7 +182,7 @@ def _of_sessions(parts: Iterable[str], activations: Iterable[int]) -> int:
 
 
 def _all_weights(graphs: Mapping[str, Graph], *, shared: bool) -> int:
-    components: Mapping[str, str] = {} if shared else {**COMPONENTS}
+    components = {} if shared else {str(part): name for part, name in COMPONENTS.items()}
     largest: dict[str, int] = {}
     for part, graph in graphs.items():
         name = components.get(part.removesuffix(SEAMLESS), part)

@@ -121,11 +121,11 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
         "text_encoder": _TEXT_ENCODER,
         "text_encoder_2": _TEXT_ENCODER,
-        "step": _STEP,
         "step_shrunk": _STEP,  # whose lower levels see half the width and height (deep shrink)
         # What these and `control` take beside, by level, `signature` adds.
-        **dict.fromkeys(("step_controlled", "step_ip", "step_controlled_ip"), _STEP),
-        **{f"step_shallow{end}": _SHALLOW for end in ("", "_controlled", "_ip", "_controlled_ip")},
+        **dict.fromkeys(("step", "step_controlled", "step_ip", "step_controlled_ip"), _STEP),
+        **dict.fromkeys(("step_shallow", "step_shallow_controlled", "step_shallow_ip"), _SHALLOW),
+        "step_shallow_controlled_ip": _SHALLOW,
         "control_hint": Signature(
             inputs={"picture": _tensor("float32", "B", 3, "H", "W")},
             outputs={"hint": _tensor("float32", "B", "F", "h", "w")},

@@ -23,8 +23,9 @@ from engine.graphs.t2i_adapter import feature_sum_graph, t2i_adapter_graph
 
 __all__ = ["ControlNets", "ControlPart"]
 
-NET_PARTS, ADAPTER_PARTS = ("control_hint", "control"), ("t2i_adapter", "feature_sum")
 ControlPart = Literal["control_hint", "control", "t2i_adapter", "feature_sum"]
+NET_PARTS: tuple[ControlPart, ...] = ("control_hint", "control")
+ADAPTER_PARTS: tuple[ControlPart, ...] = ("t2i_adapter", "feature_sum")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,8 +106,7 @@ class ControlNets:
         for name in dict.fromkeys(names):
             net = self._nets[name]
             is_adapter = isinstance(net.config, T2IAdapterConfig)
-            parts: tuple[ControlPart, ...] = ADAPTER_PARTS if is_adapter else NET_PARTS
-            for part in parts:
+            for part in ADAPTER_PARTS if is_adapter else NET_PARTS:
                 graph, config = self._described(net, part)
                 found[f"{part} {name}"] = Needed(graph, config, net.opened.get(part))
         return found

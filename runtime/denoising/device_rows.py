@@ -164,7 +164,7 @@ class Slots:
                 if self._is_new((link, at), slot, own):
                     _copy(own[0], whole[slot])
         before = self.held.get((link, -1))
-        if before is None or not np.array_equal(before, weights):
+        if not isinstance(before, np.ndarray) or not np.array_equal(before, weights):
             self.held[link, -1] = weights
             device.upload(weights, net.weights)
 
