@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from engine.adapters.choice import AdapterChoice
-from engine.backends.base import Arrays, DeviceEngine, Engine, EngineSpec, Ranges
+from engine.backends.base import Arrays, Engine, EngineSpec, Ranges
 from engine.backends.openvino.int8 import find_ranges, ranges_name
 from engine.backends.registry import BACKENDS
 from engine.backends.settings import (
     DEFAULT,
-    ON_GPU,
     PRECISIONS,
     BackendSettings,
     ComputePrecision,
@@ -25,7 +24,6 @@ from engine.backends.settings import (
     precisions,
 )
 from engine.checkpoints.component import Component, ComponentName
-from engine.devices.device import Device
 from engine.errors import BackendError, ModelError
 from engine.graphs.graph import Graph, Part, find_graph, graph_folders
 from engine.graphs.variants import Variant
@@ -33,6 +31,7 @@ from engine.model import COMPONENTS, Model
 
 if TYPE_CHECKING:
     from engine.adapters.adapter import Adapted, Adapter
+    from engine.backends.memory_estimate import Needed
     from engine.checkpoints.control_lora import ControlLora
 
 OWN_ACTIVATIONS = ("cuda", "webgpu")  # backends whose engines keep theirs, each its own
@@ -133,8 +132,10 @@ class Engines:
             return self.precision
         return "bfloat16" if "BF16" in capabilities() else "float32"
 
-    def open_beside(self, graph: Graph, weights: "Component | ControlLora") -> Engine:
+    def open_beside(self, graph: Graph, weights: "Component | ControlLora | None" = None) -> Engine:
         """Open a network beside the model, and let go of its file's pages; raises BackendError."""
+        if weights is None:  # it computes in its graph's precision
+            return open_engine(graph, {}, self.settings)
         engine = open_engine(graph, weights, self.settings, self.precision_beside)
         weights.release()
         return engine
@@ -159,7 +160,8 @@ class Engines:
         return self.opened[part]
 
     def open(self, part: Part, weights: Arrays, variant: Variant | None = None) -> Engine:
-        """Open a part with its weights; raises GraphError, ModelError or BackendError."""
+        """Open a part with its component's weights; GraphError, ModelError or BackendError."""
+        name = COMPONENTS[part]
         graph = self.graph(part)
         spec = EngineSpec(
             graph=graph if variant is None else variant.of(graph),
@@ -168,24 +170,33 @@ class Engines:
             precision=self.precision,
             ranges=self.ranges,
             model=self.model,
+            kin=[engine for other, engine in self._all() if COMPONENTS[other] == name],
         )
         return _open(spec)
 
-    def require_memory(self, parts: Collection[Part], **sizes: int) -> None:
-        """Raise BackendError when a request does not fit into a GPU's memory.
+    def require_memory(
+        self,
+        parts: Collection[Part],
+        variants: Mapping[Part, Variant],
+        beside: "Mapping[str, Needed]",
+        **sizes: int,
+    ) -> None:
+        """Raise BackendError when a request does not fit into the memory of the backend's GPU.
 
-        parts: that it needs; sizes: fields of `engine.backends.memory_estimate.Sizes`
+        parts, variants: that it needs; beside: other networks' parts
+        sizes: fields of `engine.backends.memory_estimate.Sizes`
         """
-        if (backend := self.settings.backend) not in ON_GPU:
-            return
-        from engine.backends.memory_estimate import Sizes, require_memory
+        from engine.backends.memory_estimate import Needed, Sizes, find_gpu, name_of, require_memory
 
-        graphs = {part: self.graph(part) for part in parts}
-        configs = {part: self.model.config(part) for part in parts}
-        opened = {part: self.opened[part] for part in parts if part in self.opened}
-        device, shared = _device(backend), backend not in OWN_ACTIVATIONS
-        held = sum(each.held for each in opened.values() if isinstance(each, DeviceEngine))
-        require_memory(device, graphs, configs, Sizes(**sizes), opened, shared=shared, held=held)
+        needed = dict[str, Needed](beside)
+        for part in parts:
+            found, chosen = self.opened.get(part), variants.get(part)
+            if chosen is not None:
+                found = self.opened_variants.get((part, chosen))
+            needed[name_of(part, chosen)] = Needed(self.graph(part), self.model.config(part), found)
+        backend = self.settings.backend or DEFAULT
+        shared = backend not in OWN_ACTIVATIONS
+        require_memory(find_gpu(backend), needed, Sizes(**sizes), shared=shared)
 
     def set_loras(self, adapters: "Sequence[tuple[Adapter, AdapterChoice]]") -> None:
         """Put these adapters on in place of those that are on; none gives the base back.
@@ -218,12 +229,15 @@ class Engines:
         found.weights.release()
         return engine
 
+    def _all(self) -> list[tuple[Part, Engine]]:
+        variants = ((part, engine) for (part, _), engine in self.opened_variants.items())
+        return [*self.opened.items(), *variants]
+
     def _rebind(self, adapted: "Mapping[ComponentName, Adapted]") -> None:
         """Hand the weights that differ to the open engines: to all of them or, failing, to none."""
         before, changed = self._adapted, []
-        variants = ((part, engine) for (part, _), engine in self.opened_variants.items())
         try:
-            for part, engine in (*self.opened.items(), *variants):
+            for part, engine in self._all():
                 if (name := COMPONENTS[part]) in adapted:
                     old = before.get(name)
                     touched = adapted[name].touched | (old.touched if old else frozenset())
@@ -268,27 +282,13 @@ def open_engine(
 
 
 def own_precision(settings: BackendSettings) -> ComputePrecision:
-    """Return what a backend computes in where nobody chose; raises BackendError.
-
-    Through WebGPU it is float16 on a GPU that has it.
-    """
+    """Return what a backend computes in by itself, or through WebGPU the GPU; BackendError."""
     if settings.backend == "webgpu":
         from engine.backends.onnxruntime.webgpu_trials import has_float16
         from engine.devices.webgpu import find_device
 
         return "float16" if has_float16(find_device()) else "float32"
     return next(iter(precisions(settings)))
-
-
-def _device(backend: str) -> Device:
-    """Return a backend's GPU; raises BackendError."""
-    if backend == "webgpu":
-        from engine.devices import webgpu
-
-        return webgpu.find_device()
-    from engine.devices import cuda
-
-    return cuda.find_device()
 
 
 def _open(spec: EngineSpec) -> Engine:

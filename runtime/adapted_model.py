@@ -11,6 +11,7 @@ from PIL import Image
 from engine.adapters.choice import AdapterChoice
 from engine.adapters.folder import check_folder
 from engine.backends.base import DeviceEngine, Engine
+from engine.backends.settings import ON_GPU
 from engine.devices.device import DeviceArray, HostOrDeviceArray, within_memory
 from engine.engines import Engines
 from engine.errors import ModelError
@@ -21,7 +22,8 @@ from runtime.checks import OneOrMore, path_of, several
 from runtime.conditioning.encoder import Encoder
 from runtime.conditioning.names import named_adapters
 from runtime.conditioning.tokenizer import Tokenizer
-from runtime.denoising.latents import LatentSpace
+from runtime.denoising.groups import batch_limit
+from runtime.denoising.latents import LatentSpace, parts_of, sizes_of
 from runtime.denoising.rows import Row, step_rows
 from runtime.images import tiles
 from runtime.images.previews import finite
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from engine.adapters.textual_inversion import Embedding
     from engine.steering.control_nets import ControlNets
     from engine.steering.ip_adapters import IPAdapters
+    from runtime.denoising.controls import ControlledSteps
     from runtime.denoising.device_loop import DeviceLoop
     from runtime.denoising.device_rows import DeviceRows
     from runtime.images.upscaler import Upscaler
@@ -118,8 +121,9 @@ class AdaptedModel:
         controls: files or folders by the names that a `Control` gives, or files alone, whose names
         without their endings these are. One that stays keeps its engines, and a request that turns
         it on or off or weighs it otherwise opens none. Raises ModelError for what is neither or
-        is one of another family, BackendError where the model runs on a GPU.
+        is one of another family, BackendError for a backend whose engines are built beforehand.
         """
+        self._forget_forms()
         self.control_nets.set(_by_name("ControlNets", controls))
 
     def set_ip_adapters(
@@ -133,7 +137,7 @@ class AdaptedModel:
             each by the adapters' names; None for image_encoder/ beside each or in the model's
             folder
         Raises ModelError for what is no IP-Adapter, or is one of another family or encoder,
-        BackendError where the model runs on a GPU.
+        BackendError for a backend whose engines are built beforehand.
         """
         encoders = (
             path_of(image_encoder)
@@ -194,6 +198,12 @@ class AdaptedModel:
         decoded = within_memory(decode, self._forget_forms) if on_device else decode()
         return [Image.fromarray(pixels) for pixels in decoded]
 
+    def batch_limit(self, plan: Plan, batch_size: int | None = None) -> int:
+        """Return how many of a plan's pictures are drawn at once; as `Pipeline.groups` takes it."""
+        parts, sizes = parts_of(plan, self.model), sizes_of(plan)
+        fits = partial(self._require_memory, plan)
+        return batch_limit(self.engines, parts, sizes, fits, batch_size)
+
     def step_rows(self, rows: Sequence[Row], *, filled_to: int = 0) -> None:
         """Make the next call of rows of one bucket together, on a device where engines live there.
 
@@ -202,7 +212,9 @@ class AdaptedModel:
         """
         engine = self.engine(rows[0].part, rows[0].variant)
         if isinstance(engine, DeviceEngine) and engine.device.has_addresses:
-            self._device_rows.step(rows, engine, filled_to=filled_to)
+            is_steered = rows[0].next_step.is_steered
+            controlled = self._steering.controlled if is_steered else None
+            self._device_rows.step(rows, engine, filled_to=filled_to, controlled=controlled)
         else:
             step_rows(
                 rows,
@@ -261,6 +273,18 @@ class AdaptedModel:
     def _is_on_device(self, plan: Plan) -> bool:
         part = plan.step_parts[0]
         return hasattr(self.engine(part, plan.variants.get(part)), "device")
+
+    def _require_memory(self, plan: Plan, pictures: int) -> None:
+        """Raise BackendError where so many of a plan's pictures do not fit into a GPU's memory."""
+        if self.engines.settings.backend not in ON_GPU:
+            return
+        beside = self._steering.needed(plan) if plan.controls or plan.image_prompts else {}
+        sizes, parts = {**sizes_of(plan), "batch": pictures}, parts_of(plan, self.model)
+        self.engines.require_memory(parts, plan.variants, beside, **sizes)
+
+    def _controlled(self, plan: Plan) -> "ControlledSteps | None":
+        """Return the nets beside the UNet where they steer a plan."""
+        return self._steering.controlled if plan.controls else None
 
     def _put_on(self, adapters: "Sequence[tuple[Adapter, AdapterChoice]]") -> None:
         from engine.adapters.few_steps import with_few_steps

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from engine.adapters.choice import AdapterChoice
-from engine.backends.settings import ON_GPU, BackendSettings, ComputePrecision
+from engine.backends.settings import BUILT_BEFOREHAND, BackendSettings, ComputePrecision
 from engine.devices.device import HostOrDeviceArray, on_host
 from engine.engines import Engines
 from engine.errors import RequestError
@@ -25,25 +25,18 @@ from runtime.adapted_model import AdaptedModel
 from runtime.checks import OneOrMore, path_of
 from runtime.conditioning.tokenizer import Tokenizer, load_tokenizers
 from runtime.conditioning.wildcards import Wildcards
-from runtime.denoising.groups import batch_limit, groups_of
-from runtime.denoising.latents import (
-    Progress,
-    State,
-    parts_of,
-    predicted_x0,
-    sizes_of,
-)
+from runtime.denoising.groups import groups_of
+from runtime.denoising.latents import Progress, State, parts_of, predicted_x0
 from runtime.denoising.row_loop import finished_rows
 from runtime.denoising.rows import rows_of
 from runtime.diffusers_arguments import CallArguments, OnStepEnd
 from runtime.images.files import SOURCE_KEY, SPACING_KEY, as_floats
 from runtime.plan import Array, Plan, StepInputs, make_plan
-from runtime.regions import check_backend
 from runtime.request import Request
 from runtime.request_options import CallOptions
 from runtime.result import ArrayResult, DrawnImage, Result
 from runtime.templates import expand_request, with_templates
-from runtime.variants import check_gpu
+from runtime.variants import check_built
 
 OWN = "own"  # as a preview decoder: the model's
 SHIPPED = "pictogram"
@@ -192,7 +185,7 @@ class Pipeline(AdaptedModel):
                     "alternatives in the prompts choose different adapters, which the pictures of "
                     "a call share; draw them one after the other"
                 )
-            most = min((self._batch_limit(plan, batch_size) for plan in plans.values()), default=1)
+            most = min((self.batch_limit(plan, batch_size) for plan in plans.values()), default=1)
             rows = {row: index for index, plan in plans.items() for row in rows_of(plan)}
             limit, is_exact = dict.fromkeys(rows, most).__getitem__, self.engines.is_exact
             for row in finished_rows(
@@ -210,10 +203,8 @@ class Pipeline(AdaptedModel):
         Raises RequestError, ModelError where an adapter does not fit, and BackendError where one
         picture of it would not fit into a GPU's memory.
         """
-        if request.regions:
-            check_backend(self.engines.settings.backend)
-        if (backend := self.engines.settings.backend) in ON_GPU:
-            check_gpu(request, self.model, backend)
+        if (backend := self.engines.settings.backend) in BUILT_BEFOREHAND:
+            check_built(request, self.model, backend)
         if is_steered := bool(request.controls or request.image_prompts):
             request = self._steering.completed(request)
         chosen, notes = request, list[str]()
@@ -225,7 +216,7 @@ class Pipeline(AdaptedModel):
         plan = self._steering.steered(plan, request) if is_steered else plan
         plan = plan if chosen is request else with_templates(plan, request)
         plan = replace(plan, notes=[*notes, *plan.notes]) if notes else plan
-        self.engines.require_memory(parts_of(plan, self.model), **{**sizes_of(plan), "batch": 1})
+        self._require_memory(plan, 1)
         return plan
 
     def groups(self, plan: Plan, batch_size: int | None = None) -> list[Plan]:
@@ -240,7 +231,7 @@ class Pipeline(AdaptedModel):
             return [plan]
         return groups_of(
             plan,
-            self._batch_limit(plan, batch_size),
+            self.batch_limit(plan, batch_size),
             is_exact=self.engines.is_exact,
             is_filled=batch_size is not None,
         )
@@ -327,13 +318,11 @@ class Pipeline(AdaptedModel):
                 break
         return state.latents
 
-    def _batch_limit(self, plan: Plan, batch_size: int | None) -> int:
-        return batch_limit(self.engines, parts_of(plan, self.model), sizes_of(plan), batch_size)
-
     def _run(self, plan: Plan, state: State) -> HostOrDeviceArray:
         """Make all calls of a run that nobody watches; returns the latents, where they are."""
         if self._is_on_device(plan):
-            return self._device_loop.finish(state, plan.steps(), self.engines.engine)
+            nets = self._controlled(plan)
+            return self._device_loop.finish(state, plan.steps(), self.engines.engine, nets)
         for inputs in plan.steps():
             state = self.step(state, inputs)
         return state.latents
@@ -341,7 +330,8 @@ class Pipeline(AdaptedModel):
     def _steps(self, plan: Plan, state: State) -> Iterator[tuple[StepInputs, State]]:
         """Make the calls of a run one by one; yields each with the state after it."""
         if self._is_on_device(plan):
-            yield from self._device_loop.steps(state, plan.steps(), self.engines.engine)
+            nets = self._controlled(plan)
+            yield from self._device_loop.steps(state, plan.steps(), self.engines.engine, nets)
             return
         for inputs in plan.steps():
             state = self.step(state, inputs)

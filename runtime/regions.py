@@ -29,7 +29,6 @@ from runtime.images.frame import Frame
 
 __all__ = [
     "Region",
-    "check_backend",
     "check_regions",
     "parse_region",
     "shares_of",
@@ -40,7 +39,6 @@ __all__ = [
 Array = NDArray[np.float32]
 
 MAX_WEIGHT = 100.0
-WITHOUT_REGIONS = ("tensorrt", "tensorrt_rtx")  # broadcasting in their engines is untried
 LEAST = 0.5 / WHITE  # that the regions leave to the prompt: half a level of gray
 
 
@@ -98,15 +96,6 @@ def check_regions(regions: object, *, prompt_syntax: bool) -> None:
                 f"the region {region.prompt!r} names an adapter, which changes the whole picture; "
                 "name it in the prompt"
             )
-
-
-def check_backend(backend: str | None) -> None:
-    """Refuse a backend whose engines take no regions; raises RequestError."""
-    if backend in WITHOUT_REGIONS:
-        raise RequestError(
-            f"the backend {backend} takes no regions yet: its engines are built for one weight a "
-            "picture; leave them out, or draw with the backend cuda"
-        )
 
 
 def with_regions(

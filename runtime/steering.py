@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine.backends.memory_estimate import Needed
 from engine.engines import Engines
 from engine.errors import ModelError
 from engine.steering.control_nets import ControlNets
@@ -41,7 +42,7 @@ class Steering:
         """Take IP-Adapters by their names, and the encoders of all or each, in place of others.
 
         Raises ModelError for what is none, is of another family or encoder, and for an encoder of
-        no adapter; BackendError where the model runs on a GPU.
+        no adapter; BackendError for a backend whose engines are built beforehand.
         """
         if isinstance(image_encoders, Mapping):
             if unknown := image_encoders.keys() - files.keys():
@@ -75,6 +76,11 @@ class Steering:
             if any(prompt.scales) and not prompt.over(calls).any():
                 notes.append(f"the image prompt {prompt.text} is seen at {_NONE.format(calls)}")
         return replace(plan, notes=[*plan.notes, *notes]) if notes else plan
+
+    def needed(self, plan: Plan) -> dict[str, Needed]:
+        """Return what a plan's nets and adapters take of a device's memory; raises GraphError."""
+        nets = self.control_nets.needed(control.net for control in plan.controls)
+        return {**nets, **self._attended_images.needed(plan)}
 
     def open(self, plan: Plan) -> None:
         """Open the engines of a plan's pictures; raises GraphError or BackendError."""

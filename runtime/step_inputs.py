@@ -81,6 +81,19 @@ class StepInputs:
         """Whether residuals or features are to be computed: a shallow call has those before."""
         return self.is_full and (self.is_controlled or self.is_adapted)
 
+    def told(self, constant: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the inputs that earlier calls have no part in, but for the call's own rows.
+
+        constant: what a run gives all of its calls
+        """
+        given = {**self.conditioning, **constant}
+        if "shown" in given:
+            shown = given.pop("shown")[..., None, None, None]
+            given["edited_image"] = shown * given.pop("image_latents")
+        if not self.is_full:
+            given.pop("perturbed", None)  # the middle is not run
+        return given
+
     @property
     def variant(self) -> Variant | None:
         """What that part computes beside what it always does."""

@@ -31,7 +31,7 @@ from runtime.samplers.noise_schedule import NoiseSchedule
 from runtime.samplers.program import predict
 from runtime.step_inputs import STEP_PARTS
 
-__all__ = ["check_gpu", "fields_of_plan", "with_features", "with_kept_image"]
+__all__ = ["check_built", "fields_of_plan", "with_features", "with_kept_image"]
 
 Array = NDArray[np.float32]
 Conditioning = Mapping[str, Array]
@@ -106,14 +106,20 @@ def with_features(variants: Mapping[Part, Variant]) -> dict[Part, Variant]:
     return {**variants, **more}
 
 
-def check_gpu(request: Request, model: Model, backend: str) -> None:
-    """Refuse what a GPU's backend, whose engines are built of plain graphs, does not draw.
+def check_built(request: Request, model: Model, backend: str) -> None:
+    """Refuse what a backend, whose engines are built beforehand of plain graphs, does not draw.
 
     Raises RequestError.
     """
     if model.is_editing:
         raise RequestError(
-            f"the backend {backend} runs no models that edit pictures yet; choose cpu or openvino"
+            f"the backend {backend} runs no models that edit pictures yet; choose cuda, webgpu, "
+            "cpu or openvino"
+        )
+    if request.regions:
+        raise RequestError(
+            f"the backend {backend} takes no regions yet: its engines are built for one weight a "
+            "picture; leave them out, or draw with the backend cuda"
         )
     names = ("seamless", "pag_scale", "apg", "deep_shrink")
     asked = [name for name in names if getattr(request, name)]
@@ -121,8 +127,8 @@ def check_gpu(request: Request, model: Model, backend: str) -> None:
         asked.append(f"sampler {request.sampler}")
     if asked:
         raise RequestError(
-            f"{asked[0]} came, and the backend {backend} draws with plain graphs alone; choose cpu "
-            "or openvino, or leave it out"
+            f"{asked[0]} came, and the backend {backend} draws with plain graphs alone; choose "
+            "cuda, webgpu, cpu or openvino, or leave it out"
         )
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from engine.backends.memory_estimate import ITEM_BYTES, Sizes
+from engine.backends.memory_estimate import ITEM_BYTES, Sizes, find_gpu
 from engine.backends.settings import ON_GPU, graph_precision
 from engine.configs.base import Config
 from runtime.denoising.rows import Row
@@ -63,8 +63,7 @@ def _item_bytes(pipeline: Pipeline) -> int:
 
 def _free_bytes(pipeline: Pipeline) -> int | None:
     """Return what is free where a pipeline's engines compute, None where nobody knows."""
-    if pipeline.engines.settings.backend in ON_GPU:
-        from engine.devices.cuda import find_device
-
-        return find_device().memory()[0]
+    backend = pipeline.engines.settings.backend
+    if backend is not None and backend in ON_GPU:
+        return find_gpu(backend).memory()[0]
     return free_bytes()

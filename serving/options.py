@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.backends.settings import ON_GPU
+from engine.backends.settings import BUILT_BEFOREHAND, ON_GPU
 from engine.command_line import CommandParser
 from engine.errors import RequestError
 from engine.model import find_model, shipped_models
@@ -225,10 +225,10 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         ("ControlNets", controls, "--control and --control-dir"),
         ("IP-Adapters", ip_adapters, "--ip-adapter-dir"),
     ):
-        if found and options.backend in ON_GPU:
+        if found and options.backend in BUILT_BEFOREHAND:
             raise RequestError(
-                f"the backend {options.backend} runs no {what} yet; choose --backend cpu or "
-                f"openvino, or leave {given} out"
+                f"the backend {options.backend} runs no {what} yet; choose --backend cuda, webgpu, "
+                f"cpu or openvino, or leave {given} out"
             )
     if options.backend not in ON_GPU and {*models.values()} & {*shipped_models()}:
         controls = {**{name: str(path) for name, path in shipped_controls().items()}, **controls}

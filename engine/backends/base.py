@@ -1,8 +1,8 @@
 """What a backend is: it opens a graph with its weights as an engine, which runs."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -25,6 +25,7 @@ class EngineSpec:
     precision: what to compute in, from a graph of `graph_precision`
     ranges: of the inputs of those layers that compute in int8, when that is the precision
     model: whose part it is, for a backend that builds; None for a graph alone
+    kin: open engines of the same weights, with which a backend may share them on a device
     """
 
     graph: Graph
@@ -33,6 +34,7 @@ class EngineSpec:
     precision: ComputePrecision
     ranges: Ranges | None = None
     model: Model | None = None
+    kin: "Sequence[Engine]" = ()
 
 
 class Engine(Protocol):
@@ -96,6 +98,18 @@ class DeviceEngine(Engine, Protocol):
         ...
 
 
+class Run(NamedTuple):
+    """A run of an engine, with the arrays that it is queued on."""
+
+    engine: DeviceEngine
+    inputs: Mapping[str, DeviceArray]
+    outputs: Mapping[str, DeviceArray]
+
+    def enqueue(self) -> None:
+        """Queue it; raises BackendError."""
+        self.engine.enqueue(self.inputs, self.outputs)
+
+
 def run_from_host(
     engine: DeviceEngine, inputs: Mapping[str, HostOrDeviceArray]
 ) -> dict[str, NDArray[Any]]:
@@ -103,6 +117,14 @@ def run_from_host(
 
     Shapes and dtypes are those of the graph's signature, in and out. Raises BackendError.
     """
+    outputs = enqueue_from_host(engine, inputs)
+    return {name: engine.device.download(array) for name, array in outputs.items()}
+
+
+def enqueue_from_host(
+    engine: DeviceEngine, inputs: Mapping[str, HostOrDeviceArray]
+) -> Mapping[str, DeviceArray]:
+    """Queue a run as `run_from_host` does; what it makes stays on the device."""
     device, placed = engine.device, {}
     for name, array in inputs.items():
         if isinstance(array, DeviceArray):
@@ -112,4 +134,4 @@ def run_from_host(
             device.upload(array, placed[name])
     outputs = engine.prepare({name: array.shape for name, array in placed.items()})
     engine.enqueue(placed, outputs)
-    return {name: device.download(array) for name, array in outputs.items()}
+    return outputs

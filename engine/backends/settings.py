@@ -29,6 +29,8 @@ DEFAULT = "cpu"
 MAX_THREADS = 1024  # more than any machine has cores; libraries make as many as they are told
 BUILT = ("tensorrt", "tensorrt_rtx")  # whose engines are built before they run
 ON_GPU = ("cuda", "webgpu", "tensorrt", "tensorrt_rtx")
+# Those whose engines are built beforehand, of the graphs that models and steps have as they are.
+BUILT_BEFOREHAND = ("tensorrt", "tensorrt_rtx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ from itertools import pairwise
 from typing import Any, Self
 
 from engine.configs.base import (
-    Config,
     Shape,
     Sizes,
     Tensors,
@@ -75,15 +74,22 @@ class ControlNetConfig(UNetConfig):
             first, second, *_ = (*self.conditioning_embedding_out_channels, 0)
             return resnet_activations(first, max(first, second // 4)) * sizes.pixels
         latents = sizes.height * sizes.width // 64
-        levels = enumerate(self.residual_widths())
-        residuals = sum(sum(widths) * (latents >> 2 * level) for level, widths in levels)
         rows = sizes.groups * sizes.batch
         own: int = super(ControlNetConfig, self).activations(part, sizes)
-        return own + 3 * rows * residuals
+        return own + 3 * rows * self._residuals(latents)
 
     def tables(self, sizes: Sizes) -> int:
-        """Nothing lies on a device beside what a step has there."""
-        return Config.tables(self, sizes)
+        """Count what each of its two parts has on a device beside what a step has there.
+
+        A hint, as it was made and as calls read it; residuals, that are zeros and that are its own.
+        """
+        latents, rows = sizes.height * sizes.width // 64, sizes.groups * sizes.batch
+        hint = sizes.batch * self.block_out_channels[0] * latents
+        return hint + rows * self._residuals(latents)
+
+    def _residuals(self, latents: int) -> int:
+        levels = enumerate(self.residual_widths())
+        return sum(sum(widths) * (latents >> 2 * level) for level, widths in levels)
 
 
 def control_net_of(

@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 from engine.configs.base import Config, Shape, Sizes, Tensors, require_among, weight
 
-__all__ = ["AdaptedPlace", "T2IAdapterConfig", "adapted_places"]
+__all__ = [
+    "AdaptedPlace",
+    "FeatureSumConfig",
+    "T2IAdapterConfig",
+    "adapted_places",
+    "feature_sum_of",
+]
 
 COMPRESSION = 8  # pixels along one side of a latent's cell
 LARGER = 16  # what XL's begin with, and halve once
@@ -73,8 +79,7 @@ class T2IAdapterConfig(Config):
 
     def activations(self, part: str, sizes: Sizes) -> int:
         """Estimate the most numbers alive at once: a step's features, once summed and once not."""
-        cells = sizes.height * sizes.width // COMPRESSION**2
-        features = sum(width * (cells >> 2 * level) for width, level in self.features())
+        features = sum(_numbers(*feature, sizes) for feature in self.features())
         return 2 * sizes.groups * sizes.batch * features
 
     def _tensors(self) -> Tensors:
@@ -101,6 +106,50 @@ class T2IAdapterConfig(Config):
                 yield from weight(f"{block}.resnets.{j}.block2", inner, inner, 3, 3)
             yield from weight(f"{block}.out_conv", width, inner, 1, 1)
             before = width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureSumConfig(Config):
+    """What adds the features of a T2I-Adapter, weighed, to those of others. It has no tensors.
+
+    channels: of every feature; scales: how often its sides go into the latents'
+    """
+
+    channels: tuple[int, ...]
+    scales: tuple[int, ...]
+
+    def features(self) -> list[tuple[int, int]]:
+        """Return the channels of every feature, and the level of a UNet that has its sides."""
+        levels = [scale.bit_length() - 1 for scale in self.scales]
+        return list(zip(self.channels, levels, strict=True))
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Return none."""
+        return {}
+
+    def symbols(self) -> dict[str, int]:
+        """Return how many features there are."""
+        return {"N": len(self.channels)}
+
+    def activations(self, part: str, sizes: Sizes) -> int:
+        """Estimate the most numbers alive at once: the largest feature, weighed for every group."""
+        rows = sizes.groups * sizes.batch
+        return rows * max(_numbers(*feature, sizes) for feature in self.features())
+
+    def tables(self, sizes: Sizes) -> int:
+        """Count the features that are added, for every picture, and three sums of them."""
+        numbers = sum(_numbers(*feature, sizes) for feature in self.features())
+        return sizes.batch * (1 + 3 * sizes.groups) * numbers
+
+
+def feature_sum_of(config: T2IAdapterConfig) -> FeatureSumConfig:
+    """Return the architecture of the sum that a T2I-Adapter's features are added to."""
+    channels, levels = zip(*config.features(), strict=True)
+    return FeatureSumConfig(channels=channels, scales=tuple(2**level for level in levels))
+
+
+def _numbers(width: int, level: int, sizes: Sizes) -> int:
+    return width * (sizes.height * sizes.width // COMPRESSION**2 >> 2 * level)
 
 
 class AdaptedPlace(NamedTuple):

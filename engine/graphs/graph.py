@@ -45,6 +45,7 @@ Part = Literal[
     "control_hint",
     "control",
     "t2i_adapter",
+    "feature_sum",
     "image_encoder",
     "ip_adapter",
     "vae_decoder",
@@ -120,12 +121,10 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
     {
         "text_encoder": _TEXT_ENCODER,
         "text_encoder_2": _TEXT_ENCODER,
-        "step": _STEP,
-        "step_shallow": _SHALLOW,
         "step_shrunk": _STEP,  # whose lower levels see half the width and height (deep shrink)
         # What these and `control` take beside, by level, `signature` adds.
-        **dict.fromkeys(("step_controlled", "step_ip", "step_controlled_ip"), _STEP),
-        **dict.fromkeys(("step_shallow_controlled", "step_shallow_ip"), _SHALLOW),
+        **dict.fromkeys(("step", "step_controlled", "step_ip", "step_controlled_ip"), _STEP),
+        **dict.fromkeys(("step_shallow", "step_shallow_controlled", "step_shallow_ip"), _SHALLOW),
         "step_shallow_controlled_ip": _SHALLOW,
         "control_hint": Signature(
             inputs={"picture": _tensor("float32", "B", 3, "H", "W")},
@@ -184,6 +183,7 @@ SIGNATURES: Mapping[Part, Signature] = MappingProxyType(
             outputs={name: _tensor("float32", 1, "t", "W") for name in ("keys", "values")},
         ),
         "t2i_adapter": Signature(inputs={"squares": _SQUARES}, outputs={}),
+        "feature_sum": Signature(inputs={"weights": _tensor("float32", "N", "g", "B")}, outputs={}),
         "safety_checker": Signature(
             inputs={"pixel_values": _tensor("float32", 1, 3, "S", "S")},
             outputs={"image_embeds": _tensor("float32", 1, "P")},

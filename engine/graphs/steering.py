@@ -37,7 +37,7 @@ CONTROLLED_LEVELS: Mapping[str, int] = MappingProxyType(
     {
         **dict.fromkeys(("step_controlled", "step_controlled_ip", "control"), MAX_LEVELS),
         **dict.fromkeys(("step_shallow_controlled", "step_shallow_controlled_ip"), 1),
-        **dict.fromkeys(("step_ip", "step_shallow_ip"), 0),
+        **dict.fromkeys(("step_ip", "step_shallow_ip", "feature_sum"), 0),
     }
 )
 IP_PARTS = frozenset(part for part in CONTROLLED_LEVELS if part.endswith("_ip"))
@@ -52,6 +52,10 @@ def steering_shapes(part: str, config: Config) -> tuple[Shapes, Shapes]:
 
 
 def _inputs(part: str, config: Config) -> Shapes:
+    """Return what is taken; the sum of T2I-Adapters' features takes one's, and the sum so far."""
+    if part == "feature_sum":
+        own, summed = _features(config, "B"), _features(config, "g", "B")
+        return {**{f"own_{name}": shape for name, shape in own.items()}, **summed}
     return {
         **_type_inputs(part, config),
         **residual_inputs(part, config),
@@ -63,18 +67,24 @@ def _outputs(part: str, config: Config) -> Shapes:
     """Return what a ControlNet or a T2I-Adapter gives."""
     if part == "control":
         return {f"next_{name}": shape for name, shape in residual_inputs(part, config).items()}
+    if part == "feature_sum":
+        return {f"next_{name}": shape for name, shape in _features(config, "g", "B").items()}
     if part == "control_hint" and config.control_types:
         return TYPE_EMBEDDING
-    features = config.features() if part == "t2i_adapter" else []
-    return {
-        name: (1, width, *sides_of(level))
-        for name, (width, level) in zip(feature_names(len(features)), features, strict=True)
-    }
+    return _features(config, 1) if part == "t2i_adapter" else {}
 
 
 def feature_names(count: int) -> list[str]:
     """Return what features of T2I-Adapters are called, a step's inputs and their outputs."""
     return [f"features_{place}" for place in range(count)]
+
+
+def _features(config: Config, *rows: str | int) -> Shapes:
+    features = config.features()
+    return {
+        name: (*rows, width, *sides_of(level))
+        for name, (width, level) in zip(feature_names(len(features)), features, strict=True)
+    }
 
 
 def residual_names(config: Config) -> list[str]:

@@ -2,8 +2,15 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
 from engine.configs.base import Shape
-from engine.configs.t2i_adapter import AdaptedPlace, T2IAdapterConfig, adapted_places
+from engine.configs.t2i_adapter import (
+    AdaptedPlace,
+    FeatureSumConfig,
+    T2IAdapterConfig,
+    adapted_places,
+)
 from engine.errors import GraphError
 from engine.graphs.editing import Editor, edited
 from engine.graphs.graph import Graph, Precision
@@ -11,7 +18,7 @@ from engine.graphs.onnx_bytes import written_node
 from engine.graphs.steering import feature_names, sides_of
 from engine.graphs.writer import GraphWriter
 
-__all__ = ["adapted", "t2i_adapter_graph"]
+__all__ = ["adapted", "feature_sum_graph", "t2i_adapter_graph"]
 
 
 def t2i_adapter_graph(config: T2IAdapterConfig, precision: Precision) -> Graph:
@@ -33,6 +40,20 @@ def t2i_adapter_graph(config: T2IAdapterConfig, precision: Precision) -> Graph:
         if config.light:
             x = writer.conv(x, f"{block}.out_conv")
         writer.give(name, writer.op("Identity", x))
+    return writer.graph()
+
+
+def feature_sum_graph(config: FeatureSumConfig) -> Graph:
+    """Write the graph that adds an adapter's features, weighed, to a sum: next_ = sum + w own_.
+
+    weights (N, g, B), own_features_i (B, C, h', w'), features_i (g, B, C, h', w'), all float32
+    """
+    writer = GraphWriter("feature_sum", config, "float32")
+    ones = writer.whole(2, 3, 4)
+    for i, name in enumerate(feature_names(len(config.channels))):
+        weight = writer.op("Gather", "weights", writer.array(np.array(i, np.int64)), axis=0)
+        weighed = writer.op("Mul", writer.op("Unsqueeze", weight, ones), f"own_{name}")
+        writer.give(f"next_{name}", writer.op("Add", name, weighed))
     return writer.graph()
 
 

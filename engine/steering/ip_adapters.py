@@ -1,6 +1,6 @@
 """The IP-Adapters beside a model, and CLIP's image encoders that they see pictures through."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.base import Engine
-from engine.backends.settings import ON_GPU, graph_precision
+from engine.backends.memory_estimate import Needed
+from engine.backends.settings import BUILT_BEFOREHAND, graph_precision
 from engine.checkpoints.component import Component
 from engine.checkpoints.image_encoder import IMAGE_ENCODER, open_image_encoder
 from engine.checkpoints.ip_adapter import check_unet, open_ip_adapter
@@ -42,6 +43,9 @@ class _Network:
         if not self.opened:
             self.opened.append(self.engines.open_beside(self.graph, self.weights))
         return self.opened[0].run(inputs)
+
+    def needed(self, config: Config) -> Needed:
+        return Needed(self.graph, config, next(iter(self.opened), None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,12 +84,12 @@ class IPAdapters:
         files, encoders: by name, files, and folders of image encoders; None for image_encoder/
             beside the file or in the model's folder
         Raises ModelError when one is none, or is of another family or another encoder,
-        BackendError where the model runs on a GPU; then all stay as they were.
+        BackendError for a backend whose engines are built beforehand; then all stay as they were.
         """
-        if files and self._engines.settings.backend in ON_GPU:
+        if files and self._engines.settings.backend in BUILT_BEFOREHAND:
             raise BackendError(
                 f"the backend {self._engines.settings.backend!r} runs no IP-Adapters yet; choose "
-                "cpu or openvino, or draw without them"
+                "cuda, webgpu, cpu or openvino, or draw without them"
             )
         opened = {each.encoder.path: each.encoder for each in self._adapters.values()}
         adapters = dict[str, _IPAdapter]()
@@ -103,6 +107,16 @@ class IPAdapters:
         """The architectures of the IP-Adapters, and of their image encoders once each."""
         encoders = {each.encoder.path: each.encoder.config for each in self._adapters.values()}
         return [*(each.config for each in self._adapters.values()), *encoders.values()]
+
+    def needed(self, names: Iterable[str]) -> dict[str, Needed]:
+        """Return what adapters take of a device's memory, by a name for each network."""
+        found = dict[str, Needed]()
+        for name in dict.fromkeys(names):
+            each = self._adapters[name]
+            found[f"ip_adapter {name}"] = each.network.needed(each.config)
+            encoder = each.encoder
+            found[f"image_encoder {encoder.path}"] = encoder.network.needed(encoder.config)
+        return found
 
     def path(self, name: str) -> Path:
         """Return the file of an IP-Adapter."""

@@ -23,8 +23,6 @@ from runtime.batch.requests import Defaults
 from runtime.batch.store import Store
 from runtime.batch.work import Work
 from runtime.conditioning.names import AdapterTag
-from runtime.denoising.groups import batch_limit
-from runtime.denoising.latents import parts_of, sizes_of
 from runtime.denoising.row_loop import finished_rows
 from runtime.denoising.rows import Row, rows_of
 from runtime.finishing import check_watermark_fits
@@ -126,8 +124,7 @@ class Batch:
         for each in work:
             try:
                 plan = self.pipeline.plan(self.defaults.request(each.line))
-                parts, sizes = parts_of(plan, self.pipeline.model), sizes_of(plan)
-                limit = batch_limit(self.pipeline.engines, parts, sizes, self.batch_size)
+                limit = self.pipeline.batch_limit(plan, self.batch_size)
                 rows = rows_of(plan)
                 if self.watermark:
                     check_watermark_fits(plan)

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.backends.base import Engine
+from engine.backends.base import DeviceEngine, Engine, enqueue_from_host
 from engine.configs.t2i_adapter import adapted_places
 from engine.configs.unet import UNetConfig
+from engine.devices.device import HostOrDeviceArray, Shape, on_host
 from engine.errors import RequestError
 from engine.graphs.steering import feature_names, residual_names
 from engine.steering.control_nets import ControlNets, ControlPart
@@ -31,6 +32,7 @@ __all__ = ["CallControl", "ControlledSteps", "Residuals", "call_controls", "hint
 
 Array = NDArray[np.float32]
 OPAQUE = 128  # of 255: where a hint's alpha is below, an inpainting ControlNet is to fill
+HINTS = ("hint", "type_embedding")  # what a ControlNet makes of a picture, a union both
 HOLE, UNION_HOLE = -1.0, 0.0  # what it sees there, and what a union does
 # Inputs of a step that a ControlNet sees too, and whether they have groups before pictures.
 SEEN: Mapping[str, bool] = {
@@ -47,17 +49,20 @@ SEEN: Mapping[str, bool] = {
 class CallControl:
     """What steers one picture at one call.
 
-    net: its name; hint: what it made of its picture: a ControlNet one array (1, F, h, w), a union
-        of them one more, of the picture's type (1, Y), a T2I-Adapter its features (1, C, h, w)
+    net: its name; hint: what it made of its picture, where it runs: a ControlNet one array
+        (1, F, h, w), a union of them one more, of the picture's type (1, Y), a T2I-Adapter its
+        features (1, C, h, w)
     weights: (N, g, 1), by residual or feature and group of guidance
     """
 
     net: str
-    hint: Sequence[Array]
+    hint: Sequence[HostOrDeviceArray]
     weights: Array
 
 
-def call_controls(step: StepInputs, hints: Sequence[Sequence[Array]]) -> list[CallControl]:
+def call_controls(
+    step: StepInputs, hints: Sequence[Sequence[HostOrDeviceArray]]
+) -> list[CallControl]:
     """Return what steers each picture at a call; hints: (1, C, h, w) arrays of each control."""
     return [
         CallControl(net=control.net, hint=hints[control.place], weights=control.weights)
@@ -101,14 +106,14 @@ class ControlledSteps:
             fields["variants"] = with_features(plan.variants)
         return replace(plan, **fields)
 
-    def hints(self, plan: Plan) -> tuple[Sequence[Array], ...]:
+    def hints(self, plan: Plan) -> tuple[Sequence[HostOrDeviceArray], ...]:
         """Return what the nets make of a run's pictures, (1, C, h, w) arrays for each control.
 
-        A picture that the run gives the same net twice is encoded once.
-        Raises GraphError or BackendError.
+        They stay on a device whose arrays have rows. A picture that the run gives the same net
+        twice is encoded once. Raises GraphError or BackendError.
         """
-        made: dict[tuple[str, int, str, str | None], Sequence[Array]] = {}
-        hints = list[Sequence[Array]]()
+        made: dict[tuple[str, int, str, str | None], Sequence[HostOrDeviceArray]] = {}
+        hints = list[Sequence[HostOrDeviceArray]]()
         for control in plan.controls:
             key = control.net, id(control.image), control.preprocessor_text, control.type
             if key not in made:
@@ -149,20 +154,16 @@ class ControlledSteps:
         self, given: Mapping[str, Any], controls: Sequence[Sequence[CallControl]]
     ) -> dict[str, Array]:
         """Sum the features of every row's T2I-Adapters, weighed: (g, B, C, h, w) a place."""
-        places = adapted_places(self.unet.tensor_shapes())
-        (groups, batch), sides = given["context"].shape[:2], self._sides(given)
-        features = {
-            name: np.zeros((groups, batch, place.width, *sides[place.level]), np.float32)
-            for name, place in zip(feature_names(len(places)), places, strict=True)
-        }
+        features = _zeros(self.feature_shapes(given))
         for row, steering in enumerate(controls):
             for control in steering:
-                made = zip(features.values(), control.hint, control.weights, strict=False)
+                hint = map(on_host, control.hint)
+                made = zip(features.values(), hint, control.weights, strict=False)
                 for array, feature, weights in made:
                     array[:, row] += weights[..., None, None] * feature
         return features
 
-    def _hint(self, control: Control, image: Image.Image) -> Sequence[Array]:
+    def _hint(self, control: Control, image: Image.Image) -> Sequence[HostOrDeviceArray]:
         net = control.net
         config, types = self.nets.adapters.get(net), self.nets.control_types.get(net, 0)
         if types:
@@ -170,19 +171,26 @@ class ControlledSteps:
                 "picture": hint_pixels(image, hole=UNION_HOLE),
                 "control_types": control_types(control, types),
             }
-            made = self._run(net, "control_hint", given)
+            made = self._left(net, "control_hint", given)
             return made["hint"], made["type_embedding"]
         if config is None:
-            return (self._run(net, "control_hint", {"picture": hint_pixels(image)})["hint"],)
+            return (self._left(net, "control_hint", {"picture": hint_pixels(image)})["hint"],)
         squares = picture_squares(image, config.in_channels, config.downscale_factor)
-        made = self._run(net, "t2i_adapter", {"squares": squares})
+        made = self._left(net, "t2i_adapter", {"squares": squares})
         return [made[name] for name in feature_names(len(config.channels))]
+
+    def _left(self, net: str, part: ControlPart, inputs: Mapping[str, Array]) -> Mapping[str, Any]:
+        """Run a part of a net; what it makes stays on a device whose arrays have rows."""
+        engine = self.nets.engine(net, part)
+        if isinstance(engine, DeviceEngine) and engine.device.has_addresses:
+            return enqueue_from_host(engine, inputs)
+        return engine.run(inputs)
 
     def _residuals(
         self, given: Mapping[str, Any], controls: Sequence[Sequence[CallControl]]
     ) -> dict[str, Array]:
         """Let every ControlNet add its own for the rows that it steers, in each row's order."""
-        residuals = self._none(given)
+        residuals = _zeros(self.residual_shapes(given))
         for place in range(max(map(len, controls), default=0)):
             placed = {i: row[place] for i, row in enumerate(controls) if place < len(row)}
             for net in dict.fromkeys(control.net for control in placed.values()):
@@ -215,13 +223,22 @@ class ControlledSteps:
             made = {name: before[name] + means[name] for name in before}
         return made
 
-    def _none(self, given: Mapping[str, Any]) -> dict[str, Array]:
-        """Return residuals that add nothing, for a call with these inputs."""
+    def residual_shapes(self, given: Mapping[str, Any]) -> dict[str, Shape]:
+        """Return the shapes of what ControlNets add to a call with these inputs."""
         groups, batch = given["context"].shape[:2]
         levels = zip(self.unet.residual_widths(), self._sides(given), strict=True)
         return {
-            name: np.zeros((groups, batch, sum(channels), *sides), np.float32)
+            name: (groups, batch, sum(channels), *sides)
             for name, (channels, sides) in zip(residual_names(self.unet), levels, strict=True)
+        }
+
+    def feature_shapes(self, given: Mapping[str, Any]) -> dict[str, Shape]:
+        """Return the shapes of what T2I-Adapters add to a call with these inputs."""
+        places = adapted_places(self.unet.tensor_shapes())
+        (groups, batch), sides = given["context"].shape[:2], self._sides(given)
+        return {
+            name: (groups, batch, place.width, *sides[place.level])
+            for name, place in zip(feature_names(len(places)), places, strict=True)
         }
 
     def _sides(self, given: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -241,6 +258,10 @@ Residuals = Callable[
 """As `ControlledSteps.added`."""
 
 
+def _zeros(shapes: Mapping[str, Shape]) -> dict[str, Array]:
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+
+
 def _over(plan: Plan, image: Image.Image) -> Image.Image:
     """Return a control's picture as it lies over what is drawn, of the run's sides."""
     if plan.frame is not None:
@@ -251,9 +272,8 @@ def _over(plan: Plan, image: Image.Image) -> Image.Image:
 
 def _of_pictures(controls: Sequence[CallControl]) -> dict[str, Array]:
     """Return what a ControlNet made of its rows' pictures, as a call takes it."""
-    names = ("hint", "type_embedding")
-    made = zip(*(control.hint for control in controls), strict=True)
-    return {name: np.concatenate(arrays) for name, arrays in zip(names, made, strict=False)}
+    made = zip(*(map(on_host, control.hint) for control in controls), strict=True)
+    return {name: np.concatenate(arrays) for name, arrays in zip(HINTS, made, strict=False)}
 
 
 def hint_pixels(image: Image.Image, hole: float = HOLE) -> Array:

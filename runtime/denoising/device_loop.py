@@ -12,93 +12,29 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.backends.base import DeviceEngine, Engine
+from engine.backends.base import DeviceEngine, FindEngine, Run
 from engine.devices.device import Device, DeviceArray, HostOrDeviceArray, within_memory
 from engine.errors import BackendError
-from engine.graphs.graph import Part
 from runtime.denoising.latents import State
-from runtime.plan import StepInputs
+from runtime.denoising.run_buffers import Inputs, RunBuffers
+from runtime.step_inputs import StepInputs
+
+if TYPE_CHECKING:
+    from runtime.denoising.controls import ControlledSteps
+    from runtime.denoising.device_controls import DeviceControls
+
+__all__ = ["DeviceLoop", "Recording", "device_controls"]
 
 log = logging.getLogger("latentrt.runtime")
 
-BufferView = tuple[int, int | None, tuple[int, ...]]
-"""Which array of a run; which row of it, None for all; and the shape."""
-Inputs = dict[str, DeviceArray]
-FindEngine = Callable[[Part], Engine]
 FLOAT32 = np.dtype(np.float32)
 FORMS = 8  # whose recordings are kept
 TOLERANCE = 0.02  # of what a recording makes, beside the calls one by one; garbage is off by 1
-ALIGNMENT = 256  # bytes; where a tensor may begin in a device's memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RunBuffers:
-    """What a run uploads, and where each call finds its inputs in it.
-
-    arrays: each once, however many calls use it; the first is what the registers start from
-    views: of every call, where each input is, by name
-    """
-
-    arrays: list[NDArray[Any]]
-    views: list[dict[str, BufferView]]
-
-    @classmethod
-    def of(cls, state: State, steps: Sequence[StepInputs], *, tables: bool) -> "RunBuffers":
-        """Collect what a run uploads; its noise is drawn here, all at once.
-
-        tables: whether what differs from call to call is a row of one array for all calls
-        """
-        assert isinstance(state.registers, np.ndarray)
-        arrays: list[NDArray[Any]] = [state.registers]
-        index: dict[Hashable, int] = {}
-
-        def view(array: NDArray[Any], key: Hashable = None) -> BufferView:
-            key = id(array) if key is None else key
-            if key not in index:
-                index[key] = len(arrays)
-                arrays.append(array)
-            return index[key], None, array.shape
-
-        stacked = {}
-        for name in steps[0].per_step if tables else ():
-            stacked[name] = view(_aligned(np.stack([step.per_step[name] for step in steps])))[0]
-        views = []
-        for call, (step, noise) in enumerate(zip(steps, [*state.noise], strict=True)):
-            given = {**step.conditioning, **state.constant, "noise": noise}
-            found = {name: view(array) for name, array in given.items()}
-            for name, row in step.per_step.items():
-                if tables:
-                    found[name] = stacked[name], call, row.shape
-                else:
-                    found[name] = view(row, (row.shape, row.dtype.str, row.tobytes()))
-            views.append(found)
-        return cls(arrays=arrays, views=views)
-
-    def form(self) -> Hashable:
-        """Say what makes two runs use the same buffers in the same way."""
-        shapes = tuple((array.shape, array.dtype.str) for array in self.arrays)
-        return shapes, tuple(tuple(sorted(found.items())) for found in self.views)
-
-    def empty(self, device: Device) -> list[DeviceArray]:
-        """Allocate memory for the arrays."""
-        return [device.empty(array.shape, array.dtype) for array in self.arrays]
-
-    def upload(self, device: Device, to: list[DeviceArray]) -> None:
-        """Queue the copies of all arrays."""
-        for array, buffer in zip(self.arrays, to, strict=True):
-            device.upload(array, buffer)
-
-    def inputs(self, call: int, uploaded: list[DeviceArray]) -> Inputs:
-        """Return the inputs of a call, but for the registers and deep features."""
-        return {
-            name: uploaded[at] if row is None else uploaded[at][row].head(shape)
-            for name, (at, row, shape) in self.views[call].items()
-        }
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -188,15 +124,21 @@ class DeviceLoop:
             self._recordings.clear()
 
     def steps(
-        self, state: State, steps: Sequence[StepInputs], engine: FindEngine
+        self,
+        state: State,
+        steps: Sequence[StepInputs],
+        engine: FindEngine,
+        controlled: "ControlledSteps | None" = None,
     ) -> Iterator[tuple[StepInputs, State]]:
         """Queue the calls one by one; yields each with the state after it.
 
-        The registers are arrays of the device; all other inputs that a state was given are the
-        processor's.
+        controlled: the nets beside the UNet, where a call is steered
+        The registers are arrays of the device, and so is what nets have added; all other inputs
+        that a state was given are the processor's.
         """
-        device = _find(engine, "step").device
+        device = _find(engine, steps[0]).device
         buffers = RunBuffers.of(state, steps, tables=device.has_addresses)
+        nets = device_controls(controlled, device)
         uploaded = buffers.empty(device)
         buffers.upload(device, uploaded)
         state = replace(state, registers=uploaded[0])
@@ -205,33 +147,39 @@ class DeviceLoop:
             given["registers"] = _on_device(state.registers)
             if not inputs.is_full:
                 given["deep"] = _on_device(state.deep)
-            chosen = _find(engine, inputs.part)
+                if inputs.is_controlled:
+                    given["residuals_0"] = _on_device(state.residuals)
+            elif nets is not None and inputs.is_steered:
+                runs, added = nets.prepare(inputs, given, buffers.net_inputs(call, uploaded))
+                given |= added
+                for run in runs:
+                    run.enqueue()
+            chosen = _find(engine, inputs)
             outputs = chosen.prepare({name: array.shape for name, array in given.items()})
             chosen.enqueue(given, outputs)
-            noise = buffers.arrays[buffers.views[call]["noise"][0]]
-            host_inputs = {
-                **inputs.conditioning,
-                **state.constant,
-                **inputs.per_step,
-                "noise": noise,
-                "registers": state.registers,
-            }
-            state = state.after(outputs, host_inputs)
+            kept = {name: given[name] for name in given.keys() & {"registers", "residuals_0"}}
+            host_inputs = buffers.host_inputs(call, inputs, state)
+            state = state.after(outputs, {**host_inputs, **kept})
             yield inputs, state
 
     def finish(
-        self, state: State, steps: Sequence[StepInputs], engine: FindEngine
+        self,
+        state: State,
+        steps: Sequence[StepInputs],
+        engine: FindEngine,
+        controlled: "ControlledSteps | None" = None,
     ) -> HostOrDeviceArray:
         """Queue all calls; return the latents (B, C, h, w) that they make, of nobody else.
 
-        On a device without addresses, waits for them.
+        controlled: as `steps` has it. On a device without addresses, waits for them.
         """
-        device = _find(engine, "step").device
+        device = _find(engine, steps[0]).device
         buffers = RunBuffers.of(state, steps, tables=device.has_addresses)
-        engines = tuple(id(engine(part)) for part in sorted({step.part for step in steps}))
-        form = (buffers.form(), tuple(step.is_full for step in steps), engines)
+        engines = tuple(id(engine(step.part, step.variant)) for step in steps)
         with self._lock:
-            recording = self._find(form, lambda: _recording(buffers, steps, engine))
+            recording = self._find(
+                (buffers.form(), engines), lambda: _recording(buffers, steps, engine, controlled)
+            )
             buffers.upload(device, recording.uploaded)
             recording.run(device)
             if recording.latents is None:
@@ -250,57 +198,75 @@ class DeviceLoop:
         return self._recordings[form]
 
 
-def _recording(buffers: RunBuffers, steps: Sequence[StepInputs], engine: FindEngine) -> Recording:
+def _recording(
+    buffers: RunBuffers,
+    steps: Sequence[StepInputs],
+    engine: FindEngine,
+    controlled: "ControlledSteps | None",
+) -> Recording:
     """Allocate the buffers of all calls, and write down what is queued on them."""
-    device = _find(engine, "step").device
+    device = _find(engine, steps[0]).device
+    nets = device_controls(controlled, device)
     uploaded = buffers.empty(device)
     first = uploaded[0]
     ends = [device.empty(first.shape, first.dtype) for _ in range(2)]
     prepared: dict[Hashable, Mapping[str, DeviceArray]] = {}
-    deep: Inputs = {}
-    queued: list[tuple[DeviceEngine, Inputs, Inputs]] = []
+    kept: Inputs = {}  # by the last call that ran the whole UNet, for shallow ones
+    queued: list[Run] = []
     registers = first
     for call, step in enumerate(steps):
         given = {**buffers.inputs(call, uploaded), "registers": registers}
-        given |= {} if step.is_full else deep
+        given |= {} if step.is_full else kept
+        if nets is not None and step.is_steered:
+            runs, added = nets.prepare(step, given, buffers.net_inputs(call, uploaded))
+            given |= added
+            queued += runs
+        chosen = _find(engine, step)
         shapes = {name: array.shape for name, array in given.items()}
-        form = (step.part, tuple(sorted(shapes.items())))
+        form = (id(chosen), tuple(sorted(shapes.items())))
         if form not in prepared:
-            prepared[form] = _find(engine, step.part).prepare(shapes)
-        if step.is_full:
-            deep = {"deep": prepared[form]["deep"]}
+            prepared[form] = chosen.prepare(shapes)
         registers = ends[call % 2]
-        outputs = {"next_registers": registers, **(deep if step.is_full else {})}
-        queued.append((_find(engine, step.part), given, outputs))
+        outputs = {"next_registers": registers}
+        if step.is_full:
+            outputs["deep"] = prepared[form]["deep"]
+            kept = {"deep": outputs["deep"]}
+            if step.is_controlled:
+                kept["residuals_0"] = given["residuals_0"]
+        queued.append(Run(chosen, given, outputs))
     batch, _, *latent = first.shape
     latents = device.empty((batch, *latent), FLOAT32) if device.has_addresses else None
 
     def work() -> None:
-        for chosen, inputs, outputs in queued:
-            chosen.enqueue(inputs, outputs)
+        for run in queued:
+            run.enqueue()
         if latents is not None:
             for image in range(batch):  # between two images' latents lie their other registers
                 device.copy(registers[image][0], latents[image])
 
-    records = all(chosen.records for chosen, *_ in queued)
+    records = all(run.engine.records for run in queued)
     return Recording(
         uploaded=uploaded, registers=registers, latents=latents, work=work, records=records
     )
 
 
-def _find(engine: FindEngine, part: Part) -> DeviceEngine:
-    found = engine(part)
+def _find(engine: FindEngine, step: StepInputs) -> DeviceEngine:
+    found = engine(step.part, step.variant)
     assert isinstance(found, DeviceEngine)
     return found
+
+
+def device_controls(
+    controlled: "ControlledSteps | None", device: Device
+) -> "DeviceControls | None":
+    """Return what gets nets ready that steer calls on a device, None where there are none."""
+    if controlled is None:
+        return None
+    from runtime.denoising.device_controls import DeviceControls  # no plain prompt needs it
+
+    return DeviceControls(steps=controlled, device=device)
 
 
 def _on_device(array: HostOrDeviceArray | None) -> DeviceArray:
     assert isinstance(array, DeviceArray)
     return array
-
-
-def _aligned(table: NDArray[Any]) -> NDArray[Any]:
-    """Return a table (N, ...) as rows (N, m) that all begin where a tensor may."""
-    rows = table.reshape(len(table), -1)
-    padding = -rows.shape[1] % (ALIGNMENT // table.itemsize)
-    return np.pad(rows, ((0, 0), (0, padding)))

@@ -10,7 +10,7 @@ of a run has one size: the last is filled with repeats, whose pictures are dropp
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from engine.backends.settings import ON_GPU
 from engine.configs.base import Sizes
@@ -33,6 +33,7 @@ def batch_limit(
     engines: Engines,
     parts: Sequence[Part],
     sizes: Mapping[str, int],
+    fits: Callable[[int], None],
     batch_size: int | None = None,
 ) -> int:
     """Return how many pictures are drawn at once: so many, or what memory and gain allow.
@@ -40,6 +41,7 @@ def batch_limit(
     That is up to 4 on ONNX Runtime, up to 8 on a GPU, and one on OpenVINO.
 
     parts, sizes: that the pictures need, as `Engines.require_memory` takes them
+    fits: raises BackendError for so many pictures at once that a GPU cannot hold
     Raises RequestError for a size that is none.
     """
     if batch_size is not None:
@@ -49,7 +51,7 @@ def batch_limit(
             )
         return batch_size
     if engines.settings.backend in ON_GPU:
-        return _most_on_gpu(engines, parts, sizes)
+        return _most_on_gpu(fits)
     if not engines.is_exact:
         return 1
     one = Sizes(**{**sizes, "batch": 1})
@@ -75,12 +77,12 @@ def groups_of(plan: Plan, limit: int, *, is_exact: bool, is_filled: bool = False
     ]
 
 
-def _most_on_gpu(engines: Engines, parts: Sequence[Part], sizes: Mapping[str, int]) -> int:
+def _most_on_gpu(fits: Callable[[int], None]) -> int:
     """Return how many fit into the device's memory by the estimate, up to 8."""
     most = MOST_ON_GPU
     while most > 1:
         try:
-            engines.require_memory(parts, **{**sizes, "batch": most})
+            fits(most)
         except BackendError:
             most //= 2
         else:

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.backends.memory_estimate import Needed
 from engine.errors import RequestError
 from engine.steering.ip_adapters import IPAdapters, KeysAndValues
 from runtime.image_prompt import ImagePrompt
@@ -38,6 +39,10 @@ class AttendedImages:
         """Raise RequestError for an adapter that there is not, or is not named among several."""
         for prompt in prompts:
             self._name(prompt)
+
+    def needed(self, plan: Plan) -> dict[str, Needed]:
+        """Return what a plan's adapters take of a device's memory, with their encoders."""
+        return self.adapters.needed(self._name(prompt) for prompt in plan.image_prompts)
 
     def open(self, plan: Plan) -> None:
         """Encode a run's pictures; raises GraphError or BackendError."""

@@ -44,7 +44,7 @@ class State:
     keeps_deep: whether a later call takes the deep features of a call before
     deep: those of the last call that ran the whole UNet, if they are kept
     residuals: what was added to that call's maps of the first level, if the run is controlled
-    hints: what the run's nets made of their pictures, one array or several each
+    hints: what the run's nets made of their pictures, one array or several each, where the nets are
     given: all inputs of the call that made this state, None at the start
     """
 
@@ -53,25 +53,20 @@ class State:
     noise: Iterator[Array]
     keeps_deep: bool
     deep: HostOrDeviceArray | None = None
-    residuals: Array | None = None
-    hints: Sequence[Sequence[Array]] = ()
+    residuals: HostOrDeviceArray | None = None
+    hints: Sequence[Sequence[HostOrDeviceArray]] = ()
     given: Mapping[str, Any] | None = None
 
     def inputs(self, step: StepInputs) -> dict[str, Any]:
         """Return all inputs of a call; it draws the call's noise, so ask once for each."""
         given: dict[str, Any] = {
-            **step.conditioning,
-            **self.constant,
+            **step.told(self.constant),
             **step.per_step,
             "registers": self.registers,
             "noise": next(self.noise),
         }
-        if "shown" in given:
-            shown = given.pop("shown")[..., None, None, None]
-            given["edited_image"] = shown * given.pop("image_latents")
         if not step.is_full:
             given["deep"] = self.deep
-            given.pop("perturbed", None)  # the middle is not run
             if step.is_controlled:
                 given["residuals_0"] = self.residuals
         return given

@@ -4,6 +4,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from tests.support.controls import (
     write_control_lora,
     write_control_net,
 )
+from tests.support.fake_cuda import FakeDevice, moved
 from tests.support.pictures import psnr, same
 from tests.support.small_pictures import (
     DEPRECATIONS,
@@ -186,8 +188,8 @@ def test_what_cannot_be_is_one_sentence(loaded, place):
     with pytest.raises(RequestError, match=r"the control 'depth' is not loaded \('a', 'b' are\)"):
         draw(pipeline, Control(net="depth", image=HINT))
     other = Pipeline.load(file, graphs=graphs, settings=BackendSettings(backend="cpu"))
-    other.engines.settings = BackendSettings(backend="cuda")
-    with pytest.raises(BackendError, match="'cuda' runs no ControlNets yet"):
+    other.engines.settings = BackendSettings(backend="tensorrt")
+    with pytest.raises(BackendError, match="'tensorrt' runs no ControlNets yet"):
         other.set_controls({"a": file.parent / "a"})
 
 
@@ -228,3 +230,133 @@ def test_a_failed_net_leaves_the_pipeline_as_it_was(loaded, monkeypatch):
         draw(pipeline, control)
     monkeypatch.undo()
     assert same(draw(pipeline, control), expected)
+
+
+STEERED = {  # controls, and fields of the request
+    "one, counting less": ([("a", 0.6, {})], {}),
+    "two nets, one of them twice": (
+        [("a", 1, {}), ("b", 0.5, {}), ("a", 0.3, {"turned": True})],
+        {},
+    ),
+    "a part of the run": ([("a", 1, {"start": 0.25, "end": 0.75})], {"sampler": "euler_a"}),
+    "a curve, guided for a while": (
+        [("a", (1.0, 0.2), {"mode": "control"})],
+        {"guidance_interval": (0.0, 0.5)},
+    ),
+    "several pictures": ([("b", 1, {})], {"num_images_per_prompt": 2, "sampler": "dpmpp_2m"}),
+    "deep features kept": ([("a", 1, {"end": 0.7})], {"cache_interval": 2}),
+}
+
+
+def steering(controls):
+    return [
+        Control(net=net, image=TURNED if more.pop("turned", False) else HINT, weight=weight, **more)
+        for net, weight, more in ((net, weight, {**more}) for net, weight, more in controls)
+    ]
+
+
+def pictures(pipeline, controls, **fields):
+    fields = {"sampler": "ddim", "seed": SEED, **FIELDS, **fields}
+    drawn = pipeline(PROMPT, controls=steering(controls), **fields)
+    return [np.asarray(image) for image in drawn.images]
+
+
+def on_device(loaded, **options):
+    _, _, _, file, graphs = loaded("sd1")
+    paths = {net: file.parent / net for net in "ab"}
+    device = FakeDevice(**options)
+    pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=paths)
+    return moved(pipeline, device), device
+
+
+@pytest.mark.parametrize("has_addresses", [True, False])
+def test_pictures_are_the_same_on_a_device(loaded, has_addresses):
+    """Call by call, recorded, proven, launched; and where every step is watched."""
+    _, host, *_ = loaded("sd1")
+    pipeline, device = on_device(loaded, has_addresses=has_addresses)
+    for name, (controls, fields) in STEERED.items():
+        expected = pictures(host, controls, **fields)
+        for _ in range(4 if has_addresses else 1):
+            device.counts.clear()
+            np.testing.assert_array_equal(pictures(pipeline, controls, **fields), expected, name)
+        assert device.counts["replay"] == int(has_addresses), name
+        request = Request(
+            prompt=PROMPT,
+            controls=steering(controls),
+            **{"sampler": "ddim", "seed": SEED, **FIELDS, **fields},
+        )
+        for theirs, ours in zip(
+            *([*p.denoise(p.plan(request))] for p in (host, pipeline)), strict=True
+        ):
+            np.testing.assert_array_equal(theirs.latents, ours.latents, name)
+            np.testing.assert_array_equal(theirs.denoised(), ours.denoised(), name)
+
+
+def test_weights_change_on_a_device_without_a_recording_or_more_memory(loaded):
+    _, host, *_ = loaded("sd1")
+    pipeline, device = on_device(loaded)
+    for _ in range(4):
+        pictures(pipeline, [("a", 1, {})])
+    device.counts.clear()
+    pictures(pipeline, [("a", 1, {})])
+    before = dict(device.counts)
+    assert before["replay"] == 1
+    for weight, more in ((0.3, {}), ((1.0, 0.1), {}), (0.7, {"mode": "prompt"})):
+        device.counts.clear()
+        controls = [("a", weight, more)]
+        np.testing.assert_array_equal(pictures(pipeline, controls), pictures(host, controls))
+        assert dict(device.counts) == before
+    device.counts.clear()
+    pictures(pipeline, [("a", 1, {"turned": True})])
+    assert dict(device.counts) == before, "and the picture"
+
+
+def test_what_nets_add_stays_on_the_device(loaded):
+    pipeline, device = on_device(loaded)
+    plan = pipeline.plan(
+        Request(prompt=PROMPT, controls=steering([("a", 1, {}), ("b", 1, {})]), **FIELDS)
+    )
+    state = pipeline.start(plan)
+    device.counts.clear()
+    pipeline._run(plan, state)
+    assert device.counts["download"] == device.counts["wait"] == device.counts["run"] == 0
+
+
+def test_unlike_rows_on_a_device_have_nets_of_their_own(loaded):
+    """Other nets, weights and parts of the run beside each other; an order of one's own."""
+    _, host, *_ = loaded("sd1")
+    pipeline, device = on_device(loaded)
+    chosen = [
+        [("a", 0.8, {})],
+        [("b", 1, {"mode": "control"}), ("a", 0.5, {"turned": True})],
+        [("a", 1, {"end": 0.5}), ("b", 0.4, {})],
+        [("b", (0.2, 1.0), {})],
+    ]
+    more = [{}, {"sampler": "lms"}, {"cache_interval": 2}, {"num_inference_steps": 6}]
+    fields = [{"sampler": "ddim", "seed": SEED, **FIELDS, **each} for each in more]
+    requests = [
+        Request(prompt=PROMPT, controls=steering(controls), **each)
+        for controls, each in zip(chosen, fields, strict=True)
+    ]
+    for _ in range(2):
+        drawn = {each.request: each.image for each in pipeline.draw(requests, batch_size=4)}
+        for number, (controls, each) in enumerate(zip(chosen, fields, strict=True)):
+            (wanted,) = pictures(host, controls, **each)
+            np.testing.assert_array_equal(np.asarray(drawn[number]), wanted, str(controls))
+    assert device.counts["replay"] > 0
+
+
+def test_whoever_watches_a_steered_run_on_a_device_sees_the_processors(loaded):
+    _, host, *_ = loaded("sd1")
+    pipeline, _ = on_device(loaded)
+    seen = []
+
+    def watch(own, step, timestep, told):
+        seen.append(told["latents"].copy())
+        return {}
+
+    controls = [("a", 1, {}), ("b", 0.5, {})]
+    for each in (host, pipeline):
+        pictures(each, controls, callback_on_step_end=watch)
+    half = len(seen) // 2
+    np.testing.assert_array_equal(seen[:half], seen[half:])

@@ -126,9 +126,9 @@ def test_what_cannot_be_is_one_sentence(pipeline):
     with pytest.raises(RequestError, match="image_guidance_scale is for models that edit"):
         draw(plain, image_guidance_scale=2.0)
     before = pipeline.engines.settings
-    pipeline.engines.settings = BackendSettings(backend="cuda")
+    pipeline.engines.settings = BackendSettings(backend="tensorrt")
     try:
-        with pytest.raises(RequestError, match="the backend cuda runs no models that edit"):
+        with pytest.raises(RequestError, match="the backend tensorrt runs no models that edit"):
             pipeline.plan(Request(prompt=PROMPT, image=IMAGE))
     finally:
         pipeline.engines.settings = before

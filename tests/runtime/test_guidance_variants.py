@@ -287,7 +287,7 @@ def test_what_cannot_be_is_one_sentence(pictogram):
             pictogram.plan(Request(**{"prompt": PROMPT, **FIELDS, "apg": (0, 15, 0), **fields}))
     with pytest.raises(RequestError, match="pag_scale is -1; give a number from 0 to 1000"):
         Request(prompt=PROMPT, pag_scale=-1)
-    for backend in ("cuda", "webgpu", "tensorrt"):
+    for backend in ("tensorrt", "tensorrt_rtx"):
         pictogram.engines.settings = BackendSettings(backend=backend)
         try:
             for fields in UNLIKE[1:6]:

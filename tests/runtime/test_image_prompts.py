@@ -16,6 +16,7 @@ from runtime.__main__ import main
 from runtime.images.files import read_settings
 from tests.support import small_pictures
 from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
+from tests.support.fake_cuda import FakeDevice, moved
 from tests.support.ip_adapters import (
     KINDS,
     seeing_pipeline,
@@ -401,9 +402,27 @@ def test_what_cannot_be_is_one_sentence(loaded, place, tmp_path):
     with pytest.raises(RequestError, match="is one of several, and loaded are"):
         draw(pipeline, ImagePrompt(image=PICTURE))
     settings = pipeline.engines.settings
-    pipeline.engines.settings = BackendSettings(backend="cuda")
+    pipeline.engines.settings = BackendSettings(backend="tensorrt")
     try:
-        with pytest.raises(BackendError, match="'cuda' runs no IP-Adapters yet"):
+        with pytest.raises(BackendError, match="'tensorrt' runs no IP-Adapters yet"):
             pipeline.set_ip_adapters({"a": place / "sd1-plus.bin"})
     finally:
         pipeline.engines.settings = settings
+
+
+def test_pictures_are_the_same_on_a_device(loaded):
+    _, host, _, _, file = loaded("sd1")
+    adapters = {kind: host.ip_adapters.path(kind) for kind in KINDS}
+    folders = host.engines.folders
+    pipeline = Pipeline.load(file, graphs=folders[0], settings=SETTINGS, ip_adapters=adapters)
+    device = FakeDevice()
+    moved(pipeline, device)
+    prompts = [
+        ImagePrompt(image=PICTURE, adapter="plus", scale=(1.0, 0.4)),
+        ImagePrompt(image=OTHER, adapter="linear", mask=LEFT, end=0.7),
+    ]
+    expected = draw(host, *prompts)
+    for _ in range(4):
+        device.counts.clear()
+        assert same(draw(pipeline, *prompts), expected)
+    assert device.counts["replay"] == 1

@@ -200,9 +200,9 @@ def test_what_cannot_be_is_one_sentence(pictogram):
     with pytest.raises(RequestError, match="seamless and controls came together"):
         pipeline.plan(Request(prompt=PROMPT, seamless="x", controls=[control]))
     plan = pictogram.plan
-    pictogram.engines.settings = BackendSettings(backend="webgpu")
+    pictogram.engines.settings = BackendSettings(backend="tensorrt")
     try:
-        with pytest.raises(RequestError, match="webgpu draws with plain graphs alone"):
+        with pytest.raises(RequestError, match="tensorrt draws with plain graphs alone"):
             plan(Request(prompt=PROMPT, seamless="x"))
     finally:
         pictogram.engines.settings = SETTINGS

@@ -13,6 +13,7 @@ from runtime.__main__ import main
 from runtime.images.files import read_settings
 from tests.support import small_pictures
 from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
+from tests.support.fake_cuda import FakeDevice, moved
 from tests.support.pictures import psnr, same
 from tests.support.small_pictures import (
     DEPRECATIONS,
@@ -188,3 +189,33 @@ def test_the_command_line_and_the_same_picture_again(loaded, tmp_path, monkeypat
     assert {"light.safetensors", "edges.png"} <= settings["hashes"].keys()
     assert main(["--again", out[0], *shared, "--out", out[1]]) == 0
     assert Path(out[0]).read_bytes() == Path(out[1]).read_bytes()
+
+
+@pytest.mark.parametrize("has_addresses", [True, False])
+def test_pictures_are_the_same_on_a_device(loaded, has_addresses):
+    """Adapters of four features and of three, beside a ControlNet, over a part of the run."""
+    _, host, nets, file, graphs = loaded("sd1")
+    paths = {name: host.control_nets.path(name) for name in nets}
+    pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=paths)
+    device = FakeDevice(has_addresses=has_addresses)
+    moved(pipeline, device)
+    for controls in (
+        [Control(net="full", image=HINT, weight=(1.0, 0.3), mode="control")],
+        [
+            Control(net="light", image=TURNED, weight=0.4, end=0.5),
+            Control(net="net", image=HINT, weight=0.7),
+            Control(net="full", image=HINT),
+        ],
+    ):
+        for fields in ({}, {"sampler": "euler_a", "num_images_per_prompt": 2}):
+            expected = draw(host, *controls, **fields)
+            for _ in range(4 if has_addresses else 1):
+                device.counts.clear()
+                assert same(draw(pipeline, *controls, **fields), expected)
+            assert device.counts["replay"] == int(has_addresses)
+    requests = [
+        Request(prompt=PROMPT, sampler="ddim", controls=[control], **{**FIELDS, "seed": SEED})
+        for control in controls[::2]
+    ]
+    for image in pipeline.draw(requests, batch_size=2):
+        assert same(image.image, draw(host, *requests[image.request].controls))

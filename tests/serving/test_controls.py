@@ -380,5 +380,5 @@ def test_the_operators_nets(place, made, tmp_path, capsys):
     settings = engine_settings(parse(["--control", f"a={nets['a']}"]))
     assert settings.files[settings.controls["a"]]
     assert EngineSettings.from_json(settings.as_json()).controls == settings.controls
-    with pytest.raises(RequestError, match="cuda runs no ControlNets yet"):
-        engine_settings(parse(["--control", f"a={nets['a']}", "--backend", "cuda"]))
+    with pytest.raises(RequestError, match="tensorrt runs no ControlNets yet"):
+        engine_settings(parse(["--control", f"a={nets['a']}", "--backend", "tensorrt"]))

@@ -366,5 +366,5 @@ def test_the_engine_is_told_of_them(made):
     told = runner(again)
     assert told.ip_adapters["plus"] == Path(settings.ip_adapters["plus"])
     assert told.image_encoders["plus"] == (folder / "image_encoder").resolve()
-    with pytest.raises(RequestError, match="cuda runs no IP-Adapters yet"):
-        engine_settings(parse(["--ip-adapter-dir", str(folder), "--backend", "cuda"]))
+    with pytest.raises(RequestError, match="tensorrt runs no IP-Adapters yet"):
+        engine_settings(parse(["--ip-adapter-dir", str(folder), "--backend", "tensorrt"]))

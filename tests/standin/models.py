@@ -8,10 +8,12 @@ from engine.checkpoints.families.xl import OPEN_CLIP_G, XL, XL_SCALING_FACTOR
 from engine.configs.base import Config, Sizes
 from engine.configs.control_net import control_net_of
 from engine.configs.diffusion import AutoencoderConfig
+from engine.configs.t2i_adapter import T2IAdapterConfig, feature_sum_of
 from engine.devices.device import Shape
 from engine.graphs.graph import Graph, Part, Precision, find_graph, graph_folders
 from engine.graphs.onnx_bytes import input_shapes
 from engine.graphs.steering import MAX_LEVELS
+from engine.graphs.t2i_adapter import feature_sum_graph, t2i_adapter_graph
 from engine.graphs.variants import Variant
 from engine.model import Model, find_model
 
@@ -24,6 +26,7 @@ class Case:
     """A model, at a size; side: of its latents; tokens: of its texts.
 
     precision: of its graphs; variants: by name, of which part, and what it computes beside
+    written: parts by name whose graphs are written when one is opened
     """
 
     configs: Mapping[Part, Config]
@@ -31,6 +34,7 @@ class Case:
     tokens: int = 77
     precision: Precision = "float16"
     variants: Mapping[str, tuple[Part, Variant]] = field(default_factory=dict)
+    written: Mapping[str, tuple[Config, Graph]] = field(default_factory=dict)
 
     def shapes(self, graph: Graph, *, pictures: int = 1, registers: int = 3) -> dict[str, Shape]:
         """Return the shapes of a graph's inputs, guided by two texts."""
@@ -40,6 +44,9 @@ class Case:
         sizes |= dict.fromkeys("hw", self.side)
         sizes |= {f"{s}{n}": self.side // 2**n for s in "hw" for n in range(1, MAX_LEVELS)}
         sizes |= dict.fromkeys("HW", COMPRESSION * self.side)
+        sizes |= {"k": 2, "t": 4}
+        if graph.part == "t2i_adapter":  # it sees one picture
+            sizes["h"] *= pictures
         return {
             name: tuple(symbol if isinstance(symbol, int) else sizes[symbol] for symbol in stated)
             for name, stated in input_shapes(graph.data()).items()
@@ -56,6 +63,8 @@ class Case:
             yield part, config, self.graph(part)
         for name, (part, variant) in self.variants.items():
             yield name, self.configs[part], variant.of(self.graph(part))
+        for name, (config, graph) in self.written.items():
+            yield name, config, graph
 
     def graph(self, part: Part) -> Graph:
         """Find a part's graph."""
@@ -66,7 +75,7 @@ class Case:
 def cases() -> dict[str, Case]:
     """Return all models by name."""
     pictogram = Model.open(find_model("pictogram"))
-    net = control_net_of(SD1)
+    net, adapter = control_net_of(SD1), T2IAdapterConfig(channels=(320, 640, 1280, 1280))
     decoder, wide = AutoencoderConfig(), AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR)
     steps = {
         name: {"step": c, "step_shallow": c} for name, c in (("1", SD1), ("2", SD2), ("xl", XL))
@@ -103,12 +112,27 @@ def cases() -> dict[str, Case]:
             configs={"step": SD1, "step_shallow": SD1, "vae_decoder": decoder},
             side=64,
             variants={
-                "step, seamless": ("step", Variant(seamless="both")),
-                "step, perturbed": ("step", Variant(perturbed=True)),
-                "step, guided": ("step", Variant(guided=True)),
-                "step_shallow, guided": ("step_shallow", Variant(guided=True)),
-                "vae_decoder, seamless": ("vae_decoder", Variant(seamless="both")),
+                "step seamless": ("step", Variant(seamless="both")),
+                "step perturbed": ("step", Variant(perturbed=True)),
+                "step guided": ("step", Variant(guided=True)),
+                "step_shallow guided": ("step_shallow", Variant(guided=True)),
+                "vae_decoder seamless": ("vae_decoder", Variant(seamless="both")),
+                "step adapted": ("step", Variant(adapted=True)),
             },
+            written={
+                "t2i_adapter": (adapter, t2i_adapter_graph(adapter, "float16")),
+                "feature_sum": (
+                    feature_sum_of(adapter),
+                    feature_sum_graph(feature_sum_of(adapter)),
+                ),
+            },
+        ),
+        "sd15-float32": Case(
+            configs=dict.fromkeys(
+                ("step_ip", "step_shallow_ip", "step_controlled_ip", "step_shrunk"), SD1
+            ),
+            side=64,
+            precision="float32",
         ),
         "sd15-editing": Case(
             configs={"step": replace(SD1, in_channels=EDITING_CHANNELS)},

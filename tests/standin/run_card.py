@@ -13,7 +13,7 @@ from engine.backends.settings import BackendSettings
 from runtime import Pipeline
 from tests.standin.run_pictures import on_the_stand_in
 
-SECTIONS = ("parts", "pictures", "request", "batches", "sizes", "settings", "sanitizer")
+SECTIONS = ("parts", "pictures", "request", "batches", "sizes", "settings", "sanitizer", "webgpu")
 PRECISIONS = {"cuda": "float16", "cpu": "float32"}
 
 

@@ -23,9 +23,12 @@ OPENING = "cudaMemcpy"  # what a session copies with when it is opened; all else
 
 
 def facts_of(
-    graph: Graph, config: Config, case: Case, device: StandInDevice, log: CallLog
+    name: str, graph: Graph, config: Config, case: Case, device: StandInDevice, log: CallLog
 ) -> dict[str, object]:
-    """Open a part, run it, record it, and say what was asked for."""
+    """Open a part, run it, record it, and say what was asked for.
+
+    name: of the part, as `engine.backends.memory_estimate` has it
+    """
     gc.collect()  # the sessions of the part before go before this one's come
     log.take()
     weights = {name: np.zeros(shape, graph.precision) for name, shape in graph.weights.items()}
@@ -52,7 +55,7 @@ def facts_of(
         "records": engine.records,
         "arenas": [arena(prepared), arena(other)],
         "estimates": [
-            session_bytes(graph.part, activation_bytes(graph, config, case.sizes(pictures)))
+            session_bytes(name, activation_bytes(graph, config, case.sizes(pictures)))
             for pictures in (1, 2)
         ],
         "held": engine.held,
@@ -73,7 +76,7 @@ def facts_of(
 def main() -> None:
     """Print the facts of all parts of a model."""
     case, device, log = cases()[sys.argv[1]], StandInDevice(), CallLog()
-    facts = {n: facts_of(g, config, case, device, log) for n, config, g in case.graphs()}
+    facts = {n: facts_of(n, g, config, case, device, log) for n, config, g in case.graphs()}
     print(json.dumps(facts))
 
 

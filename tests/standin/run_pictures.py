@@ -31,30 +31,41 @@ def on_the_stand_in() -> CountingDevice:
     return device
 
 
+def drawn(
+    pipeline: Pipeline, device: CountingDevice, log: CallLog, options: Mapping[str, Any], seed: int
+) -> dict[str, int]:
+    """Draw a picture; return what it queued, recorded, waited for and copied."""
+    recorded = device.recorded
+    log.take()
+    pipeline("a hat", seed=seed, **options)
+    return {"recorded": device.recorded - recorded, **counted(log.take())}
+
+
+def counted(calls: list[list[str]]) -> dict[str, int]:
+    """Count what calls queued, waited for and copied."""
+    launched = Counter(function for kind, function, *_ in calls if kind == "launch")
+    kinds = Counter(kind for kind, *_ in calls)
+    return {
+        "graphs": launched["graph"],
+        "kernels": launched["kernel"],
+        "waits": kinds["wait"],
+        "refused": kinds["refused"],
+        "up": sum(copied(calls, "HtoD")),
+        "down": sum(copied(calls, "DtoH")),
+    }
+
+
 def main() -> None:
     """Print what pictures of one form take, one after the other, and of several forms in turn."""
     device, log = on_the_stand_in(), CallLog()
     settings = BackendSettings(backend="cuda")
     pipeline = Pipeline.load("pictogram", precision="float16", settings=settings)
 
-    def drawn(options: Mapping[str, int], seed: int) -> dict[str, Any]:
-        recorded = device.recorded
-        log.take()
-        pipeline("a hat", seed=seed, sampler="ddim", **options)
-        calls = log.take()
-        launched = Counter(function for kind, function, *_ in calls if kind == "launch")
-        return {
-            "recorded": device.recorded - recorded,
-            "graphs": launched["graph"],
-            "kernels": launched["kernel"],
-            "waits": sum(kind == "wait" for kind, *_ in calls),
-            "refused": sum(kind == "refused" for kind, *_ in calls),
-            "up": sum(copied(calls, "HtoD")),
-            "down": sum(copied(calls, "DtoH")),
-        }
+    def form(options: Mapping[str, int], seed: int) -> dict[str, int]:
+        return drawn(pipeline, device, log, {"sampler": "ddim", **options}, seed)
 
-    repeated = [drawn(FORMS[0], seed) for seed in range(REPEATS)]
-    rounds = [[drawn(form, seed) for form in FORMS] for seed in range(PROVEN + ROUNDS)]
+    repeated = [form(FORMS[0], seed) for seed in range(REPEATS)]
+    rounds = [[form(each, seed) for each in FORMS] for seed in range(PROVEN + ROUNDS)]
     print(json.dumps({"repeated": repeated, "rounds": rounds}))
 
 

@@ -17,11 +17,11 @@ import pytest
 from benchmarks.card import SECTIONS, UNMEASURED
 from benchmarks.card_settings import CHOICES
 from engine.backends.memory_estimate import FIRST_RUN
-from runtime.denoising.device_loop import ALIGNMENT
+from runtime.denoising.run_buffers import ALIGNMENT
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 COUNTS = json.loads((HERE / "counts.json").read_text())
-PICTURES = COUNTS.pop("pictures")
+PICTURES, CONTROLS = COUNTS.pop("pictures"), COUNTS.pop("controls")
 VECTOR = 2**18  # bytes; what a session may upload for itself is no larger
 OF_A_SESSION = 2**21  # bytes that a session takes whatever it computes
 
@@ -83,7 +83,6 @@ def run(libraries):
 
 # Settings of a step without which it computes shapes: kernels that do nothing give none.
 OF_COMPUTED_SHAPES = {"sizes free", "without group norms"}
-VARIANTS = "sd15-variants"  # no memory is estimated for what no GPU's backend draws yet
 PARTS = [(model, part) for model, parts in COUNTS.items() for part in parts]
 
 
@@ -171,7 +170,7 @@ def test_ten_steps_more_are_ten_rows_more_of_what_goes_up(run):
     assert thirty["down"] == twenty["down"]
 
 
-@pytest.mark.parametrize("named", [each for each in PARTS if each[0] != VARIANTS], ids="-".join)
+@pytest.mark.parametrize("named", PARTS, ids="-".join)
 def test_an_arena_is_within_the_estimate(named, run):
     """What a session takes, of one picture and of two, and that the engine knows how much it is."""
     model, part = named
@@ -180,6 +179,43 @@ def test_an_arena_is_within_the_estimate(named, run):
         assert estimate / 3 < held <= estimate + OF_A_SESSION
         assert held <= most <= FIRST_RUN * estimate + OF_A_SESSION
     assert facts["held"] == sum(held for held, _ in facts["arenas"])
+
+
+@pytest.mark.parametrize("name", ["one", "three"])
+def test_nets_run_within_the_one_launch_of_a_repeated_form(name, run):
+    """ControlNets of Stable Diffusion 1.5, alone and two with a T2I-Adapter, in every call."""
+    facts = run("run_controls.py")
+    *_, third, fourth = facts[name]
+    assert [each["recorded"] for each in facts[name]] == [0, 1, 0, 0]
+    assert third["graphs"] == fourth["graphs"] == 1
+    assert fourth["kernels"] == fourth["taken"] == fourth["down"] == 0
+    assert all(each["refused"] == 0 for each in facts[name])
+    weighed = facts[f"{name}, weighed otherwise"]
+    assert weighed == fourth, "other weights are a table's rows"
+    assert fourth["up"] == CONTROLS[name]["up"], "neither hints nor residuals"
+    assert third["kernels"] == CONTROLS[name]["kernels"]
+
+
+def test_a_variant_has_the_arrays_of_its_part(run):
+    """What lies on the GPU for a step is there once, whichever graphs read it."""
+    assert run("run_controls.py")["uploaded by kin"] == 0
+
+
+def test_rows_with_other_nets_are_recorded_together(run):
+    first, second, third, fourth = run("run_controls.py")["rows"]
+    assert [each["recorded"] for each in (first, second, third, fourth)] == [0, 1, 0, 0]
+    assert (fourth["graphs"], fourth["kernels"], fourth["taken"]) == (1, 0, 0)
+    assert fourth["down"] == 0
+
+
+@pytest.mark.parametrize("name", ["seamless", "perturbed", "projected", "CFG++", "shrunk"])
+def test_a_picture_of_more_than_plain_steps_is_one_launch_too(name, run):
+    first, second, third, fourth = run("run_variants.py")[name]
+    assert [each["recorded"] for each in (first, second, third, fourth)] == [0, 1, 0, 0]
+    assert fourth["graphs"] == 1
+    assert fourth["kernels"] < third["kernels"]
+    assert fourth["refused"] == 0
+    assert {way: fourth[way] for way in ("up", "down")} == PICTURES[name]
 
 
 def test_forms_that_do_not_fit_together_go_one_after_the_other(run):
@@ -231,6 +267,9 @@ def test_the_sections_for_a_card_run_dry(run):
 
 def test_weights_are_on_the_device_once(part):
     _, facts = part
+    if not facts["weights"]:
+        assert facts["uploaded"] == []
+        return
     item = 4 if 4 * facts["weights"] < sum(facts["uploaded"]) * 1.02 else 2
     assert sum(facts["uploaded"]) > 0.9 * item * facts["weights"]
     assert 0 < max(facts["constants"]) <= VECTOR, "a session has an array of its own"

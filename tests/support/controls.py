@@ -64,7 +64,10 @@ def write_control_lora(small: SmallModel, net: ControlNetModel, path: Path, rank
 def trace_control_graphs(pipeline: Pipeline, graphs: Path) -> None:
     """Trace what a model needs to be steered by the ControlNets that the pipeline has."""
     unet, nets = pipeline.model.unet, pipeline.control_nets
-    wanted: list[tuple[Part, UNetConfig]] = [("step_controlled", unet)]
+    wanted: list[tuple[Part, UNetConfig]] = [
+        ("step_controlled", unet),
+        ("step_shallow_controlled", unet),
+    ]
     for name in set(nets.names) - set(nets.adapters):
         wanted += [("control_hint", nets.config(name)), ("control", nets.config(name))]
     for part, config in wanted:

@@ -242,6 +242,15 @@ class FakeEngine:
         self._engine.rebind(weights, names)
 
 
+def moved(pipeline, device: FakeDevice):
+    """Have every engine that a pipeline opens from now on stand for one on a device; return it."""
+    engines = pipeline.engines
+    for name in ("open", "open_beside"):
+        open_engine = getattr(engines, name)
+        setattr(engines, name, lambda *given, of=open_engine: FakeEngine(of(*given), device))
+    return pipeline
+
+
 def output_shapes(
     engine: Engine, inputs: Mapping[str, Shape]
 ) -> dict[str, tuple[Shape, np.dtype[Any]]]:

@@ -34,13 +34,23 @@ def pipelines():
     return host, gpu
 
 
-def test_the_picture_is_the_processors_and_no_node_runs_there(pipelines):
+MORE = {
+    "plain": {},
+    "edges that join": {"seamless": "both", "sampler": "ddim"},
+    "guided otherwise": {"pag_scale": 2.0, "apg": (0.0, 15.0, -0.5)},
+    "shrunk": {"deep_shrink": 0.5, "cache_interval": 2},
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_the_picture_is_the_processors_and_no_node_runs_there(pipelines, name):
     expected, found = (
-        np.asarray(pipeline(**REQUEST).images[0], np.float64) for pipeline in pipelines
+        np.asarray(pipeline(**REQUEST | MORE[name]).images[0], np.float64) for pipeline in pipelines
     )
     error = np.mean((expected - found) ** 2)
     assert error <= 255**2 / 10 ** (MIN_PSNR / 10), f"{10 * np.log10(255**2 / error):.1f} dB"
-    for part, engine in pipelines[1].engines.opened.items():
+    engines = pipelines[1].engines
+    for part, engine in [*engines.opened.items(), *engines.opened_variants.items()]:
         for placed in engine.placements():
             assert placed[PROVIDER]
             assert set(placed) == {PROVIDER}, f"{part}: {placed}"

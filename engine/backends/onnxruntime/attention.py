@@ -5,7 +5,7 @@ a Stable Diffusion 1.5 at 512 x 512. Its own MultiHeadAttention goes by blocks t
 processor's cache (Dao et al. 2022, FlashAttention, arXiv:2205.14135), and splits the heads itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from engine.graphs.onnx_bytes import (
     CONTRIB,
@@ -29,17 +29,18 @@ TENSOR_RAW_DATA = 9  # of TensorProto
 SPLIT = (0, 2, 1, 3)  # (B, n, heads, d) to (B, heads, n, d), and back
 
 
-def fuse_attention(data: bytes, *, causal: bool = False) -> bytes:
+def fuse_attention(data: bytes, *, causal: bool = False, standard: bool = False) -> bytes:
     """Return a serialised ModelProto whose attention is ONNX Runtime's own.
 
     Attention over (B, n, heads * d), split into heads before it and joined behind it, becomes one
     node. What is masked, or scaled otherwise than by the root of d, stays as it is.
     causal: also where no token sees those behind it
+    standard: whether the node is ONNX's Attention, of three dimensions
     """
-    return with_own_operators(data, lambda found: _fused(found, causal))
+    return with_own_operators(data, lambda found: _fused(found, causal, standard))
 
 
-def _fused(found: Nodes, causal: bool) -> bytes:
+def _fused(found: Nodes, causal: bool, standard: bool) -> bytes:
     makers = {name: i for i, node in found.nodes.items() for name in named(node, OUTPUT)}
     takers = {name: i for i, node in found.nodes.items() for name in named(node, INPUT)}
     numbers = _numbers(found.graph)
@@ -84,10 +85,18 @@ def _fused(found: Nodes, causal: bool) -> bytes:
             written[swapped] = written[joined] = b""
         elif lengths[0] != 1 or reader(out, b"Reshape") is None:  # one query is joined as it is
             continue
-        settings = [int_attribute(b"num_heads", heads[0])]
-        settings.append(int_attribute(b"unidirectional", int(_is_causal(node))))
-        written[i] = written_node(b"MultiHeadAttention", names, out, settings, CONTRIB)
+        written[i] = _node(names, out, heads[0], _is_causal(node), standard)
     return found.replaced(written)
+
+
+def _node(names: Sequence[bytes], out: bytes, heads: int, is_causal: bool, standard: bool) -> bytes:
+    if standard:
+        counts = [int_attribute(name, heads) for name in (b"q_num_heads", b"kv_num_heads")]
+        settings = [*counts, int_attribute(b"is_causal", int(is_causal))]
+        return written_node(b"Attention", names, out, settings)
+    settings = [int_attribute(b"num_heads", heads)]
+    settings.append(int_attribute(b"unidirectional", int(is_causal)))
+    return written_node(b"MultiHeadAttention", names, out, settings, CONTRIB)
 
 
 def _swaps(transpose: Node) -> bool:

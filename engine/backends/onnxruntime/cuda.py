@@ -41,7 +41,8 @@ DTYPES = {
 
 def open_engine(spec: EngineSpec) -> Engine:
     """Open a graph with its weights; raises BackendError, GraphError or ModelError."""
-    return OnnxRuntimeCudaEngine(spec.graph, spec.weights, find_device())
+    kin = [each for each in spec.kin if isinstance(each, OnnxRuntimeCudaEngine)]
+    return OnnxRuntimeCudaEngine(spec.graph, spec.weights, find_device(), kin=kin)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -99,10 +100,17 @@ class OnnxRuntimeCudaEngine:
     """A `DeviceEngine`: a graph in sessions of ONNX Runtime's CUDA provider, one for each form.
 
     Their work is queued on the device's stream, and they share the arrays among the weights.
-    index: the GPU's number
+    index: the GPU's number; kin: engines of the same weights, of which arrays are taken over
     """
 
-    def __init__(self, graph: Graph, weights: Arrays, device: Device, index: int = 0) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Arrays,
+        device: Device,
+        index: int = 0,
+        kin: Collection["OnnxRuntimeCudaEngine"] = (),
+    ) -> None:
         self.device = device
         self._library = _import()
         self._graph = graph
@@ -111,7 +119,8 @@ class OnnxRuntimeCudaEngine:
         self._weights = DeviceWeights(graph, self._rewritten(data), in_float32, device, index)
         self._forms = FormSessions(self._weights.model, self._open)
         self._bound = self._failed = False
-        self._take(weights, graph.weights)
+        there = self._weights.adopt([each._weights for each in kin])
+        self._take(weights, graph.weights.keys() - there)
         # The caller waits for the stream, and mostly much later.
         entries = {"disable_synchronize_execution_providers": "1"}
         self._asynchronous = self._run_options(entries)

@@ -113,6 +113,17 @@ class DeviceWeights:
         self._values: dict[str, DeviceValue] = {}
         self._constants: dict[str, NDArray[Any]] = {}
 
+    def adopt(self, others: Collection["DeviceWeights"]) -> set[str]:
+        """Take over the arrays of others that hold the same weights; return their names.
+
+        Whoever is told of other weights changes them for all, so all must be told.
+        """
+        for name in self._shared:
+            for other in others:
+                if name in other._arrays and self._form(name) == other._form(name):
+                    self._arrays[name] = other._arrays[name]
+        return set(self._arrays)
+
     def take(self, weights: Arrays, names: Collection[str]) -> bool:
         """Upload the weights of these names; say whether sessions must be opened again for them.
 
@@ -149,6 +160,10 @@ class DeviceWeights:
             options.add_initializer(name, self._values[name].value)
         options.add_external_initializers(list(constants), list(constants.values()))
         return constants
+
+    def _form(self, name: str) -> tuple[object, ...]:
+        """Say how a weight lies on the device."""
+        return self._graph.precision, name in self._in_float32, name in self._last
 
     def _dtypes(self) -> set[np.dtype[Any]]:
         return {array.dtype for array in self._arrays.values()}

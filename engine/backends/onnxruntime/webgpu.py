@@ -40,7 +40,8 @@ def open_engine(spec: EngineSpec) -> Engine:
             "this GPU does not compute in float16 through WebGPU (it lacks shader-f16); choose the "
             "precision float32"
         )
-    return OnnxRuntimeWebGpuEngine(spec.graph, spec.weights, device)
+    kin = [each for each in spec.kin if isinstance(each, OnnxRuntimeWebGpuEngine)]
+    return OnnxRuntimeWebGpuEngine(spec.graph, spec.weights, device, kin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -60,12 +61,19 @@ class OnnxRuntimeWebGpuEngine:
     """A `DeviceEngine`: a graph in sessions of ONNX Runtime's WebGPU provider, one for each form.
 
     The weights are inputs of all sessions: on the device once, and changed there by an adapter.
+    kin: engines of the same weights, whose arrays are taken over
     """
 
     records = False
     held = 0  # nobody knows: WebGPU does not tell what is free
 
-    def __init__(self, graph: Graph, weights: Arrays, device: WebGpuDevice) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        weights: Arrays,
+        device: WebGpuDevice,
+        kin: Collection["OnnxRuntimeWebGpuEngine"] = (),
+    ) -> None:
         self._device = device
         self._library = device.library
         self._graph = graph
@@ -74,7 +82,11 @@ class OnnxRuntimeWebGpuEngine:
         data = for_webgpu(graph.data(), graph.precision, fused_attention=fused)
         self._model = weights_as_inputs(data)
         self._forms = FormSessions(self._model, self._open)
-        self.rebind(weights, graph.weights)
+        for other in kin:
+            if other._graph.precision == graph.precision:
+                same = graph.weights.keys() & other._weights
+                self._weights |= {name: other._weights[name] for name in same}
+        self.rebind(weights, graph.weights.keys() - self._weights)
 
     @property
     def device(self) -> WebGpuDevice:

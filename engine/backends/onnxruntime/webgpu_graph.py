@@ -60,6 +60,18 @@ def for_webgpu(data: bytes, precision: Precision, *, fused_attention: bool) -> b
     return _of_opset(with_own_operators(data, lambda found: _replaced(found, dtype)))
 
 
+def with_products(data: bytes) -> bytes:
+    """Return a serialised float16 ModelProto whose attention is products and a softmax."""
+
+    def written(found: Nodes) -> bytes:
+        attentions = _of_kind(found, b"Attention")
+        return found.replaced(
+            {i: b"".join(_attention(found.nodes[i], narrow=True)) for i in attentions}
+        )
+
+    return with_own_operators(data, written)
+
+
 def _of_opset(data: bytes) -> bytes:
     """Say that a model is of `OPSET`; nothing in it may be of a later one."""
 

@@ -6,6 +6,7 @@ import pytest
 
 from engine.backends.memory_estimate import (
     MemoryEstimate,
+    Needed,
     Sizes,
     activation_bytes,
     estimate,
@@ -15,9 +16,13 @@ from engine.backends.memory_estimate import (
 )
 from engine.checkpoints.families.sd import CLIP_L, SD1, SD2
 from engine.checkpoints.families.xl import XL
+from engine.configs.control_net import control_net_of
 from engine.configs.diffusion import XL_SCALING_FACTOR, AutoencoderConfig, TinyDecoderConfig
+from engine.configs.t2i_adapter import T2IAdapterConfig, feature_sum_of
 from engine.errors import BackendError
 from engine.graphs.graph import find_graph, graph_folders
+from engine.graphs.t2i_adapter import feature_sum_graph
+from tests.support.fake_cuda import FakeEngine
 from tests.support.tolerances import ESTIMATED_ACTIVATIONS
 
 VAE, XL_VAE = AutoencoderConfig(), AutoencoderConfig(scaling_factor=XL_SCALING_FACTOR)
@@ -106,21 +111,61 @@ def test_sessions_with_memory_of_their_own_are_added_up():
 
 
 def test_a_second_request_on_open_sessions_fits_where_the_first_did():
-    graphs, configs = {"step": graph_of("step", SD1)}, {"step": SD1}
-    sizes = Sizes(height=512, width=512)
-    needed = estimate(graphs, configs, sizes, shared=False)
+    graph, sizes = graph_of("step", SD1), Sizes(height=512, width=512)
+    needed = estimate({"step": graph}, {"step": SD1}, sizes, shared=False)
+
+    def require(free, engine=None):
+        found = {"step": Needed(graph, SD1, engine)}
+        require_memory(device(free), found, sizes, shared=False)
+
+    def held(nbytes):
+        engine = FakeEngine(None, None)
+        engine.held = nbytes
+        return engine
 
     def device(free):
         scratch = SimpleNamespace(nbytes=0)
         return SimpleNamespace(memory=lambda: (free, 80 * GIB), scratch=lambda nbytes: scratch)
 
-    require_memory(device(needed.total), graphs, configs, sizes, [], shared=False)
+    require(needed.total)
     with pytest.raises(BackendError, match="are missing"):
-        require_memory(device(needed.total - 1), graphs, configs, sizes, [], shared=False)
-    left, held = needed.total - needed.weights - needed.activations, needed.activations
-    require_memory(device(left), graphs, configs, sizes, ["step"], shared=False, held=held)
+        require(needed.total - 1)
+    left = needed.total - needed.weights - needed.activations
+    require(left, held(needed.activations))
     with pytest.raises(BackendError, match="are missing"):
-        require_memory(device(left), graphs, configs, sizes, ["step"], shared=False, held=held - 1)
+        require(left, held(needed.activations - 1))
+
+
+def test_nets_beside_a_model_are_counted_with_what_they_add():
+    """A ControlNet's own weights and residuals of 13 maps, a T2I-Adapter's features and sums."""
+    net = control_net_of(SD1)
+    steps = {"step_controlled": (graph_of("step_controlled", SD1), SD1)}
+    control = {f"{part} canny": (graph_of(part, net), net) for part in ("control_hint", "control")}
+    sizes = Sizes(height=512, width=512, batch=2)
+
+    def estimated(parts):
+        graphs = {name: graph for name, (graph, _) in parts.items()}
+        configs = {name: config for name, (_, config) in parts.items()}
+        return estimate(graphs, configs, sizes, shared=False)
+
+    alone, steered = estimated(steps), estimated({**steps, **control})
+    own = sum(prod(shape) for shape in net.tensor_shapes().values())
+    assert steered.weights - alone.weights == 2 * own
+    assert steered.activations > alone.activations
+    hint = 2 * 320 * 64**2
+    rows = 2 * 2
+    assert steered.tables - alone.tables == 4 * 2 * (hint + rows * residuals(net, 64))
+    assert alone.tables > 0
+    adapter = T2IAdapterConfig(channels=(320, 640, 1280, 1280))
+    summed = feature_sum_of(adapter)
+    features = 320 * 64**2 + 640 * 32**2 + 1280 * 16**2 + 1280 * 8**2
+    assert summed.tables(sizes) == (2 + 3 * rows) * features
+    assert feature_sum_graph(summed).weights == {}
+
+
+def residuals(net, side):
+    """Count what a net adds for one row: SD 1.5's has 12 maps on the way down, and the middle's."""
+    return sum(sum(w) * (side >> level) ** 2 for level, w in enumerate(net.residual_widths()))
 
 
 def test_a_build_needs_its_weights_twice():

@@ -12,7 +12,7 @@ from engine.errors import BackendError
 from runtime import Hires, Pipeline, Request
 from runtime.denoising import device_loop
 from runtime.regions import Region
-from tests.support.fake_cuda import FakeDevice, FakeEngine
+from tests.support.fake_cuda import FakeDevice, FakeEngine, moved
 from tests.support.pictures import drawing
 
 PARTS = ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder")
@@ -20,6 +20,7 @@ STEPS = 5
 PROVEN = 3  # runs of a form, until a recording is believed
 REQUEST = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, "sampler": "euler_a"}
 MASK = Image.fromarray(np.pad(np.full((64, 32), 255, np.uint8), ((0, 0), (32, 0))))
+SMALL = {"height": 64, "width": 64}
 OPTIONS = {
     "plain": {},
     "several registers": {"sampler": "pndm"},
@@ -31,7 +32,12 @@ OPTIONS = {
     "from an image": {"image": drawing(64, 64), "strength": 0.7},
     "inpainting": {"image": drawing(64, 64), "mask": MASK},
     "regions": {"regions": [Region(mask=MASK, prompt="a green tree")]},
-    "hires": {"hires": Hires(scale=1.5), "height": 64, "width": 64},
+    "hires": {"hires": Hires(scale=1.5), **SMALL},
+    "edges that join": {"seamless": "x", "sampler": "ddim", **SMALL},
+    "perturbed attention": {"pag_scale": 3.0, "guidance_interval": (0.2, 1.0), **SMALL},
+    "projected guidance": {"apg": (0.2, 5.0, -0.5), "image": drawing(64, 64), "mask": MASK},
+    "CFG++, deep features kept": {"sampler": "dpmpp_2m_cfg_pp", "cache_interval": 2, **SMALL},
+    "lower levels shrunk": {"deep_shrink": 0.5, "cache_interval": 2, **SMALL},
 }
 
 
@@ -46,7 +52,7 @@ def device():
 
 
 def on_device(host, device):
-    found = Pipeline.load(settings=BackendSettings(threads=1))
+    found = moved(Pipeline.load(settings=BackendSettings(threads=1)), device)
     for part in PARTS:
         found.engines.opened[part] = FakeEngine(host.engine(part), device)
     return found, device
@@ -81,7 +87,7 @@ def test_pictures_are_the_same_where_memory_has_no_addresses(host, name):
     for step in pipeline.denoise(plan):
         assert isinstance(step.state.registers, DeviceArray)
     if "hires" not in options:
-        latents = pipeline.decode(step.latents)
+        latents = pipeline.decode(step.latents, plan)
         images = pipeline.finish(plan, latents)
         np.testing.assert_array_equal([np.asarray(image) for image in images], expected)
 

@@ -11,7 +11,7 @@ from engine.errors import BackendError
 from runtime import Hires, Pipeline, Request
 from runtime.denoising.device_rows import SLOTS
 from runtime.denoising.rows import rows_of
-from tests.support.fake_cuda import FakeDevice, FakeEngine
+from tests.support.fake_cuda import FakeDevice, FakeEngine, moved
 from tests.support.pictures import drawing
 
 PARTS = ("text_encoder", "step", "step_shallow", "vae_decoder", "vae_encoder")
@@ -24,6 +24,14 @@ UNLIKE = [
     {"sampler": "dpmpp_2m", "num_inference_steps": 3, "cache_interval": 2},
     {"sampler": "unipc", "num_inference_steps": 4, "height": 96, "width": 64},
     {"num_inference_steps": 3, "hires": Hires(scale=1.5, num_inference_steps=4)},
+    {"sampler": "euler", "num_inference_steps": 4, "apg": (0.0, 15.0, -0.5), "pag_scale": 2.0},
+    {
+        "sampler": "dpmpp_2m_cfg_pp",
+        "num_inference_steps": 4,
+        "image": drawing(64, 64),
+        "mask": MASK,
+    },
+    {"num_inference_steps": 4, "deep_shrink": 0.5},
 ]
 EVERY_NAME = {"registers", "matrices", "outside", "timestep", "input_scale", "context", "guidance"}
 
@@ -40,7 +48,7 @@ def device():
 
 @pytest.fixture
 def pipeline(host, device):
-    found = Pipeline.load(settings=BackendSettings(threads=1))
+    found = moved(Pipeline.load(settings=BackendSettings(threads=1)), device)
     for part in PARTS:
         found.engines.opened[part] = FakeEngine(host.engine(part), device)
     return found

@@ -147,13 +147,13 @@ def test_a_size_that_is_none_is_refused(pipeline, size):
 
 def test_other_backends_draw_one_by_one_or_what_a_gpu_holds():
     def limit(backend, fits):
-        def require_memory(parts, **sizes):
-            if sizes["batch"] > fits:
+        def require_memory(pictures):
+            if pictures > fits:
                 raise BackendError("too much")
 
-        settings = SimpleNamespace(backend=backend)
-        engines = SimpleNamespace(settings=settings, is_exact=False, require_memory=require_memory)
-        return batch_limit(engines, ["step"], {"height": 512, "width": 512, "batch": 9})
+        engines = SimpleNamespace(settings=SimpleNamespace(backend=backend), is_exact=False)
+        sizes = {"height": 512, "width": 512, "batch": 9}
+        return batch_limit(engines, ["step"], sizes, require_memory)
 
     assert limit("openvino", 1) == 1
     assert [limit("cuda", fits) for fits in (1, 3, 4, 100)] == [1, 2, 4, 8]

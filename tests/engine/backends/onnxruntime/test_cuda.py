@@ -260,6 +260,24 @@ def test_forms_share_the_arrays_among_the_weights(library, device):
     assert device.counts["upload"] == uploads + 2, "the zeros of two forms"
 
 
+def test_engines_of_one_component_share_the_arrays_among_its_weights(library, device):
+    """As a step, a shallow one and their variants do; an adapter is told to each of them."""
+    first = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
+    uploads, allocated = device.counts["upload"], device.allocated
+    second = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device, kin=[first])
+    assert (device.counts["upload"], device.allocated) == (uploads, allocated)
+    inputs = latents(1, 8, 8, 8)
+    np.testing.assert_array_equal(second.run(inputs)["pixels"], expected(inputs))
+    halved = {name: array / 2 for name, array in WEIGHTS.items()}
+    for engine in (first, second):
+        engine.rebind(halved, GRAPH.weights)
+    for engine in (first, second):
+        np.testing.assert_array_equal(engine.run(inputs)["pixels"], expected(inputs, halved))
+    del first
+    gc.collect()
+    np.testing.assert_array_equal(second.run(inputs)["pixels"], expected(inputs, halved))
+
+
 def test_a_form_that_is_elsewhere_is_not_recorded(library, device):
     engine = OnnxRuntimeCudaEngine(GRAPH, WEIGHTS, device)
     engine.prepare({"latents": (1, 8, 8, 8)})
