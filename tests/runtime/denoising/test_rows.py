@@ -241,7 +241,9 @@ def test_neighbours_are_seen_a_little_on_openvino(precision):
     pytest.importorskip("openvino")
     settings = BackendSettings(backend="openvino", threads=2)
     with Pipeline.load("pictogram", settings=settings, precision=precision) as other:
-        chosen = {name: {"sampler": name} for name in ("ddim", "euler_a", "dpmpp_2m", "unipc")}
+        size = {"height": 128, "width": 128}  # the model's own, of which that is measured
+        samplers = ("ddim", "euler_a", "dpmpp_2m", "unipc")
+        chosen = {name: {"sampler": name, **size} for name in samplers}
         drawn, sizes = draw_together(
             other, {name: request(**each) for name, each in chosen.items()}, apart=1
         )
