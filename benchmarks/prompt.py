@@ -50,15 +50,17 @@ def _whole_process() -> float:
 
 def _inside_a_process() -> dict[str, Any]:
     """Take one request apart, in a fresh interpreter."""
-    code = (
-        "import json; from benchmarks.prompt import _take_apart; print(json.dumps(_take_apart()))"
-    )
+    code = f"""
+import json
+from benchmarks.prompt import _take_apart
+print(json.dumps(_take_apart({STEPS})))
+"""
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     taken: dict[str, Any] = json.loads(done.stdout)
     return taken
 
 
-def _take_apart() -> dict[str, Any]:
+def _take_apart(steps: int) -> dict[str, Any]:
     start = time.perf_counter()
     import onnxruntime  # noqa: F401
     import tokenizers  # noqa: F401
@@ -76,7 +78,7 @@ def _take_apart() -> dict[str, Any]:
             engine.seconds = 0.0
         begin = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            result = pipeline(PROMPT, num_inference_steps=STEPS, seed=7)
+            result = pipeline(PROMPT, num_inference_steps=steps, seed=7)
             write_image(result.images[0], Path(folder) / "apple.png", {"prompt": PROMPT})
         total = time.perf_counter() - begin
         return {"total": total, "outside": 1 - sum(e.seconds for e in engines) / total}

@@ -1,6 +1,6 @@
 """The tests that need no oracle are collected where no oracle is installed."""
 
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +10,8 @@ import pytest
 from tests.support.oracles import ORACLES, missing_for, oracles
 
 ROOT = Path(__file__).parents[1]
-NO_PLUGIN = ["-p", "no:schemathesis"]  # a plugin of pytest's that imports what is hidden
+END = "collected with"
+CHOICES = ("not oracle and not slow", "")
 SKIP_THEMSELVES = {
     "tests/standin/test_standin.py",
     "tests/benchmarks/test_bfloat16.py",
@@ -21,35 +22,38 @@ SKIP_THEMSELVES = {
 }
 
 
-@pytest.mark.parametrize("chosen", ["not oracle and not slow", ""])
-def test_files_are_collected_without_the_oracles(tmp_path, chosen):
-    hidden = f"import sys; sys.modules |= dict.fromkeys({sorted(ORACLES)})"
-    (tmp_path / "sitecustomize.py").write_text(hidden)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "--collect-only",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            chosen,
-            *NO_PLUGIN,
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+# Collects with one choice after the other: what the first imports is there for the others.
+COLLECT = f"""
+import sys
+sys.modules |= dict.fromkeys({sorted(ORACLES)})
+import pytest
+for chosen in sys.argv[1:]:
+    status = pytest.main(["--collect-only", "-p", "no:cacheprovider", "-m", chosen])
+    print(f"{END} {{status:d}}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """What each choice collects in a process without oracles, as a status and what is shown."""
+    command = [sys.executable, "-c", COLLECT, *CHOICES]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    shown = re.split(rf"^{END} (\d+)\n", done.stdout, flags=re.MULTILINE)
+    assert len(shown) == 2 * len(CHOICES) + 1, done.stderr[-3000:]
+    return dict(zip(CHOICES, zip(shown[1::2], shown[:-1:2], strict=True), strict=True))
+
+
+@pytest.mark.parametrize("chosen", CHOICES)
+def test_files_are_collected_without_the_oracles(collected, chosen):
+    status, shown = collected[chosen]
+    assert status == "0", shown[-3000:]
+    files = {line.partition("::")[0] for line in shown.splitlines() if "::" in line}
     mirrored = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/test_*.py")}
     free = {path for path in mirrored if not oracles(ROOT / path)}
     assert len(free) > len(mirrored) // 3
-    assert collected == free - SKIP_THEMSELVES
-    assert "for want of: " in done.stdout
-    assert "torch (" in done.stdout
+    assert files == free - SKIP_THEMSELVES
+    assert "for want of: " in shown
+    assert "torch (" in shown
 
 
 def test_oracles_are_found_through_other_files():

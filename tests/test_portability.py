@@ -46,7 +46,7 @@ for package in ("engine", "runtime", "latentrt"):
 
 from engine.backends.settings import BackendSettings
 from runtime import Pipeline
-pipeline = Pipeline.load("pictogram", settings=BackendSettings(backend="cpu"))
+pipeline = Pipeline.load("pictogram", settings=BackendSettings(backend="cpu", threads=1))
 pipeline("a hat", num_inference_steps=1, height=64, width=64)
 print(count)
 """

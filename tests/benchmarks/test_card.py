@@ -22,7 +22,7 @@ PARTS = ("text_encoder", "step", "vae_decoder")
 
 def on_a_device(device, scenario, precision, settings):
     """Load a pipeline of the processor's, on a device unless it is asked for by name."""
-    pipeline = load_pipeline(scenario, "float32", BackendSettings(backend="cpu"))
+    pipeline = load_pipeline(scenario, "float32", BackendSettings(backend="cpu", threads=1))
     if settings.backend != "cpu":
         for part in PARTS:
             pipeline.engines.opened[part] = FakeEngine(pipeline.engine(part), device)

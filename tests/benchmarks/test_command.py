@@ -3,28 +3,33 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import batch, load, report
+from benchmarks import batch, load, overhead, prompt, report
 from benchmarks.__main__ import _MEASURES, main
 from engine.adapters.adapter import read_adapter
 from engine.errors import OutputError
 from engine.model import Model
 
 
-def test_the_prompt_benchmark_measures_and_writes_json(tmp_path, capsys):
+def test_the_prompt_benchmark_measures_and_writes_json(tmp_path, capsys, monkeypatch):
+    assert prompt.STEPS == 20
+    monkeypatch.setattr(prompt, "STEPS", 2)
     out = tmp_path / "prompt.json"
     assert main(["prompt", "--repeats", "1", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report == json.loads(capsys.readouterr().out)
-    assert report["request"]["steps"] == 20
+    assert report["request"]["steps"] == 2
     for name, summary in report.items():
         if name not in ("machine", "request"):
             assert 0 < summary["min"] <= summary["median"] <= summary["max"]
 
 
-def test_the_overhead_benchmark_measures_every_sampler(capsys):
+def test_the_overhead_benchmark_measures_every_sampler(capsys, monkeypatch):
     pytest.importorskip("onnx")
+    assert overhead.STEPS == 20
+    monkeypatch.setattr(overhead, "STEPS", 4)
     assert main(["overhead", "--repeats", "1"]) == 0
     measured = json.loads(capsys.readouterr().out)
+    assert measured["request"]["steps"] == 4
     assert set(report.ROWS["overhead"]) == measured.keys() - {"machine", "request"}
     assert all(measured[name]["min"] > 0 for name in report.ROWS["overhead"])
     flops = measured["request"]["step_floor_s"] * measured["machine"]["peak_gflops"]

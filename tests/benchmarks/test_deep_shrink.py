@@ -44,7 +44,6 @@ def test_what_is_doubled_has_more_shapes_than_the_small_picture(monkeypatch, tmp
         return SimpleNamespace(images=[Image.fromarray(with_shapes(height, count))])
 
     monkeypatch.setattr(Pipeline, "load", lambda **options: draw)
-    monkeypatch.setattr("benchmarks.machine.SIDE", 64)
     out = tmp_path / "shrunk.json"
     assert deep_shrink.main(["--pictures", "2", "--steps", "1", "--out", str(out)]) == 0
     drawn = json.loads(out.read_text())["drawn"]

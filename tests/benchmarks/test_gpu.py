@@ -95,7 +95,6 @@ def log(monkeypatch):
     monkeypatch.setattr(gpu, "find_gpu", Gpu)
     monkeypatch.setattr(gpu, "Worker", Worker)
     monkeypatch.setattr("benchmarks.race.Worker", Worker)
-    monkeypatch.setattr("benchmarks.machine.SIDE", 64)
     monkeypatch.setattr(gpu, "SCENARIOS", KEYS)
     small = replace(scenarios.MODELS["pictogram"], steps=2)
     monkeypatch.setitem(scenarios.MODELS, "pictogram", small)
@@ -115,7 +114,9 @@ def on_the_processor(monkeypatch):
     """Let the contenders run on the processor, all in float32, and two backends be missing."""
 
     monkeypatch.setattr(
-        gpu_contenders, "BackendSettings", lambda **settings: BackendSettings(backend="cpu")
+        gpu_contenders,
+        "BackendSettings",
+        lambda **settings: BackendSettings(backend="cpu", threads=1),
     )
     load = gpu_contenders.load_pipeline
 

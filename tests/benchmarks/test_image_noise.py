@@ -32,7 +32,6 @@ def drawn(monkeypatch):
 
     monkeypatch.setattr(Pipeline, "load", lambda **options: pipeline)
     monkeypatch.setattr(image_noise, "read_pictograms", lambda path: data)
-    monkeypatch.setattr("benchmarks.machine.SIDE", 64)
     return asked
 
 

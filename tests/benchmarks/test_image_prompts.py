@@ -1,20 +1,21 @@
-"""What the benchmark of image prompts counts and says, on the model that ships."""
+"""What the benchmark of image prompts counts and says, on a small model."""
 
 import pytest
 
 from benchmarks import image_prompts
 from benchmarks.scenarios import Scenario
 from engine.model import Model
-from engine.shipped import GRAPHS
 from tests.support.ip_adapters import trace_ip_graphs
+from tests.support.small_models import SMALL, trace_graphs
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     folder, scenario = tmp_path_factory.mktemp("graphs"), Scenario.of("pictogram")
-    model = Model.open(scenario.model())
+    model = Model.open(SMALL["sd1"].write_file(folder))
+    trace_graphs(model, folder, ["step"])
     trace_ip_graphs(model, folder)
-    return image_prompts.measure(model, scenario, 1, (folder, GRAPHS), 1)
+    return image_prompts.measure(model, scenario, 1, (folder,), 1)
 
 
 def test_more_tokens_are_more_operations(measured):

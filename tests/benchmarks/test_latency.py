@@ -252,7 +252,6 @@ def test_a_peer_draws_few_step_models_without_guidance(name, tmp_path, monkeypat
 
 
 def test_the_program_measures_the_model_that_ships(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("benchmarks.machine.SIDE", 64)
     monkeypatch.setattr(latency.Choice, "contenders", lambda self: [REFERENCE])
     out = tmp_path / "latency.json"
     options = ["--only", REFERENCE, "--repeats", "1", "--threads", "1", "--out", str(out)]

@@ -29,7 +29,6 @@ def settings(monkeypatch):
     unguided = replace(same, psnr_db=0, ssim=0, options={"guidance_interval": (0.0, 0.0)})
     named = {"same": same, "strict": strict, "other": other, "unguided": unguided}
     monkeypatch.setattr(quality, "SETTINGS", named)
-    monkeypatch.setattr("benchmarks.machine.SIDE", 64)
 
     def load(**options):
         if options["settings"].backend == "openvino":

@@ -30,14 +30,7 @@ from benchmarks.serving.traffic import MIXES, at_once, orders, poisson
 from engine.errors import OutputError
 from serving.bucket_scheduler import BucketScheduler
 
-pytestmark = pytest.mark.usefixtures("small_products")
 SGLANG, VLLM = (name for name in CONTENDERS if name not in (ALONE, ROWS))
-
-
-@pytest.fixture
-def small_products(monkeypatch):
-    """The machine's peak is measured with small matrices: nobody reads it here."""
-    monkeypatch.setattr("benchmarks.machine.SIDE", 30)
 
 
 def test_requests_come_by_chance_at_a_rate():

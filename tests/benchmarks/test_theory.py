@@ -39,7 +39,6 @@ def drawn(pictograms, monkeypatch):
         return SimpleNamespace(images=[pictograms.images[each, 1] for each in chosen])
 
     monkeypatch.setattr(Pipeline, "load", lambda model, **options: pipeline)
-    monkeypatch.setattr("benchmarks.machine.SIDE", 64)
 
 
 def test_match_and_diversity_are_told_apart(pictograms, drawn):

@@ -19,7 +19,7 @@ SMALL = {"height": 16, "width": 16, "num_inference_steps": 1, "seed": 0}
 
 @pytest.fixture
 def pipeline():
-    return Pipeline.load("pictogram", settings=BackendSettings(backend="cpu"))
+    return Pipeline.load("pictogram", settings=BackendSettings(backend="cpu", threads=1))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
+from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from engine.model import find_model
 from runtime import Pipeline, Request
@@ -76,7 +77,7 @@ def relative_error(a, b):
 
 
 def test_the_teacher_draws_as_the_runtime(teacher, tokenizer):
-    pipeline = Pipeline.load("pictogram")
+    pipeline = Pipeline.load("pictogram", settings=BackendSettings(threads=1))
     request = Request(
         prompt=list(PROMPTS), seed=3, width=64, height=64, sampler="ddim",
         num_inference_steps=distillation.TEACHER_STEPS, guidance_scale=5.0,

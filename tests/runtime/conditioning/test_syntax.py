@@ -1,5 +1,6 @@
 """The syntax of prompts, against what Automatic1111 documents, and on any text at all."""
 
+import sys
 import time
 from itertools import pairwise
 
@@ -206,15 +207,15 @@ def test_nested_weights_multiply(tree):
 )
 @pytest.mark.parametrize("end", ["", ":0.5]", ")", "]"])
 def test_hostile_texts_take_linear_time(part, end):
-    text = part * (30_000 // len(part)) + end
+    text = part * (10_000 // len(part)) + end
     start = time.process_time()
     assert schedule(text, 2)[-1][0] == 2
     parse(text)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
 
 
 def test_brackets_nest_deeper_than_calls():
-    depth = 50_000
+    depth = 5 * sys.getrecursionlimit()
     assert schedule("[" * depth + "a" + ":0.5]" * depth, 2) == [(1, ""), (2, "a")]
     assert schedule("[" * depth + "a" + "]" * depth, 2)[0][0] == 2
     assert parse("(" * depth + "a" + ")" * depth) == [[("a", MAX_WEIGHT)]]

@@ -15,16 +15,31 @@ from runtime import Hires, Pipeline, Request
 from runtime.denoising.rows import BY_GROUPS, BY_REGISTERS, rows_of, step_rows
 from runtime.images.files import psnr
 from runtime.samplers import SAMPLERS
-from tests.support.named_requests import IMAGE, LORA, MASK, REQUESTS, write_lora
+from tests.support.named_requests import LORA, PAINTED, REQUESTS, write_lora
 
-STEPS, TOGETHER = 4, 8
+STEPS, TOGETHER, SIDE = 4, 8, 64
+SMALL = {name: whole.resize((SIDE, SIDE), Image.NEAREST) for name, whole in PAINTED.items()}
 # Stepped over here: 1088 pixels decode in 25 tiles, which no row has to do with.
-MIXED = {name: chosen for name, chosen in REQUESTS.items() if name not in ("tiles", LORA)}
+MIXED = {
+    name: chosen | {field: SMALL[field] for field in chosen.keys() & SMALL}
+    for name, chosen in REQUESTS.items()
+    if name not in ("tiles", LORA)
+}
+
+
+def load(threads):
+    settings = BackendSettings(backend="cpu", threads=threads)
+    return Pipeline.load(settings=settings, precision="float32")
 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return Pipeline.load(settings=BackendSettings(backend="cpu", threads=2), precision="float32")
+    return load(threads=1)
+
+
+@pytest.fixture(scope="module")
+def two_threads():
+    return load(threads=2)
 
 
 class Watched:
@@ -38,8 +53,14 @@ class Watched:
         return self.engine.run(inputs)
 
 
+def fields(**chosen):
+    """Return a small request; a picture that it begins from has a size of its own."""
+    size = {} if "image" in chosen else {"height": SIDE, "width": SIDE}
+    return {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **size, **chosen}
+
+
 def request(**chosen):
-    return Request(**{"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **chosen})
+    return Request(**fields(**chosen))
 
 
 def finished(pipeline, row):
@@ -90,8 +111,7 @@ def test_every_mode_is_what_it_is_alone(pipeline):
     requests = {name: request(**chosen) for name, chosen in MIXED.items()}
     drawn, sizes = draw_together(pipeline, requests, apart=1)
     for name, chosen in MIXED.items():
-        given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **chosen}
-        assert_equal(drawn[name], pipeline(**given).images, name)
+        assert_equal(drawn[name], pipeline(**fields(**chosen)).images, name)
     assert sum(sizes) > 2 * len(sizes), "many calls were shared"
     assert max(sizes) > 5
 
@@ -112,28 +132,27 @@ def test_every_sampler_beside_every_other(pipeline):
         pipeline, {name: request(**each) for name, each in chosen.items()}, apart=1
     )
     for name, each in chosen.items():
-        assert_equal(drawn[name], pipeline("a red apple", **each).images, name)
+        assert_equal(drawn[name], pipeline(**fields(**each)).images, name)
     assert np.mean(sizes) > 4
     assert sum(sizes) == sum(pipeline.plan(request(**each)).calls for each in chosen.values())
 
 
-def test_masks_and_images_beside_noise(pipeline):
+def test_masks_and_images_beside_noise(two_threads):
     """Registers that hold an image, padded ones, and rows that change bucket in between."""
     chosen = {
-        "painted": {"image": IMAGE, "mask": MASK, "sampler": "lms"},
+        "painted": {**SMALL, "sampler": "lms"},
         "noise": {"sampler": "euler_a"},
-        "image": {"image": IMAGE, "strength": 0.8, "sampler": "dpmpp_3m_sde"},
+        "image": {"image": SMALL["image"], "strength": 0.8, "sampler": "dpmpp_3m_sde"},
         "half guided": {"sampler": "plms", "guidance_interval": (0.0, 0.5)},
         "not guided": {"guidance_scale": 1.0, "sampler": "ipndm"},
         "shallow": {"cache_interval": 2, "sampler": "ddim"},
         "enlarged": {"hires": Hires(scale=1.25), "sampler": "unipc"},
     }
     drawn, sizes = draw_together(
-        pipeline, {name: request(**each) for name, each in chosen.items()}, apart=1
+        two_threads, {name: request(**each) for name, each in chosen.items()}, apart=1
     )
     for name, each in chosen.items():
-        given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **each}
-        assert_equal(drawn[name], pipeline(**given).images, name)
+        assert_equal(drawn[name], two_threads(**fields(**each)).images, name)
     assert max(sizes) > 2
 
 
@@ -146,8 +165,7 @@ def test_an_adapter_changes_all_rows_alike(pipeline):
                 pipeline, {name: request(**each) for name, each in chosen.items()}, apart=1
             )
             for name, each in chosen.items():
-                given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS}
-                assert_equal(drawn[name], pipeline(**given, **each).images, name)
+                assert_equal(drawn[name], pipeline(**fields(**each)).images, name)
         finally:
             pipeline.set_loras([])
 
@@ -168,7 +186,7 @@ def test_a_call_that_failed_is_made_again_with_the_same_noise(pipeline):
             step_rows(rows, lambda part, variant: Failing())
         for row in rows:
             step_rows([row], pipeline.engine)
-    expected = pipeline("a red apple", seed=3, num_inference_steps=STEPS, sampler="ddpm")
+    expected = pipeline(**fields(sampler="ddpm"))
     assert_equal([finished(pipeline, rows[0])], expected.images, "the first")
 
 
@@ -190,10 +208,10 @@ def test_a_preview_is_of_the_step_it_was_taken_at(pipeline):
 
 def test_prompts_of_a_list_may_have_other_lengths(pipeline):
     """A row keeps the tokens that its request had: those of the longest prompt."""
-    asked = request(prompt=["a cat", "a dog, " * 30], seed=[1, 2])
+    given = fields(prompt=["a cat", "a dog, " * 30], seed=[1, 2])
+    asked = Request(**given)
     drawn, _ = draw_together(pipeline, {"list": asked, "alone": request()})
-    given = {"num_inference_steps": STEPS, "seed": [1, 2]}
-    expected = pipeline(["a cat", "a dog, " * 30], **given).images
+    expected = pipeline(**given).images
     assert_equal(drawn["list"], expected, "list")
     rows = rows_of(pipeline.plan(asked))
     for row in rows:
@@ -223,14 +241,15 @@ def test_neighbours_are_seen_a_little_on_openvino(precision):
     pytest.importorskip("openvino")
     settings = BackendSettings(backend="openvino", threads=2)
     with Pipeline.load("pictogram", settings=settings, precision=precision) as other:
-        chosen = {name: {"sampler": name} for name in ("ddim", "euler_a", "dpmpp_2m", "unipc")}
+        size = {"height": 128, "width": 128}  # the model's own, of which that is measured
+        samplers = ("ddim", "euler_a", "dpmpp_2m", "unipc")
+        chosen = {name: {"sampler": name, **size} for name in samplers}
         drawn, sizes = draw_together(
             other, {name: request(**each) for name, each in chosen.items()}, apart=1
         )
         assert max(sizes) > 1
         for name, each in chosen.items():
-            given = {"prompt": "a red apple", "seed": 3, "num_inference_steps": STEPS, **each}
-            (wanted,) = other(**given).images
+            (wanted,) = other(**fields(**each)).images
             least = {"float32": 60, "bfloat16": 30}[precision]
             assert psnr(np.asarray(drawn[name][0]), np.asarray(wanted)) > least, name
 
@@ -246,10 +265,10 @@ def test_axes_are_those_of_the_signatures():
 
 def test_an_image_is_read_once_for_each_row(pipeline):
     """What is outside the mask is the image's own, whoever is beside it."""
-    chosen = {"a": {"image": IMAGE, "mask": MASK, "mask_blur": 0.0}, "b": {"sampler": "lcm"}}
+    chosen = {"a": {**SMALL, "mask_blur": 0.0}, "b": {"sampler": "lcm"}}
     drawn, _ = draw_together(
         pipeline, {name: request(**each) for name, each in chosen.items()}, apart=1
     )
-    kept = np.asarray(MASK) == 0
-    assert (np.asarray(drawn["a"][0])[kept] == np.asarray(IMAGE)[kept]).all()
+    kept = np.asarray(SMALL["mask"]) == 0
+    assert (np.asarray(drawn["a"][0])[kept] == np.asarray(SMALL["image"])[kept]).all()
     assert isinstance(drawn["b"][0], Image.Image)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.backends.settings import BackendSettings
 from latentrt.info import main as info
 from runtime import Pipeline
 from runtime import __main__ as command
@@ -111,7 +112,7 @@ def test_what_keeps_a_part_of_a_picture_is_a_composite(tmp_path, pipeline, optio
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return Pipeline.load()
+    return Pipeline.load(settings=BackendSettings(threads=1))
 
 
 def test_the_command_marks_every_file(tmp_path, capsys):

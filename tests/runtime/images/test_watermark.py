@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
 from runtime import Pipeline
 from runtime.images.watermark import (
@@ -23,7 +24,7 @@ PROMPTS = ["a red apple, fluent style", "a cat face, noto style", "a sailboat, t
 
 @pytest.fixture(scope="module")
 def images():
-    pipeline = Pipeline.load()
+    pipeline = Pipeline.load(settings=BackendSettings(threads=1))
     small = pipeline(PROMPTS, seed=1, num_inference_steps=10).images
     return [*small, *pipeline(PROMPTS[0], seed=1, num_inference_steps=4, height=256).images]
 

@@ -52,12 +52,12 @@ ROUNDS = 50
 # Asks for the engines of FACTS with the versions 0, 1, ... in turn, under a limit that two of five
 # pass, so that building, finding and evicting go on all the time; the log counts what is built.
 CHILD = f"""
-import dataclasses, itertools, json, sys, time
+import dataclasses, itertools, json, os, sys, time
 from pathlib import Path
 from engine.backends.tensorrt.engine_store import EngineFacts, EngineStore
 
 folder, log, versions, pause = Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
-store, base = EngineStore(folder, int(sys.argv[6])), EngineFacts(**json.loads(sys.argv[5]))
+base, limit = EngineFacts(**json.loads(sys.argv[5])), int(sys.argv[6])
 
 def content(version):
     return bytes([version]) * {ENGINE_BYTES}
@@ -73,14 +73,27 @@ def build(version):
                 time.sleep(pause)
     return write
 
-print("ready", flush=True)
-for version in [int(v) for v in versions.split(",")] if versions else itertools.count():
-    version %= {ENGINES}
-    facts = dataclasses.replace(base, version=str(version))
-    path = store.get_or_build(facts, build(version))
-    time.sleep(20 * pause)  # while others evict
-    assert path.read_bytes() == content(version)
-    store.release(path)
+def ask():
+    store = EngineStore(folder, limit)
+    print("ready", flush=True)
+    for version in [int(v) for v in versions.split(",")] if versions else itertools.count():
+        version %= {ENGINES}
+        facts = dataclasses.replace(base, version=str(version))
+        path = store.get_or_build(facts, build(version))
+        time.sleep(20 * pause)  # while others evict
+        assert path.read_bytes() == content(version)
+        store.release(path)
+"""
+# Forks such a process for a line and kills it with the next, or at the end of the lines: Python and
+# its modules are there at once, and the store is opened anew.
+FORK_SERVER = f"""
+{CHILD}
+for _ in sys.stdin:
+    if not (child := os.fork()):
+        ask()
+    sys.stdin.readline()
+    os.kill(child, 9)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -114,18 +127,29 @@ def store(folder):
 
 
 @pytest.fixture
-def start(folder, tmp_path):
-    """Start a process that asks for some versions, or for all for ever; wait until it begins."""
-    children = []
+def process(folder, tmp_path):
+    """Return what starts Python with the arguments of CHILD."""
 
-    def start(versions="", pause=0.0, limit=LIMIT):
+    def process(code, versions="", pause=0.0, limit=LIMIT):
         told = (versions, str(pause), json.dumps(dataclasses.asdict(FACTS)), str(limit))
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, folder, tmp_path / "log", *told],
+        return subprocess.Popen(
+            [sys.executable, "-c", code, folder, tmp_path / "log", *told],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
         )
+
+    return process
+
+
+@pytest.fixture
+def start(process):
+    """Start a process that asks for some versions; wait until it begins."""
+    children = []
+
+    def start(versions, **options):
+        child = process(f"{CHILD}ask()", versions, **options)
         children.append(child)
         assert child.stdout.readline() == "ready\n"
         return child
@@ -324,23 +348,25 @@ def check(store):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_killing_at_any_of_many_moments_leaves_a_store_that_works(start, store, folder):
+def test_killing_at_any_of_many_moments_leaves_a_store_that_works(process, store, folder):
     """A process that builds, finds and evicts is killed; the next goes on in the same folder."""
     moments = random.Random(0)
     served = 0
-    for _ in range(ROUNDS):
-        child = start(pause=0.001)
-        time.sleep(moments.uniform(0, 0.25))
-        child.kill()
-        assert child.wait() == -9
-        check(store)
-        version = moments.randrange(ENGINES)
-        served += store.get(facts(version)) is not None
-        path = EngineStore(folder, LIMIT).get_or_build(facts(version), writer(content(version)))
-        assert path.read_bytes() == content(version)
-        store.release(path)
-        evict(folder, LIMIT)
-        names = [p.name for p in folder.iterdir() if not p.name.startswith(".lock-")]
-        assert not [name for name in names if name.startswith(".") and name[-4:] != ".tmp"]
-        assert sum(path.stat().st_size for _, path in store.find()) <= LIMIT
+    with process(FORK_SERVER, pause=0.001) as server:
+        for _ in range(ROUNDS):
+            print(file=server.stdin, flush=True)
+            assert server.stdout.readline() == "ready\n"
+            time.sleep(moments.uniform(0, 0.25))
+            print(file=server.stdin, flush=True)
+            assert server.stdout.readline() == "-9\n"
+            check(store)
+            version = moments.randrange(ENGINES)
+            served += store.get(facts(version)) is not None
+            path = EngineStore(folder, LIMIT).get_or_build(facts(version), writer(content(version)))
+            assert path.read_bytes() == content(version)
+            store.release(path)
+            evict(folder, LIMIT)
+            names = [p.name for p in folder.iterdir() if not p.name.startswith(".lock-")]
+            assert not [name for name in names if name.startswith(".") and name[-4:] != ".tmp"]
+            assert sum(path.stat().st_size for _, path in store.find()) <= LIMIT
     assert 0 < served < ROUNDS, "or nothing was built, or nothing evicted"
