@@ -57,6 +57,7 @@ def in_fields(names: Mapping[str, str]) -> Iterator[None]:
     """Have what is refused within named by an API's own fields.
 
     names: of the API's fields, by the runtime's
+    Raises RequestError, BadRequestError or NotFoundError again, in other words.
     """
     try:
         yield
