@@ -84,7 +84,8 @@ class StepInputs:
     def told(self, constant: Mapping[str, Array]) -> dict[str, Array]:
         """Return the inputs that earlier calls have no part in, but for the call's own rows.
 
-        constant: what a run gives all of its calls
+        constant: arrays that a run gives all of its calls, by the inputs' names
+        They are as in `conditioning`: (g, B, ...) float32.
         """
         given = {**self.conditioning, **constant}
         if "shown" in given:

@@ -1,4 +1,4 @@
-"""Files of the operator's folders that requests name: IP-Adapters and upscalers.
+"""Files of the operator's that requests name: models, adapters, nets and upscalers.
 
 They are looked at as the server begins, so that one that is none is said then and left out.
 """
@@ -12,12 +12,22 @@ from engine.checkpoints.ip_adapter import open_ip_adapter
 from engine.checkpoints.upscaler import open_upscaler
 from engine.configs.image_encoder import ImageEncoderConfig
 from engine.errors import ModelError, RequestError
+from engine.model import find_model, shipped_models
 from engine.store.cache import is_readable_folder
 from runtime.images.upscaling import UPSCALERS
-from serving.names import NAME
+from serving.names import NAME, check_names
 
-__all__ = ["find_ip_adapters", "find_upscalers", "listed"]
+__all__ = [
+    "find_adapters",
+    "find_controls",
+    "find_folder",
+    "find_ip_adapters",
+    "find_models",
+    "find_upscalers",
+]
 
+ADAPTERS = ".safetensors"
+CONTROL_NETS = (ADAPTERS, ".pth", ".pt", ".ckpt", ".bin")
 IP_ADAPTERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 UPSCALER_FILES = (".pth", ".safetensors", ".pt")
 NOTED = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
@@ -107,3 +117,63 @@ def find_upscalers(folder: Path | None) -> dict[str, str]:
 
 def _leave_out(path: Path, why: str) -> None:
     print(f"note: {path} is left out ({why})", file=sys.stderr)
+
+
+def find_folder(option: str, folder: Path | None) -> str | None:
+    """Return a folder's whole path, None for none. Raises RequestError where it is no folder."""
+    if folder is not None and not folder.is_dir():
+        raise RequestError(f"{option} {folder} is no folder")
+    return None if folder is None else str(folder.resolve())
+
+
+def find_models(given: Sequence[str]) -> dict[str, str]:
+    """Return models' paths by their names. Raises RequestError or ModelError."""
+    models: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals and name not in shipped_models():
+            raise RequestError(
+                f"--model {text} has no name; write NAME={text}, by which requests will know it"
+            )
+        check_names([name])
+        if name in models:
+            raise RequestError(f"two models are called {name}; give one another name")
+        models[name] = str(find_model(path).resolve()) if equals else name
+    return models
+
+
+def find_adapters(folder: Path) -> dict[str, str]:
+    """Return the adapters of a folder by their names; says which files are none.
+
+    What a link leads to outside of the folder is left out. Raises RequestError.
+    """
+    return {
+        path.stem: str(path.resolve())
+        for path in listed("--lora-dir", folder)
+        if path.suffix.lower() == ADAPTERS
+    }
+
+
+def find_controls(given: Sequence[str], folder: Path | None) -> dict[str, str]:
+    """Return ControlNets' paths by their names, those of `--control` before a folder's.
+
+    Raises RequestError.
+    """
+    controls: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise RequestError(
+                f"--control {text} has no name; write NAME={text}, by which requests will know it"
+            )
+        check_names([name])
+        if name in controls:
+            raise RequestError(f"two ControlNets are called {name}; give one another name")
+        if not Path(path).exists():
+            raise RequestError(f"--control {text}: {path} does not exist; give a file or a folder")
+        controls[name] = str(Path(path).resolve())
+    for found in [] if folder is None else listed("--control-dir", folder):
+        if (found / "config.json").is_file() or found.suffix.lower() in CONTROL_NETS:
+            name = found.stem if found.is_file() else found.name
+            controls.setdefault(name, str(found.resolve()))
+    return controls

@@ -1,13 +1,12 @@
 """The options of `latentrt serve`, and what is found by them before anything listens."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from engine.backends.settings import BUILT_BEFOREHAND, ON_GPU
 from engine.command_line import CommandParser
 from engine.errors import RequestError
-from engine.model import find_model, shipped_models
+from engine.model import shipped_models
 from engine.shipped import shipped_controls
 from engine.store.eviction import parse_size
 from runtime.options import add_engine_options, backend_settings, marking
@@ -19,13 +18,17 @@ from serving.keys import Keys
 from serving.limits import Limits
 from serving.memory import total_bytes
 from serving.model_files import list_files
-from serving.names import check_names
-from serving.operator_files import find_ip_adapters, find_upscalers, listed
+from serving.operator_files import (
+    find_adapters,
+    find_controls,
+    find_folder,
+    find_ip_adapters,
+    find_models,
+    find_upscalers,
+)
 from serving.row_limits import ROWS, parse_rows
 
 HOST, PORT = "127.0.0.1", 7860
-ADAPTERS = ".safetensors"
-CONTROL_NETS = (ADAPTERS, ".pth", ".pt", ".ckpt", ".bin")
 ON_CARDS = tuple(name for name in ON_GPU if name != "webgpu")  # which chooses by itself
 MOST_CARDS = 64
 
@@ -68,7 +71,7 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         "--lora-dir",
         type=Path,
         metavar="FOLDER",
-        help=f"whose {ADAPTERS} files requests may name, without that ending",
+        help=f"whose .safetensors files requests may name, without that ending",
     )
     group.add_argument(
         "--control",
@@ -230,7 +233,7 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
                 f"the backend {options.backend} runs no {what} yet; choose --backend cuda, webgpu, "
                 f"cpu or openvino, or leave {given} out"
             )
-    if options.backend not in ON_GPU and {*models.values()} & {*shipped_models()}:
+    if options.backend not in BUILT_BEFOREHAND and {*models.values()} & {*shipped_models()}:
         controls = {**{name: str(path) for name, path in shipped_controls().items()}, **controls}
     named = (models, loras, controls, ip_adapters, encoders, upscalers)
     paths = [path for each in named for path in each.values()]
@@ -281,13 +284,6 @@ def read_cards(options: argparse.Namespace) -> list[int]:
     return cards
 
 
-def find_folder(option: str, folder: Path | None) -> str | None:
-    """Return a folder's whole path, None for none. Raises RequestError where it is no folder."""
-    if folder is not None and not folder.is_dir():
-        raise RequestError(f"{option} {folder} is no folder")
-    return _resolved(folder)
-
-
 def read_model_memory(text: str | None) -> int | None:
     """Return how many bytes of weights stay loaded, None for any number. Raises RequestError."""
     if text is None:
@@ -297,56 +293,3 @@ def read_model_memory(text: str | None) -> int | None:
         return parse_size(text)
     except RequestError as error:
         raise RequestError(f"--model-memory: {error}") from None
-
-
-def find_models(given: Sequence[str]) -> dict[str, str]:
-    """Return models' paths by their names. Raises RequestError or ModelError."""
-    models: dict[str, str] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals and name not in shipped_models():
-            raise RequestError(
-                f"--model {text} has no name; write NAME={text}, by which requests will know it"
-            )
-        check_names([name])
-        if name in models:
-            raise RequestError(f"two models are called {name}; give one another name")
-        models[name] = str(find_model(path).resolve()) if equals else name
-    return models
-
-
-def find_adapters(folder: Path) -> dict[str, str]:
-    """Return the adapters of a folder by their names; says which files are none.
-
-    What a link leads to outside of the folder is left out. Raises RequestError.
-    """
-    return {
-        path.stem: str(path.resolve())
-        for path in listed("--lora-dir", folder)
-        if path.suffix.lower() == ADAPTERS
-    }
-
-
-def find_controls(given: Sequence[str], folder: Path | None) -> dict[str, str]:
-    """Return ControlNets' paths by their names, those of `--control` before a folder's.
-
-    Raises RequestError.
-    """
-    controls: dict[str, str] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals:
-            raise RequestError(
-                f"--control {text} has no name; write NAME={text}, by which requests will know it"
-            )
-        check_names([name])
-        if name in controls:
-            raise RequestError(f"two ControlNets are called {name}; give one another name")
-        if not Path(path).exists():
-            raise RequestError(f"--control {text}: {path} does not exist; give a file or a folder")
-        controls[name] = str(Path(path).resolve())
-    for found in [] if folder is None else listed("--control-dir", folder):
-        if (found / "config.json").is_file() or found.suffix.lower() in CONTROL_NETS:
-            name = found.stem if found.is_file() else found.name
-            controls.setdefault(name, str(found.resolve()))
-    return controls

@@ -90,8 +90,15 @@ def place() -> Generator[Path, Any, Any]:
         yield Path(name)
 
 
-def pytest_collection_finish() -> None:
-    gc.freeze()  # what torch and its kin made on import is not looked through again and again
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Keep the garbage collector out of imports, and what torch and its kin made out of its way."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ CHOICES = ("not oracle and not slow", "")
 SKIP_THEMSELVES = {
     "tests/standin/test_standin.py",
     "tests/benchmarks/test_bfloat16.py",
+    "tests/benchmarks/test_layers.py",
     "tests/engine/backends/openvino/test_engine.py",
     "tests/engine/backends/openvino/test_float32_ends.py",
     "tests/engine/graphs/test_graph.py",

@@ -18,7 +18,8 @@ import pytest
 
 from engine.errors import LatentrtError, RequestError
 from serving.__main__ import main
-from serving.options import engine_settings, find_adapters, find_models, make_parser, read_keys
+from serving.operator_files import find_adapters, find_models
+from serving.options import engine_settings, make_parser, read_keys
 
 ROOT = Path(__file__).parents[2]
 BODY = {"prompt": "a red apple", "seed": 7, "num_inference_steps": 25}

@@ -17,7 +17,8 @@ from serving.http.fields import Catalog
 from serving.limits import Limits
 from serving.model_memory import weight_bytes
 from serving.model_runner import Models
-from serving.options import engine_settings, find_controls, make_parser
+from serving.operator_files import find_controls
+from serving.options import engine_settings, make_parser
 from serving.order import Order
 from serving.picture_request import PictureRequest
 from serving.steering import ControlRequest, RegionRequest
@@ -244,7 +245,7 @@ def test_a_unit_that_fills_sees_the_masked_part_as_a_hole(api, draw):
 
 NOT_DONE = {
     "a module": (unit(module="openpose_full"), "'openpose_full'; choose one of none, canny"),
-    "no picture": (unit(image=None), "a unit without image"),
+    "no picture": (unit(image=None), "a unit without its image"),
     "no mask": (unit(module="inpaint_only"), "without a mask"),
     "another shape": (unit(image=HINT.resize((64, 32))), "neither cut nor filled up"),
     "a mode": (unit(resize_mode="Folded"), "'Folded'; choose one of Just Resize"),

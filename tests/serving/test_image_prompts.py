@@ -288,7 +288,7 @@ NOT_DONE = {
     "layers": ({"advanced_weighting": [1.0] * 16}, "has advanced_weighting"),
     "a pickle": ({"ipadapter_input": ["gASV"]}, "has ipadapter_input; send the picture itself"),
     "a mask": ({"mask": base64_of(LEFT)}, "has a mask beside an IP-Adapter"),
-    "no picture": ({"image": ""}, "a unit without image"),
+    "no picture": ({"image": ""}, "a unit without its image"),
     "high alone": ({"hr_option": "High res only"}, "both runs are steered"),
 }
 

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import onnx
 import torch.fx
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from engine.configs.diffusion import Config
 from engine.graphs.graph import Part, Precision
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".pytest_cache" / "traced"
 SOURCES = ("engine/configs", "engine/graphs", "export")
 LIBRARIES = ("torch", "onnx", "onnxscript", "onnx-ir")
+REGISTRY = cache(ONNXRegistry.from_torchlib)  # of what torch writes its operators with
 
 
 @cache
@@ -46,11 +48,14 @@ def traced_folder() -> Path:
 
 @contextmanager
 def _fast_tracing() -> Iterator[None]:
-    """Spare a sixth of a trace, which changes no byte: garbage, and where nodes are from."""
+    """Spare what changes no byte: garbage, where nodes are from, a table of operators each time."""
     collects = gc.isenabled()
     gc.disable()
     try:
-        with patch.object(torch.fx.config, "do_not_emit_stack_traces", True):
+        with (
+            patch.object(torch.fx.config, "do_not_emit_stack_traces", True),
+            patch.object(ONNXRegistry, "from_torchlib", staticmethod(REGISTRY)),
+        ):
             yield
     finally:
         if collects:

@@ -102,7 +102,7 @@ def _control(
     seen, covered = pictures_of_unit(unit)
     picture = image if seen is None else seen
     if picture is None:
-        raise refused("has a unit without image; send the picture that the net is to see")
+        raise refused("has a unit without its image; send the picture that the net is to see")
     module = unit.module or NONE
     inpaints = module.lower() in INPAINT
     covered = (mask if covered is None else covered) if inpaints else None

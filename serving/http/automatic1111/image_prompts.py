@@ -53,7 +53,7 @@ def image_prompt_of(unit: Unit, catalog: Catalog, image: bytes | None) -> ImageP
     if not pictures and image is not None:
         pictures = [image]
     if not pictures:
-        raise refused("has a unit without image; send the picture that is to be seen")
+        raise refused("has a unit without its image; send the picture that is to be seen")
     mask = unit.effective_region_mask
     return ImagePromptRequest(
         adapter=catalog.ip_adapter(_name(unit), PARAM),
