@@ -71,7 +71,7 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         "--lora-dir",
         type=Path,
         metavar="FOLDER",
-        help=f"whose .safetensors files requests may name, without that ending",
+        help="whose .safetensors files requests may name, without that ending",
     )
     group.add_argument(
         "--control",
