@@ -173,7 +173,7 @@ def test_what_a_model_refuses_fails_the_job_in_the_runtimes_words(http):
         ({"variation_seed": 3}, "variation_strength"),
         ({"quality": 50}, "format jpeg or webp"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else ",".join(given),
 )
 def test_a_field_that_cannot_act_is_refused(http, idle, lacking):
     sent = {k: file_of(v) if isinstance(v, Image.Image) else v for k, v in idle.items()}
