@@ -179,7 +179,7 @@ def test_inpainting_with_nine_channels(loaded, strength, sampler):
     ours = draw(pipeline, mask=mask, paste_back=False, **fields)
     expected = reference(small.reference, mask_image=mask, **fields)
     assert psnr(ours, expected) >= PICTURE_PSNR_DB, "its gray is between two bytes"
-    assert psnr(draw(pipeline, paste_back=False, **fields), expected) < PICTURE_PSNR_DB
+    assert psnr(draw(pipeline, **fields), expected) < PICTURE_PSNR_DB
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
@@ -190,7 +190,7 @@ def test_inpainting_with_ordinary_models(loaded, name, strength):
     fields = {"image": drawing(PIXELS, PIXELS), "strength": strength}
     ours = draw(pipeline, mask=half(), paste_back=False, **fields)
     expected = reference(twin, mask_image=half(), **fields)
-    assert_same_picture(ours, expected, draw(pipeline, paste_back=False, **fields))
+    assert_same_picture(ours, expected, draw(pipeline, **fields))
 
 
 def test_a_distilled_model_recommends_steps_and_guidance(loaded):

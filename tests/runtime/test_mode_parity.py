@@ -105,7 +105,7 @@ def half(height, width):
 
 def drawn(pipeline, sampler, **fields):
     """Draw the picture as it is decoded, before the old one's pixels are put back."""
-    own = {"paste_back": False} if "image" in fields else {}
+    own = {"paste_back": False} if "mask" in fields else {}
     return pipeline(PROMPT, sampler=sampler, seed=SEED, **own, **FIELDS, **fields).images[0]
 
 
