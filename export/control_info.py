@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoints.component import Component
-from engine.checkpoints.control_lora import ControlLora
+from engine.checkpoints.control_lora import MARK, ControlLora
 from engine.checkpoints.control_net import is_pooled, open_control_net
 from engine.checkpoints.families import FAMILIES
 from engine.checkpoints.formats.files import Weights
@@ -50,7 +50,7 @@ def describe_control_net(
             facts["pooled"] = "its residuals count in the mean over all places"
         if config.control_types:
             facts["types"] = listed_types(config.control_types)
-        unused = sorted(set(weights) - net.used())
+        unused = sorted(set(weights) - net.used() - {MARK})
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         notes = [f"not used: {unused[0]}{more}"] if unused else []
         return facts, net.shapes, notes

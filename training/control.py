@@ -52,7 +52,9 @@ from training.pictograms import STYLES, Pictograms, caption
 RANK = 44
 HINT_WIDTHS = (16, 32, 64, 96)
 WITHOUT_TEXT = 0.5  # of the captions, as Zhang et al. leave out, so that the edges must tell
-COPIES = 3  # of a picture, moved
+COPIES = 4  # of a picture: moved, bent, moved, bent
+BENDS = 4  # cells across and down, whose corners move
+CORNERS = ((0, 0), (1, 0), (1, 1), (0, 1))  # down and right, from the upper left, as PIL has them
 SHOWN = 8
 OWN = "controlnet_"  # begins the names of what a UNet has not
 NET = "edges"
@@ -94,11 +96,11 @@ class ControlledDenoiser(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EdgedPictures:
-    """What the training sees of n pictures, and behind them of COPIES moved ones of each.
+    """What the training sees of n pictures: COPIES of each, moved and bent, copy by copy.
 
-    A model knows by heart where the pictures that it has seen lie, and would learn no edges.
-    latents: (n + COPIES · n, C, h, w) float16, scaled; edges: (n + COPIES · n, H · W / 8) uint8, a
-        bit a pixel
+    A model knows by heart how the pictures that it has seen lie, and would learn no edges of them.
+    latents: (COPIES · n, C, h, w) float16, scaled; edges: (COPIES · n, H · W / 8) uint8, a bit a
+        pixel
     """
 
     latents: np.ndarray
@@ -108,17 +110,18 @@ class EdgedPictures:
     def of(cls, images: np.ndarray, autoencoder: Autoencoder, path: Path) -> Self:
         """Encode pictures (n, H, W, 3) uint8 and find their edges, or read them from `path`."""
         scale = autoencoder.config.scaling_factor
+        rng, latents, found = np.random.default_rng(0), [], []
+        first = (encode(autoencoder, np.stack([moved(images[0], rng)])) * scale).numpy()
         if path.exists():
             with np.load(path, allow_pickle=False) as kept:
                 made = cls(latents=kept["latents"], edges=kept["edges"])
-            first = (encode(autoencoder, images[:1]) * scale).numpy()
-            if len(made.latents) == len(images) * (1 + COPIES) and np.allclose(
-                made.latents[:1], first, atol=0.01
-            ):
+            of_these = np.allclose(made.latents[:1], first, atol=0.01)
+            if of_these and len(made.latents) == len(images) * COPIES:
                 return made
-        rng, latents, found = np.random.default_rng(0), [], []
-        for copy in range(1 + COPIES):
-            shown = np.stack([moved(image, rng) for image in images]) if copy else images
+        rng = np.random.default_rng(0)
+        for copy in range(COPIES):
+            change = moved if copy % 2 == 0 else bent
+            shown = np.stack([change(image, rng) for image in images])
             latents.append((encode(autoencoder, shown) * scale).numpy().astype(np.float16))
             found += [np.packbits(Canny()(image)[..., 0] > 0) for image in shown]
         made = cls(latents=np.concatenate(latents), edges=np.stack(found))
@@ -142,6 +145,25 @@ def moved(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     matrix = (*turn[0], offset[0], *turn[1], offset[1])
     copy = Image.fromarray(image).transform(
         (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor="white"
+    )
+    return np.asarray(copy)
+
+
+def bent(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Bend a picture (H, W, 3) uint8 on white, where it lies: the edges that a habit would miss."""
+    height, width = image.shape[:2]
+    cells = np.linspace(0, 1, BENDS + 1)
+    places = np.stack(np.meshgrid(cells * width, cells * height), axis=-1)  # (y, x, 2)
+    stretched = (places - places.mean((0, 1))) / rng.uniform(0.85, 1.1) + places.mean((0, 1))
+    from_places = stretched + rng.normal(0, 0.035, places.shape) * (width, height)
+    mesh = []
+    for y in range(BENDS):
+        for x in range(BENDS):
+            box = (*places[y, x].astype(int), *places[y + 1, x + 1].astype(int))
+            corners = [from_places[y + down, x + right] for down, right in CORNERS]
+            mesh.append((box, tuple(np.concatenate(corners))))
+    copy = Image.fromarray(image).transform(
+        (width, height), Image.Transform.MESH, mesh, Image.Resampling.BICUBIC, fillcolor="white"
     )
     return np.asarray(copy)
 
@@ -185,7 +207,7 @@ def train(
     def losses(step: int) -> Losses:
         chosen = draw(count, batch, weights, device)
         input_ids = texts.drawn(chosen)
-        chosen = chosen + count * torch.randint(1 + COPIES, (batch,), device=device)
+        chosen = chosen + count * torch.randint(COPIES, (batch,), device=device)
         dropped = torch.rand(batch, 1, device=device) < WITHOUT_TEXT
         x0, timesteps = latents[chosen].float(), draw_timesteps(batch, len(alphas), device)
         alpha = alphas[timesteps].sqrt()[:, None, None, None]
@@ -199,7 +221,7 @@ def train(
 
     shown = np.linspace(0, count - 1, min(SHOWN, count)).astype(int)
     prompts = tokenizer(["", *(data.caption(int(i), rng) for i in shown)]).input_ids
-    copies = shown + count * (1 + np.arange(len(shown)) % COPIES)  # where the model has no habit
+    copies = shown + count * (np.arange(len(shown)) % COPIES)
 
     def sample(ema: nn.Module, step: int) -> None:
         assert isinstance(ema, ControlledDenoiser)

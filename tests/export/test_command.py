@@ -46,7 +46,7 @@ def test_a_model_in_pieces_is_exported_as_it_is_drawn(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["no-such-model"], "'no-such-model' is neither a folder or file nor one that ships"),
-        (["pictogram", "--out", "{file}/graphs"], "cannot be made"),
+        (["pictogram", "--out", "{file}/graphs"], "graphs cannot be written"),
         ([], "give a MODEL, or --unet FILE"),
         (["--vae", "{file}"], "give a MODEL, or --unet FILE"),
     ],

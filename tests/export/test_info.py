@@ -211,7 +211,7 @@ def test_a_control_lora_and_what_no_model_here_takes(tmp_path, unhashed):
             shapes |= {f"{module}.up": (shape[0], 8, *ones), f"{module}.down": (8, *shape[1:])}
     facts = describe(write_sparse(tmp_path / "lora.safetensors", shapes))
     assert (facts["kind"], facts["family"]) == ("control-LoRA", "Stable Diffusion XL")
-    assert facts["notes"] == ["not used: lora_controlnet"]
+    assert facts["notes"] == [], "a mark is no tensor to use"
     with pytest.raises(ModelError, match="of another family"):
         describe(control_net(tmp_path, replace(SD1, cross_attention_dim=512)))
     with pytest.raises(ModelError, match="is the difference of a ControlNet"):

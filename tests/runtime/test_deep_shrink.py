@@ -130,7 +130,7 @@ def test_what_cannot_be_is_one_sentence(pipeline):
     with pytest.raises(RequestError, match="deep_shrink and hires came together"):
         draw(pipeline, deep_shrink=0.5, hires=Hires())
     other = Pipeline.load(settings=SETTINGS)
-    other._steering = type("Any", (), {"check": lambda *_: None})()
+    other._steering = type("Any", (), {"completed": lambda _, request: request})()
     control = Control(net="a", image=drawing(64, 64))
     with pytest.raises(RequestError, match="deep_shrink and controls came together"):
         draw(other, deep_shrink=0.5, controls=[control])

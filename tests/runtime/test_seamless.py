@@ -196,7 +196,7 @@ def test_what_cannot_be_is_one_sentence(pictogram):
         Request(prompt=PROMPT, seamless="z")
     control = Control(net="a", image=drawing(64, 64))
     pipeline = Pipeline.load(settings=SETTINGS)
-    pipeline._steering = type("Any", (), {"check": lambda *_: None})()
+    pipeline._steering = type("Any", (), {"completed": lambda _, request: request})()
     with pytest.raises(RequestError, match="seamless and controls came together"):
         pipeline.plan(Request(prompt=PROMPT, seamless="x", controls=[control]))
     plan = pictogram.plan

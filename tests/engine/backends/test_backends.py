@@ -338,7 +338,9 @@ def test_cuda_comes_through_the_same_door(monkeypatch, graph, weights):
 
     opened = []
     monkeypatch.setattr(cuda, "find_device", lambda: "the GPU")
-    monkeypatch.setattr(cuda, "OnnxRuntimeCudaEngine", lambda *given: opened.append(given))
+    monkeypatch.setattr(
+        cuda, "OnnxRuntimeCudaEngine", lambda *given, **more: opened.append((*given, more))
+    )
     settings = BackendSettings(backend="cuda")
     open_engine(graph, weights, settings, graph.precision)
-    assert opened == [(graph, weights, "the GPU")]
+    assert opened == [(graph, weights, "the GPU", {"kin": []})]

@@ -201,11 +201,11 @@ def test_a_line_that_has_become_another_is_refused(capsys):
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("--steps", "1", "was begun with num_inference_steps 2, and now it is 1"),
+        ("--steps", "1", "was begun with --steps 2, and now it is 1"),
         ("--seed", "8", "was begun with --seed 7, and now it is 8"),
         ("--format", "webp", "was begun with format 'png', and now it is 'webp'"),
         ("--lora", "style.safetensors", "was begun with "),
-        ("--hires", "2", "was begun with hires_scale None, and now it is 2.0"),
+        ("--hires", "2", "was begun with --hires None, and now it is 2.0"),
     ],
 )
 def test_other_options_are_refused(option, value, said, here, capsys):
@@ -431,7 +431,7 @@ def test_where_neighbours_change_bits_the_size_of_a_call_is_kept(monkeypatch, ca
     assert filled == [(2, 2), (2, 2), (1, 2), (1, 2)]
     assert read_settings("out/000003.png")["batch_size"] == 2
     assert draw(write("a cat", "a dog", "a hat", "a car"), "--batch-size", "3") == 2
-    assert "was begun with batch_size 2, and now it is 3" in capsys.readouterr().err
+    assert "was begun with --batch-size 2, and now it is 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["requests.txt", "requests.csv", "requests.parquet"])

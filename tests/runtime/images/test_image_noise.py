@@ -143,7 +143,7 @@ def test_a_file_keeps_it_and_again_draws_it(tmp_path, monkeypatch, capsys):
     assert command.main(["a", "--image-noise", "gaussian:0.1"]) == 2
     assert "--image-noise came without --image" in capsys.readouterr().err
     assert command.main([*asked, "--image-noise", "pink:0.1"]) == 2
-    assert "image_noise is 'pink:0.1'" in capsys.readouterr().err
+    assert "--image-noise is 'pink:0.1'" in capsys.readouterr().err
 
 
 def test_a_picture_from_a_text_does_not_speak_of_it(pipeline):
