@@ -103,7 +103,9 @@ def test_groups_and_their_weights(pipeline):
 
 
 def test_what_cannot_be_is_one_sentence(pipeline):
-    with pytest.raises(RequestError, match="as the prompt tells it, and came without image; give the picture"):
+    with pytest.raises(
+        RequestError, match="as the prompt tells it, and came without image; give the picture"
+    ):
         pipeline(PROMPT)
     mask = IMAGE.convert("L")
     for name, value in {
