@@ -28,6 +28,7 @@ WRONG = {
     **{"prediction_type": "noise", "backend": "opnvino", "device": "GPU", "precision": "fp8"},
     **{"watermark": "too long", "c2pa_cert": "a.pem", "c2pa_key": "a.pem"},
     **{"control_images": "p.png", "control_modes": "loud", "control_preprocessors": "canny"},
+    **{"control_types": "depth"},
     **{"ip_adapters": "a.bin", "image_encoders": "a", "image_prompt_masks": "p.png"},
     **{"image_prompts": "p.png", "build_missing": None},
 }

@@ -613,7 +613,7 @@ def test_model_path_and_loading_a_folder(pipeline):
 def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(ModelError, match="did you mean 'pictogram'"):
         Pipeline.load("pictograms")
-    with pytest.raises(ModelError, match="give the path of a folder"):
+    with pytest.raises(ModelError, match="give the path of one"):
         Pipeline.load("x" * 5000)
     missing = Pipeline.load("pictogram", graphs=tmp_path)
     with pytest.raises(GraphError, match=r"python -m export .*pictogram"):

@@ -122,4 +122,4 @@ def test_what_is_no_checker_is_said_before_a_step(here, monkeypatch, capsys):
     monkeypatch.setattr(draw.Pipeline, "load", lambda *_, **__: pytest.fail("it loaded"))
     assert run("-o", "a.png") == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: safety_checker holds no config.json")
+    assert said.startswith("error: 'safety_checker' holds no config.json")

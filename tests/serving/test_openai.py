@@ -296,7 +296,7 @@ def test_a_flood_is_told_when_to_come_again():
 def test_the_clients_own_retries_get_through_a_flood():
     """Fifty at once against room for twenty: the client comes again when it was told to."""
     drawn = []
-    with serving(SlowStudio(0.001), limits=Limits(jobs=20)) as running:
+    with serving(SlowStudio(0.01), limits=Limits(jobs=20)) as running:
 
         def ask():
             answer = client(running, max_retries=6).images.generate(prompt="a cat")

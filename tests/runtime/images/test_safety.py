@@ -144,7 +144,7 @@ def test_what_is_damaged_is_said(tmp_path, change, said):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"architectures": ["CLIPModel"]}, r"\['CLIPModel'\]; give the folder safety_checker"),
+        ({"architectures": ["CLIPModel"]}, r"\['CLIPModel'\]; give the folder 'safety_checker'"),
         ({"vision_config": 3}, "an object is expected"),
         ({"vision_config": {**VISION, "hidden_act": "relu"}}, "hidden_act"),
         ({"vision_config": {**VISION, "num_attention_heads": 5}}, "not a multiple"),
