@@ -45,8 +45,7 @@ class SafetyCheckerFile:
         folder = path / FOLDER if (path / FOLDER).is_dir() else path
         if not (folder / "config.json").is_file():
             raise ModelError(
-                f"{str(folder)!r} holds no config.json; give the folder 'safety_checker' of a "
-                "model in diffusers' layout"
+                f"{str(folder)!r} holds no config.json; give {SafetyCheckerConfig.WANTED}"
             )
         config, weights = SafetyCheckerConfig.load(folder), open_weights(folder)
         doubled = any(name.startswith(VISION * 2) for name in weights)

@@ -14,4 +14,4 @@ class SafetyCheckerConfig(ImageEncoderConfig):
 
     CLASS_NAMES: ClassVar[tuple[str, ...]] = ("StableDiffusionSafetyChecker",)
     VISION: ClassVar[str] = "vision_model.vision_model"
-    WANTED: ClassVar[str] = "the folder safety_checker/ of a model in diffusers' layout"
+    WANTED: ClassVar[str] = "the folder 'safety_checker' of a model in diffusers' layout"

@@ -161,7 +161,7 @@ def test_what_is_no_checker(tmp_path, config, said):
 
 
 def test_folders_without_one(tmp_path):
-    with pytest.raises(ModelError, match=r"holds no config.json; give the folder safety_checker"):
+    with pytest.raises(ModelError, match=r"holds no config.json; give the folder 'safety_checker'"):
         SafetyChecker.load(tmp_path)
     with pytest.raises(ModelError, match=r"holds no config.json"):
         SafetyChecker.load(tmp_path / "none")
