@@ -91,7 +91,7 @@ def test_a_stream_has_its_partial_images_and_then_the_picture(told, pipeline):
         ("unknown_model", "NotFoundError", 404, "model_not_found", "model"),
         ("bad_size", "BadRequestError", 400, "invalid_request", "size"),
         ("bad_sampler", "BadRequestError", 400, "invalid_request", "sampler"),
-        ("too_many", "BadRequestError", 400, "too_much", "num_images_per_prompt"),
+        ("too_many", "BadRequestError", 400, "too_much", "n"),
     ],
 )
 def test_errors_are_the_clients_own(told, what, name, status, code, param):
