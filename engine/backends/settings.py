@@ -27,7 +27,6 @@ DEVICES: Mapping[str, Mapping[ComputePrecision, Precision]] = {
 }
 DEFAULT = "cpu"
 MAX_THREADS = 1024  # more than any machine has cores; libraries make as many as they are told
-BUILT = ("tensorrt", "tensorrt_rtx")  # whose engines are built before they run
 ON_GPU = ("cuda", "webgpu", "tensorrt", "tensorrt_rtx")
 # Those whose engines are built beforehand, of the graphs that models and steps have as they are.
 BUILT_BEFOREHAND = ("tensorrt", "tensorrt_rtx")
@@ -67,9 +66,9 @@ class BackendSettings:
             )
         if self.device not in (None, *DEVICES):
             raise BackendError(f"device is {self.device!r}; {choice(self.device, DEVICES)}")
-        if self.build_missing and self.backend not in BUILT:
+        if self.build_missing and self.backend not in BUILT_BEFOREHAND:
             raise BackendError(
-                f"build_missing came without backend {_listed([repr(name) for name in BUILT])}, "
+                f"build_missing came without backend {_listed([*map(repr, BUILT_BEFOREHAND)])}, "
                 "which alone build engines; leave it out"
             )
         if self.threads is not None and (

@@ -1,6 +1,5 @@
 """A union of ControlNets: pictures against diffusers' own, and the types that it is told."""
 
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -10,56 +9,47 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.backends.settings import BackendSettings
 from engine.errors import RequestError
-from engine.model import Model
 from runtime import Control, Pipeline, Request
 from runtime.__main__ import main
 from runtime.images.files import read_settings
+from tests.support import small_pictures
 from tests.support.control_unions import PROMAX, small_union, write_union
 from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
-from tests.support.pictures import drawing, psnr
-from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.pictures import psnr
+from tests.support.small_models import SMALL
+from tests.support.small_pictures import (
+    DEPRECATIONS,
+    FIELDS,
+    HINT,
+    PIXELS,
+    PROMPT,
+    SEED,
+    SETTINGS,
+    TURNED,
+    write_small,
+)
 from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-PIXELS, SEED, PROMPT = 8 * SIDE, 3, "a lighthouse at dusk"
-FIELDS = {
-    "negative_prompt": "blurry",
-    "num_inference_steps": 4,
-    "guidance_scale": 5.0,
-    "height": PIXELS,
-    "width": PIXELS,
-}
-HINT = drawing(PIXELS, PIXELS)
-TURNED = HINT.transpose(0)
+pytestmark = DEPRECATIONS
 DEPTH, CANNY, REPAINT = 1, 3, 7  # diffusers' control modes
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(place):
     """Open the small XL model with a union, by two names, and an ordinary ControlNet."""
-    with tempfile.TemporaryDirectory() as name:
-        place, small, net = Path(name), SMALL["xl"], small_union()
-        graphs = place / "graphs"
-        graphs.mkdir()
-        union = write_union(net, place / "union.safetensors")
-        plain = write_control_net(small_control_net(small), place / "plain")
-        file = small.write_file(place)
-        trace_graphs(Model.open(file), graphs)
-        nets = {"union": union, "again": union, "plain": plain}
-        settings = BackendSettings(threads=1, backend="cpu")
-        pipeline = Pipeline.load(file, graphs=graphs, settings=settings, controls=nets)
-        trace_control_graphs(pipeline, graphs)
-        yield pipeline, net, file, graphs
+    small, file, graphs = write_small("xl", place, place)
+    net = small_union()
+    union = write_union(net, place / "union.safetensors")
+    plain = write_control_net(small_control_net(small), place / "plain")
+    nets = {"union": union, "again": union, "plain": plain}
+    pipeline = Pipeline.load(file, graphs=graphs, settings=SETTINGS, controls=nets)
+    trace_control_graphs(pipeline, graphs)
+    return pipeline, net, file, graphs
 
 
 def draw(pipeline, *controls, **fields):
-    fields = {"sampler": "ddim", "seed": SEED, **FIELDS, **fields}
-    return pipeline(PROMPT, controls=controls, **fields).images[0]
+    return small_pictures.draw(pipeline, controls=controls, **fields)
 
 
 def reference(net, images, modes, task="", **fields):

@@ -1,51 +1,36 @@
 """ControlNets whose residuals count in the mean, as lllyasviel's "shuffle", against diffusers."""
 
-import tempfile
-from pathlib import Path
-
 import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.backends.settings import BackendSettings
 from engine.checkpoints.control_net import is_pooled
-from engine.model import Model
 from runtime import Control, Pipeline, Request
 from tests.support.controls import small_control_net, trace_control_graphs, write_control_net
-from tests.support.pictures import drawing, psnr
-from tests.support.small_models import SIDE, SMALL, trace_graphs
+from tests.support.pictures import psnr
+from tests.support.small_models import SMALL
+from tests.support.small_pictures import DEPRECATIONS, HINT, PIXELS, PROMPT, SETTINGS, write_small
 from tests.support.tolerances import SMALL_PICTURE_PSNR_DB
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
-PIXELS, PROMPT = 8 * SIDE, "a lighthouse at dusk"
+pytestmark = DEPRECATIONS
 FIELDS = {"negative_prompt": "blurry", "num_inference_steps": 4, "height": PIXELS, "width": PIXELS}
-HINT = drawing(PIXELS, PIXELS)
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(place):
     """Open a small model with a net as a folder, as a file that its name tells, and as another."""
-    with tempfile.TemporaryDirectory() as name:
-        place, small = Path(name), SMALL["sd1"]
-        graphs = place / "graphs"
-        graphs.mkdir()
-        net = small_control_net(small)
-        net.register_to_config(global_pool_conditions=True)
-        files = {"folder": write_control_net(net, place / "folder")}
-        for stem in ("control_v11e_sd15_shuffle_fp16", "reshuffled"):
-            files[stem] = place / f"{stem}.safetensors"
-            save_file(net.state_dict(), files[stem])
-        model = small.write_file(place)
-        trace_graphs(Model.open(model), graphs)
-        settings = BackendSettings(threads=1, backend="cpu")
-        pipeline = Pipeline.load(model, graphs=graphs, settings=settings, controls=files)
-        trace_control_graphs(pipeline, graphs)
-        yield pipeline, net, files
+    small, model, graphs = write_small("sd1", place)
+    net = small_control_net(small)
+    net.register_to_config(global_pool_conditions=True)
+    files = {"folder": write_control_net(net, place / "folder")}
+    for stem in ("control_v11e_sd15_shuffle_fp16", "reshuffled"):
+        files[stem] = place / f"{stem}.safetensors"
+        save_file(net.state_dict(), files[stem])
+    pipeline = Pipeline.load(model, graphs=graphs, settings=SETTINGS, controls=files)
+    trace_control_graphs(pipeline, graphs)
+    return pipeline, net, files
 
 
 def draw(pipeline, *controls, **fields):
